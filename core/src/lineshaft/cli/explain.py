@@ -1,0 +1,60 @@
+"""`lineshaft explain`: which kernel each op gets and why the others do not, without loading weights."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+from lineshaft.cli.options import add_config_arguments, load_config
+from lineshaft.cli.table import table
+
+if TYPE_CHECKING:
+    from lineshaft.plan import Plan
+    from lineshaft.plan.plan import PlanEntry
+
+HELP = "show the plan: the kernel of every op, and why others are declined"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--shapes", action="store_true", help="one row for every problem, and the list of buckets")
+    add_config_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    config = load_config(args)
+    from lineshaft.explain import explain
+
+    plan = explain(config)
+    if args.json:
+        print(json.dumps(plan.to_json(), indent=2))
+    else:
+        print(by_problem(plan) if args.shapes else by_kernel(plan))
+        print(f"plan {plan.hash}  backend {plan.backend}  buckets {len(plan.shapes)}  problems {len(plan.entries)}")
+    return 0
+
+
+def by_kernel(plan: Plan) -> str:
+    """One row for every op, kernel and set of rejections, with the number of problems that it stands for."""
+    counts: dict[tuple[str, ...], int] = {}
+    for entry in plan.entries:
+        key = (entry.op, entry.dtype, entry.kernel, declined(entry))
+        counts[key] = counts.get(key, 0) + 1
+    rows = [(op, dtype, kernel, str(count), reasons) for (op, dtype, kernel, reasons), count in counts.items()]
+    return table(("OP", "DTYPE", "KERNEL", "PROBLEMS", "REJECTED"), rows)
+
+
+def by_problem(plan: Plan) -> str:
+    """One row for every problem, then one for every bucket."""
+    rows = [(entry.op, entry.problem, entry.kernel, declined(entry)) for entry in plan.entries]
+    shapes = [
+        tuple(map(str, (shape.tokens, shape.rows, shape.pages, shape.logits, shape.max_query))) for shape in plan.shapes
+    ]
+    problems = table(("OP", "PROBLEM", "KERNEL", "REJECTED"), rows)
+    return f"{problems}\n\n{table(('TOKENS', 'ROWS', 'PAGES', 'LOGITS', 'MAX_QUERY'), shapes)}\n"
+
+
+def declined(entry: PlanEntry) -> str:
+    """Every rejected kernel with its reason."""
+    return "; ".join(f"{rejection.kernel}: {rejection.reason}" for rejection in entry.rejected) or "-"

@@ -1,0 +1,97 @@
+"""`lineshaft generate`: text for one or more prompts on stdout, a summary of the run on stderr."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from lineshaft.cli.options import add_config_arguments, load_config
+
+if TYPE_CHECKING:
+    from lineshaft.config import EngineConfig
+    from lineshaft.llm import LLM
+    from lineshaft.outputs import Logprob, RequestOutput
+    from lineshaft.sampling.params import SamplingParams
+
+HELP = "generate text for one or more prompts"
+SAMPLING = {
+    "max_tokens": "most tokens to generate for a prompt",
+    "temperature": "divides the logits; 0 is greedy",
+    "top_p": "keep the most probable tokens up to this total probability",
+    "top_k": "keep this many of the most probable tokens",
+    "seed": "seed of the random draws",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", metavar="TEXT", action="append", required=True, help="the prompt, or - for stdin; repeatable")
+    for name, text in SAMPLING.items():
+        add(f"--{name.replace('_', '-')}", metavar="N", help=text)
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
+    add("--logprobs", metavar="N", type=int, help="show the N most probable tokens at each place (does not stream)")
+    add("--ignore-eos", action="store_true", help="go on after the model's end token")
+    add("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+    add("--no-stream", action="store_true", help="print each text once it is whole; so it is with several prompts")
+    add("--quiet", action="store_true", help="no summary")
+    add_config_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    config = load_config(args, **{f"sampling.{name}": getattr(args, name) for name in SAMPLING})
+    params = sampling_params(args, config)
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    from lineshaft.llm import LLM
+
+    with LLM.from_config(config) as llm:
+        if len(prompts) > 1 or args.no_stream or args.logprobs is not None:
+            print_whole(llm, prompts, params, raw=args.raw, progress=not args.quiet)
+        else:
+            stream(llm, prompts[0], params, raw=args.raw)
+        if not args.quiet:
+            print(summary(llm), file=sys.stderr)
+    return 0
+
+
+def sampling_params(args: Namespace, config: EngineConfig) -> SamplingParams:
+    """The configuration's sampling defaults with the options of this run."""
+    from lineshaft.sampling.params import SamplingParams
+
+    chosen: dict[str, Any] = {key: value for key, value in config.sampling if value is not None}
+    return SamplingParams(stop=args.stop or None, logprobs=args.logprobs, ignore_eos=args.ignore_eos, **chosen)
+
+
+def stream(llm: LLM, prompt: str, params: SamplingParams, *, raw: bool) -> None:
+    """Print the text as it comes."""
+    for delta in llm.stream(prompt, params, chat=not raw):
+        print(delta.text, end="", flush=True)
+    print()
+
+
+def print_whole(llm: LLM, prompts: list[str], params: SamplingParams, *, raw: bool, progress: bool) -> None:
+    """Print each finished text, in the order of the prompts."""
+    for output in llm.generate(prompts if raw else list(map(llm.encode_chat, prompts)), params, progress=progress):
+        print_output(output)
+
+
+def print_output(output: RequestOutput) -> None:
+    completion = output.outputs[0]
+    print(completion.text)
+    for token, place in zip(completion.token_ids, completion.logprobs or (), strict=False):
+        print("  " + "  ".join(show_logprob(found, chosen=token == key) for key, found in place.items()))
+
+
+def show_logprob(found: Logprob, *, chosen: bool) -> str:
+    """A token with its log-probability; the chosen one has a star."""
+    return f"{'*' if chosen else ''}{found.decoded_token!r} {found.logprob:.3f}"
+
+
+def summary(llm: LLM) -> str:
+    """What ran and how fast."""
+    run = llm.metrics()
+    return (
+        f"{llm.plan.summary()}\n"
+        f"TTFT {run.ttft_s * 1e3:.1f} ms, TPOT {run.tpot_s * 1e3:.2f} ms, {run.tokens_per_s:.1f} tokens/s, "
+        f"pages {run.pages_used} of {run.pages_total} at most, host {run.host_ms_per_decode_step:.3f} ms a decode step"
+    )

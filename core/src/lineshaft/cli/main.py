@@ -1,0 +1,67 @@
+"""The entry point of the command line: picks the command and turns every failure into one line and an exit status.
+
+It imports nothing heavy: what a command needs, it imports when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lineshaft.cli import backends, explain, generate
+from lineshaft.errors import LineshaftError
+
+COMMANDS = {"generate": generate, "backends": backends, "explain": explain}
+FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"lineshaft: error: {message}; see `{self.prog} --help`\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 after an error, 130 when interrupted, 141 when the reader of stdout went away."""
+    args = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="lineshaft: %(message)s")
+    try:
+        status: int = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return fail("interrupted", INTERRUPTED, verbose=False)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
+        return PIPE_CLOSED
+    except LineshaftError as error:
+        return fail(f"error: {type(error).__name__}: {error}", FAILED, verbose=args.verbose)
+    except MemoryError as error:
+        said = f" ({error})" if str(error) else ""
+        line = f"error: OutOfMemory: the host has no memory left{said}; choose a smaller model, dtype or cache.pages"
+        return fail(line, FAILED, verbose=args.verbose)
+
+
+def parser() -> Parser:
+    """The parser of all commands."""
+    top = Parser(prog="lineshaft", description="One inference engine for any accelerator.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        command.add_argument("-v", "--verbose", action="store_true", help="log, and show tracebacks of errors")
+        module.add_arguments(command)
+    return top
+
+
+def fail(line: str, status: int, *, verbose: bool) -> int:
+    """Print the one line, after the traceback where asked for."""
+    if verbose:
+        traceback.print_exc()
+    print(f"lineshaft: {' '.join(line.split())}", file=sys.stderr)
+    return status

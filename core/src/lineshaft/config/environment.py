@@ -1,0 +1,12 @@
+"""The one place that reads the process environment; everything else is handed a mapping."""
+
+from __future__ import annotations
+
+import os
+
+PREFIX = "LINESHAFT_"
+
+
+def environment() -> dict[str, str]:
+    """A snapshot of the variables that configure lineshaft: those whose name begins with `LINESHAFT_`."""
+    return {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}

@@ -1,0 +1,101 @@
+"""Merges a TOML file, the environment and options into one EngineConfig, each value remembered with its source.
+
+An error names the dotted key, the source and what is allowed. It knows no key by name: the models say what exists.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lineshaft.config.environment import PREFIX
+from lineshaft.config.models import EngineConfig
+from lineshaft.config.values import Given, complaint, dotted, settle
+from lineshaft.errors import ConfigError, InvalidValue
+
+
+def load_config(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> EngineConfig:
+    """The configuration from `file` (TOML), overruled by `environment`, overruled by `overrides`.
+
+    Variables are `LINESHAFT_KEY` and `LINESHAFT_TABLE__KEY`; other variables are not looked at. Overrides have dotted
+    keys or nested tables. Text from variables and overrides is converted to the key's type; a file must give the type
+    itself. Raises UnknownKey, InvalidValue, and ConfigError for a file that is missing or is not TOML.
+    """
+    given = [*from_file(file), *from_environment(environment), *from_overrides(overrides)]
+    return build(merge(map(settle, given)))
+
+
+def make_config(**values: Any) -> EngineConfig:
+    """The configuration from keyword arguments alone, with the errors of `load_config`."""
+    return load_config(None, {}, values)
+
+
+def from_file(file: Path | None) -> Iterator[Given]:
+    """The values that a TOML file gives; none without a file."""
+    if file is not None:
+        yield from flatten((), read_toml(file), f"file {file}", text=False)
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The parsed file, or ConfigError."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the file {file}: {error.strerror}; give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file {file} is not TOML: {error}; correct it there") from error
+
+
+def from_environment(environment: Mapping[str, str]) -> Iterator[Given]:
+    """The values that variables give, in the order of their names."""
+    for name in sorted(environment):
+        if name.startswith(PREFIX):
+            path = tuple(name.removeprefix(PREFIX).lower().split("__"))
+            yield Given(path, environment[name], f"variable {name}", text=True)
+
+
+def from_overrides(overrides: Mapping[str, Any]) -> Iterator[Given]:
+    """The values that options or keyword arguments give."""
+    for key, value in overrides.items():
+        path = tuple(key.split("."))
+        yield from flatten(path, value, f"option {key}", text=True)
+
+
+def flatten(path: tuple[str, ...], value: Any, source: str, *, text: bool) -> Iterator[Given]:
+    """The leaves of nested tables; an empty table is a leaf, so that its name is checked too."""
+    if not isinstance(value, Mapping) or (path and not value):
+        yield Given(path, value, source, text)
+        return
+    for key, inner in value.items():
+        yield from flatten((*path, str(key)), inner, source, text=text)
+
+
+def merge(given: Iterable[Given]) -> dict[str, Any]:
+    """One nested table; of two values for a key the later one stays."""
+    tree: dict[str, Any] = {}
+    for item in given:
+        table = tree
+        for key in item.path[:-1]:
+            if not isinstance(table.get(key), dict):
+                table[key] = {}
+            table = table[key]
+        if item.value != {}:
+            table[item.path[-1]] = item.value
+    return tree
+
+
+def build(tree: dict[str, Any]) -> EngineConfig:
+    """The frozen configuration; what is left to go wrong concerns several keys or a missing one."""
+    try:
+        return EngineConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = dotted(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            where = f"in the file, as {PREFIX}{key.upper()} or as --{key}"
+            raise InvalidValue(f"{key} is not set; set it {where}") from error
+        raise InvalidValue(f"{key}: {complaint(error)}") from error

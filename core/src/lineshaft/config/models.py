@@ -1,0 +1,107 @@
+"""Every key of the configuration with its type, unit, default and meaning; nothing about where values come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Table(BaseModel):
+    """Base of all tables: frozen, closed to unknown keys, and strict (the text "12" is no integer)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class CacheConfig(Table):
+    """The paged KV cache."""
+
+    page_size: Positive | None = None
+    """Tokens in one page; unset: the backend's default."""
+    pages: Annotated[int, Field(ge=2)] | None = None
+    """Pages of one cache group, with the null page; unset: as many as `memory_fraction` gives."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the memory that is free after the weights are loaded; read where `pages` is unset."""
+    prefix_caching: bool = True
+    """Whether requests with a common prefix share its pages."""
+    watermark: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the pages that admission leaves free for the sequences already running."""
+
+
+class SchedulerConfig(Table):
+    """The limits of one step."""
+
+    token_budget: Positive = 512
+    """Most tokens in one step, prefill and decode together."""
+    max_rows: Positive = 32
+    """Most sequences in one step."""
+
+
+class LayoutConfig(Table):
+    """Degrees of the mesh axes; their product is the number of workers."""
+
+    dp: Positive = 1
+    """Data-parallel replicas."""
+    pp: Positive = 1
+    """Pipeline stages."""
+    cp: Positive = 1
+    """Context-parallel shards of one sequence."""
+    ep: Positive = 1
+    """Expert-parallel shards."""
+    tp: Positive = 1
+    """Tensor-parallel shards."""
+    sequence_parallel: bool = False
+    """Whether activations between blocks are cut along tokens over `tp`."""
+
+
+class SamplingConfig(Table):
+    """Defaults of the command line for requests; an unset key leaves the default of `SamplingParams`."""
+
+    temperature: float | None = None
+    """Divides the logits; 0 is greedy."""
+    top_p: float | None = None
+    """Keeps the most probable tokens up to this total probability, in (0, 1]."""
+    top_k: int | None = None
+    """Keeps this many of the most probable tokens; 0 keeps all."""
+    max_tokens: Positive | None = None
+    """Most tokens to generate for one prompt."""
+    seed: Natural | None = None
+    """Seed of the request's random draws; unset: derived from the engine's seed."""
+
+
+class EngineConfig(Table):
+    """All that an engine is told. Only `model` has no default."""
+
+    model: str
+    """Reference of the model: a path, `hf://ORG/NAME[@REVISION]` or `pypi:DISTRIBUTION`."""
+    backend: str = "auto"
+    """Name of a registered backend; "auto" takes the best usable one, a named one runs or raises."""
+    backend_options: dict[str, Any] = {}
+    """Options of the backend, checked by the model that its plugin registers."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Dtype that is executed; "auto" takes the backend's preferred one."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed from which requests without their own seed draw."""
+    max_model_len: Positive | None = None
+    """Most tokens of one sequence, prompt and output; unset: the model's context."""
+    tokenizer: str | None = None
+    """Reference of the tokenizer; unset: the model's own."""
+    threads: Natural = 0
+    """CPU threads of one worker; 0 leaves the choice to the backend."""
+    executor: Literal["auto", "inproc", "process"] = "auto"
+    """Where workers run; "auto" takes "inproc" for one worker and "process" for several."""
+    cache: CacheConfig = CacheConfig()
+    """The paged KV cache."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """The limits of one step."""
+    layout: LayoutConfig = LayoutConfig()
+    """Degrees of the mesh axes."""
+    kernels: dict[str, str] = {}
+    """Kernel by op, for ops whose kernel is not left to the planner; a named kernel runs or raises."""
+    max_logprobs: Natural = 20
+    """Most top log-probabilities that a request may ask for per token."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Defaults of the command line for requests."""

@@ -1,0 +1,52 @@
+"""Checks a backend's options against the model that its plugin registers, with errors worded like the core's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from lineshaft.config.values import complaint, dotted, suggestion
+from lineshaft.errors import InvalidValue, PluginError, UnknownKey
+from lineshaft.registry.loading import load_attribute
+
+if TYPE_CHECKING:
+    from lineshaft.contract.backends import BackendInfo
+
+TABLE = "backend_options"
+
+
+def validate_options(info: BackendInfo, options: Mapping[str, Any]) -> BaseModel | None:
+    """An instance of the backend's options model, or None where it registers none.
+
+    Text is converted to the option's type, since options also come from variables and the command line. Raises
+    UnknownKey, InvalidValue, and PluginError for a model that cannot be imported or is not a pydantic model.
+    """
+    model = options_model(info)
+    known = {} if model is None else model.model_fields
+    for key in options:
+        if key not in known:
+            hint = suggestion(key, (TABLE,), known)
+            raise UnknownKey(f"the backend {info.name!r} has no option {TABLE}.{key}; {hint}")
+    return None if model is None else validate(info, model, options)
+
+
+def options_model(info: BackendInfo) -> type[BaseModel] | None:
+    """The imported options model of a backend, or None."""
+    if not info.options:
+        return None
+    model = load_attribute(info.options)
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return model
+    raise PluginError(f"the backend {info.name!r} registers options {info.options!r}, which is not a pydantic model")
+
+
+def validate(info: BackendInfo, model: type[BaseModel], options: Mapping[str, Any]) -> BaseModel:
+    try:
+        return model.model_validate(dict(options), strict=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = dotted((TABLE, *map(str, first["loc"])))
+        given = "" if first["type"] == "missing" else f" = {first['input']!r}"
+        raise InvalidValue(f"{key}{given} (backend {info.name!r}): {complaint(error)}") from error

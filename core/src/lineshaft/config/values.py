@@ -1,0 +1,122 @@
+"""Checks one given value against the models: finds its key, converts its text, and words what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from lineshaft.config.models import EngineConfig
+from lineshaft.errors import InvalidValue, UnknownKey
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value, where it came from and whether it came as text (and is then converted to the key's type)."""
+
+    path: tuple[str, ...]
+    value: Any
+    source: str
+    text: bool
+
+
+def settle(given: Given) -> Given:
+    """The same with its value checked and converted. Raises UnknownKey or InvalidValue."""
+    model: type[BaseModel] = EngineConfig
+    for depth, key in enumerate(given.path, start=1):
+        field = model.model_fields.get(key)
+        if field is None:
+            raise UnknownKey(unknown_key(given, given.path[: depth - 1], model.model_fields))
+        if not is_table(field):
+            return settle_field(given, field, given.path[depth:])
+        model = field.annotation  # type: ignore[assignment]
+    return settle_table(given)
+
+
+def is_table(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def settle_table(given: Given) -> Given:
+    """A path that ends at a table may only bring an empty table, which says nothing."""
+    if given.value == {} or isinstance(given.value, BaseModel):
+        return given
+    raise InvalidValue(wrong(given, "it is a table; give one of its keys"))
+
+
+def settle_field(given: Given, field: FieldInfo, rest: tuple[str, ...]) -> Given:
+    """A path that ends at a value, or inside a free table (`dict[str, X]`) whose keys are not ours."""
+    if get_origin(field.annotation) is dict:
+        if not rest:
+            return settle_table(given)
+        inner = get_args(field.annotation)[1]
+        if inner is Any:
+            return given
+        if len(rest) == 1:
+            return replace(given, value=convert(given, inner, field))
+        raise InvalidValue(wrong(given, "it is a value, not a table"))
+    if rest or isinstance(given.value, Mapping):
+        raise InvalidValue(wrong(given, f"{dotted(given.path[: len(given.path) - len(rest)])} is a value, not a table"))
+    return replace(given, value=convert(given, annotation(field), field))
+
+
+def annotation(field: FieldInfo) -> Any:
+    """The field's type with its bounds."""
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+
+
+def convert(given: Given, kind: Any, field: FieldInfo) -> Any:
+    """The value as `kind`: strictly, or from text where it came as text ("none" unsets a key that may be unset)."""
+    try:
+        if given.text and isinstance(given.value, str):
+            return from_text(given.value, kind)
+        return TypeAdapter(kind).validate_python(given.value, strict=True)
+    except ValidationError as error:
+        raise InvalidValue(wrong(given, complaint(error), field.description)) from error
+
+
+def from_text(text: str, kind: Any) -> Any:
+    if text.strip().lower() == "none" and allows_none(kind):
+        return None
+    return TypeAdapter(kind).validate_strings(text, strict=False)
+
+
+def allows_none(kind: Any) -> bool:
+    if get_origin(kind) is Annotated:
+        return allows_none(get_args(kind)[0])
+    return get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind)
+
+
+def complaint(error: ValidationError) -> str:
+    """What is allowed, in pydantic's words, without its layout."""
+    return error.errors(include_url=False)[0]["msg"].replace("Input should", "it should")
+
+
+def dotted(path: Iterable[str]) -> str:
+    return ".".join(path)
+
+
+def wrong(given: Given, allowed: str, meaning: str | None = None) -> str:
+    """One line: the key, the value and its source, what is allowed, what the key means."""
+    line = f"{dotted(given.path)} = {given.value!r} (from {given.source}): {allowed}"
+    return f"{line} ({meaning})" if meaning else line
+
+
+def unknown_key(given: Given, table: tuple[str, ...], known: Iterable[str]) -> str:
+    """One line: the key, its source, the nearest key that exists, or all of the table's."""
+    line = f"unknown key {dotted(given.path)} (from {given.source})"
+    return f"{line}; {suggestion(given.path[len(table)], table, known)}"
+
+
+def suggestion(key: str, table: tuple[str, ...], known: Iterable[str]) -> str:
+    """The nearest known keys with their table's path, or all of them."""
+    names = list(known)
+    near = get_close_matches(key, names, n=1)
+    if near:
+        return f"did you mean {dotted((*table, near[0]))}?"
+    return f"allowed here: {', '.join(names)}" if names else "no key is allowed here"

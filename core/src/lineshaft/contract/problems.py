@@ -1,0 +1,241 @@
+"""Problem descriptors: the static facts by which a kernel is chosen, one frozen dataclass per kind of op.
+
+A field made by `feature(...)` names an optional ability. A kernel that does not list the field's name in `handles`
+is never chosen for a problem that sets it, so a new field with a default breaks no existing kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def feature(default: Any) -> Any:
+    """A problem field that counts as a used feature whenever it differs from `default`."""
+    return field(default=default, metadata={"feature": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Base of all problem descriptors; `dtype` is the dtype *executed*."""
+
+    dtype: str
+
+    def features(self) -> frozenset[str]:
+        """Names of the optional abilities that this problem asks of a kernel."""
+        return frozenset(f.name for f in fields(self) if f.metadata.get("feature") and getattr(self, f.name) != f.default)
+
+    def describe(self) -> str:
+        """One line with every field that differs from its default."""
+        shown = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointwiseProblem(Problem):
+    """Row-wise arithmetic on `[rows, width]`: add, silu_mul, gelu_mul, concat, gather_rows, merge_rows."""
+
+    rows: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormProblem(Problem):
+    """RMS norm over the last dim of `[rows, width]`."""
+
+    width: int
+    eps: float
+    rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedProblem(Problem):
+    """Row lookup in `[vocab, width]`, where `vocab` counts this shard's rows."""
+
+    vocab: int
+    width: int
+    rows: int = 0
+    scheme: str = feature("none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem(Problem):
+    """`[m, k] @ [n, k]^T`; `heads` > 0 is a batched product per head (`head_linear`)."""
+
+    n: int
+    k: int
+    m: int = 0
+    scheme: str = feature("none")
+    group_size: int = 0
+    bias: bool = feature(False)
+    adapters: bool = feature(False)
+    heads: int = feature(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Frequency scaling of rotary embeddings; `kind` is "none", "linear" or "llama3".
+
+    llama3: frequencies whose wavelength exceeds `original_context / low_freq_factor` are divided by `factor`, those
+    below `original_context / high_freq_factor` stay, and in between the two are blended (Llama 3.1 model card).
+    `freq_factors` divides each frequency and comes from checkpoints that store the scaling as a tensor.
+    """
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_context: int = 0
+    freq_factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeProblem(Problem):
+    """Rotary embedding of the first `dim` of `head_dim` values; angles are computed in float32."""
+
+    dim: int
+    base: float
+    head_dim: int = 0
+    q_heads: int = 0
+    kv_heads: int = 0
+    rows: int = 0
+    max_position: int = 0
+    scaling: RopeScaling = RopeScaling()
+    interleaved: bool = feature(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVProblem(Problem):
+    """One paged cache. `dtype` is what kernels compute in, `kv_dtype` what pages hold; `v_dim` 0 stores no values."""
+
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    page_size: int
+    kv_dtype: str
+    group: int = 0
+    rows: int = 0
+    kv_scheme: str = feature("none")
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in the canonical form."""
+        return self.page_size * self.kv_heads * (self.qk_dim + self.v_dim) * itemsize(self.kv_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateProblem(Problem):
+    """Per-sequence state of attention-free layers (reserved: no op reads it yet)."""
+
+    shape: tuple[int, ...]
+    group: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendProblem(Problem):
+    """Attention of a ragged batch over one paged cache."""
+
+    q_heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    page_size: int
+    scale: float
+    kv_dtype: str
+    group: int = 0
+    tokens: int = 0
+    rows: int = 0
+    pages: int = 0
+    max_query: int = 0
+    kv_scheme: str = feature("none")
+    causal: bool = feature(True)
+    window: int = feature(0)
+    softcap: float = feature(0.0)
+    sinks: bool = feature(False)
+    value_in_key: bool = feature(False)
+    return_lse: bool = feature(False)
+    page_starts: bool = feature(False)
+    key_ranges: bool = feature(False)
+    ancestors: bool = feature(False)
+    deferred_lens: bool = feature(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeProblem(Problem):
+    """Merging `parts` partial attention states over disjoint keys."""
+
+    parts: int = 0
+    rows: int = 0
+    heads: int = 0
+    v_dim: int = 0
+    sinks: bool = feature(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterProblem(Problem):
+    """Choice of `k` of `experts` experts per token."""
+
+    experts: int
+    k: int
+    rows: int = 0
+    softmax: str = "before"
+    renormalise: bool = False
+    scale: float = 1.0
+    groups: int = feature(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertProblem(Problem):
+    """Gated MLP of routed experts: `local` of `experts` experts live on this rank; capacity is static, T * k."""
+
+    experts: int
+    local: int
+    hidden: int
+    width: int
+    k: int = 0
+    rows: int = 0
+    activation: str = "silu"
+    scheme: str = feature("none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleProblem(Problem):
+    """Everything that turns logits `[rows, vocab]` into ids; which optional inputs exist is a feature each."""
+
+    vocab: int
+    rows: int = 0
+    top: int = 0  # how many alternatives logprobs returns
+    mask: bool = feature(False)
+    bias: bool = feature(False)
+    counts: bool = feature(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectiveProblem(Problem):
+    """One collective over the mesh axes `axis` with `size` members; `shape` is the local input's."""
+
+    axis: tuple[str, ...]
+    size: int
+    shape: tuple[int, ...]
+    dim: int = 0
+    concat_dim: int = 0
+    src: int = 0
+    shift: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstProblem(Problem):
+    """A small constant that depends on the rank (`vocab_start`, `expert_map`)."""
+
+    shape: tuple[int, ...]
+
+
+_ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "uint32": 4, "bfloat16": 2, "float16": 2}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of `dtype`, a name as NumPy and ml_dtypes spell it; one-byte types are the default.
+
+    Raises KeyError for a name that is no dtype of the contract.
+    """
+    return 1 if dtype.startswith(("float8", "int8", "uint8", "bool")) else _ITEMSIZE[dtype]

@@ -1,0 +1,200 @@
+"""What a plugin supplies at run time: sessions that own weights, caches and programs, and the values they hand out.
+
+Caches never cross this interface, which hides whether a backend updates them in place or donates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from lineshaft.contract.kernels import HostPrepare, Pack
+from lineshaft.contract.problems import KVProblem, StateProblem
+from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
+from lineshaft.contract.weights import Array, Checkpoint, Weight
+
+HostArray = np.ndarray[Any, Any]
+Tree = Any
+"""Nested dicts and lists whose leaves are Params, Weights or arrays."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache: `arrays` is private to the kernels of one layout. Passed to `write_kv`, it is consumed."""
+
+    key: int
+    problem: KVProblem | StateProblem
+    layout: str
+    arrays: dict[str, Array] = field(default_factory=dict)
+
+
+StepFunction = Callable[[Any, Tree, list[Cache], StepInputs, dict[str, Array]], tuple[dict[str, Array], list[Cache]]]
+"""fn(ops, weights, caches, inputs, arrays) -> (outputs, caches); pure in its signature."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packing the plan chose for a parameter: its layout's name, and how to make it (None: dense)."""
+
+    layout: str = ""
+    pack: Pack | None = None
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What a capture cost and what a replay will cost, in bytes unless said otherwise."""
+
+    seconds: float
+    ops: int = 0
+    arena: int = 0
+    temporaries: int = 0
+    aliased: int = 0
+    packed: int = 0
+    cache_copied: int = 0
+    collectives: tuple[str, ...] = ()
+
+
+class Transfer(Protocol):
+    """Pages on their way; ordered only with programs and transfers on the same pages."""
+
+    @property
+    def error(self) -> BaseException | None: ...
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+
+class Handle(Protocol):
+    """A program's output that stays on the device and may be given to another program of the session."""
+
+    @property
+    def spec(self) -> ArraySpec: ...
+
+
+class Pending(Protocol):
+    """A submitted step. Several may be outstanding; unread ones pile up no work.
+
+    `kernel_seconds` is the time that the step's kernels took, as far as the backend measures it (else NaN).
+    """
+
+    @property
+    def kernel_seconds(self) -> float: ...
+
+    def result(self, name: str) -> HostArray: ...  # waits; a private host copy
+
+    def handle(self, name: str) -> Handle: ...
+
+
+class Program(Protocol):
+    """One captured bucket. When `__call__` returns, the program no longer reads the host buffer."""
+
+    @property
+    def shape(self) -> StepShape: ...
+
+    @property
+    def report(self) -> CaptureReport: ...
+
+    def __call__(
+        self, host: HostStep, arrays: Mapping[str, Handle] = ..., after: Sequence[Transfer] = ...
+    ) -> Pending: ...
+
+
+class PlannedOps(Protocol):
+    """What the planner gives a session at capture: the plan's kernels for one bucket, ready to be bound."""
+
+    def bind(self, session: Session) -> Any:
+        """A plain namespace: one callable per name that the forward calls, `ops.<name>(...)`."""
+        ...
+
+    def prepares(self, session: Session) -> list[HostPrepare]:
+        """Host planning to run, in order, before each submission."""
+        ...
+
+
+class Session(Protocol):
+    """One per worker and stage; owns weights, caches and static inputs.
+
+    Between `freeze` and `thaw` nothing traces, compiles or retraces. After `close` every call raises SessionClosed.
+    """
+
+    def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
+        """Prepare and place every Param of the tree; `packings` is what the plan chose, by Param name.
+
+        Returns the tree of Weights. Raises MissingTensor, MisshapenTensor, OutOfMemory.
+        """
+        ...
+
+    def update(self, weights: Mapping[str, HostArray]) -> Pending:
+        """Replace values of equal leaf shape, by Param name, between steps, without dropping programs."""
+        ...
+
+    def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
+        """Allocate and commit one cache per problem; `pages` counts pages (with the null page) per group."""
+        ...
+
+    def capture(
+        self,
+        fn: StepFunction,
+        shape: StepShape,
+        inputs: InputLayout,
+        ops: PlannedOps,
+        arrays: Mapping[str, ArraySpec] = ...,
+        host_outputs: frozenset[str] = ...,
+    ) -> Program:
+        """Compile, record or wrap `fn` for one bucket; runs it on the all-zero step as often as it likes, and at
+        least once before it returns. Raises SessionFrozen between `freeze` and `thaw`."""
+        ...
+
+    def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
+        """Pages in canonical form: {"k": [n, page, Hkv, D], "v": [n, page, Hkv, Dv]}, this coordinate's heads."""
+        ...
+
+    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Transfer: ...
+
+    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> Transfer:
+        """Copy pages within every cache of a group; `src` and `dst` are int32[n], padded with 0."""
+        ...
+
+    def freeze(self) -> None: ...
+
+    def thaw(self) -> None: ...
+
+    def close(self) -> None:
+        """Idempotent: waits or aborts, joins threads, frees memory."""
+        ...
+
+
+class Memory(Protocol):
+    """What a backend knows of its memory, in bytes."""
+
+    def total_free(self) -> tuple[int, int] | None: ...
+
+    def page_bytes(self, problem: KVProblem) -> int: ...
+
+    def synchronize(self) -> None: ...
+
+
+def map_tree(fn: Callable[[Any], Any], tree: Tree) -> Tree:
+    """Apply `fn` to every leaf of nested dicts and lists, in their defined order."""
+    if isinstance(tree, dict):
+        return {key: map_tree(fn, value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [map_tree(fn, value) for value in tree]
+    return fn(tree)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """All leaves of nested dicts and lists, in their defined order."""
+    out: list[Any] = []
+    map_tree(out.append, tree)
+    return out
+
+
+__all__ = [
+    "Array", "Cache", "CaptureReport", "Handle", "HostArray", "Memory", "Packing", "Pending", "PlannedOps", "Program",
+    "Session", "StepFunction", "Transfer", "Tree", "Weight", "leaves", "map_tree",
+]  # fmt: skip

@@ -1,0 +1,167 @@
+"""What a step is given: its static shape, the ordered list of its inputs, and the packed host buffer that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 16
+"""Every input starts at a multiple of this many bytes in the packed host buffer."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A bucket: the static shape of a step. One program each; equal on all dp replicas.
+
+    `tokens` T, `rows` B, `pages` P of each cache group, `logits` R, `max_query` the longest query of a row.
+    """
+
+    tokens: int
+    rows: int
+    pages: tuple[int, ...]
+    logits: int
+    max_query: int
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of an array that is not there yet."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class InputField:
+    """One named input of a program."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class InputLayout:
+    """The ordered inputs of a program and their offsets in the packed host buffer."""
+
+    def __init__(self, fields: Sequence[InputField]) -> None:
+        self.fields = tuple(fields)
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for item in self.fields:
+            self.offsets[item.name] = end
+            size = int(np.prod(item.shape, dtype=np.int64)) * np.dtype(item.dtype).itemsize
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        self.nbytes = max(end, ALIGNMENT)
+
+    def views(self, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, np.ndarray[Any, Any]]:
+        """Named views into `buffer`, a uint8 array of at least `nbytes` bytes."""
+        out = {}
+        for item in self.fields:
+            start = self.offsets[item.name]
+            size = int(np.prod(item.shape, dtype=np.int64)) * np.dtype(item.dtype).itemsize
+            out[item.name] = buffer[start : start + size].view(item.dtype).reshape(item.shape)
+        return out
+
+
+class HostStep:
+    """A packed host buffer with named views; all zeros is the legal empty step."""
+
+    def __init__(self, layout: InputLayout, buffer: np.ndarray[Any, np.dtype[np.uint8]] | None = None) -> None:
+        self.layout = layout
+        self.buffer = aligned_zeros(layout.nbytes) if buffer is None else buffer
+        self.views = layout.views(self.buffer)
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        return self.views[name]
+
+
+def aligned_zeros(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A zeroed uint8 array whose first byte lies on a multiple of `ALIGNMENT`."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+def forward_inputs(shape: StepShape, page_starts: frozenset[int] = frozenset()) -> InputLayout:
+    """The inputs of a forward program.
+
+    token_ids int32[T], positions int32[T], query_starts int32[B+1], logit_rows int32[R], and for each cache group g:
+    slots.g int32[T], page_table.g int32[B,P], context_lens.g int32[B] and, for groups in `page_starts`,
+    page_starts.g int32[B,P].
+    """
+    fields = [
+        InputField("token_ids", "int32", (shape.tokens,)),
+        InputField("positions", "int32", (shape.tokens,)),
+        InputField("query_starts", "int32", (shape.rows + 1,)),
+        InputField("logit_rows", "int32", (shape.logits,)),
+    ]
+    for group, pages in enumerate(shape.pages):
+        fields.append(InputField(f"slots.{group}", "int32", (shape.tokens,)))
+        fields.append(InputField(f"page_table.{group}", "int32", (shape.rows, pages)))
+        fields.append(InputField(f"context_lens.{group}", "int32", (shape.rows,)))
+        if group in page_starts:
+            fields.append(InputField(f"page_starts.{group}", "int32", (shape.rows, pages)))
+    return InputLayout(fields)
+
+
+def sample_inputs(rows: int) -> InputLayout:
+    """The inputs of a sampling program over R rows: u f32[R,1], temperature, top_p, min_p f32[R], top_k int32[R].
+
+    All-zero is greedy: a row of temperature 0 takes the largest logit, lowest index first. top_k 0 and top_p 0 keep
+    every token.
+    """
+    floats = [InputField(name, "float32", (rows,)) for name in ("temperature", "top_p", "min_p")]
+    return InputLayout([InputField("u", "float32", (rows, 1)), *floats, InputField("top_k", "int32", (rows,))])
+
+
+@dataclass(frozen=True)
+class PageView:
+    """What one cache group sees of a step, as arrays of the backend."""
+
+    slots: Any  # int32[T] = page * page_size + offset
+    page_table: Any  # int32[B, P]
+    context_lens: Any  # int32[B], keys visible after this step's writes; 0 is a padding row
+    page_starts: Any = None  # int32[B, P]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A step's inputs as arrays of the backend, by name; `groups` holds a PageView per cache group."""
+
+    arrays: dict[str, Any] = field(repr=False)
+    shape: StepShape
+
+    @property
+    def token_ids(self) -> Any:  # int32[T]
+        return self.arrays["token_ids"]
+
+    @property
+    def positions(self) -> Any:  # int32[T], for RoPE only
+        return self.arrays["positions"]
+
+    @property
+    def query_starts(self) -> Any:  # int32[B+1], non-decreasing; tokens >= query_starts[B] are padding
+        return self.arrays["query_starts"]
+
+    @property
+    def logit_rows(self) -> Any:  # int32[R]
+        return self.arrays["logit_rows"]
+
+    @cached_property
+    def groups(self) -> tuple[PageView, ...]:
+        return tuple(self._group(g) for g in range(len(self.shape.pages)))
+
+    def _group(self, g: int) -> PageView:
+        get = self.arrays.get
+        return PageView(
+            get(f"slots.{g}"), get(f"page_table.{g}"), get(f"context_lens.{g}"), get(f"page_starts.{g}")
+        )

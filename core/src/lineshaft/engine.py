@@ -1,0 +1,270 @@
+"""The engine: requests in, tokens out. Each step schedules, packs, executes and commits; it knows no array library."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from lineshaft.cache import CacheManager, GroupSpec
+from lineshaft.config import EngineConfig
+from lineshaft.contract.steps import StepShape
+from lineshaft.errors import EmptyPrompt, InvalidSamplingParams, TokenOutOfRange
+from lineshaft.executors import agree, make_executor
+from lineshaft.meter import Clock, Meter, median, now
+from lineshaft.outputs import RunMetrics
+from lineshaft.plan import Plan
+from lineshaft.registry import Registry, discover
+from lineshaft.runner.buckets import Need, fit
+from lineshaft.runner.messages import Logprobs, Sizes, StepMessage, StepResult
+from lineshaft.runner.pack import need_of, pack_forward, pack_sampling
+from lineshaft.runner.worker import Progress, silent
+from lineshaft.sampling.params import SamplingParams
+from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
+
+Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
+"""Sees a request and the logits f32 [V] of its next token; a token id that it returns is taken instead of the sampled
+one (teacher forcing, for evaluation)."""
+
+
+@dataclass
+class Replica:
+    """One dp replica: its scheduler and its cache manager."""
+
+    scheduler: Scheduler
+    cache: CacheManager
+
+
+@dataclass
+class Live:
+    """A request while it runs."""
+
+    request: Request
+    replica: int
+    clock: Clock = field(default_factory=Clock)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token that a step gave to a request."""
+
+    request: Request
+    clock: Clock
+    token_id: int
+    logprobs: dict[int, tuple[float, int]] | None  # id -> (log-probability, rank; 0 = below those asked for)
+
+
+class Engine:
+    """Runs requests of token ids to the end. Use `add`, then `step` while `has_work`; `close` at the end.
+
+    `teacher`, if set, sees the logits of every sampled row and may overrule the token.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, registry: Registry | None = None, progress: Progress = silent
+    ) -> None:
+        registry = registry or discover()
+        self.config = config
+        self.teacher: Teacher | None = None
+        self.meter = Meter()
+        self._executor = make_executor(config, registry)
+        try:
+            sizes = self._executor.size()
+            self.pages = agree(sizes)
+            self._facts: Sizes = sizes[0]
+            self.started = self._executor.start(self.pages, progress)
+        except BaseException:
+            self._executor.close()
+            raise
+        self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
+        self._live: dict[int, Live] = {}
+        self._next_id = 0
+
+    def _make_replica(self) -> Replica:
+        groups = [GroupSpec(n, size) for n, size in zip(self.pages, self._facts.page_sizes, strict=True)]
+        settings = self.config.cache
+        cache = CacheManager(groups, prefix_caching=settings.prefix_caching, watermark=settings.watermark)
+        return Replica(Scheduler(self._facts.limits, cache), cache)
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._live)
+
+    @property
+    def plan(self) -> Plan:
+        """The frozen choice of kernels, the same on every rank."""
+        return self._facts.plan
+
+    @property
+    def vocab(self) -> int:
+        """Entries of the model's vocabulary."""
+        return self._facts.vocab
+
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset(), salt: bytes = b""
+    ) -> Request:
+        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams."""
+        self._check(prompt, params)
+        request_id = self._next_id
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
+        request = Request(request_id, tuple(prompt), params, eos_ids, salt)
+        replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
+        self._replicas[replica].scheduler.add(request)
+        self._live[request_id] = Live(request, replica)
+        self._next_id += 1
+        return request
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not len(prompt):
+            raise EmptyPrompt("the prompt has no tokens: give at least one")
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
+                raise TokenOutOfRange(f"prompt token {token!r}: ids are whole numbers from 0 to {self.vocab - 1}")
+        if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
+            raise InvalidSamplingParams(
+                f"logprobs = {params.logprobs}: the engine was made with max_logprobs = {self.config.max_logprobs}"
+            )
+
+    def cancel(self, request_id: int) -> None:
+        """End a request; no-op if it is not running."""
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            self._replicas[live.replica].scheduler.cancel(request_id)
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a request for a reason that only the text shows (a stop string)."""
+        live = self._live[request.id]
+        self._replicas[live.replica].scheduler.finish(request, reason, stop_reason)
+        self._retire(live)
+
+    # ---- the step ----------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Token]:
+        """One iteration: every replica schedules, all run the same bucket, each commits what it sampled."""
+        began = now()
+        batches = [replica.scheduler.schedule() for replica in self._replicas]
+        need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
+        if not need.tokens:
+            return []
+        shape = fit(self._facts.shapes, need)
+        messages = [self._message(r, b, shape) for r, b in zip(self._replicas, batches, strict=True)]
+        results = self._executor.execute(messages)
+        tokens = []
+        for replica, batch, result in zip(self._replicas, batches, results, strict=True):
+            tokens += self._commit(replica, batch, result, began)
+        self._book(batches, results, now() - began, len(tokens))
+        return tokens
+
+    def _message(self, replica: Replica, batch: Batch, shape: StepShape) -> StepMessage:
+        sampled = [row.request for row in batch.rows if row.samples]
+        copies = np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32).reshape(-1, 3)
+        return StepMessage(
+            shape,
+            pack_forward(batch, replica.cache, self._facts.page_sizes, shape),
+            copies,
+            pack_sampling(sampled, shape.logits),
+            logprobs=any(request.params.logprobs is not None for request in sampled),
+            logits=self.teacher is not None,
+        )
+
+    def _commit(self, replica: Replica, batch: Batch, result: StepResult, began: float) -> list[Token]:
+        for row in batch.rows:
+            clock = self._live[row.request.id].clock
+            clock.scheduled = clock.scheduled or began
+        requests = [row.request for row in batch.rows if row.samples]
+        ids = [self._taught(request, r, result) for r, request in enumerate(requests)]
+        for request, token in zip(requests, ids, strict=True):
+            if token < 0:  # NaN logits: no token can be sampled; the others go on
+                self.finish(request, FinishReason.ERROR)
+        replica.scheduler.commit(batch, ids)
+        at = now()
+        return [self._token(request, r, token, result, at) for r, (request, token) in enumerate(zip(requests, ids, strict=True))]
+
+    def _taught(self, request: Request, row: int, result: StepResult) -> int:
+        token = int(result.token_ids[row])
+        if self.teacher is None or result.logits is None:
+            return token
+        forced = self.teacher(request, result.logits[row])
+        return token if forced is None else forced
+
+    def _token(self, request: Request, row: int, token: int, result: StepResult, at: float) -> Token:
+        live = self._live.get(request.id)
+        clock = live.clock if live is not None else Clock()
+        if token >= 0:
+            clock.token(at)
+        if live is not None and request.finished:
+            self._retire(live)
+        wanted = request.params.logprobs
+        found = None if wanted is None or result.logprobs is None else top_logprobs(result.logprobs, row, token, wanted)
+        return Token(request, clock, token, found)
+
+    def _retire(self, live: Live) -> None:
+        request = live.request
+        del self._live[request.id]
+        self.meter.request(live.clock.metrics(request.cached, request.preemptions), len(request.prompt))
+
+    def _book(self, batches: Sequence[Batch], results: Sequence[StepResult], wall: float, sampled: int) -> None:
+        single = all(len(batch.rows) <= 1 for batch in batches) and sum(batch.tokens for batch in batches) == 1
+        kernels = max(result.kernel_seconds for result in results)
+        used = sum(r.cache.used_pages(g) for r in self._replicas for g in range(len(self.pages)))
+        self.meter.step(wall, kernels, single, sampled, used)
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def metrics(self) -> RunMetrics:
+        """What the engine did so far."""
+        meter = self.meter
+        stats = [replica.cache.stats for replica in self._replicas]
+        return RunMetrics(
+            requests=meter.requests,
+            prompt_tokens=meter.prompt_tokens,
+            output_tokens=meter.output_tokens,
+            ttft_s=median(meter.ttft),
+            tpot_s=median(meter.tpot),
+            tokens_per_s=meter.output_tokens / meter.seconds if meter.seconds else 0.0,
+            host_ms_per_decode_step=1e3 * median(meter.host),
+            kernel_ms_per_decode_step=1e3 * median(meter.kernels),
+            steps=meter.steps,
+            preemptions=sum(replica.scheduler.stats.preemptions for replica in self._replicas),
+            prefix_hit_tokens=sum(s.hit_tokens for s in stats),
+            pages_used=meter.pages_used,
+            pages_total=sum(n - 1 for n in self.pages) * len(self._replicas),
+            page_size=self._facts.page_sizes[0] if self._facts.page_sizes else 0,
+            load_s=max(s.load_seconds for s in self.started),
+            capture_s=max(s.capture_seconds for s in self.started),
+        )
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError if any cache manager's books do not balance."""
+        for replica in self._replicas:
+            replica.cache.check_integrity()
+
+    def close(self) -> None:
+        """Idempotent: cancels what runs and ends every worker."""
+        for request_id in list(self._live):
+            self.cancel(request_id)
+        self._executor.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def top_logprobs(found: Logprobs, row: int, token: int, wanted: int) -> dict[int, tuple[float, int]]:
+    """The `wanted` likeliest tokens of a row and the chosen one: id -> (log-probability, rank)."""
+    top = {int(i): (float(p), rank + 1) for rank, (i, p) in enumerate(zip(found.top_ids[row], found.top[row], strict=True))}
+    kept = dict(list(top.items())[:wanted])
+    kept[token] = top.get(token, (float(found.chosen[row]), 0))
+    return kept
+
+

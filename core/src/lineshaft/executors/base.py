@@ -1,0 +1,74 @@
+"""What an executor does, how one is chosen, and how workers are made to agree before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lineshaft.config import EngineConfig
+from lineshaft.errors import InvalidValue, PlanMismatch
+from lineshaft.registry import Registry
+from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.setup import degrees_of
+from lineshaft.runner.worker import Progress
+
+
+class Executor(Protocol):
+    """Runs the same step on every rank of each replica and brings back each replica's result."""
+
+    def size(self) -> list[Sizes]: ...  # by rank
+
+    def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]: ...  # by rank
+
+    def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]: ...  # one of each per dp replica
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ExecutorInfo:
+    """An executor as core or a plugin registers it; `most_workers` is None where there is no bound."""
+
+    name: str
+    make: Callable[[EngineConfig, Registry], Executor]
+    most_workers: int | None = None
+
+
+def builtin_executors() -> tuple[ExecutorInfo, ...]:
+    """The executors that core itself brings, in the order in which "auto" tries them."""
+    from lineshaft.executors.inproc import InprocExecutor
+    from lineshaft.executors.process import ProcessExecutor
+
+    return (ExecutorInfo("inproc", InprocExecutor, most_workers=1), ExecutorInfo("process", ProcessExecutor))
+
+
+def make_executor(config: EngineConfig, registry: Registry) -> Executor:
+    """The configured executor, or for "auto" the first that runs as many workers as the layout has."""
+    known: dict[str, ExecutorInfo] = {info.name: info for info in (*builtin_executors(), *registry.executors())}
+    world = degrees_of(config).world
+    if config.executor == "auto":
+        info = next(i for i in known.values() if i.most_workers is None or i.most_workers >= world)
+    elif config.executor in known:
+        info = known[config.executor]
+    else:
+        raise InvalidValue(f"executor = {config.executor!r}: known are auto, {', '.join(known)}")
+    if info.most_workers is not None and info.most_workers < world:
+        raise InvalidValue(
+            f"executor = {config.executor!r} runs at most {info.most_workers} worker(s), the layout has {world}; "
+            "use 'process' or 'auto'"
+        )
+    return info.make(config, registry)
+
+
+def agree(sizes: Sequence[Sizes]) -> tuple[int, ...]:
+    """The pages of each group that every rank can hold. Raises PlanMismatch unless all plans are the same."""
+    hashes: dict[str, int] = {}
+    for rank, size in enumerate(sizes):
+        hashes.setdefault(size.plan.hash, rank)
+    if len(hashes) > 1:
+        shown = ", ".join(f"rank {rank}: {name[:16]}" for name, rank in hashes.items())
+        raise PlanMismatch(
+            f"ranks resolved different plans ({shown}); install the same versions of every plugin on all of them"
+        )
+    return tuple(min(column) for column in zip(*(size.pages for size in sizes), strict=True))

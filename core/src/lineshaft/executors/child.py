@@ -1,0 +1,83 @@
+"""The main program of a spawned worker: answers the engine's messages until the engine is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any
+
+from lineshaft.config import EngineConfig
+from lineshaft.errors import LineshaftError
+from lineshaft.executors.wire import Disconnected, HostArray, receive, send
+from lineshaft.runner.messages import StepMessage
+from lineshaft.runner.worker import Worker
+
+
+class Server:
+    """Holds the worker and answers one call after the other."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+        self._worker: Worker | None = None
+
+    def run(self) -> None:
+        """Answer until the engine closes the connection."""
+        try:
+            while True:
+                header, arrays = receive(self._peer)
+                send(self._peer, *self._answer(header, arrays))
+        except Disconnected:
+            pass
+        finally:
+            if self._worker is not None:
+                self._worker.close()
+
+    def _answer(self, header: dict[str, Any], arrays: list[HostArray]) -> tuple[dict[str, Any], list[HostArray]]:
+        try:
+            return self._call(header, arrays)
+        except Disconnected:
+            raise
+        except Exception as error:  # the engine raises it again; nothing is swallowed
+            if not isinstance(error, LineshaftError):
+                traceback.print_exc()
+            message = " ".join(str(error).split())
+            return {"error": {"class": type(error).__name__, "message": message}}, []
+
+    def _call(self, header: dict[str, Any], arrays: list[HostArray]) -> tuple[dict[str, Any], list[HostArray]]:
+        if header["call"] == "make":
+            config = EngineConfig.model_validate(header["config"])
+            self._worker = Worker(config, header["rank"], header["rendezvous"])
+            return {}, []
+        assert self._worker is not None
+        if header["call"] == "size":
+            return self._worker.size().to_json(), []
+        if header["call"] == "start":
+            return dataclasses.asdict(self._worker.start(tuple(header["pages"]), self._progress)), []
+        return self._worker.execute(StepMessage.from_frames(header, arrays)).to_frames()
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        send(self._peer, {"progress": [what, done, total]})
+
+
+def watch(lifeline: int) -> None:
+    """End this process as soon as the engine's end of the pipe is gone, whatever the main thread is waiting for."""
+    while os.read(lifeline, 1):
+        pass
+    os._exit(1)
+
+
+def main() -> None:
+    """`python -m lineshaft.executors.child SOCKET_FD LIFELINE_FD`; Ctrl-C is the engine's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    peer = socket.socket(fileno=int(sys.argv[1]))
+    threading.Thread(target=watch, args=(int(sys.argv[2]),), daemon=True).start()
+    Server(peer).run()
+
+
+if __name__ == "__main__":
+    main()

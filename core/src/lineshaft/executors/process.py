@@ -1,0 +1,168 @@
+"""One spawned process per rank. A worker that dies is an error at once; none outlives the engine."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lineshaft import errors
+from lineshaft.config import EngineConfig
+from lineshaft.errors import LineshaftError, WorkerDied
+from lineshaft.executors.wire import Disconnected, HostArray, receive, send
+from lineshaft.registry import Registry
+from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.setup import degrees_of
+from lineshaft.runner.worker import Progress
+
+CLOSE_SECONDS = 5.0
+"""How long all workers together may take to close before they are killed."""
+
+Reply = tuple[dict[str, Any], list[HostArray]]
+
+
+@dataclass
+class Child:
+    """One worker process, the socket it talks through, and the pipe whose end tells it that the engine is gone."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    peer: socket.socket
+    lifeline: int
+
+    def stop(self, seconds: float) -> None:
+        """Wait for the process to end by itself, then end it."""
+        try:
+            self.process.wait(max(seconds, 0.0))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.lifeline)
+
+
+class ProcessExecutor:
+    """Ranks in processes; the engine talks to each over a socket pair."""
+
+    def __init__(self, config: EngineConfig, registry: Registry) -> None:
+        self._degrees = degrees_of(config)
+        self._folder = Path(tempfile.mkdtemp(prefix="lineshaft-"))
+        self._children: list[Child] = []
+        try:
+            for rank in range(self._degrees.world):
+                self._children.append(spawn(rank))
+            rendezvous = str(self._folder / "rendezvous")
+            self._ask_all({"call": "make", "config": config.model_dump(mode="json"), "rendezvous": rendezvous})
+        except BaseException:
+            self.close()
+            raise
+
+    def size(self) -> list[Sizes]:
+        return [Sizes.from_json(header) for header, _ in self._ask_all({"call": "size"})]
+
+    def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
+        return [Started(**header) for header, _ in self._ask_all({"call": "start", "pages": pages}, progress)]
+
+    def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
+        replica_size = self._degrees.world // self._degrees.dp
+        for replica, step in enumerate(steps):
+            header, arrays = step.to_frames()
+            for child in self._children[replica * replica_size : (replica + 1) * replica_size]:
+                self._send(child, {"call": "execute", **header}, arrays)
+        replies = self._collect()
+        return [StepResult.from_frames(*replies[replica * replica_size]) for replica in range(len(steps))]
+
+    def close(self) -> None:
+        """Idempotent: ends every worker, by force if it does not end by itself."""
+        children, self._children = self._children, []
+        for child in children:
+            child.peer.close()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for child in children:
+            child.stop(deadline - time.monotonic())
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ---- asking -------------------------------------------------------------------------------------------------
+
+    def _ask_all(self, header: dict[str, Any], progress: Progress | None = None) -> list[Reply]:
+        for child in self._children:
+            self._send(child, {**header, "rank": child.rank})
+        return self._collect(progress)
+
+    def _send(self, child: Child, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
+        try:
+            send(child.peer, header, arrays)
+        except Disconnected as error:
+            raise self._died(child) from error
+
+    def _collect(self, progress: Progress | None = None) -> list[Reply]:
+        """One reply of every worker; the first failure ends the wait, because the others may wait for the failed one."""
+        replies: dict[int, Reply] = {}
+        with selectors.DefaultSelector() as selector:
+            for child in self._children:
+                selector.register(child.peer, selectors.EVENT_READ, child)
+            while len(replies) < len(self._children):
+                for key, _ in selector.select():
+                    self._take(key.data, replies, selector, progress)
+        return [replies[rank] for rank in sorted(replies)]
+
+    def _take(
+        self, child: Child, replies: dict[int, Reply], selector: selectors.BaseSelector, progress: Progress | None
+    ) -> None:
+        try:
+            header, arrays = receive(child.peer)
+        except Disconnected as error:
+            raise self._died(child) from error
+        if "progress" in header:
+            if progress is not None and child.rank == 0:
+                progress(*header["progress"])
+            return
+        if "error" in header:
+            raise rebuild_error(header["error"], child.rank)
+        replies[child.rank] = (header, arrays)
+        selector.unregister(child.peer)
+
+    def _died(self, child: Child) -> WorkerDied:
+        status = child.process.poll()
+        if status is None:
+            try:
+                status = child.process.wait(CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                status = None
+        how = "closed its connection" if status is None else f"ended with status {status}"
+        return WorkerDied(
+            f"worker of rank {child.rank} (process {child.process.pid}) {how}; its last words are above, "
+            "the engine must be made anew"
+        )
+
+
+def spawn(rank: int) -> Child:
+    """Start one worker process; it waits for its first message."""
+    ours, theirs = socket.socketpair()
+    lifeline_read, lifeline_write = os.pipe()
+    command = [sys.executable, "-m", "lineshaft.executors.child", str(theirs.fileno()), str(lifeline_read)]
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), lifeline_read), start_new_session=True
+        )
+    finally:
+        theirs.close()
+        os.close(lifeline_read)
+    return Child(rank, process, ours, lifeline_write)
+
+
+def rebuild_error(described: dict[str, str], rank: int) -> LineshaftError:
+    """A worker's error as the class it had there; an unknown class becomes WorkerDied."""
+    kind = getattr(errors, described["class"], None)
+    if isinstance(kind, type) and issubclass(kind, LineshaftError):
+        return kind(described["message"])
+    return WorkerDied(f"worker of rank {rank} failed: {described['class']}: {described['message']}")
+

@@ -1,0 +1,106 @@
+"""How many ranks each mesh axis has, which rank sits where, and every rule that the degrees must meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lineshaft.contract.weights import Coordinate
+from lineshaft.errors import LayoutError
+
+AXES = ("dp", "pp", "cp", "ep", "tp")
+"""Mesh axes, outermost first: ranks are numbered row-major, so tp neighbours are adjacent."""
+
+RUNNABLE = frozenset({"dp", "tp"})
+"""Axes that this version runs; a degree above 1 on another axis is refused."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the rules need to know of a model, in heads, values and vocabulary entries."""
+
+    q_heads: int
+    kv_heads: int
+    hidden: int
+    intermediate: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """One tp rank's heads: half-open ranges of the model's q and kv heads."""
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """The number of ranks along each axis."""
+
+    dp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    @property
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        return tuple((axis, getattr(self, axis)) for axis in AXES)
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.pp * self.cp * self.ep * self.tp
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """The place of `rank` on every axis (row-major). Raises LayoutError outside [0, world)."""
+        if not 0 <= rank < self.world:
+            raise LayoutError(f"rank {rank} is outside 0..{self.world - 1}, the ranks of {self}")
+        place = {}
+        for axis, degree in reversed(self.axes):
+            rank, place[axis] = divmod(rank, degree)
+        return Coordinate(**place)
+
+    def heads(self, shape: ModelShape, tp: int) -> HeadShare:
+        """The heads of tp rank `tp`; kv heads are replicated where there are fewer of them than ranks."""
+        q = shape.q_heads // self.tp
+        kv = max(1, shape.kv_heads // self.tp)
+        kv_start = tp * shape.kv_heads // self.tp
+        return HeadShare(tp * q, (tp + 1) * q, kv_start, kv_start + kv)
+
+    def padded_vocab(self, vocab: int) -> int:
+        """Vocabulary entries after padding at the end to a multiple of tp."""
+        return -(-vocab // self.tp) * self.tp
+
+    def validate(self, shape: ModelShape) -> None:
+        """Raises LayoutError that lists every broken rule at once."""
+        broken = self._broken_degrees() or self._broken_shares(shape)
+        if broken:
+            raise LayoutError(f"layout {self} breaks {len(broken)} rule(s): " + "; ".join(broken))
+
+    def _broken_degrees(self) -> list[str]:
+        low = [f"{axis}={n}: a degree is at least 1" for axis, n in self.axes if n < 1]
+        later = [
+            f"{axis}={n}: this version runs dp and tp only, set {axis}=1"
+            for axis, n in self.axes
+            if n > 1 and axis not in RUNNABLE
+        ]
+        return low + later
+
+    def _broken_shares(self, shape: ModelShape) -> list[str]:
+        broken = []
+        for what, count in (("query heads", shape.q_heads), ("intermediate width", shape.intermediate)):
+            if count % self.tp:
+                broken.append(f"tp={self.tp} does not divide the {count} {what} (allowed: {_divisors(count)})")
+        if shape.kv_heads % self.tp and self.tp % shape.kv_heads:
+            broken.append(f"neither of tp={self.tp} and {shape.kv_heads} kv heads divides the other")
+        return broken
+
+    def __str__(self) -> str:
+        shown = [f"{axis}={n}" for axis, n in self.axes if n != 1]
+        return " ".join(shown) or "tp=1"
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)

@@ -1,0 +1,77 @@
+"""What a model family supplies, and how one is found by a checkpoint's architecture."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lineshaft.contract.problems import KVProblem, Problem
+from lineshaft.contract.sessions import Cache, Tree
+from lineshaft.contract.steps import StepInputs
+from lineshaft.contract.weights import Array
+from lineshaft.errors import UnknownArchitecture
+from lineshaft.layout import Degrees, ModelShape
+
+Uses = Mapping[str, tuple[str, Problem]]
+"""Name in the forward -> (op, base problem). A name is an op's, or an op's with a suffix where a model needs several."""
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a model is built for: executed dtype, cache dtype, page size in tokens and parallel degrees."""
+
+    dtype: str
+    kv_dtype: str
+    page_size: int
+    degrees: Degrees = Degrees()
+
+
+class Model(Protocol):
+    """One model at one layout. `forward` obeys the op contract: static shapes, `ops` calls and slices only."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def max_position(self) -> int: ...  # longest context in tokens
+
+    def params(self) -> Tree: ...  # nested dicts and lists of Param
+
+    def caches(self) -> Sequence[KVProblem]: ...  # numbered by the model, not by layer
+
+    def uses(self) -> Uses: ...
+
+    def forward(
+        self, ops: Any, weights: Tree, caches: Sequence[Cache], step: StepInputs
+    ) -> tuple[Array, list[Cache]]: ...  # logits [R, V], caches
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family of architectures; `architectures` are names as in config.json's `architectures` or `model_type`."""
+
+    name: str
+    architectures: tuple[str, ...]
+    build: Callable[[Mapping[str, Any], BuildContext], Model]
+
+
+def builtin_families() -> tuple[ModelFamily, ...]:
+    """The families that core itself brings."""
+    from lineshaft.models.llama import FAMILY as LLAMA
+
+    return (LLAMA,)
+
+
+def find_family(config: Mapping[str, Any], families: Sequence[ModelFamily]) -> ModelFamily:
+    """The family of a checkpoint's config; raises UnknownArchitecture with the nearest names."""
+    named = [*(config.get("architectures") or ()), config.get("model_type") or ""]
+    for family in families:
+        if any(name in family.architectures for name in named):
+            return family
+    known = [name for family in families for name in family.architectures]
+    given = next((name for name in named if name), "(none given)")
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UnknownArchitecture(f"architecture {given!r}: {hint}known are {', '.join(known)}")

@@ -1,0 +1,72 @@
+"""Shard functions: which rows or columns of which checkpoint tensors make up one coordinate's parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Stored
+from lineshaft.errors import MisshapenTensor
+
+Range = Callable[[Coordinate], tuple[int, int]]
+Shard = Callable[[Checkpoint, Coordinate], Local]
+
+
+def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """Raises MissingTensor or MisshapenTensor unless the checkpoint holds `name` with this shape."""
+    found = tuple(checkpoint.shape(name))
+    if found != shape:
+        raise MisshapenTensor(f"tensor {name} has shape {list(found)}, the model's config asks for {list(shape)}")
+
+
+def rows(*parts: tuple[str, tuple[int, ...], Range]) -> Shard:
+    """Cut rows ("out") of each (name, full shape, range) and join the parts: cut first, joined after."""
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        for name, shape, _ in parts:
+            check_shape(checkpoint, name, shape)
+        return Local(tuple(checkpoint.rows(name, *where(at)) for name, _, where in parts))
+
+    return shard
+
+
+def cols(name: str, shape: tuple[int, ...], where: Range) -> Shard:
+    """Cut columns ("in") of one tensor."""
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        check_shape(checkpoint, name, shape)
+        return Local((checkpoint.cols(name, *where(at)),))
+
+    return shard
+
+
+def whole(name: str, shape: tuple[int, ...]) -> Shard:
+    """The whole tensor on every rank."""
+    return rows((name, shape, lambda at: (0, shape[0])))
+
+
+def padded_rows(name: str, shape: tuple[int, int], share: int) -> Shard:
+    """`share` rows per tp rank, with zero rows past the end of the tensor."""
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        check_shape(checkpoint, name, shape)
+        start, stop = min(at.tp * share, shape[0]), min((at.tp + 1) * share, shape[0])
+        parts = [checkpoint.rows(name, start, stop)] if stop > start else []
+        missing = share - (stop - start)
+        if missing:
+            zeros = np.zeros((missing, shape[1]), np.float32)
+            parts.append(Stored("none", zeros.shape, {"data": zeros}))
+        return Local(tuple(parts))
+
+    return shard
+
+
+def constant(value: Callable[[Coordinate], list[int]]) -> Shard:
+    """int32 numbers that depend on the coordinate."""
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        data = np.asarray(value(at), np.int32)
+        return Local((Stored("none", data.shape, {"data": data}),))
+
+    return shard

@@ -1,0 +1,95 @@
+"""The frozen choice of kernels: what was chosen for each problem, what was rejected and why, and a hash to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lineshaft.contract.problems import Problem
+from lineshaft.contract.steps import StepShape
+from lineshaft.plan.resolve import Rejection
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One problem of one op: the kernel chosen for it, its packing, and each kernel that was rejected."""
+
+    op: str
+    problem: str
+    dtype: str  # executed
+    kernel: str
+    version: str
+    layout: str
+    options: Mapping[str, str]
+    rejected: tuple[Rejection, ...]
+    calls: int  # in one step of the largest bucket that has it
+
+    def identity(self) -> list[Any]:
+        return [self.op, self.problem, self.kernel, self.version, self.layout, sorted(self.options.items())]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A frozen plan. The hash covers op, problem, kernel, version, packing and options; never timings, hosts or paths."""
+
+    backend: str
+    shapes: tuple[StepShape, ...]
+    entries: tuple[PlanEntry, ...]
+    weight_layouts: Mapping[str, str]
+    cache_layout: str
+    weight_bytes: int
+    weights_prepared_twice: tuple[str, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """sha256 in hexadecimal."""
+        content = [
+            [dataclasses.astuple(shape) for shape in self.shapes],
+            sorted((entry.identity() for entry in self.entries), key=json.dumps),
+            sorted(self.weight_layouts.items()),
+            self.cache_layout,
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """A few lines: backend, buckets, the kernel of each op, the hash."""
+        chosen: dict[str, list[str]] = {}
+        for entry in self.entries:
+            names = chosen.setdefault(entry.op, [])
+            if entry.kernel not in names:
+                names.append(entry.kernel)
+        lines = [f"plan {self.hash[:16]}  backend {self.backend}  buckets {len(self.shapes)}  problems {len(self.entries)}"]
+        width = max((len(op) for op in chosen), default=0)
+        lines += [f"  {op:<{width}}  {', '.join(names)}" for op, names in chosen.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"hash": self.hash, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json` after a trip through JSON."""
+        given = {key: value for key, value in data.items() if key != "hash"}
+        shapes = tuple(make_shape(shape) for shape in given.pop("shapes"))
+        entries = tuple(
+            PlanEntry(**{**e, "rejected": tuple(Rejection(**r) for r in e["rejected"])}) for e in given.pop("entries")
+        )
+        twice = tuple(given.pop("weights_prepared_twice"))
+        return cls(shapes=shapes, entries=entries, weights_prepared_twice=twice, **given)
+
+
+def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Rejection], calls: int) -> PlanEntry:
+    """An entry for a chosen kernel."""
+    return PlanEntry(
+        op, problem.describe(), problem.dtype, kernel.name, kernel.version, kernel.layout, dict(kernel.options),
+        tuple(rejected), calls,
+    )  # fmt: skip
+
+
+def make_shape(data: Mapping[str, Any]) -> StepShape:
+    """A StepShape from its fields as JSON gives them back."""
+    return StepShape(**{**data, "pages": tuple(data["pages"])})

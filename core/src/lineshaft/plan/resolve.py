@@ -1,0 +1,137 @@
+"""Choosing a kernel for every problem: by name, API, features, `supports` and priority; no tie is broken silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lineshaft.contract.backends import API_VERSION
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.problems import Problem
+from lineshaft.errors import Ambiguous, Unsupported
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A kernel that was not chosen, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass
+class Candidates:
+    """The kernels that take a problem, best first, and those that do not."""
+
+    problem: Problem
+    op: str
+    taken: list[Kernel] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+    def best(self, layout: str | None = None) -> Kernel:
+        """The highest priority (within `layout`). Raises Unsupported with every reason, Ambiguous on a tie."""
+        fitting = [k for k in self.taken if layout is None or k.layout == layout]
+        if not fitting:
+            raise Unsupported(self._unsupported(layout))
+        top = [k for k in fitting if k.priority == fitting[0].priority]
+        if len(top) > 1:
+            names = ", ".join(k.name for k in top)
+            raise Ambiguous(
+                f"{self.op}: {names} are equally good for {self.problem.describe()}; "
+                f'settle it with `[kernels] {self.op} = "{top[0].name}"`'
+            )
+        return top[0]
+
+    def _unsupported(self, layout: str | None) -> str:
+        reasons = [f"{r.kernel}: {r.reason}" for r in self.rejected]
+        reasons += [f"{k.name}: uses layout {k.layout!r}, not {layout!r}" for k in self.taken]
+        listed = "; ".join(reasons) or "the backend registers no kernel for it"
+        return f"no kernel for {self.op} ({self.problem.describe()}): {listed}"
+
+    def rejections(self, chosen: Kernel) -> list[Rejection]:
+        """Everything but `chosen`, each with its reason."""
+        others = [k for k in self.taken if k.name != chosen.name]
+        return [
+            *(Rejection(k.name, _lost(k, chosen)) for k in others),
+            *self.rejected,
+        ]
+
+
+def _lost(kernel: Kernel, chosen: Kernel) -> str:
+    if kernel.layout != chosen.layout:
+        return f"its layout {kernel.layout!r} is not the one chosen jointly, {chosen.layout!r}"
+    return f"priority {kernel.priority} is below {chosen.priority} of {chosen.name}"
+
+
+class Resolver:
+    """Finds candidates once per (op, problem). `named` maps an op to the kernel that the configuration demands."""
+
+    def __init__(self, backend: str, kernels: Iterable[Kernel], named: Mapping[str, str]) -> None:
+        self._backend, self._named = backend, named
+        self._by_op: dict[str, list[Kernel]] = {}
+        for kernel in kernels:
+            self._by_op.setdefault(kernel.op, []).append(kernel)
+        self._found: dict[tuple[str, Problem], Candidates] = {}
+        self._check_named()
+
+    def _check_named(self) -> None:
+        for op, name in self._named.items():
+            known = [k.name for k in self._by_op.get(op, [])]
+            if name not in known:
+                raise Unsupported(
+                    f"[kernels] {op} = {name!r}: backend {self._backend!r} has no such kernel for {op}; "
+                    f"it has {', '.join(known) or 'none'}"
+                )
+
+    def resolvable(self, op: str, problem: Problem) -> bool:
+        """Whether some kernel takes this problem."""
+        return bool(self.candidates(op, problem).taken)
+
+    def candidates(self, op: str, problem: Problem) -> Candidates:
+        key = (op, problem)
+        if key not in self._found:
+            self._found[key] = self._search(op, problem)
+        return self._found[key]
+
+    def _search(self, op: str, problem: Problem) -> Candidates:
+        found = Candidates(problem, op)
+        for kernel in self._by_op.get(op, []):
+            reason = self._reason(kernel, problem)
+            if reason is None:
+                found.taken.append(kernel)
+            else:
+                found.rejected.append(Rejection(kernel.name, reason))
+        found.taken.sort(key=lambda k: (-k.priority, k.name))
+        return found
+
+    def _reason(self, kernel: Kernel, problem: Problem) -> str | None:
+        named = self._named.get(kernel.op)
+        if named is not None and kernel.name != named:
+            return f"[kernels] {kernel.op} names {named}"
+        if kernel.api not in (API_VERSION, API_VERSION + 1):
+            return f"written for contract version {kernel.api}, this is {API_VERSION}"
+        unknown = sorted(problem.features() - kernel.handles)
+        if unknown:
+            return "does not handle " + ", ".join(unknown)
+        return kernel.supports(problem)
+
+
+def joint_layout(candidates: Sequence[Candidates], what: str) -> str:
+    """The one layout under which every problem of a weight or cache has a kernel: the largest sum of priorities.
+
+    Raises Unsupported when there is none, Ambiguous when two layouts are equally good.
+    """
+    shared = set.intersection(*({k.layout for k in c.taken} for c in candidates))
+    if not shared:
+        for c in candidates:
+            c.best()  # raises with the reasons where one problem has no kernel at all
+        needs = "; ".join(f"{c.op}: {sorted({k.layout for k in c.taken})}" for c in candidates)
+        raise Unsupported(f"no packing of {what} serves all its uses: {needs}")
+    scores = {name: sum(max(k.priority for k in c.taken if k.layout == name) for c in candidates) for name in shared}
+    best = max(scores.values())
+    top = sorted(name for name, score in scores.items() if score == best)
+    if len(top) > 1:
+        raise Ambiguous(
+            f"layouts {', '.join(top)} are equally good for {what}; name one of their kernels under [kernels]"
+        )
+    return top[0]

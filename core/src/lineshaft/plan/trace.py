@@ -1,0 +1,175 @@
+"""Tracing a forward with abstract arrays: which ops it calls, under which problems, and that it obeys the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lineshaft.contract.ops.spec import Call, OpSpec
+from lineshaft.contract.problems import Problem
+from lineshaft.contract.restricted import Restricted, violate
+from lineshaft.contract.sessions import Cache, StepFunction, Tree, leaves, map_tree
+from lineshaft.contract.steps import ArraySpec, InputLayout, StepInputs, StepShape
+from lineshaft.contract.weights import Param, Weight
+from lineshaft.errors import Unsupported
+
+
+class AbstractArray(Restricted):
+    """An array with a shape and no values."""
+
+    __slots__ = ("spec",)
+
+    def __init__(self, spec: ArraySpec) -> None:
+        self.spec = spec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    def _reshaped(self, shape: tuple[int, ...]) -> AbstractArray:
+        return AbstractArray(ArraySpec(shape, self.spec.dtype))
+
+    def _sliced(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> AbstractArray:
+        return self._reshaped(shape)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One distinct call: the name used in the forward, the op, the dispatch key of its arguments and its problem."""
+
+    name: str
+    op: str
+    key: tuple[Any, ...]
+    problem: Problem
+    weight: int | None = None  # key of the Weight argument
+    cache: bool = False
+    composite: bool = False  # run by the op's default decomposition
+
+
+@dataclass
+class Trace:
+    """All sites of one program, in first-call order, with the number of calls of each."""
+
+    shape: StepShape
+    sites: dict[tuple[str, tuple[Any, ...]], Site] = field(default_factory=dict)
+    calls: dict[tuple[str, tuple[Any, ...]], int] = field(default_factory=dict)
+    outputs: dict[str, ArraySpec] = field(default_factory=dict)
+
+
+def dispatch_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells two calls of one name apart: weights by key, caches by problem, arrays by shape, statics by value."""
+    return (*map(_item_key, args), *((name, _item_key(kwargs[name])) for name in sorted(kwargs)))
+
+
+def _item_key(item: Any) -> Any:
+    if isinstance(item, Weight):
+        return ("weight", item.key)
+    if isinstance(item, Cache):
+        return item.problem
+    if isinstance(item, (StepInputs, Mapping)):
+        return None
+    if isinstance(item, (list, tuple)):
+        return tuple(map(_item_key, item))
+    return tuple(item.shape) if hasattr(item, "shape") else item
+
+
+class Tracer:
+    """The `ops` of an abstract run. `resolvable(op, problem)` says whether a composite has a kernel of its own."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, OpSpec],
+        uses: Mapping[str, tuple[str, Problem]],
+        degrees: Mapping[str, int],
+        shape: StepShape,
+        resolvable: Callable[[str, Problem], bool],
+    ) -> None:
+        self._specs, self._uses, self._degrees, self._resolvable = specs, uses, degrees, resolvable
+        self.trace = Trace(shape)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op, base = self._uses.get(name, (name, None))
+        spec = self._specs.get(op)
+        if spec is None:
+            raise Unsupported(f"the forward calls ops.{name}, which is no op of the contract and no declared use")
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._record(name, spec, base, args, kwargs)
+
+        return call
+
+    def _record(
+        self, name: str, spec: OpSpec, base: Problem | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        call = Call(args, kwargs, self._degrees)
+        weight = next((item for item in args if isinstance(item, Weight)), None) if spec.weight else None
+        problem = spec.specialise(base if weight is None else weight.problems[spec.weight], call)
+        check_optional(spec, problem, kwargs)
+        composite = spec.default is not None and not self._resolvable(spec.name, problem)
+        site = Site(
+            name, spec.name, dispatch_key(args, kwargs), problem,
+            weight=None if weight is None else weight.key,
+            cache=any(isinstance(item, Cache) for item in args), composite=composite,
+        )  # fmt: skip
+        seen = (name, site.key)
+        self.trace.sites.setdefault(seen, site)
+        self.trace.calls[seen] = self.trace.calls.get(seen, 0) + 1
+        if composite:
+            assert spec.default is not None
+            return spec.default(self, problem, *args, **kwargs)
+        return self._result(spec, problem, call)
+
+    def _result(self, spec: OpSpec, problem: Problem, call: Call) -> Any:
+        out = spec.infer(problem, call)
+        if out == "cache":
+            return next(item for item in call.args if isinstance(item, Cache))
+        if isinstance(out, ArraySpec):
+            return AbstractArray(out)
+        return tuple(AbstractArray(item) for item in out if isinstance(item, ArraySpec))
+
+
+def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) -> None:
+    """An optional array is passed exactly when the problem's field of that name is set, else ContractViolation."""
+    for keyword, feature in spec.optional.items():
+        passed, wanted = kwargs.get(keyword) is not None, bool(getattr(problem, feature))
+        if passed != wanted:
+            violate(f"ops.{spec.name}: {keyword}= is {'' if passed else 'not '}passed but {feature}={wanted}")
+
+
+def abstract_weights(params: Tree) -> Tree:
+    """The tree of Weights without values; keys number the distinct Params in leaf order."""
+    keys: dict[str, int] = {}
+
+    def one(param: Param) -> Weight | AbstractArray:
+        key = keys.setdefault(param.name, len(keys))
+        if "const" in param.problems:
+            return AbstractArray(ArraySpec(param.shape, param.dtype))
+        return Weight(key, param.name, param.problems, "")
+
+    return map_tree(one, params)
+
+
+def trace_function(
+    fn: StepFunction,
+    tracer: Tracer,
+    params: Tree,
+    caches: Sequence[Cache],
+    inputs: InputLayout,
+    arrays: Mapping[str, ArraySpec],
+) -> Trace:
+    """Run `fn` once on abstract arrays; raises ContractViolation if it leaves the contract or drops a cache."""
+    step = StepInputs(
+        {f.name: AbstractArray(ArraySpec(f.shape, f.dtype)) for f in inputs.fields}, tracer.trace.shape
+    )
+    given = {name: AbstractArray(spec) for name, spec in arrays.items()}
+    outputs, after = fn(tracer, abstract_weights(params), list(caches), step, given)
+    if len(after) != len(caches):
+        violate(f"{len(after)} caches come back, {len(caches)} went in")
+    tracer.trace.outputs = {name: value.spec for name, value in outputs.items()}
+    return tracer.trace
+
+
+def distinct_params(params: Tree) -> list[Param]:
+    """Each Param once, in leaf order; its position is its Weight's key."""
+    return list({param.name: param for param in leaves(params)}.values())

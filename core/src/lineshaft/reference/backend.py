@@ -1,0 +1,113 @@
+"""The backend `numpy`: capabilities, options, memory and one kernel per op, made from the op's own reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from lineshaft.contract.backends import Capabilities, DeterminismClaims, Probe, World
+from lineshaft.contract.kernels import Bound, Kernel
+from lineshaft.contract.ops import all_ops
+from lineshaft.contract.ops.spec import Numerics, OpSpec, StepArg
+from lineshaft.contract.problems import KVProblem
+from lineshaft.contract.sessions import Cache
+from lineshaft.contract.steps import StepInputs
+from lineshaft.contract.weights import Weight
+from lineshaft.errors import InvalidValue
+from lineshaft.reference.session import ReferenceSession, ValueArray
+
+NAME = "numpy"
+
+
+class ReferenceOptions(BaseModel):
+    """The reference backend has no options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def probe() -> Probe:
+    """NumPy is a dependency of core: always usable."""
+    return Probe(True, "NumPy is part of every installation", ("host",))
+
+
+@dataclass(frozen=True)
+class ReferenceBackend:
+    """A backend on NumPy arrays; `determinism` holds because every row is computed on its own."""
+
+    name: str
+    capabilities: Capabilities
+    memory: ReferenceMemory
+
+    def kernels(self) -> Sequence[Kernel]:
+        return [reference_kernel(spec) for spec in all_ops().values()]
+
+    def session(self, rank: int) -> ReferenceSession:
+        return ReferenceSession()
+
+
+class ReferenceMemory:
+    """Host memory that nobody counts."""
+
+    def total_free(self) -> tuple[int, int] | None:
+        return None
+
+    def page_bytes(self, problem: KVProblem) -> int:
+        return problem.page_bytes
+
+    def synchronize(self) -> None:
+        """Everything is done when it returns."""
+
+
+def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
+    """Raises InvalidValue for more than one worker."""
+    if world.size > 1:
+        raise InvalidValue(f"backend 'numpy' runs one worker, the layout has {world.size}; set every degree to 1")
+    capabilities = Capabilities(
+        dtypes=("float64", "float32", "bfloat16"), determinism=DeterminismClaims(run=True)
+    )
+    return ReferenceBackend(NAME, capabilities, ReferenceMemory())
+
+
+def reference_kernel(spec: OpSpec) -> Kernel:
+    """An op's reference as a kernel that takes every problem."""
+
+    def bind(problem: Any, session: Any) -> Bound:
+        num = Numerics.of(problem.dtype, spec.accumulate)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = {name: bare(value) for name, value in kwargs.items()}
+            out = spec.reference(problem, *map(bare, args), num=num, **given)
+            if spec.consumes:
+                cache = next(item for item in args if isinstance(item, Cache))
+                return replace(cache, arrays=out)
+            return dress(out)
+
+        return call
+
+    everything = frozenset(spec.problem.__dataclass_fields__)
+    return Kernel(name=f"{NAME}.{spec.name}", op=spec.name, backend=NAME, bind=bind, handles=everything)
+
+
+def bare(item: Any) -> Any:
+    """What a reference takes for what a forward passes."""
+    if isinstance(item, ValueArray):
+        return item.values
+    if isinstance(item, Weight):
+        return item.arrays["data"]
+    if isinstance(item, Cache):
+        return item.arrays
+    if isinstance(item, StepInputs):
+        return StepArg(bare(item.arrays), item.shape)
+    if isinstance(item, Mapping):
+        return {name: bare(value) for name, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [bare(value) for value in item]
+    return item
+
+
+def dress(out: Any) -> Any:
+    """What a forward gets for what a reference returns."""
+    return tuple(map(ValueArray, out)) if isinstance(out, tuple) else ValueArray(out)

@@ -1,0 +1,215 @@
+"""Sessions of the reference backend: NumPy arrays, eager programs, caches that are copied at every write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.problems import KVProblem
+from lineshaft.contract.restricted import Restricted
+from lineshaft.contract.sessions import (
+    Cache,
+    CaptureReport,
+    Handle,
+    Packing,
+    PlannedOps,
+    StepFunction,
+    Transfer,
+    Tree,
+    map_tree,
+)
+from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
+from lineshaft.contract.weights import Checkpoint, Coordinate, Param, Weight
+from lineshaft.errors import MisshapenTensor, SessionClosed, SessionFrozen
+from lineshaft.weights.schemes import dequantize
+
+HostArray = np.ndarray[Any, Any]
+
+
+class ValueArray(Restricted):
+    """A NumPy array that lets a forward do only what the contract allows."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: HostArray) -> None:
+        self.values = values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    @property
+    def spec(self) -> ArraySpec:
+        return ArraySpec(self.values.shape, self.values.dtype.name)
+
+    def _reshaped(self, shape: tuple[int, ...]) -> ValueArray:
+        return ValueArray(self.values.reshape(shape))
+
+    def _sliced(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> ValueArray:
+        return ValueArray(self.values[index])
+
+
+class Done:
+    """A transfer that is over."""
+
+    error: BaseException | None = None
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+@dataclass(frozen=True)
+class ReferencePending:
+    """A finished step."""
+
+    outputs: Mapping[str, ValueArray]
+    kernel_seconds: float
+
+    def result(self, name: str) -> HostArray:
+        return self.outputs[name].values.copy()
+
+    def handle(self, name: str) -> Handle:
+        return self.outputs[name]
+
+
+class ReferenceProgram:
+    """Runs its function anew at every call."""
+
+    def __init__(self, session: ReferenceSession, fn: StepFunction, shape: StepShape, ops: Any) -> None:
+        self._session, self._fn, self._ops = session, fn, ops
+        self.shape = shape
+        self.report = CaptureReport(0.0)
+
+    def __call__(
+        self, host: HostStep, arrays: Mapping[str, Any] | None = None, after: Sequence[Transfer] = ()
+    ) -> ReferencePending:
+        self._session.check_open()
+        began = time.perf_counter()
+        step = StepInputs({name: ValueArray(view.copy()) for name, view in host.views.items()}, self.shape)
+        session = self._session
+        outputs, session.caches = self._fn(self._ops, session.weights, list(session.caches), step, dict(arrays or {}))
+        return ReferencePending(outputs, time.perf_counter() - began)
+
+
+class ReferenceSession:
+    """Owns NumPy weights and caches. See `lineshaft.contract.sessions.Session` for what each method promises."""
+
+    def __init__(self) -> None:
+        self.weights: Tree = {}
+        self.caches: list[Cache] = []
+        self._by_name: dict[str, Weight] = {}
+        self._frozen = self._closed = False
+
+    # ---- weights and caches ------------------------------------------------------------------------------------
+
+    def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
+        self.check_open()
+        self._check_thawed("load")
+        self.weights = map_tree(lambda param: self._weight(param, checkpoint), params)
+        return self.weights
+
+    def _weight(self, param: Param, checkpoint: Checkpoint) -> Weight | ValueArray:
+        if param.name not in self._by_name:
+            local = param.shard(checkpoint, Coordinate())
+            values = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
+            if values.shape != param.shape:
+                raise MisshapenTensor(f"{param.name} has shape {values.shape}, the model needs {param.shape}")
+            key = len(self._by_name)
+            self._by_name[param.name] = Weight(key, param.name, param.problems, "", {"data": values})
+        weight = self._by_name[param.name]
+        return ValueArray(weight.arrays["data"]) if "const" in param.problems else weight
+
+    def update(self, weights: Mapping[str, HostArray]) -> ReferencePending:
+        self.check_open()
+        for name, values in weights.items():
+            held = self._by_name[name].arrays["data"]
+            if held.shape != values.shape:
+                raise MisshapenTensor(f"{name} has shape {held.shape}, the update brings {values.shape}; load it anew")
+            held[...] = values
+        return ReferencePending({}, 0.0)
+
+    def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
+        self.check_open()
+        self._check_thawed("alloc_caches")
+        self.caches = [Cache(i, p, layout, self._pages(p, pages[p.group])) for i, p in enumerate(problems)]
+        return self.caches
+
+    def _pages(self, p: KVProblem, pages: int) -> dict[str, HostArray]:
+        dtype = numpy_dtype(p.kv_dtype)
+        k = np.zeros((pages, p.page_size, p.kv_heads, p.qk_dim), dtype)
+        return {"k": k, "v": np.zeros((*k.shape[:3], p.v_dim), dtype)} if p.v_dim else {"k": k}
+
+    # ---- programs ----------------------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        fn: StepFunction,
+        shape: StepShape,
+        inputs: InputLayout,
+        ops: PlannedOps,
+        arrays: Mapping[str, ArraySpec] | None = None,
+        host_outputs: frozenset[str] = frozenset(),
+    ) -> ReferenceProgram:
+        self.check_open()
+        self._check_thawed("capture")
+        began = time.perf_counter()
+        program = ReferenceProgram(self, fn, shape, ops.bind(self))
+        given = {name: ValueArray(np.zeros(s.shape, numpy_dtype(s.dtype))) for name, s in (arrays or {}).items()}
+        program(HostStep(inputs), given)
+        program.report = CaptureReport(time.perf_counter() - began)
+        return program
+
+    # ---- pages -------------------------------------------------------------------------------------------------
+
+    def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
+        self.check_open()
+        return {name: pages[ids] for name, pages in self.caches[cache].arrays.items()}
+
+    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Done:
+        self.check_open()
+        held = self.caches[cache]
+        arrays = {name: array.copy() for name, array in held.arrays.items()}
+        for name, values in pages.items():
+            arrays[name][ids] = values
+        self.caches[cache] = replace(held, arrays=arrays)
+        return Done()
+
+    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> Done:
+        self.check_open()
+        for cache in self.caches:
+            if cache.problem.group == group:
+                self.write_pages(cache.key, dst, self.read_pages(cache.key, src))
+        return Done()
+
+    # ---- states ------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        self.check_open()
+        self._frozen = True
+
+    def thaw(self) -> None:
+        self.check_open()
+        self._frozen = False
+
+    def close(self) -> None:
+        self._closed = True
+        self.weights, self.caches = {}, []
+        self._by_name.clear()
+
+    def check_open(self) -> None:
+        """Raises SessionClosed after `close`."""
+        if self._closed:
+            raise SessionClosed("this session is closed; make a new one")
+
+    def _check_thawed(self, call: str) -> None:
+        if self._frozen:
+            raise SessionFrozen(f"{call} between freeze and thaw: call thaw first")
+

@@ -1,0 +1,10 @@
+"""What is installed: the backends and other contributions of plugins, found once, before the first step.
+
+It knows no plugin by name; only the core's own reference backend is registered here.
+"""
+
+from lineshaft.registry.discovery import discover
+from lineshaft.registry.loading import load_attribute
+from lineshaft.registry.registry import BackendStatus, Plugin, Registry, Rejected
+
+__all__ = ["BackendStatus", "Plugin", "Registry", "Rejected", "discover", "load_attribute"]

@@ -1,0 +1,205 @@
+"""The registered backends and contributions, and the choice of one backend: by name, or the best usable one.
+
+It never falls back: a named backend is returned or the reason why not is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import pluggy
+
+from lineshaft.contract.backends import BackendInfo, BackendKind, Probe
+from lineshaft.contract.kernels import Kernel
+from lineshaft.errors import AmbiguousBackend, BackendUnavailable, PluginError, UnknownBackend
+from lineshaft.registry.admission import check_items
+from lineshaft.registry.loading import load_attribute, one_line
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point: its name, and the distribution and version that brought it ("" for the core itself)."""
+
+    name: str
+    distribution: str
+    version: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.distribution}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A plugin that is installed and not used, and why."""
+
+    plugin: str
+    distribution: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """A registered backend and what its probe says of this machine."""
+
+    name: str
+    kind: BackendKind
+    usable: bool
+    reason: str
+    devices: tuple[str, ...]
+    distribution: str
+    version: str
+
+
+def implementations(
+    manager: pluggy.PluginManager, hook: str, key: str | None = None
+) -> Iterator[tuple[str, Callable[[Mapping[str, Any]], Any]]]:
+    """Who implements a hook ("hook of plugin") and a call that passes the arguments it takes; `key`: of one plugin."""
+    for impl in getattr(manager.hook, hook).get_hookimpls():
+        if key is None or impl.plugin_name == key:
+            yield f"{hook} of {impl.plugin_name}", caller(impl)
+
+
+def caller(impl: pluggy.HookImpl) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda given: impl.function(*[given[name] for name in impl.argnames])
+
+
+class Registry:
+    """What `discover` found. `backends` maps names to what was registered, `rejected` lists what was refused."""
+
+    def __init__(
+        self,
+        manager: pluggy.PluginManager,
+        backends: Mapping[str, tuple[BackendInfo, Plugin]],
+        rejected: Sequence[Rejected],
+    ) -> None:
+        self.backends: dict[str, BackendInfo] = {name: info for name, (info, _) in sorted(backends.items())}
+        self.rejected = tuple(rejected)
+        self._manager = manager
+        self._plugins = {name: plugin for name, (_, plugin) in backends.items()}
+
+    def status(self) -> list[BackendStatus]:
+        """Every registered backend, probed, in the order of names."""
+        return [self._status(info) for info in self.backends.values()]
+
+    def select(self, name: str) -> BackendInfo:
+        """The backend of that name, or for "auto" the usable one of the largest kind above the reference.
+
+        Raises UnknownBackend, BackendUnavailable with each reason, and AmbiguousBackend for a tie.
+        """
+        return self._best() if name == "auto" else self._named(name)
+
+    def kernels(self, backend: str) -> list[Kernel]:
+        """Kernels that plugins contribute to the backend, besides its own. Raises PluginError naming the culprit."""
+        return self._collect("lineshaft_kernels", Kernel, backend=backend)
+
+    def ops(self) -> list[Any]:
+        """Further ops (`OpSpec`)."""
+        return self._collect("lineshaft_ops")
+
+    def models(self) -> list[Any]:
+        """Further model families."""
+        return self._collect("lineshaft_models")
+
+    def schemes(self) -> list[Any]:
+        """Further quantization schemes."""
+        return self._collect("lineshaft_quant_schemes")
+
+    def checkpoints(self) -> list[Any]:
+        """Further checkpoint formats."""
+        return self._collect("lineshaft_checkpoints")
+
+    def executors(self) -> list[Any]:
+        """Further executors."""
+        return self._collect("lineshaft_executors")
+
+    def plan_frozen(self, plan: Any) -> None:
+        """Show a frozen plan to the plugins that observe it; an observer that raises is logged and changes nothing."""
+        for hook, call in implementations(self._manager, "lineshaft_plan_frozen"):
+            try:
+                call({"plan": plan})
+            except Exception as error:
+                log.warning("%s raised %s; the plan stands", hook, one_line(error))
+
+    def _collect(self, hook: str, kind: type = object, **given: Any) -> list[Any]:
+        items: list[Any] = []
+        for name, call in implementations(self._manager, hook):
+            try:
+                items += check_items(name, call(given), kind)
+            except PluginError:
+                raise
+            except Exception as error:
+                raise PluginError(f"{name} raised {one_line(error)}; update or uninstall that plugin") from error
+        return items
+
+    def _status(self, info: BackendInfo) -> BackendStatus:
+        plugin, found = self._plugins[info.name], probe(info)
+        return BackendStatus(
+            name=info.name,
+            kind=info.kind,
+            usable=found.usable,
+            reason=found.reason,
+            devices=found.devices,
+            distribution=plugin.distribution,
+            version=plugin.version,
+        )
+
+    def _named(self, name: str) -> BackendInfo:
+        if name not in self.backends:
+            raise self._absent(name)
+        found = probe(self.backends[name])
+        if not found.usable:
+            raise BackendUnavailable(
+                f"backend {name!r} is not usable here: {found.reason}; mend that or choose another backend"
+            )
+        return self.backends[name]
+
+    def _absent(self, name: str) -> BackendUnavailable | UnknownBackend:
+        """Why there is no such backend: its plugin was rejected, or nobody registers it."""
+        for rejected in self.rejected:
+            if rejected.plugin == name:
+                origin = f"its plugin ({rejected.distribution}) is installed but rejected"
+                return BackendUnavailable(f"backend {name!r}: {origin}: {rejected.reason}")
+        near = get_close_matches(name, self.backends, n=2)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        others = "".join(f"; rejected: {item.plugin} ({item.reason})" for item in self.rejected)
+        return UnknownBackend(f"unknown backend {name!r}; {hint}registered: {', '.join(self.backends)}{others}")
+
+    def _best(self) -> BackendInfo:
+        candidates = [status for status in self.status() if status.kind > BackendKind.REFERENCE]
+        usable = [status for status in candidates if status.usable]
+        if not usable:
+            raise BackendUnavailable(self._nothing_usable(candidates))
+        best = max(status.kind for status in usable)
+        names = [status.name for status in usable if status.kind == best]
+        if len(names) > 1:
+            lines = " or ".join(f'backend = "{name}"' for name in names)
+            raise AmbiguousBackend(f'backend = "auto" fits {", ".join(names)} equally well; write {lines}')
+        return self.backends[names[0]]
+
+    def _nothing_usable(self, candidates: Sequence[BackendStatus]) -> str:
+        reasons = [f"{status.name}: {status.reason}" for status in candidates]
+        reasons += [f"{item.plugin}: rejected, {item.reason}" for item in self.rejected]
+        why = "; ".join(reasons) or "no plugin is installed"
+        return (
+            f'backend = "auto" finds no usable backend ({why}); install one, or write backend = "numpy" to check only'
+        )
+
+
+def probe(info: BackendInfo) -> Probe:
+    """What the backend's probe finds; one that fails means "not usable", with its failure as the reason."""
+    try:
+        found = load_attribute(info.probe)()
+    except PluginError as error:
+        return Probe(False, str(error))
+    except (Exception, SystemExit) as error:
+        return Probe(False, f"its probe raised {one_line(error)}")
+    if not isinstance(found, Probe):
+        return Probe(False, f"its probe returned {type(found).__name__}; allowed is a Probe")
+    return found

@@ -1,0 +1,139 @@
+"""From a configuration to everything that exists before weights are loaded: backend, model, limits, buckets, plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lineshaft.config import EngineConfig, validate_options
+from lineshaft.contract.backends import Backend, BackendInfo, BackendKind, Capabilities, World
+from lineshaft.contract.ops import all_ops
+from lineshaft.contract.problems import KVProblem
+from lineshaft.contract.steps import StepShape
+from lineshaft.contract.weights import Checkpoint
+from lineshaft.errors import InvalidValue
+from lineshaft.layout import Degrees
+from lineshaft.models import BuildContext, Model, builtin_families, find_family
+from lineshaft.plan import Planned, Resolver, Workload, make_plan
+from lineshaft.registry import Registry, discover, load_attribute
+from lineshaft.runner.buckets import make_shapes
+from lineshaft.runner.programs import all_programs
+from lineshaft.scheduler import Limits
+from lineshaft.weights import FORMATS, open_checkpoint, resolve
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One rank's view of a run before anything is loaded."""
+
+    info: BackendInfo
+    world: World
+    backend: Backend
+    checkpoint: Checkpoint
+    model: Model
+    caches: tuple[KVProblem, ...]
+    degrees: Degrees
+    limits: Limits
+    shapes: tuple[StepShape, ...]
+    dtype: str
+    page_sizes: tuple[int, ...]
+
+
+def degrees_of(config: EngineConfig) -> Degrees:
+    """The configured degrees; raises InvalidValue for what no version of the layout runs yet."""
+    layout = config.layout
+    if layout.sequence_parallel:
+        raise InvalidValue("layout.sequence_parallel = true: this version runs without it; set it to false")
+    return Degrees(layout.dp, layout.pp, layout.cp, layout.ep, layout.tp)
+
+
+def make_setup(config: EngineConfig, rank: int = 0, rendezvous: str = "", registry: Registry | None = None) -> Setup:
+    """Start the chosen backend and build the model at this rank's layout; loads no weights.
+
+    Raises BackendError, ModelError, LayoutError, ConfigError.
+    """
+    registry = registry or discover()
+    info = registry.select(config.backend)
+    options = validate_options(info, config.backend_options)
+    checkpoint = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *FORMATS))
+    family = find_family(checkpoint.config, (*registry.models(), *builtin_families()))
+    degrees = degrees_of(config)
+    world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world))
+    backend: Backend = load_attribute(info.factory)(options, world)
+    capabilities = backend.capabilities
+    dtype = choose_dtype(config, info.name, capabilities)
+    kv_dtype = dtype
+    page_size = choose_page_size(config, info.name, capabilities)
+    model = family.build(checkpoint.config, BuildContext(dtype, kv_dtype, page_size, degrees))
+    if degrees.tp > 1 and not capabilities.collectives:
+        raise InvalidValue(f"layout {degrees}: backend {info.name!r} has no collectives; set layout.tp = 1")
+    caches = tuple(model.caches())
+    groups = 1 + max((cache.group for cache in caches), default=-1)
+    limits = make_limits(config, capabilities, model)
+    pages_per_row = tuple(-(-limits.max_model_len // page_size) for _ in range(groups))
+    shapes = make_shapes(capabilities, limits.token_budget, limits.max_rows, pages_per_row)
+    return Setup(
+        info, world, backend, checkpoint, model, caches, degrees, limits, shapes, dtype, (page_size,) * groups
+    )
+
+
+def make_planned(config: EngineConfig, setup: Setup, registry: Registry | None = None) -> Planned:
+    """Resolve the plan of this rank. Raises Unsupported, Ambiguous, ContractViolation."""
+    registry = registry or discover()
+    specs = {**all_ops(), **{spec.name: spec for spec in registry.ops()}}
+    kernels = [*setup.backend.kernels(), *registry.kernels(setup.info.name)]
+    resolver = Resolver(setup.info.name, kernels, config.kernels)
+    programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs)
+    work = Workload(
+        setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes)
+    )
+    return make_plan(setup.info.name, work, resolver, specs)
+
+
+def threads_for(config: EngineConfig, info: BackendInfo, world: int) -> int:
+    """CPU threads of one worker: as configured, else a fair share where workers compute on the host itself."""
+    if config.threads or world == 1 or info.kind is BackendKind.ACCELERATOR:
+        return config.threads
+    return max(1, len(os.sched_getaffinity(0)) // world)
+
+
+def choose_dtype(config: EngineConfig, backend: str, capabilities: Capabilities) -> str:
+    """The executed dtype: as configured, or the backend's preferred one. Raises InvalidValue."""
+    if config.dtype == "auto":
+        return capabilities.dtypes[0]
+    if config.dtype not in capabilities.dtypes:
+        allowed = ", ".join(capabilities.dtypes)
+        raise InvalidValue(f"dtype = {config.dtype!r}: backend {backend!r} executes {allowed}; choose one or 'auto'")
+    return config.dtype
+
+
+def choose_page_size(config: EngineConfig, backend: str, capabilities: Capabilities) -> int:
+    """Tokens a page: as configured, or the backend's default. Raises InvalidValue."""
+    size = config.cache.page_size or capabilities.default_page_size
+    if capabilities.page_sizes and size not in capabilities.page_sizes:
+        allowed = ", ".join(map(str, capabilities.page_sizes))
+        raise InvalidValue(f"cache.page_size = {size}: backend {backend!r} takes {allowed}")
+    return size
+
+
+def make_limits(config: EngineConfig, capabilities: Capabilities, model: Model) -> Limits:
+    """The scheduler's limits within what the model and the backend allow. Raises InvalidValue."""
+    longest = config.max_model_len or model.max_position
+    if longest > model.max_position:
+        raise InvalidValue(
+            f"max_model_len = {longest}: the model's context is {model.max_position} tokens; set at most that"
+        )
+    budget = config.scheduler.token_budget
+    if budget < config.scheduler.max_rows:
+        raise InvalidValue(
+            f"scheduler.token_budget = {budget} is below scheduler.max_rows = {config.scheduler.max_rows}: "
+            "a decode step needs a token a row"
+        )
+    return Limits(
+        token_budget=budget,
+        max_rows=config.scheduler.max_rows,
+        max_model_len=longest,
+        max_prefill_rows=capabilities.max_prefill_rows,
+        mixed_steps=capabilities.mixed_steps,
+        max_query=capabilities.max_query,
+    )

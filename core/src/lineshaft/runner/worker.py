@@ -1,0 +1,170 @@
+"""One rank at work: owns a session, loads, allocates, captures every bucket, then runs steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lineshaft.config import EngineConfig
+from lineshaft.contract.backends import BackendKind
+from lineshaft.contract.sessions import Pending, Program, Session, Transfer
+from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
+from lineshaft.errors import OutOfMemory, PoolTooSmall
+from lineshaft.registry import Registry, discover
+from lineshaft.runner.messages import Logprobs, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.programs import FORWARD, LOGPROBS, SAMPLE
+from lineshaft.runner.setup import Setup, make_planned, make_setup
+from lineshaft.weights.memory import breakdown, check_fits
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) while something long goes on."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+class Worker:
+    """`size`, then `start`, then `execute` as often as wanted, then `close`."""
+
+    def __init__(
+        self, config: EngineConfig, rank: int = 0, rendezvous: str = "", registry: Registry | None = None
+    ) -> None:
+        registry = registry or discover()
+        self.config = config
+        self.setup: Setup = make_setup(config, rank, rendezvous, registry)
+        self.planned = make_planned(config, self.setup, registry)
+        self._registry = registry
+        self._session: Session | None = None
+        self._programs: dict[tuple[str, StepShape], Program] = {}
+
+    # ---- before steps ------------------------------------------------------------------------------------------
+
+    def size(self) -> Sizes:
+        """What this rank needs and can hold. Raises OutOfMemory and PoolTooSmall before anything is loaded."""
+        plan, memory = self.planned.plan, self.setup.backend.memory
+        page_bytes = [0] * len(self.setup.page_sizes)
+        for problem in self.setup.caches:
+            page_bytes[problem.group] += memory.page_bytes(problem)
+        free = self._free()
+        check_fits(plan.weight_bytes, free, breakdown({"weights": plan.weight_bytes}))
+        pages = self._pages(page_bytes, None if free is None else free - plan.weight_bytes)
+        pool = sum(n * size for n, size in zip(pages, page_bytes, strict=True))
+        check_fits(plan.weight_bytes + pool, free, breakdown({"weights": plan.weight_bytes, "KV pool": pool}))
+        return Sizes(
+            plan, plan.weight_bytes, tuple(page_bytes), pages, self.setup.page_sizes, self.setup.limits,
+            self.setup.shapes, self.setup.model.shape.vocab,
+        )  # fmt: skip
+
+    def _free(self) -> int | None:
+        found = self.setup.backend.memory.total_free()
+        if found is None:
+            return None
+        shared = 1 if self.setup.info.kind is BackendKind.ACCELERATOR else self.setup.world.size
+        return found[1] // shared
+
+    def _pages(self, page_bytes: list[int], free: int | None) -> tuple[int, ...]:
+        """Pages of each group: as configured, else what the memory share holds, at most what the limits can use."""
+        limits, wanted = self.setup.limits, self.config.cache.pages
+        pages = []
+        for page_size, cost in zip(self.setup.page_sizes, page_bytes, strict=True):
+            per_request = -(-limits.max_model_len // page_size)
+            most = 1 + limits.max_rows * per_request
+            share = most if free is None else int(free * self.config.cache.memory_fraction) // max(1, sum(page_bytes))
+            count = wanted if wanted is not None else min(most, share)
+            if count - 1 < per_request:
+                raise PoolTooSmall(self._too_small(count, page_size, per_request, cost))
+            pages.append(count)
+        return tuple(pages)
+
+    def _too_small(self, count: int, page_size: int, per_request: int, cost: int) -> str:
+        longest = self.setup.limits.max_model_len
+        source = "cache.pages" if self.config.cache.pages is not None else "cache.memory_fraction gives pages"
+        held = max(0, count - 1) * page_size
+        return (
+            f"{source} = {count}: beside the null page the pool holds {held} tokens, but one request of max_model_len = "
+            f"{longest} needs {per_request} pages of {page_size} tokens ({cost} bytes each); set cache.pages to at least "
+            f"{per_request + 1} or max_model_len to at most {held}"
+        )
+
+    def start(self, pages: tuple[int, ...], progress: Progress = silent) -> Started:
+        """Load weights, allocate caches, capture every program, freeze. Raises ModelError, OutOfMemory."""
+        try:
+            return self._start(pages, progress)
+        except MemoryError as error:
+            self.close()
+            need = breakdown({"weights": self.planned.plan.weight_bytes})
+            raise OutOfMemory(f"out of memory at start ({need} and {pages} pages): lower cache.pages") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, pages: tuple[int, ...], progress: Progress) -> Started:
+        began = time.perf_counter()
+        session = self._session = self.setup.backend.session(self.setup.world.rank)
+        session.load(self.setup.model.params(), self.setup.checkpoint, self.planned.packings)
+        session.alloc_caches(self.setup.caches, pages, self.planned.plan.cache_layout)
+        loaded = time.perf_counter()
+        programs = self.planned.programs
+        for done, (spec, ops) in enumerate(programs):
+            progress("capturing programs", done, len(programs))
+            self._programs[spec.name, spec.shape] = session.capture(
+                spec.fn, spec.shape, spec.inputs, ops, spec.arrays, spec.host_outputs
+            )
+        progress("capturing programs", len(programs), len(programs))
+        session.freeze()
+        self._registry.plan_frozen(self.planned.plan)
+        return self._started(loaded - began, time.perf_counter() - loaded)
+
+    def _started(self, load_seconds: float, capture_seconds: float) -> Started:
+        reports = [program.report for program in self._programs.values()]
+        decode = min(self.setup.shapes, key=lambda s: (s.max_query, s.tokens))
+        return Started(
+            load_seconds,
+            capture_seconds,
+            programs=len(reports),
+            arena_bytes=max((report.arena for report in reports), default=0),
+            ops_per_decode=self._programs[FORWARD, decode].report.ops,
+        )
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def execute(self, step: StepMessage) -> StepResult:
+        """Run one step and wait for what the message wants back."""
+        forward = self._programs[FORWARD, step.shape](step.forward, {}, self._copy_pages(step.copies))
+        chosen = forward if step.sampling is None else self._sample(step.shape.logits, step.sampling, forward)
+        token_ids = chosen.result("token_ids")
+        seconds = forward.kernel_seconds + (chosen.kernel_seconds if chosen is not forward else 0.0)
+        logits = forward.result("logits").astype(np.float32) if step.logits else None
+        logprobs = self._logprobs(step.shape.logits, token_ids, forward) if step.logprobs else None
+        return StepResult(token_ids, seconds, logprobs, logits)
+
+    def _copy_pages(self, copies: Any) -> list[Transfer]:
+        assert self._session is not None
+        return [
+            self._session.copy_pages(int(group), copies[copies[:, 0] == group, 1], copies[copies[:, 0] == group, 2])
+            for group in np.unique(copies[:, 0])
+        ]
+
+    def _over_logits(self, name: str, rows: int, host: HostStep, forward: Pending) -> Pending:
+        shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)
+        return self._programs[name, shape](host, {"logits": forward.handle("logits")})
+
+    def _sample(self, rows: int, host: HostStep, forward: Pending) -> Pending:
+        return self._over_logits(SAMPLE, rows, host, forward)
+
+    def _logprobs(self, rows: int, ids: Any, forward: Pending) -> Logprobs:
+        host = HostStep(InputLayout([InputField("ids", "int32", (rows,))]))
+        host["ids"][:] = np.maximum(ids, 0)
+        pending = self._over_logits(LOGPROBS, rows, host, forward)
+        return Logprobs(*(pending.result(name) for name in ("chosen", "top_ids", "top")))
+
+    def close(self) -> None:
+        """Idempotent: frees everything the session holds."""
+        session, self._session = self._session, None
+        self._programs.clear()
+        if session is not None:
+            session.close()

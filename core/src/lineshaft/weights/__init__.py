@@ -1,0 +1,22 @@
+"""Finding and reading models: references, checkpoint formats, stored schemes, and the memory they need."""
+
+from lineshaft.weights.checkpoint import FORMATS, CheckpointFormat, open_checkpoint
+from lineshaft.weights.mapped import MappedCheckpoint
+from lineshaft.weights.memory import breakdown, check_fits, local_bytes
+from lineshaft.weights.refs import resolve
+from lineshaft.weights.schemes import BLOCKS, Block, as_dtype, dequantize
+
+__all__ = [
+    "BLOCKS",
+    "FORMATS",
+    "Block",
+    "CheckpointFormat",
+    "MappedCheckpoint",
+    "as_dtype",
+    "breakdown",
+    "check_fits",
+    "dequantize",
+    "local_bytes",
+    "open_checkpoint",
+    "resolve",
+]

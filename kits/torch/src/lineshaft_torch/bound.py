@@ -1,0 +1,60 @@
+"""Bound kernels of this kit, and how they make themselves known to a recording session.
+
+The planner may wrap a bound kernel in any Python it likes: while a session records, the kernel reports itself, so that
+a replay calls the kernel and nothing around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.weights import Weight
+
+DENSE = "dense"
+"""The packing of a weight that is one plain array, in checkpoint order."""
+
+Recipe = Callable[[str], Kernel]
+"""A kernel that still lacks its backend's name."""
+
+
+class BoundKernel:
+    """`run(*args, **kwargs)` under a session. With `out`, `run` also takes `out=`: a tensor or a tuple of tensors that
+    it writes its results to, and returns, instead of allocating them."""
+
+    __slots__ = ("out", "run", "session")
+
+    def __init__(self, run: Callable[..., Any], session: Any, out: bool) -> None:
+        self.run = run
+        self.session = session
+        self.out = out
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder = self.session.recorder
+        return self.run(*args, **kwargs) if recorder is None else recorder.call(self, args, kwargs)
+
+
+def recipe(name: str, op: str, bind: Callable[[Any, Any], Callable[..., Any]], *, out: bool = False, **fields: Any) -> Recipe:
+    """A Recipe for `op`. `bind(problem, session)` returns a plain function, which is wrapped as a BoundKernel."""
+
+    def bind_recorded(problem: Any, session: Any) -> BoundKernel:
+        return BoundKernel(bind(problem, session), session, out)
+
+    return lambda backend: Kernel(name=name, op=op, backend=backend, bind=bind_recorded, **fields)
+
+
+def stateless(run: Callable[..., Any]) -> Callable[[Any, Any], Callable[..., Any]]:
+    """A `bind` for a function that needs neither problem nor session."""
+    return lambda problem, session: run
+
+
+def with_problem(run: Callable[..., Any]) -> Callable[[Any, Any], Callable[..., Any]]:
+    """A `bind` for a function whose first argument is the problem."""
+    return lambda problem, session: partial(run, problem)
+
+
+def dense(weight: Any) -> Any:
+    """The tensor of a densely packed weight; a bare tensor passes."""
+    return weight.arrays["data"] if isinstance(weight, Weight) else weight

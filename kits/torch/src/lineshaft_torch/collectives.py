@@ -1,0 +1,185 @@
+"""Collectives over mesh axes, by process groups of this kit's own: no default group, no global state.
+
+Ranks are row-major over the axes (dp, pp, cp, ep, tp); members of a group meet in a file that all ranks share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lineshaft.contract.backends import World
+from lineshaft.contract.weights import Coordinate
+from lineshaft.errors import ContractViolation, WorkerDied
+
+from lineshaft_torch.arrays import accumulator
+
+GroupFactory = Callable[[dist.Store, int, int, timedelta], Any]
+"""(store, index in the group, members, timeout) -> a torch process-group backend."""
+
+
+def gloo_group(store: dist.Store, index: int, members: int, timeout: timedelta) -> Any:
+    """A group of host processes."""
+    return dist.ProcessGroupGloo(store, index, members, timeout)
+
+
+def coordinate_of(world: World) -> Coordinate:
+    """This rank's place on every axis."""
+    rank, at = world.rank, {}
+    for axis, degree in reversed(world.axes):
+        rank, at[axis] = divmod(rank, degree)
+    return Coordinate(**at)
+
+
+def members_of(world: World, axes: Sequence[str]) -> list[int]:
+    """The ranks that share this rank's coordinate on every axis not in `axes`, row-major over `axes` as given."""
+    here = coordinate_of(world)
+    ranks = []
+    for place in product(*(range(world.degree(axis)) for axis in axes)):
+        chosen = dict(zip(axes, place, strict=True))
+        rank = 0
+        for axis, degree in world.axes:
+            rank = rank * degree + chosen.get(axis, getattr(here, axis))
+        ranks.append(rank)
+    return ranks
+
+
+class ProcessGroups:
+    """The groups of one rank, made when first asked for. Every member has to ask for the same groups."""
+
+    def __init__(self, world: World, factory: GroupFactory, timeout_s: float) -> None:
+        self._world, self._factory = world, factory
+        self._timeout = timedelta(seconds=timeout_s)
+        self._store: dist.Store | None = None
+        self._made: dict[tuple[str, ...], Group] = {}
+
+    def group(self, axis: str | Sequence[str]) -> Group:
+        """The group over one axis or several. Raises WorkerDied if the other members do not come in time."""
+        axes = (axis,) if isinstance(axis, str) else tuple(axis)
+        if axes not in self._made:
+            ranks = members_of(self._world, axes)
+            backend = None if len(ranks) == 1 else self._connect(axes, ranks)
+            self._made[axes] = Group(axes, ranks.index(self._world.rank), len(ranks), backend)
+        return self._made[axes]
+
+    def _connect(self, axes: tuple[str, ...], ranks: list[int]) -> Any:
+        with _peers(f"meeting over {'+'.join(axes)}"):
+            if self._store is None:
+                self._store = dist.FileStore(self._world.rendezvous, self._world.size)
+                self._store.set_timeout(self._timeout)
+            name = f"{'+'.join(axes)}:{','.join(map(str, ranks))}"
+            store = dist.PrefixStore(name, self._store)
+            return self._factory(store, ranks.index(self._world.rank), len(ranks), self._timeout)
+
+    def close(self) -> None:
+        for group in self._made.values():
+            group.close()
+        self._made, self._store = {}, None
+
+
+class Group:
+    """One rank's end of a group: `index` of `size` members. Inputs are left alone; results are fresh, except that a
+    group of one hands its input back.
+
+    Sums are made in float32 (float64 for float64) and rounded once; everything else moves bytes, so that any dtype goes.
+    """
+
+    def __init__(self, axes: tuple[str, ...], index: int, size: int, backend: Any) -> None:
+        self.axes, self.index, self.size, self._backend = axes, index, size, backend
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all members."""
+        if self.size == 1:
+            return x
+        total = x.to(accumulator(x.dtype) if x.is_floating_point() else x.dtype, copy=True).contiguous()
+        self._wait("all_reduce", lambda b: b.allreduce([total]))
+        return total.to(x.dtype)
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The members' arrays, joined along `dim` in member order."""
+        if self.size == 1:
+            return x
+        mine = _as_bytes(x)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        self._wait("all_gather", lambda b: b.allgather([parts], [mine]))
+        return torch.cat([_from_bytes(part, x.dtype, x.shape) for part in parts], dim)
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This member's tile, along `dim`, of the sum."""
+        if self.size == 1:
+            return x
+        share = self._share(x, dim, "reduce_scatter")
+        return self.all_reduce(x).narrow(dim, self.index * share, share).contiguous()
+
+    def all_to_all(self, x: torch.Tensor, split_dim: int, concat_dim: int) -> torch.Tensor:
+        """Tile i of `split_dim` goes to member i; what arrives is joined along `concat_dim` in member order."""
+        if self.size == 1:
+            return x
+        tiles = x.split(self._share(x, split_dim, "all_to_all"), split_dim)
+        sent = torch.stack([_as_bytes(tile) for tile in tiles])
+        got = torch.empty_like(sent)
+        self._wait("all_to_all", lambda b: b.alltoall_base(got, sent, [], []))
+        return torch.cat([_from_bytes(part, x.dtype, tiles[0].shape) for part in got], concat_dim)
+
+    def broadcast(self, x: torch.Tensor, src: int) -> torch.Tensor:
+        """Member `src`'s array."""
+        if self.size == 1:
+            return x
+        moved = _as_bytes(x).clone()
+        options = dist.BroadcastOptions()
+        options.rootRank = src
+        self._wait("broadcast", lambda b: b.broadcast([moved], options))
+        return _from_bytes(moved, x.dtype, x.shape)
+
+    def permute(self, x: torch.Tensor, shift: int) -> torch.Tensor:
+        """The array of the member `shift` places before this one, cyclically."""
+        if shift % self.size == 0:
+            return x
+        mine = _as_bytes(x)
+        got = torch.empty_like(mine)
+        sending = self._start("permute", lambda b: b.send([mine], (self.index + shift) % self.size, 0))
+        self._wait("permute", lambda b: b.recv([got], (self.index - shift) % self.size, 0))
+        with _peers(f"permute over {'+'.join(self.axes)}"):
+            sending.wait()
+        return _from_bytes(got, x.dtype, x.shape)
+
+    def close(self) -> None:
+        self._backend = None
+
+    def _share(self, x: torch.Tensor, dim: int, op: str) -> int:
+        if x.shape[dim] % self.size:
+            raise ContractViolation(
+                f"{op} over {'+'.join(self.axes)}: dim {dim} of {list(x.shape)} is not a multiple of the {self.size} members"
+            )
+        return int(x.shape[dim]) // self.size
+
+    def _start(self, op: str, submit: Callable[[Any], Any]) -> Any:
+        with _peers(f"{op} over {'+'.join(self.axes)}"):
+            return submit(self._backend)
+
+    def _wait(self, op: str, submit: Callable[[Any], Any]) -> None:
+        with _peers(f"{op} over {'+'.join(self.axes)}"):
+            submit(self._backend).wait()
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
+def _from_bytes(raw: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    return raw.view(dtype).view(tuple(shape))
+
+
+@contextmanager
+def _peers(what: str) -> Iterator[None]:
+    """A failure of the transport means that a peer is gone or stuck."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise WorkerDied(f"{what}: another worker ended or does not answer ({text}); restart the run") from error

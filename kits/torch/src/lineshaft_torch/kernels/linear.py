@@ -1,0 +1,39 @@
+"""Matrix products and the embedding lookup over densely packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless
+
+Out = torch.Tensor | None
+
+
+def embed(ids: torch.Tensor, table: Any, vocab_start: torch.Tensor, *, out: Out = None) -> torch.Tensor:
+    """ids int32[T], table [V, H], vocab_start int32[1] -> table[ids - vocab_start] [T, H]; 0 outside the shard."""
+    rows = dense(table)
+    local = ids - dense(vocab_start)
+    inside = (local >= 0) & (local < rows.shape[0])
+    found = rows.index_select(0, local.clamp(0, rows.shape[0] - 1))
+    return torch.where(inside[:, None], found, 0, out=out) if out is not None else torch.where(inside[:, None], found, 0)
+
+
+def linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
+    """x [T, I], w [O, I] -> x @ w^T [T, O]."""
+    return torch.mm(x, dense(w).t(), out=out)
+
+
+def head_linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
+    """x [T, H, I], w [H, O, I] -> per head x @ w^T [T, H, O]."""
+    product = torch.bmm(x.transpose(0, 1), dense(w).transpose(1, 2)).transpose(0, 1)
+    return product.contiguous() if out is None else out.copy_(product)
+
+
+def recipes() -> list[Recipe]:
+    return [
+        recipe("torch_embed", "embed", stateless(embed), out=True, layout=DENSE),
+        recipe("torch_linear", "linear", stateless(linear), out=True, layout=DENSE),
+        recipe("torch_head_linear", "head_linear", stateless(head_linear), out=True, layout=DENSE, handles=frozenset({"heads"})),
+    ]

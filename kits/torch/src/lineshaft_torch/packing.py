@@ -1,0 +1,51 @@
+"""From a parameter's local share, as stored, to tensors: the dense packing, and packings that a kernel brings."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from lineshaft.contract.kernels import Pack
+from lineshaft.contract.weights import Local, Param, Stored
+from lineshaft.errors import MisshapenTensor
+from lineshaft.weights.schemes import dequantize
+
+from lineshaft_torch.arrays import dtype_name, from_host, host_view, torch_dtype
+
+
+def dense_leaves(param: Param, local: Local) -> dict[str, torch.Tensor]:
+    """{"data": the parts joined along dim 0, in the param's shape and dtype}, on the host.
+
+    Raises MisshapenTensor if the parts do not make up the shape.
+    """
+    out = torch.empty(param.shape, dtype=torch_dtype(param.dtype))
+    _check(param, local)
+    start = 0
+    for part in local.parts:
+        stop = start + part.shape[0]
+        _fill(out[start:stop], part)
+        start = stop
+    return {"data": out}
+
+
+def _check(param: Param, local: Local) -> None:
+    rows = sum(part.shape[0] for part in local.parts)
+    tails = {tuple(part.shape[1:]) for part in local.parts}
+    if (rows, tails) != (param.shape[0], {param.shape[1:]}):
+        found = " + ".join(str(list(part.shape)) for part in local.parts)
+        raise MisshapenTensor(f"weight {param.name}: the checkpoint's parts {found} do not make up {list(param.shape)}")
+
+
+def _fill(out: torch.Tensor, part: Stored) -> None:
+    if part.scheme != "none":
+        data = dequantize(part, dtype_name(out.dtype))
+    else:
+        data = part.arrays["data"]
+    if data.dtype.name == dtype_name(out.dtype):
+        np.copyto(host_view(out), data)
+    else:
+        out.copy_(from_host(data))
+
+
+def host_pack(pack: Pack, param: Param, local: Local, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a kernel's own packing makes of the share, as tensors on `device`."""
+    return {name: from_host(array).to(device) for name, array in pack(param, local).items()}

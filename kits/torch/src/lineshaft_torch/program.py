@@ -1,0 +1,304 @@
+"""Captured programs: a tape of calls over static buffers, and the eager kind that runs the forward anew each step.
+
+Owns static inputs, outputs and handles. Programs of a session share its arena, so one of them runs at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lineshaft.contract.sessions import Cache, CaptureReport, Handle, PlannedOps, StepFunction, Transfer
+from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
+from lineshaft.errors import ContractViolation
+
+from lineshaft_torch.arrays import HostArray, to_host, torch_dtype
+from lineshaft_torch.recording import Placement, Recorder, ReshapeRecording, Step, Survey, Taping, recorded_namespace
+from lineshaft_torch.tensors import spec_of, storage_key, storage_keys, view_at
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What `Session.capture` was given."""
+
+    fn: StepFunction
+    shape: StepShape
+    inputs: InputLayout
+    ops: PlannedOps
+    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
+    host_outputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A Handle: an output as `program` left it in its run number `run`; the next run of `program` overwrites it."""
+
+    name: str
+    tensor: torch.Tensor
+    program: ProgramBase
+    run: int
+
+    @property
+    def spec(self) -> ArraySpec:
+        return spec_of(self.tensor)
+
+    def current(self) -> torch.Tensor:
+        """The tensor. Raises ContractViolation once its program has run again."""
+        if self.run != self.program.runs and self.program.overwrites:
+            raise ContractViolation(
+                f"handle {self.name!r} is stale: its program has run again since; use a handle before the next run of "
+                "the program that made it, or list the output in host_outputs"
+            )
+        return self.tensor
+
+
+class StepPending:
+    """A finished step; `result` reads host copies made at once, `handle` names what stays on the device."""
+
+    def __init__(self, handles: Mapping[str, DeviceArray], host: Mapping[str, HostArray]) -> None:
+        self._handles, self._host = handles, host
+
+    def result(self, name: str) -> HostArray:
+        """A private host copy. Raises ContractViolation for a stale or unknown output."""
+        found = self._host.get(name)
+        return to_host(self.handle(name).current()) if found is None else found
+
+    def handle(self, name: str) -> DeviceArray:
+        """Raises ContractViolation for an unknown output."""
+        if name not in self._handles:
+            raise ContractViolation(f"the program has no output {name!r}; it has {', '.join(self._handles) or 'none'}")
+        return self._handles[name]
+
+
+class ProgramBase:
+    """What both kinds share: static inputs, host planning, checks and the order of a submission."""
+
+    overwrites = False
+    """Whether a run overwrites the outputs of the run before."""
+
+    def __init__(self, session: Any, capture: Capture) -> None:
+        self.session, self.capture = session, capture
+        self.runs = 0
+        self._generation = session.generation
+        self.report = CaptureReport(0.0)
+        self.ops = capture.ops.bind(session)
+        self._prepares = capture.ops.prepares(session)
+        self._buffer = torch.zeros(capture.inputs.nbytes, dtype=torch.uint8, device=session.device)
+        self.step = StepInputs(
+            {
+                item.name: view_at(self._buffer, capture.inputs.offsets[item.name], ArraySpec(item.shape, item.dtype))
+                for item in capture.inputs.fields
+            },
+            capture.shape,
+        )
+
+    @property
+    def shape(self) -> StepShape:
+        return self.capture.shape
+
+    def __call__(
+        self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()
+    ) -> StepPending:
+        """Run one step. Raises ContractViolation for arrays that were not captured; a step that fails otherwise
+        poisons the session."""
+        self.session.require_usable()
+        if self._generation != self.session.generation:
+            raise ContractViolation("weights or caches were loaded anew after this program was captured; capture it again")
+        given = self._check_arrays(arrays or {})
+        for transfer in after:
+            transfer.wait()
+        with torch.inference_mode(), self.session.poison_on_failure():
+            outputs = self._submit(host, given)
+        self.runs += 1
+        handles = {name: DeviceArray(name, tensor, self, self.runs) for name, tensor in outputs.items()}
+        copies = {name: to_host(outputs[name]) for name in self.capture.host_outputs}
+        return StepPending(handles, copies)
+
+    def _submit(self, host: HostStep, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        self._buffer.copy_(torch.from_numpy(host.buffer[: self._buffer.numel()]))
+        for prepare in self._prepares:
+            prepare(host)
+        return self._run(arrays)
+
+    def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def _check_arrays(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        wanted = self.capture.arrays
+        if given.keys() != wanted.keys():
+            raise ContractViolation(f"the program takes the arrays {sorted(wanted)}, it was given {sorted(given)}")
+        tensors = {name: self._taken(handle) for name, handle in given.items()}
+        for name, tensor in tensors.items():
+            if spec_of(tensor) != wanted[name]:
+                raise ContractViolation(f"array {name!r} was captured as {wanted[name]}, it was given {spec_of(tensor)}")
+        return tensors
+
+    def _taken(self, handle: DeviceArray) -> torch.Tensor:
+        """A handle's tensor; a copy of it if this very run overwrites it."""
+        tensor = handle.current()
+        return tensor.clone() if handle.program is self and self.overwrites else tensor
+
+    def _empty_step(self) -> dict[str, torch.Tensor]:
+        """Make the static inputs the all-zero step and return zeros for the arrays."""
+        empty = HostStep(self.capture.inputs)
+        self._buffer.zero_()
+        for prepare in self._prepares:
+            prepare(empty)
+        return {name: self._zeros(spec) for name, spec in self.capture.arrays.items()}
+
+    def _zeros(self, spec: ArraySpec) -> torch.Tensor:
+        return torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype), device=self.session.device)
+
+    def _call_forward(
+        self, ops: Any, arrays: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[Cache]]:
+        caches = list(self.session.caches)
+        outputs, after = self.capture.fn(ops, self.session.weights, caches, self.step, arrays)
+        if [cache.key for cache in after] != [cache.key for cache in caches]:
+            raise ContractViolation(f"the forward returns {len(after)} caches in its order, it was given {len(caches)}")
+        missing = self.capture.host_outputs - outputs.keys()
+        if missing:
+            raise ContractViolation(f"host_outputs {sorted(missing)} are no outputs of the forward: {sorted(outputs)}")
+        return outputs, after
+
+
+def moved_arrays(own: Sequence[Cache], after: Sequence[Cache]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(the session's array, the forward's result) for each cache array that was not updated in place."""
+    return [
+        (old.arrays[name], new.arrays[name])
+        for old, new in zip(own, after, strict=True)
+        for name in old.arrays
+        if old.arrays[name].data_ptr() != new.arrays[name].data_ptr()
+    ]
+
+
+class EagerProgram(ProgramBase):
+    """Runs the forward anew each step, with fresh outputs; adopts the caches that it returns."""
+
+    def __init__(self, session: Any, capture: Capture) -> None:
+        super().__init__(session, capture)
+        start = time.perf_counter()
+        counter = Survey()
+        arrays = self._empty_step()
+        with session.recording(counter):
+            _, after = self._call_forward(recorded_namespace(self.ops, counter), arrays)
+        copied = self._adopt(after)
+        self.report = CaptureReport(time.perf_counter() - start, ops=counter.count, cache_copied=copied)
+
+    def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        outputs, after = self._call_forward(self.ops, arrays)
+        self._adopt(after)
+        return {name: self._own(tensor, arrays) for name, tensor in outputs.items()}
+
+    def _own(self, tensor: torch.Tensor, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
+        """A copy of an output that is a static input, which the next step overwrites."""
+        borrowed = storage_key(tensor) in storage_keys([self._buffer, *arrays.values()])
+        return tensor.clone() if borrowed else tensor
+
+    def _adopt(self, after: Sequence[Cache]) -> int:
+        moved = moved_arrays(self.session.caches, after)
+        self.session.caches = list(after)
+        return sum(new.nbytes for _, new in moved)
+
+
+class TapeProgram(ProgramBase):
+    """Replays a recorded list of calls, every argument and result of which stays where it was when recorded.
+
+    The forward runs twice at capture, on the all-zero step. The first run learns how long each result lives; a plan
+    then puts results at offsets of the session's arena, and outputs into memory of their own. The second run writes
+    the tape. Reshapes and slices happen at capture only. Handles are bound by pointing the recorded tensors at the
+    handle's memory, so that nothing is copied.
+    """
+
+    overwrites = True
+
+    def __init__(self, session: Any, capture: Capture) -> None:
+        super().__init__(session, capture)
+        start = time.perf_counter()
+        self._tape: list[Step] = []
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._aliases: dict[str, list[_Alias]] = {}
+        self._bound: dict[str, int] = {}
+        self._placement, copied = self._survey()
+        session.reserve_arena(self._placement.arena)
+        self.record()
+        self.report = CaptureReport(
+            time.perf_counter() - start, ops=len(self._tape), arena=self._placement.arena,
+            temporaries=self._placement.unshared, cache_copied=copied,
+        )  # fmt: skip
+
+    def _survey(self) -> tuple[Placement, int]:
+        survey = Survey()
+        outputs, after = self._observe(survey, self._empty_step())
+        moved = [new for _, new in moved_arrays(self.session.caches, after)]
+        survey.keep(moved, private=False)
+        survey.keep(list(outputs.values()), private=True)
+        return survey.plan(), sum(tensor.nbytes for tensor in moved)
+
+    def record(self) -> None:
+        """Write the tape anew, for the session's arena as it is now."""
+        arrays = self._empty_step()
+        static = [self._buffer, *arrays.values(), *self.session.tensors()]
+        taping = Taping(self._placement, self.session.arena, storage_keys(static), self._buffers)
+        outputs, after = self._observe(taping, arrays)
+        for old, new in moved_arrays(self.session.caches, after):
+            old.copy_(new)
+            taping.tape.append(_copy_into(old, new))
+        self._outputs, self._tape = outputs, taping.tape
+        self._aliases = {name: _aliases(tensor, [*taping.read.values(), *outputs.values()]) for name, tensor in arrays.items()}
+        self._bound = {}
+
+    def _observe(
+        self, recorder: Recorder, arrays: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[Cache]]:
+        with self.session.recording(recorder), ReshapeRecording(recorder):
+            return self._call_forward(recorded_namespace(self.ops, recorder), arrays)
+
+    def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        for name, tensor in arrays.items():
+            self._point(name, tensor)
+        for call in self._tape:
+            call()
+        return self._outputs
+
+    def _point(self, name: str, tensor: torch.Tensor) -> None:
+        """Let the recorded tensors of the array `name` read the memory of `tensor`."""
+        source = tensor.contiguous()
+        if self._bound.get(name) == source.data_ptr():
+            return
+        for alias in self._aliases[name]:
+            alias.point(source)
+        self._bound[name] = source.data_ptr() if source is tensor else 0
+
+
+@dataclass(frozen=True)
+class _Alias:
+    """A recorded tensor that views an array at `offset` elements."""
+
+    tensor: torch.Tensor
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def point(self, source: torch.Tensor) -> None:
+        start = source.storage_offset() + self.offset
+        self.tensor.set_(source.untyped_storage(), start, self.shape, self.stride)  # type: ignore[call-overload]
+
+
+def _aliases(array: torch.Tensor, read: Sequence[torch.Tensor]) -> list[_Alias]:
+    key = storage_key(array)
+    return [
+        _Alias(t, t.storage_offset() - array.storage_offset(), tuple(t.shape), t.stride())
+        for t in {id(t): t for t in read}.values()
+        if storage_key(t) == key
+    ]
+
+
+def _copy_into(old: torch.Tensor, new: torch.Tensor) -> Step:
+    return lambda: old.copy_(new)
+
+

@@ -1,0 +1,291 @@
+"""A session on one torch device: owns weights, caches, programs and the arena that programs share.
+
+Knows no model, no kernel and no vendor; the device, the mesh and the process-group library are given to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lineshaft.contract.backends import World
+from lineshaft.contract.problems import KVProblem
+from lineshaft.contract.sessions import Cache, Packing, PlannedOps, StepFunction, Tree, map_tree
+from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
+from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
+from lineshaft.errors import (
+    ContractViolation,
+    MisshapenTensor,
+    OutOfMemory,
+    SessionClosed,
+    SessionFrozen,
+    SessionPoisoned,
+)
+
+from lineshaft_torch.arrays import HostArray, from_host, to_host
+from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
+from lineshaft_torch.packing import dense_leaves, host_pack
+from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, page_view
+from lineshaft_torch.program import Capture, EagerProgram, StepPending, TapeProgram
+from lineshaft_torch.recording import Recorder
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a session runs.
+
+    program     "tape" replays what was recorded at capture; "eager" runs the forward anew each step
+    functional  write_kv leaves its cache untouched and returns a copy, so that a forward which ignores the result fails
+    groups      makes a process group for collectives
+    timeout_s   how long a collective waits for the other ranks, in seconds
+    """
+
+    program: str = "tape"
+    functional: bool = False
+    groups: GroupFactory = gloo_group
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class DoneTransfer:
+    """A transfer that was complete when it was returned."""
+
+    error: BaseException | None = None
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None
+
+
+class TorchSession:
+    """Implements `lineshaft.contract.sessions.Session`; see there for what each method promises.
+
+    All programs share one arena: capture the largest bucket first, because a program that needs a larger arena than
+    there is makes all earlier ones record again.
+    """
+
+    def __init__(self, device: str = "cpu", world: World | None = None, options: SessionOptions | None = None) -> None:
+        self.device = torch.device(device)
+        self.world = world or World()
+        self.options = options or SessionOptions()
+        self.coordinate: Coordinate = coordinate_of(self.world)
+        self.groups = ProcessGroups(self.world, self.options.groups, self.options.timeout_s)
+        self.recorder: Recorder | None = None
+        self.weights: Tree = {}
+        self.caches: list[Cache] = []
+        self.arena = self._bytes(0)
+        self.generation = 0  # of weights and caches
+        self._params: dict[str, tuple[Param, Weight | torch.Tensor, Packing]] = {}
+        self._shared: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+        self._programs: list[TapeProgram] = []
+        self._frozen = self._closed = False
+        self._failure: BaseException | None = None
+
+    # ---- weights -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
+        """Weights of this rank's coordinate; a `const` Param becomes a bare tensor. Params of equal `source_id` and
+        packing share memory. Raises MissingTensor, MisshapenTensor, OutOfMemory."""
+        self._require_changeable("load")
+        self._params, self._shared = {}, {}
+        self._drop_programs()
+        self.weights = map_tree(lambda param: self._place(param, checkpoint, packings), params)
+        return self.weights
+
+    def _place(self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Weight | torch.Tensor:
+        if param.name not in self._params:
+            packing = packings.get(param.name, Packing())
+            same = (param.source_id, packing.layout, param.shape, param.dtype)
+            if same not in self._shared:
+                with _memory(f"weight {param.name}"):
+                    local = param.shard(checkpoint, self.coordinate)
+                    self._shared[same] = self._leaves(param, local, packing)
+            made = self._make(param, len(self._params), packing, self._shared[same])
+            self._params[param.name] = (param, made, packing)
+        return self._params[param.name][1]
+
+    def _leaves(self, param: Param, local: Local, packing: Packing) -> dict[str, torch.Tensor]:
+        if packing.pack is None:
+            return {name: leaf.to(self.device) for name, leaf in dense_leaves(param, local).items()}
+        return host_pack(packing.pack, param, local, self.device)
+
+    @staticmethod
+    def _make(param: Param, key: int, packing: Packing, arrays: dict[str, torch.Tensor]) -> Weight | torch.Tensor:
+        if "const" in param.problems:
+            return arrays["data"]
+        return Weight(key, param.name, param.problems, packing.layout, arrays)
+
+    @torch.inference_mode()
+    def update(self, weights: Mapping[str, HostArray]) -> StepPending:
+        """Raises MisshapenTensor for a name that was not loaded or another shape; then nothing has changed."""
+        self.require_usable()
+        made = [(self._leaves_of(name), self._repack(name, array)) for name, array in weights.items()]
+        for old, new in made:
+            for leaf, tensor in old.items():
+                tensor.copy_(new[leaf])
+        return StepPending({}, {})
+
+    def _leaves_of(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self._params:
+            raise MisshapenTensor(f"update of {name!r}: no such parameter is loaded; load it first")
+        made = self._params[name][1]
+        return {"data": made} if isinstance(made, torch.Tensor) else made.arrays
+
+    def _repack(self, name: str, array: HostArray) -> dict[str, torch.Tensor]:
+        param, _, packing = self._params[name]
+        if tuple(array.shape) != param.shape:
+            raise MisshapenTensor(
+                f"update of {name!r}: shape {list(array.shape)} instead of {list(param.shape)}; another shape needs load"
+            )
+        return self._leaves(param, Local((Stored("none", param.shape, {"data": array}),)), packing)
+
+    # ---- caches and pages --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
+        """Zeroed caches in the layout of this kit's kernels. Raises ContractViolation for another, OutOfMemory."""
+        self._require_changeable("alloc_caches")
+        if layout not in ("", SLOTS_LAYOUT):
+            raise ContractViolation(f"cache layout {layout!r} is not known to this session; it has {SLOTS_LAYOUT!r}")
+        self._drop_programs()
+        with _memory("the KV caches"):
+            self.caches = [
+                Cache(key, problem, SLOTS_LAYOUT, cache_arrays(problem, pages[problem.group], self.device))
+                for key, problem in enumerate(problems)
+            ]
+        return list(self.caches)
+
+    @torch.inference_mode()
+    def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
+        self.require_usable()
+        rows = self._ids(ids)
+        return {name: to_host(array.index_select(0, rows)) for name, array in page_view(self.caches[cache]).items()}
+
+    @torch.inference_mode()
+    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
+        self.require_usable()
+        rows = self._ids(ids)
+        for name, array in page_view(self.caches[cache]).items():
+            array.index_copy_(0, rows, from_host(pages[name]).to(self.device))
+        return DoneTransfer()
+
+    @torch.inference_mode()
+    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
+        self.require_usable()
+        source, target = self._ids(src), self._ids(dst)
+        for cache in self.caches:
+            if cache.problem.group == group:
+                for array in page_view(cache).values():
+                    array.index_copy_(0, target, array.index_select(0, source))
+        return DoneTransfer()
+
+    def _ids(self, ids: HostArray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
+
+    # ---- programs ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        fn: StepFunction,
+        shape: StepShape,
+        inputs: InputLayout,
+        ops: PlannedOps,
+        arrays: Mapping[str, ArraySpec] | None = None,
+        host_outputs: frozenset[str] = frozenset(),
+    ) -> TapeProgram | EagerProgram:
+        self._require_changeable("capture")
+        capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
+        if self.options.program == "eager":
+            return EagerProgram(self, capture)
+        program = TapeProgram(self, capture)
+        self._programs.append(program)
+        return program
+
+    def _drop_programs(self) -> None:
+        """Weights or caches move: what was captured over the old ones must not run again."""
+        self._programs = []
+        self.generation += 1
+
+    def reserve_arena(self, nbytes: int) -> None:
+        """Make the arena at least this large; a larger one makes every program record again."""
+        if nbytes > self.arena.numel():
+            with _memory("the arena of intermediate results"):
+                self.arena = self._bytes(nbytes)
+            for program in self._programs:
+                program.record()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every weight and cache tensor: what stays where it is from step to step."""
+        weights = [leaf for name in self._params for leaf in self._leaves_of(name).values()]
+        return weights + [leaf for cache in self.caches for leaf in cache.arrays.values()]
+
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """Let every bound kernel of the session report to `recorder`."""
+        self.recorder = recorder
+        try:
+            yield
+        finally:
+            self.recorder = None
+
+    def _bytes(self, nbytes: int) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        self.require_usable()
+        self._frozen = True
+
+    def thaw(self) -> None:
+        self.require_usable()
+        self._frozen = False
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.weights, self.caches, self._programs, self._params, self._shared = {}, [], [], {}, {}
+            self.arena = torch.empty(0, dtype=torch.uint8)
+            self.groups.close()
+
+    def require_usable(self) -> None:
+        """Raises SessionClosed or SessionPoisoned."""
+        if self._closed:
+            raise SessionClosed("the session is closed; start a new one")
+        if self._failure is not None:
+            raise SessionPoisoned(f"a program failed and left its caches undefined ({self._failure!r}); rebuild the session")
+
+    def _require_changeable(self, call: str) -> None:
+        self.require_usable()
+        if self._frozen:
+            raise SessionFrozen(f"{call} on a frozen session; call thaw first")
+
+    @contextmanager
+    def poison_on_failure(self) -> Iterator[None]:
+        """Whatever escapes makes every later call raise SessionPoisoned."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+
+
+@contextmanager
+def _memory(what: str) -> Iterator[None]:
+    """Turn an allocation failure into OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemory(f"{what} do not fit in memory ({error}); use fewer pages, a smaller model or a narrower dtype") from error
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise OutOfMemory(f"{what} do not fit in memory ({error}); use fewer pages, a smaller model or a narrower dtype") from error

@@ -1,0 +1,1 @@
+"""The CPU backend: the PyTorch kit's portable kernels on the host, and kernels made for it."""

@@ -1,0 +1,20 @@
+"""What the entry point names: registers the backend, and imports nothing but the contract."""
+
+from __future__ import annotations
+
+from lineshaft.contract.backends import BackendInfo, BackendKind
+from lineshaft.contract.hooks import hookimpl
+
+
+@hookimpl
+def lineshaft_backends() -> list[BackendInfo]:
+    return [
+        BackendInfo(
+            name="cpu",
+            probe="lineshaft_cpu.probe:probe",
+            factory="lineshaft_cpu.backend:create",
+            options="lineshaft_cpu.options:CpuOptions",
+            kind=BackendKind.HOST,
+            summary="the host's CPU through PyTorch",
+        )
+    ]

@@ -1,0 +1,182 @@
+"""Each distribution is built, looked into and installed; nothing here uses the source tree once it is built."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from dataclasses import dataclass
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = sorted(
+    path.parent for pattern in ("core", "kits/*", "plugins/*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
+)
+NAMES = [tomllib.loads((folder / "pyproject.toml").read_text())["project"]["name"] for folder in FOLDERS]
+TORCH_FREE = "import sys; assert not {'torch', 'jax', 'triton'} & set(sys.modules), 'a tensor library was imported'"
+
+
+@dataclass(frozen=True)
+class Built:
+    """One distribution and its two files."""
+
+    source: Path
+    name: str
+    package: str
+    requirements: tuple[str, ...]
+    wheel: Path
+    sdist: Path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    """Every distribution: the sdist from the tree, the wheel from the sdist, as a release does it."""
+    folder = tmp_path_factory.mktemp("dist")
+    projects = [build(source, folder / source.name) for source in FOLDERS]
+    return {project.name: project for project in projects}
+
+
+def build(source: Path, target: Path) -> Built:
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", target, source)
+    (wheel,), (sdist,) = target.glob("*.whl"), target.glob("*.tar.gz")
+    project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
+    name = project["name"]
+    return Built(source, name, name.replace("-", "_"), tuple(project["dependencies"]), wheel, sdist)
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    """What the command prints; its whole output if it fails. No variable of Python leads back to the source tree."""
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wheel_holds_the_typed_package_its_license_and_nothing_else(name: str, built: dict[str, Built]) -> None:
+    project = built[name]
+    with zipfile.ZipFile(project.wheel) as archive:
+        held = archive.namelist()
+    code = {str(path.relative_to(project.source / "src")) for path in sources(project)}
+    metadata = {path for path in held if ".dist-info/" in path}
+    assert set(held) - metadata == code
+    assert f"{project.package}/py.typed" in held
+    assert any(path.endswith("licenses/LICENSE") for path in metadata)
+
+
+def sources(project: Built) -> list[Path]:
+    """The files of a distribution's package as they lie in the tree."""
+    found = (project.source / "src").rglob("*")
+    return [path for path in found if path.is_file() and not any(map(is_cache, path.relative_to(project.source).parts))]
+
+
+def is_cache(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_sdist_holds_what_the_wheel_is_built_from(name: str, built: dict[str, Built]) -> None:
+    project = built[name]
+    with tarfile.open(project.sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "LICENSE", "PKG-INFO"} <= held
+    assert {str(path.relative_to(project.source)) for path in sources(project)} <= held
+    assert not any(part.startswith("test") for path in held for part in Path(path).parts)
+
+
+def test_the_metadata_say_what_is_needed(built: dict[str, Built]) -> None:
+    for project in built.values():
+        with zipfile.ZipFile(project.wheel) as archive:
+            (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+            metadata = Parser().parsestr(archive.read(path).decode())
+        assert metadata["License-Expression"] == "Apache-2.0"
+        assert metadata["Requires-Python"] == ">=3.11"
+        assert {bare(line) for line in metadata.get_all("Requires-Dist", [])} == set(map(bare, project.requirements))
+    assert {bare(line) for line in built["lineshaft"].requirements} & {"torch", "jax", "triton"} == set()
+
+
+def bare(requirement: str) -> str:
+    """The name of a requirement without its versions."""
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found
+    return found[0].lower().replace("_", "-")
+
+
+@pytest.fixture(scope="module")
+def core_alone(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of a clean environment in which pip installed the core's wheel and, from the index, what it needs."""
+    folder = tmp_path_factory.mktemp("core")
+    venv.EnvBuilder(with_pip=True).create(folder)
+    run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", built["lineshaft"].wheel)
+    return folder / "bin"
+
+
+def test_core_alone_with_its_dependencies_from_the_index(core_alone: Path, tmp_path: Path) -> None:
+    assert "lineshaft" in run(core_alone / "lineshaft", "--help", cwd=tmp_path)
+    listed = json.loads(run(core_alone / "lineshaft", "backends", "--json", cwd=tmp_path))
+    assert [backend["name"] for backend in listed["backends"]] == ["numpy"]
+    assert [backend["usable"] for backend in listed["backends"]] == [True]
+    assert listed["rejected"] == []
+
+
+def test_core_alone_imports_every_module_and_checks_out(core_alone: Path, tmp_path: Path) -> None:
+    code = (
+        "import pkgutil, importlib, lineshaft\n"
+        "for module in pkgutil.walk_packages(lineshaft.__path__, 'lineshaft.'): importlib.import_module(module.name)\n"
+        "assert lineshaft.__version__ == '0.1.0' and 'site-packages' in lineshaft.__file__\n"
+    )
+    run(core_alone / "python", "-c", code + TORCH_FREE, cwd=tmp_path)
+    run(core_alone / "python", "-m", "pip", "check")
+
+
+def test_wheels_together_reuse_the_third_party_packages_at_hand(built: dict[str, Built], tmp_path: Path) -> None:
+    """All wheels without their dependencies; those are found in the environment that runs the tests, not installed."""
+    python = borrowing_environment(tmp_path / "all")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *(project.wheel for project in built.values()))
+    homes = json.loads(run(python, "-c", homes_of([project.package for project in built.values()]), cwd=tmp_path))
+    assert all(Path(home).is_relative_to(tmp_path) for home in homes), homes
+    listed = json.loads(run(python.parent / "lineshaft", "backends", "--json", cwd=tmp_path))
+    assert {"numpy", "cpu"} <= {backend["name"] for backend in listed["backends"] if backend["usable"]}
+    assert listed["rejected"] == []
+
+
+def test_the_plugin_without_its_kit_is_listed_and_breaks_nothing(built: dict[str, Built], tmp_path: Path) -> None:
+    """The core's and the plugin's wheels alone: third-party packages as above, the kit and PyTorch hidden."""
+    python = borrowing_environment(tmp_path / "few", hidden=("torch", "lineshaft_torch"))
+    wheels = [built[name].wheel for name in ("lineshaft", "lineshaft-cpu")]
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *wheels)
+    listed = json.loads(run(python.parent / "lineshaft", "backends", "--json", cwd=tmp_path))
+    (cpu,) = [backend for backend in listed["backends"] if backend["name"] == "cpu"]
+    assert not cpu["usable"]
+    assert "not installed" in cpu["reason"]
+
+
+def borrowing_environment(folder: Path, hidden: tuple[str, ...] = ()) -> Path:
+    """The python of a new environment that sees links to this one's packages, but none of lineshaft nor of `hidden`."""
+    venv.EnvBuilder(with_pip=True).create(folder)
+    links = folder / "borrowed"
+    links.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        module = path.name.partition("-")[0].partition(".")[0].lstrip("_").lower()
+        if "lineshaft" not in path.name and module not in {*hidden, "pip"} and path.suffix != ".pth":
+            (links / path.name).symlink_to(path)
+    site = next((folder / "lib").glob("python3*/site-packages"))
+    (site / "borrowed.pth").write_text(f"{links}\n")
+    return folder / "bin" / "python"
+
+
+def homes_of(packages: list[str]) -> str:
+    return f"import importlib, json; print(json.dumps([importlib.import_module(p).__file__ for p in {packages!r}]))"

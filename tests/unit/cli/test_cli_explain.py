@@ -1,0 +1,53 @@
+"""What `lineshaft explain` prints of a plan, with a plan made by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from lineshaft.cli.main import main
+from lineshaft.contract.steps import StepShape
+from lineshaft.plan.plan import Plan, PlanEntry
+from lineshaft.plan.resolve import Rejection
+
+
+def entry(op: str, problem: str, kernel: str, *rejected: Rejection) -> PlanEntry:
+    return PlanEntry(op, problem, "float32", kernel, "1", "", {}, rejected, 1)
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    slow = Rejection("slow", "does not handle window")
+    entries = (entry("add", "rows=1", "a"), entry("add", "rows=2", "a"), entry("attend", "rows=1", "b", slow))
+    made = Plan("fake", (StepShape(8, 2, (4,), 2, 1),), entries, {}, "", 0)
+    module = types.ModuleType("lineshaft.explain")
+    module.explain = lambda config: made  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lineshaft.explain", module)
+    return made
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    assert main(["explain", "--model", "m", *arguments]) == 0
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_one_row_for_each_op_and_kernel_with_its_rejections(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys)
+    assert rows[0] == ["OP", "DTYPE", "KERNEL", "PROBLEMS", "REJECTED"]
+    assert rows[1] == ["add", "float32", "a", "2", "-"]
+    assert rows[2] == ["attend", "float32", "b", "1", "slow:", "does", "not", "handle", "window"]
+    assert rows[3][:2] == ["plan", plan.hash]
+
+
+def test_shapes_has_a_row_for_each_problem_and_bucket(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, "--shapes")
+    assert [row[:3] for row in rows[1:4]] == [["add", "rows=1", "a"], ["add", "rows=2", "a"], ["attend", "rows=1", "b"]]
+    assert ["8", "2", "(4,)", "2", "1"] in rows
+
+
+def test_json_is_the_whole_plan(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", "m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plan.to_json()))

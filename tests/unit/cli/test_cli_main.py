@@ -1,0 +1,236 @@
+"""Exit statuses and one-line errors of the command line, with an engine that is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lineshaft.cli import backends
+from lineshaft.cli.main import main
+from lineshaft.errors import LineshaftError, OutOfMemory
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def python(code: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path[:] = {sys.path!r}\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **more)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["dance"],
+        [],
+        ["generate", "--prompt", "x"],
+        ["generate", "--prompt", "x", "--model", "m", "--threads", "many"],
+        ["generate", "--prompt", "x", "--model", "m", "--set", "cache.pages"],
+        ["generate", "--prompt", "x", "--model", "m", "--max-tokens", "0"],
+        ["generate", "--prompt", "x", "--model", "m", "--temperature", "nan"],
+        ["generate", "--prompt", "x", "--config", "absent.toml"],
+        ["generate", "--prompt", "x", "--model", "m", "--max", "3"],
+        ["explain", "--model", "m", "--backend-option", "=3"],
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("lineshaft: error: ")
+    assert err.count("\n") == 1
+
+
+def test_verbose_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, "explain", "-v", "--model", "m", "--tp", "x")
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("lineshaft: error: InvalidValue: layout.tp = 'x'")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (OutOfMemory("too\n  big"), 2, "lineshaft: error: OutOfMemory: too big"),
+        (LineshaftError("x"), 2, "lineshaft: error: LineshaftError: x"),
+        (MemoryError(), 2, "lineshaft: error: OutOfMemory: the host has no memory left"),
+        (KeyboardInterrupt(), 130, "lineshaft: interrupted"),
+    ],
+)
+def test_failures_of_a_command(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(backends, "run", fail)
+    got, _, err = run(capsys, "backends")
+    assert got == status
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(backends, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["backends"])
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = """
+from lineshaft.cli import backends, main
+def endless(args):
+    while True:
+        print("x" * 100)
+backends.run = endless
+sys.exit(main.main(["backends"]))
+"""
+    code = f"import sys; sys.path[:] = {sys.path!r}\n{code}"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = python(
+        "from lineshaft.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'numpy', 'pydantic', 'torch', 'pluggy'} & set(sys.modules)))"
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "generate" in done.stdout
+
+
+def test_backends_lists_every_backend_and_imports_no_tensor_library(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "backends", "--json")
+    listed = json.loads(out)
+    assert status == 0
+    names = [backend["name"] for backend in listed["backends"]]
+    assert "numpy" in names
+    assert all(backend["kind"] in {"reference", "host", "accelerator"} for backend in listed["backends"])
+    status, out, _ = run(capsys, "backends")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]][: len(names)] == names
+    done = python("from lineshaft.cli.main import main; main(['backends']); print('torch' in sys.modules)")
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+class FakeLLM:
+    """Records what the command asks of the engine and answers with a fixed text."""
+
+    seen: dict[str, Any]
+
+    @classmethod
+    def from_config(cls, config: Any) -> FakeLLM:
+        llm = cls()
+        llm.seen = cls.seen
+        llm.seen["config"] = config
+        return llm
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seen["closed"] = True
+
+    def stream(self, prompt: str, params: Any, chat: bool = True) -> Any:
+        self.seen.update(prompt=prompt, params=params, chat=chat)
+        for text in ("one ", "two"):
+            yield types.SimpleNamespace(text=text, token_ids=(1,), finish_reason=None)
+        if prompt == "stop me":
+            raise KeyboardInterrupt
+
+    def encode_chat(self, prompt: str) -> list[int]:
+        return [len(prompt)]
+
+    def generate(self, prompts: list[Any], params: Any, progress: bool) -> Any:
+        self.seen.update(prompts=prompts, progress=progress)
+        completion = types.SimpleNamespace(text="whole", token_ids=(1,), logprobs=None, finish_reason="stop")
+        return [types.SimpleNamespace(prompt=prompt, outputs=[completion]) for prompt in prompts]
+
+    plan = types.SimpleNamespace(summary=lambda: "the plan")
+
+    def metrics(self) -> Any:
+        numbers = {"ttft_s": 0.5, "tpot_s": 0.01, "tokens_per_s": 9.0, "pages_used": 3, "pages_total": 7}
+        return types.SimpleNamespace(**numbers, host_ms_per_decode_step=0.1)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    module = types.ModuleType("lineshaft.llm")
+    FakeLLM.seen = {}
+    module.LLM = FakeLLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lineshaft.llm", module)
+    return FakeLLM.seen
+
+
+def test_generate_streams_to_stdout_and_sums_up_on_stderr(
+    capsys: pytest.CaptureFixture[str], fake: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text('model = "m"\nseed = 4\n[sampling]\ntop_k = 5\nmax_tokens = 9\n')
+    arguments = [
+        "--config",
+        str(tmp_path / "c.toml"),
+        "--max-tokens",
+        "3",
+        "--temperature",
+        "0",
+        "--stop",
+        "s",
+        "--raw",
+    ]
+    status, out, err = run(capsys, "generate", "--prompt", "hello", *arguments, "--tp", "2", "--set", "cache.pages=8")
+    assert (status, out) == (0, "one two\n")
+    assert "the plan" in err
+    assert "TTFT 500.0 ms" in err
+    params, config = fake["params"], fake["config"]
+    assert (params.max_tokens, params.temperature, params.top_k, tuple(params.stop)) == (3, 0.0, 5, ("s",))
+    assert (config.layout.tp, config.cache.pages, config.seed) == (2, 8, 4)
+    assert (fake["prompt"], fake["chat"], fake["closed"]) == ("hello", False, True)
+
+
+def test_several_prompts_are_one_batch_in_order(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:
+    status, out, err = run(capsys, "generate", "--prompt", "a", "--prompt", "b", "--model", "m", "--quiet")
+    assert (status, out, err) == (0, "whole\nwhole\n", "")
+    assert (fake["prompts"], fake["progress"]) == ([[1], [1]], False)
+    run(capsys, "generate", "--prompt", "a", "--no-stream", "--raw", "--model", "m")
+    assert (fake["prompts"], fake["progress"]) == (["a"], True)
+
+
+def test_an_interrupted_run_closes_the_engine(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:
+    status, _, err = run(capsys, "generate", "--prompt", "stop me", "--model", "m")
+    assert (status, err) == (130, "lineshaft: interrupted\n")
+    assert fake["closed"]
+
+
+def test_a_dash_reads_the_prompt_from_stdin(
+    capsys: pytest.CaptureFixture[str], fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(read=lambda: "from stdin"))
+    assert run(capsys, "generate", "--prompt", "-", "--model", "m", "--quiet")[0] == 0
+    assert fake["prompt"] == "from stdin"

@@ -1,0 +1,49 @@
+"""The memory check says by how much, and shared parameters count once."""
+
+from __future__ import annotations
+
+import pytest
+
+from lineshaft.contract.weights import Local, Param
+from lineshaft.errors import MisshapenTensor, OutOfMemory
+from lineshaft.weights import as_dtype, breakdown, check_fits, local_bytes
+
+GIB = 1 << 30
+
+
+def param(name: str, source: str, shape: tuple[int, ...], dtype: str = "bfloat16") -> Param:
+    return Param(name, source, shape, dtype, {}, lambda checkpoint, coordinate: Local(()))
+
+
+def test_tied_parameters_count_once() -> None:
+    embed = param("embed", "table", (100, 8))
+    head = param("head", "table", (100, 8))
+    norm = param("norm", "norm", (8,), "float32")
+    assert local_bytes([embed, head, norm]) == 100 * 8 * 2 + 8 * 4
+
+
+def test_what_fits_and_what_nobody_knows_passes() -> None:
+    check_fits(GIB, GIB, "weights")
+    check_fits(GIB, None, "weights")
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_do() -> None:
+    what = breakdown({"weights": 3 * GIB, "caches": GIB // 2})
+    with pytest.raises(OutOfMemory) as caught:
+        check_fits(3 * GIB + GIB // 2, 2 * GIB, what)
+    message = str(caught.value)
+    assert message.startswith(
+        "weights 3.00 GiB + caches 0.50 GiB need 3.50 GiB but 2.00 GiB are free: 1.50 GiB too much"
+    )
+    assert "use a smaller" in message and "\n" not in message
+
+
+def test_one_byte_too_much_is_too_much() -> None:
+    with pytest.raises(OutOfMemory, match="1 bytes too much"):
+        check_fits(GIB + 1, GIB, "weights")
+
+
+def test_dtype_names() -> None:
+    assert as_dtype("bfloat16").itemsize == 2 and as_dtype("float8_e4m3fn").itemsize == 1
+    with pytest.raises(MisshapenTensor, match="'floaty'"):
+        as_dtype("floaty")
