@@ -64,9 +64,7 @@ class Engine:
     `teacher`, if set, sees the logits of every sampled row and may overrule the token.
     """
 
-    def __init__(
-        self, config: EngineConfig, *, registry: Registry | None = None, progress: Progress = silent
-    ) -> None:
+    def __init__(self, config: EngineConfig, *, registry: Registry | None = None, progress: Progress = silent) -> None:
         registry = registry or discover()
         self.config = config
         self.teacher: Teacher | None = None
@@ -179,14 +177,14 @@ class Engine:
         for row in batch.rows:
             clock = self._live[row.request.id].clock
             clock.scheduled = clock.scheduled or began
-        requests = [row.request for row in batch.rows if row.samples]
-        ids = [self._taught(request, r, result) for r, request in enumerate(requests)]
-        for request, token in zip(requests, ids, strict=True):
+        sampled = [self._live[row.request.id] for row in batch.rows if row.samples]
+        ids = [self._taught(live.request, r, result) for r, live in enumerate(sampled)]
+        for live, token in zip(sampled, ids, strict=True):
             if token < 0:  # NaN logits: no token can be sampled; the others go on
-                self.finish(request, FinishReason.ERROR)
+                replica.scheduler.finish(live.request, FinishReason.ERROR)
         replica.scheduler.commit(batch, ids)
         at = now()
-        return [self._token(request, r, token, result, at) for r, (request, token) in enumerate(zip(requests, ids, strict=True))]
+        return [self._token(live, r, ids[r], result, at) for r, live in enumerate(sampled)]
 
     def _taught(self, request: Request, row: int, result: StepResult) -> int:
         token = int(result.token_ids[row])
@@ -195,16 +193,14 @@ class Engine:
         forced = self.teacher(request, result.logits[row])
         return token if forced is None else forced
 
-    def _token(self, request: Request, row: int, token: int, result: StepResult, at: float) -> Token:
-        live = self._live.get(request.id)
-        clock = live.clock if live is not None else Clock()
+    def _token(self, live: Live, row: int, token: int, result: StepResult, at: float) -> Token:
         if token >= 0:
-            clock.token(at)
-        if live is not None and request.finished:
+            live.clock.token(at)
+        if live.request.finished:
             self._retire(live)
-        wanted = request.params.logprobs
+        wanted = live.request.params.logprobs
         found = None if wanted is None or result.logprobs is None else top_logprobs(result.logprobs, row, token, wanted)
-        return Token(request, clock, token, found)
+        return Token(live.request, live.clock, token, found)
 
     def _retire(self, live: Live) -> None:
         request = live.request
@@ -262,9 +258,9 @@ class Engine:
 
 def top_logprobs(found: Logprobs, row: int, token: int, wanted: int) -> dict[int, tuple[float, int]]:
     """The `wanted` likeliest tokens of a row and the chosen one: id -> (log-probability, rank)."""
-    top = {int(i): (float(p), rank + 1) for rank, (i, p) in enumerate(zip(found.top_ids[row], found.top[row], strict=True))}
+    top = {
+        int(i): (float(p), rank + 1) for rank, (i, p) in enumerate(zip(found.top_ids[row], found.top[row], strict=True))
+    }
     kept = dict(list(top.items())[:wanted])
     kept[token] = top.get(token, (float(found.chosen[row]), 0))
     return kept
-
-

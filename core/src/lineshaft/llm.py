@@ -123,9 +123,7 @@ class LLM:
         self._open(make_config(model=model, backend=backend, dtype=dtype, **config), registry, progress)
 
     @classmethod
-    def from_config(
-        cls, config: EngineConfig, *, registry: Registry | None = None, progress: Progress = silent
-    ) -> LLM:
+    def from_config(cls, config: EngineConfig, *, registry: Registry | None = None, progress: Progress = silent) -> LLM:
         """An LLM from a finished configuration."""
         self = cls.__new__(cls)
         self._open(config, registry, progress)

@@ -64,7 +64,7 @@ class StreamDelta:
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What an engine did so far. Times in milliseconds are medians over steps; rates are over the time spent in steps."""
+    """What an engine did so far. Times in milliseconds are medians over steps; rates count the time spent in steps."""
 
     requests: int
     prompt_tokens: int

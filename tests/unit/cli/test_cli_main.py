@@ -165,13 +165,13 @@ class FakeLLM:
         if prompt == "stop me":
             raise KeyboardInterrupt
 
-    def encode_chat(self, prompt: str) -> list[int]:
-        return [len(prompt)]
-
-    def generate(self, prompts: list[Any], params: Any, progress: bool) -> Any:
-        self.seen.update(prompts=prompts, progress=progress)
+    def generate(self, prompts: list[str], params: Any, progress: bool, raw: bool = True) -> Any:
+        self.seen.update(prompts=prompts, progress=progress, raw=raw)
         completion = types.SimpleNamespace(text="whole", token_ids=(1,), logprobs=None, finish_reason="stop")
         return [types.SimpleNamespace(prompt=prompt, outputs=[completion]) for prompt in prompts]
+
+    def chat(self, prompts: list[str], params: Any, progress: bool) -> Any:
+        return self.generate(prompts, params, progress, raw=False)
 
     plan = types.SimpleNamespace(summary=lambda: "the plan")
 
@@ -217,9 +217,9 @@ def test_generate_streams_to_stdout_and_sums_up_on_stderr(
 def test_several_prompts_are_one_batch_in_order(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:
     status, out, err = run(capsys, "generate", "--prompt", "a", "--prompt", "b", "--model", "m", "--quiet")
     assert (status, out, err) == (0, "whole\nwhole\n", "")
-    assert (fake["prompts"], fake["progress"]) == ([[1], [1]], False)
+    assert (fake["prompts"], fake["raw"], fake["progress"]) == (["a", "b"], False, False)
     run(capsys, "generate", "--prompt", "a", "--no-stream", "--raw", "--model", "m")
-    assert (fake["prompts"], fake["progress"]) == (["a"], True)
+    assert (fake["prompts"], fake["raw"], fake["progress"]) == (["a"], True, True)
 
 
 def test_an_interrupted_run_closes_the_engine(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:

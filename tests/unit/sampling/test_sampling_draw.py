@@ -51,7 +51,7 @@ def test_other_draws_do_not_matter() -> None:
 
 def test_each_argument_matters() -> None:
     base = (1, 2, 3, 4, 5)
-    others = [base[:i] + (base[i] + 1,) + base[i + 1 :] for i in range(5)]
+    others = [(*base[:i], base[i] + 1, *base[i + 1 :]) for i in range(5)]
     assert len({float(draw(*place)) for place in (base, *others)}) == 6
 
 

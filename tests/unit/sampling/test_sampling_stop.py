@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +30,7 @@ def test_any_chunks_equal_cutting_the_whole(text: str, stops: list[str], include
     borders = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     stream = StopStrings(stops, include)
     shown = ""
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         safe, hit = stream.feed(text[start:end])
         shown += safe
         assert whole.startswith(shown)

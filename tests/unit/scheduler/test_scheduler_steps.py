@@ -6,7 +6,7 @@ import timeit
 
 import pytest
 
-from lineshaft.cache import CacheManager, GroupSpec
+from lineshaft.cache import CacheManager, GroupSpec, PageCopy
 from lineshaft.errors import ContractViolation, EmptyPrompt, InvalidValue, PromptTooLong
 from lineshaft.sampling import SamplingParams
 from lineshaft.scheduler import Batch, FinishReason, Limits, Request, Scheduler, Status
@@ -135,6 +135,36 @@ def test_a_preempting_step_admits_nobody() -> None:
     assert batch.preempted == (2,) and shape(batch) == [(1, 4, 1)]
 
 
+def test_cached_tells_of_the_first_admission_and_computed_starts_again() -> None:
+    engine = scheduler(pages=4)
+    engine.add(request(1, 4, max_tokens=6))
+    engine.add(two := request(2, 8, max_tokens=6))
+    step(engine)
+    batch = engine.schedule()
+    assert batch.preempted == (2,) and (two.status, two.computed, two.preemptions) == (Status.WAITING, 0, 1)
+    engine.commit(batch, [7])
+    again = [row for _ in range(8) for row in step(engine) if row[0] == 2]
+    assert again[0] == (2, 4, 5) and two.cached == 0, "one of its own pages was still in the prefix cache"
+
+
+def test_no_more_run_than_can_decode_in_one_step() -> None:
+    engine = scheduler(token_budget=2, mixed_steps=False)
+    for number in (1, 2, 3):
+        engine.add(request(number, 1, max_tokens=3))
+    assert [step(engine) for _ in range(3)] == [[(1, 0, 1), (2, 0, 1)], [(1, 1, 1), (2, 1, 1)], [(1, 2, 1), (2, 2, 1)]]
+    assert step(engine) == [(3, 0, 1)]
+
+
+def test_copies_of_forked_pages_are_in_the_batch() -> None:
+    engine = scheduler()
+    engine.add(request(1, 5))
+    step(engine)
+    engine.cache.fork(1, 99)
+    old = engine.cache.pages(1)[1]
+    batch = engine.schedule()
+    assert batch.copies == (PageCopy(0, old, engine.cache.pages(1)[1]),)
+
+
 def test_watermark_holds_back_admission_but_not_a_lone_request() -> None:
     engine = scheduler(pages=10, watermark=0.3)
     engine.add(request(1, 20))
@@ -148,7 +178,7 @@ def test_watermark_holds_back_admission_but_not_a_lone_request() -> None:
 def test_a_lone_request_uses_the_whole_pool_and_no_more() -> None:
     engine = scheduler(pages=3)
     engine.add(one := request(1, 9, max_tokens=50))
-    while engine.has_work:
+    for _ in range(4):
         step(engine)
     assert one.finish_reason is FinishReason.LENGTH and one.preemptions == 0
     assert one.computed == 12 and len(one.tokens) == 13
@@ -171,7 +201,7 @@ def test_the_context_ends_a_request() -> None:
 def test_how_a_request_ends(params: dict[str, object], reason: FinishReason, stop_reason: int | None) -> None:
     engine = scheduler()
     engine.add(one := request(1, 3, max_tokens=2, eos=7, **params))
-    while engine.has_work:
+    for _ in range(2):
         step(engine)
     assert (one.finish_reason, one.stop_reason, one.output[0]) == (reason, stop_reason, 7)
 
@@ -217,10 +247,10 @@ def test_prompts_that_cannot_be_served_are_refused() -> None:
     engine = scheduler(pages=4, max_model_len=12)
     with pytest.raises(EmptyPrompt):
         engine.add(request(1, 0))
-    with pytest.raises(PromptTooLong, match="12 tokens.*at most 11"):
+    with pytest.raises(PromptTooLong, match=r"12 tokens.*at most 11"):
         engine.add(request(1, 12))
     small = scheduler(pages=2)
-    with pytest.raises(PromptTooLong, match="9 tokens.*holds 8"):
+    with pytest.raises(PromptTooLong, match=r"9 tokens.*holds 8"):
         small.add(request(1, 9))
     engine.add(request(1, 11))
     small.add(request(1, 8))

@@ -144,6 +144,8 @@ class Driver:
         prefills = [row for row in batch.rows if row.request.id not in decoding]
         decodes = len(ids) - len(prefills)
         assert set(ids[:decodes]) <= decoding, "decode rows come first"
+        assert not decodes or set(ids[:decodes]) == decoding - set(batch.preempted), "all that can decode do"
+        assert decodes or not limits.mixed_steps or not decoding, "mixed steps never leave decodes out"
         assert ids[:decodes] == sorted(ids[:decodes]) and ids[decodes:] == sorted(ids[decodes:])
         assert limits.max_prefill_rows is None or len(prefills) <= limits.max_prefill_rows
         assert limits.mixed_steps or not decodes or not prefills
@@ -220,7 +222,7 @@ events = st.lists(st.one_of(arrivals, arrivals, st.none(), st.none(), st.none(),
 optional = st.one_of(st.none(), st.integers(1, 6))
 limits_strategy = st.builds(
     Limits,
-    token_budget=st.integers(1, 40),
+    token_budget=st.one_of(st.integers(1, 5), st.integers(6, 40)),
     max_rows=st.integers(1, 6),
     max_model_len=st.integers(2, 50),
     max_prefill_rows=optional,

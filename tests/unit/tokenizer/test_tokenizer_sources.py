@@ -105,6 +105,15 @@ def test_sentencepiece_merges_best_scores_first(spm: dict[str, Any]) -> None:
     assert tokenizer.decode(ids, skip_special=False) == "<s> hello world"
 
 
+@pytest.mark.parametrize(("scores", "expected"), [((-1.0, -2.0), ["ab", "c"]), ((-2.0, -1.0), ["a", "bc"])])
+def test_the_better_of_two_overlapping_pieces_wins(
+    spm: dict[str, Any], scores: tuple[float, float], expected: list[str]
+) -> None:
+    for key, more in (("tokens", ["ab", "bc"]), ("scores", list(scores)), ("token_type", [1, 1])):
+        spm[f"tokenizer.ggml.{key}"] = [*spm[f"tokenizer.ggml.{key}"], *more]
+    assert spelled(spm | {"tokenizer.ggml.add_space_prefix": False}, "abc") == expected
+
+
 def test_sentencepiece_falls_back_to_bytes(spm: dict[str, Any]) -> None:
     tokenizer = Tokenizer(read_metadata(spm))
     ids = tokenizer.encode("\u20ac", add_special=False)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import CorruptCheckpoint, LineshaftError, MisshapenTensor, MissingTensor, ModelNotFound
@@ -147,7 +148,8 @@ def test_the_last_byte_counts(sharded_folder: tuple[Path, dict[str, Any]]) -> No
 def test_a_wrong_index_is_refused(
     sharded_folder: tuple[Path, dict[str, Any]], weight_map: Any, kind: type[LineshaftError], words: str
 ) -> None:
-    folder, _ = sharded_folder
+    folder, tensors = sharded_folder
+    save_file({"x": tensors["b.weight"]}, folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(kind, match=words):
         open_checkpoint(folder)

@@ -71,7 +71,8 @@ def stream(llm: LLM, prompt: str, params: SamplingParams, *, raw: bool) -> None:
 
 def print_whole(llm: LLM, prompts: list[str], params: SamplingParams, *, raw: bool, progress: bool) -> None:
     """Print each finished text, in the order of the prompts."""
-    for output in llm.generate(prompts if raw else list(map(llm.encode_chat, prompts)), params, progress=progress):
+    complete = llm.generate if raw else llm.chat
+    for output in complete(prompts, params, progress=progress):
         print_output(output)
 
 

@@ -1,4 +1,4 @@
-"""What a plugin registers: a backend's name, probe, options, factory and, where it compiles ahead of time, toolchain."""
+"""What a plugin registers: a backend's name, probe, options, factory and, to compile ahead of time, its toolchain."""
 
 from __future__ import annotations
 

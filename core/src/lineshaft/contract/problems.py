@@ -23,7 +23,9 @@ class Problem:
 
     def features(self) -> frozenset[str]:
         """Names of the optional abilities that this problem asks of a kernel."""
-        return frozenset(f.name for f in fields(self) if f.metadata.get("feature") and getattr(self, f.name) != f.default)
+        return frozenset(
+            f.name for f in fields(self) if f.metadata.get("feature") and getattr(self, f.name) != f.default
+        )
 
     def describe(self) -> str:
         """One line with every field that differs from its default."""
@@ -173,7 +175,7 @@ class MergeProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterProblem(Problem):
-    """Choice of `k` of `experts` experts per token."""
+    """Choice of `k` of `experts` experts per token; with `groups`, only among the `group_top` best groups."""
 
     experts: int
     k: int
@@ -182,6 +184,7 @@ class RouterProblem(Problem):
     renormalise: bool = False
     scale: float = 1.0
     groups: int = feature(0)
+    group_top: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a step is given: its static shape, the ordered list of its inputs, and the packed host buffer that holds them."""
+"""What a step is given: its static shape, the ordered list of its inputs, and the packed host buffer of them."""
 
 from __future__ import annotations
 
@@ -162,6 +162,4 @@ class StepInputs:
 
     def _group(self, g: int) -> PageView:
         get = self.arrays.get
-        return PageView(
-            get(f"slots.{g}"), get(f"page_table.{g}"), get(f"context_lens.{g}"), get(f"page_starts.{g}")
-        )
+        return PageView(get(f"slots.{g}"), get(f"page_table.{g}"), get(f"context_lens.{g}"), get(f"page_starts.{g}"))

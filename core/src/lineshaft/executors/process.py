@@ -104,7 +104,7 @@ class ProcessExecutor:
             raise self._died(child) from error
 
     def _collect(self, progress: Progress | None = None) -> list[Reply]:
-        """One reply of every worker; the first failure ends the wait, because the others may wait for the failed one."""
+        """One reply of every worker; the first failure ends the wait, as the others may wait for the failed one."""
         replies: dict[int, Reply] = {}
         with selectors.DefaultSelector() as selector:
             for child in self._children:
@@ -165,4 +165,3 @@ def rebuild_error(described: dict[str, str], rank: int) -> LineshaftError:
     if isinstance(kind, type) and issubclass(kind, LineshaftError):
         return kind(described["message"])
     return WorkerDied(f"worker of rank {rank} failed: {described['class']}: {described['message']}")
-

@@ -15,7 +15,7 @@ from lineshaft.errors import UnknownArchitecture
 from lineshaft.layout import Degrees, ModelShape
 
 Uses = Mapping[str, tuple[str, Problem]]
-"""Name in the forward -> (op, base problem). A name is an op's, or an op's with a suffix where a model needs several."""
+"""Name in the forward -> (op, base problem): an op's own name, or one with a suffix where a model needs several."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BuildContext:
     dtype: str
     kv_dtype: str
     page_size: int
-    degrees: Degrees = Degrees()
+    degrees: Degrees
 
 
 class Model(Protocol):

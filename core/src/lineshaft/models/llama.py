@@ -40,12 +40,14 @@ class LlamaConfig:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Raises CorruptCheckpoint for a missing or absurd number, UnknownArchitecture for a variant not written yet."""
+        """Raises CorruptCheckpoint for a missing or absurd number, UnknownArchitecture for an unknown variant."""
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
                 raise UnknownArchitecture(f"config.json sets {key}; the llama family knows only layers without biases")
         if config.get("hidden_act", "silu") != "silu":
-            raise UnknownArchitecture(f"config.json sets hidden_act={config['hidden_act']!r}; the llama family has 'silu'")
+            raise UnknownArchitecture(
+                f"config.json sets hidden_act={config['hidden_act']!r}; the llama family has 'silu'"
+            )
         hidden, q_heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
         kv_heads = _count(config, "num_key_value_heads", q_heads)
         if q_heads % kv_heads:
@@ -84,9 +86,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     base = _number(config, "rope_theta", given.get("rope_theta", 10000.0))
     kind = given.get("rope_type") or given.get("type") or "default"
-    factors = tuple(float(f) for f in given.get("freq_factors") or ())
     if kind == "default":
-        return base, RopeScaling(freq_factors=factors)
+        return base, RopeScaling()
+    if kind == "divisors":
+        return base, RopeScaling(freq_factors=tuple(float(f) for f in given["divisors"]))
     if kind == "linear":
         return base, RopeScaling(kind="linear", factor=_number(given, "factor"))
     if kind == "llama3":
@@ -97,7 +100,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
             high_freq_factor=_number(given, "high_freq_factor"),
             original_context=_count(given, "original_max_position_embeddings"),
         )
-    raise UnknownArchitecture(f"config.json: rope_type {kind!r}; the llama family has default, linear and llama3")
+    raise UnknownArchitecture(f"config.json: rope_type {kind!r}; the llama family has default, linear, llama3 and divisors")
 
 
 class Llama:
@@ -115,9 +118,7 @@ class Llama:
 
     # ---- the forward -------------------------------------------------------------------------------------------
 
-    def forward(
-        self, ops: Any, weights: Tree, caches: Sequence[Cache], step: StepInputs
-    ) -> tuple[Array, list[Cache]]:
+    def forward(self, ops: Any, weights: Tree, caches: Sequence[Cache], step: StepInputs) -> tuple[Array, list[Cache]]:
         """Logits [R, V] of the step's logit rows, and the caches after the step's writes."""
         x = self.layout.leave(ops, ops.embed(step.token_ids, weights["embed"], weights["vocab_start"]))
         r, written = None, []

@@ -34,7 +34,7 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """A frozen plan. The hash covers op, problem, kernel, version, packing and options; never timings, hosts or paths."""
+    """A frozen plan. Its hash covers op, problem, kernel, version, packing, options; never timings, hosts or paths."""
 
     backend: str
     shapes: tuple[StepShape, ...]
@@ -62,7 +62,9 @@ class Plan:
             names = chosen.setdefault(entry.op, [])
             if entry.kernel not in names:
                 names.append(entry.kernel)
-        lines = [f"plan {self.hash[:16]}  backend {self.backend}  buckets {len(self.shapes)}  problems {len(self.entries)}"]
+        lines = [
+            f"plan {self.hash[:16]}  backend {self.backend}  buckets {len(self.shapes)}  problems {len(self.entries)}"
+        ]
         width = max((len(op) for op in chosen), default=0)
         lines += [f"  {op:<{width}}  {', '.join(names)}" for op, names in chosen.items()]
         return "\n".join(lines)

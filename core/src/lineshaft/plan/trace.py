@@ -131,10 +131,11 @@ class Tracer:
 
 def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) -> None:
     """An optional array is passed exactly when the problem's field of that name is set, else ContractViolation."""
+    used = problem.features()
     for keyword, feature in spec.optional.items():
-        passed, wanted = kwargs.get(keyword) is not None, bool(getattr(problem, feature))
+        passed, wanted = kwargs.get(keyword) is not None, feature in used
         if passed != wanted:
-            violate(f"ops.{spec.name}: {keyword}= is {'' if passed else 'not '}passed but {feature}={wanted}")
+            violate(f"ops.{spec.name}: {keyword}= is {'' if passed else 'not '}passed but the problem {'sets' if wanted else 'does not set'} {feature}")
 
 
 def abstract_weights(params: Tree) -> Tree:
@@ -159,9 +160,7 @@ def trace_function(
     arrays: Mapping[str, ArraySpec],
 ) -> Trace:
     """Run `fn` once on abstract arrays; raises ContractViolation if it leaves the contract or drops a cache."""
-    step = StepInputs(
-        {f.name: AbstractArray(ArraySpec(f.shape, f.dtype)) for f in inputs.fields}, tracer.trace.shape
-    )
+    step = StepInputs({f.name: AbstractArray(ArraySpec(f.shape, f.dtype)) for f in inputs.fields}, tracer.trace.shape)
     given = {name: AbstractArray(spec) for name, spec in arrays.items()}
     outputs, after = fn(tracer, abstract_weights(params), list(caches), step, given)
     if len(after) != len(caches):

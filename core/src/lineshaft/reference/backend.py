@@ -65,9 +65,7 @@ def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
     """Raises InvalidValue for more than one worker."""
     if world.size > 1:
         raise InvalidValue(f"backend 'numpy' runs one worker, the layout has {world.size}; set every degree to 1")
-    capabilities = Capabilities(
-        dtypes=("float64", "float32", "bfloat16"), determinism=DeterminismClaims(run=True)
-    )
+    capabilities = Capabilities(dtypes=("float64", "float32", "bfloat16"), determinism=DeterminismClaims(run=True))
     return ReferenceBackend(NAME, capabilities, ReferenceMemory())
 
 

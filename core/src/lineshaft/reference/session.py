@@ -212,4 +212,3 @@ class ReferenceSession:
     def _check_thawed(self, call: str) -> None:
         if self._frozen:
             raise SessionFrozen(f"{call} between freeze and thaw: call thaw first")
-

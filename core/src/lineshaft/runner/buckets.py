@@ -55,7 +55,7 @@ def make_shapes(
 
 
 def fit(shapes: Sequence[StepShape], need: Need) -> StepShape:
-    """The first of `shapes`, smallest first, that holds the step. The scheduler's limits guarantee that there is one."""
+    """The first of `shapes`, smallest first, that holds the step; the scheduler's limits promise that there is one."""
     for shape in shapes:
         if (
             shape.tokens >= need.tokens

@@ -26,9 +26,7 @@ Outputs = tuple[dict[str, Array], list[Cache]]
 def forward_function(model: Model) -> StepFunction:
     """logits [R, V], which stay on the device, and the greedy token_ids int32 [R]."""
 
-    def forward(
-        ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: dict[str, Array]
-    ) -> Outputs:
+    def forward(ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: dict[str, Array]) -> Outputs:
         logits, written = model.forward(ops, weights, caches, step)
         return {"logits": logits, "token_ids": ops.argmax(logits)}, written
 
@@ -45,9 +43,7 @@ def sample_function(
 def logprobs_function(top: int) -> StepFunction:
     """Log-probabilities of the chosen ids and of the `top` likeliest."""
 
-    def logprobs(
-        ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: dict[str, Array]
-    ) -> Outputs:
+    def logprobs(ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: dict[str, Array]) -> Outputs:
         chosen, top_ids, best = ops.logprobs(arrays["logits"], step.arrays["ids"], top)
         return {"chosen": chosen, "top_ids": top_ids, "top": best}, caches
 

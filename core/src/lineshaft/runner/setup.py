@@ -72,9 +72,7 @@ def make_setup(config: EngineConfig, rank: int = 0, rendezvous: str = "", regist
     limits = make_limits(config, capabilities, model)
     pages_per_row = tuple(-(-limits.max_model_len // page_size) for _ in range(groups))
     shapes = make_shapes(capabilities, limits.token_budget, limits.max_rows, pages_per_row)
-    return Setup(
-        info, world, backend, checkpoint, model, caches, degrees, limits, shapes, dtype, (page_size,) * groups
-    )
+    return Setup(info, world, backend, checkpoint, model, caches, degrees, limits, shapes, dtype, (page_size,) * groups)
 
 
 def make_planned(config: EngineConfig, setup: Setup, registry: Registry | None = None) -> Planned:
@@ -84,9 +82,7 @@ def make_planned(config: EngineConfig, setup: Setup, registry: Registry | None =
     kernels = [*setup.backend.kernels(), *registry.kernels(setup.info.name)]
     resolver = Resolver(setup.info.name, kernels, config.kernels)
     programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs)
-    work = Workload(
-        setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes)
-    )
+    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes))
     return make_plan(setup.info.name, work, resolver, specs)
 
 

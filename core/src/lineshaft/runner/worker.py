@@ -85,9 +85,9 @@ class Worker:
         source = "cache.pages" if self.config.cache.pages is not None else "cache.memory_fraction gives pages"
         held = max(0, count - 1) * page_size
         return (
-            f"{source} = {count}: beside the null page the pool holds {held} tokens, but one request of max_model_len = "
-            f"{longest} needs {per_request} pages of {page_size} tokens ({cost} bytes each); set cache.pages to at least "
-            f"{per_request + 1} or max_model_len to at most {held}"
+            f"{source} = {count}: beside the null page the pool holds {held} tokens, but one request of max_model_len "
+            f"= {longest} needs {per_request} pages of {page_size} tokens ({cost} bytes each); set cache.pages to at "
+            f"least {per_request + 1} or max_model_len to at most {held}"
         )
 
     def start(self, pages: tuple[int, ...], progress: Progress = silent) -> Started:

@@ -17,7 +17,7 @@ class Limits:
     """What one step may hold; every number is at least 1. A prefill row is any row that is not a decode row."""
 
     token_budget: int  # tokens a step
-    max_rows: int  # running requests, and so rows a step
+    max_rows: int  # running requests, and so rows a step; more than token_budget are of no use
     max_model_len: int  # tokens a request, prompt and output
     max_prefill_rows: int | None = None  # prefill rows a step; None: as many as fit
     mixed_steps: bool = True  # False: a step holds decode rows or prefill rows, and the two take turns

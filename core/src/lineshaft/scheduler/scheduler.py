@@ -35,6 +35,8 @@ class Scheduler:
     def __init__(self, limits: Limits, cache: CacheManager) -> None:
         self.limits = limits
         self.cache = cache
+        # Every running request can have a decode row in one step.
+        self._max_running = min(limits.max_rows, limits.token_budget)
         # The last token of a request needs no page: it is never computed.
         self._max_tokens = min(limits.max_model_len, cache.capacity + 1)
         self._waiting: deque[Request] = deque()
@@ -118,8 +120,6 @@ class Scheduler:
     def _decode(self, step: BatchBuilder) -> None:
         """Give each running request that has one token left its row, oldest first, preempting the youngest."""
         for request in self._running:  # shrinks at its end while it is walked
-            if not step.tokens_left:
-                return
             if request.remaining == 1 and (copies := self._grow(request, step)) is not None:
                 step.copies += copies
                 step.add_decode(request)
@@ -152,7 +152,7 @@ class Scheduler:
 
     def _admit(self, step: BatchBuilder) -> None:
         """Admit waiting requests, oldest first, until one does not fit; none while pages were lacking."""
-        while self._waiting and step.takes_prefill and len(self._running) < self.limits.max_rows:
+        while self._waiting and step.takes_prefill and len(self._running) < self._max_running:
             request = self._waiting[0]
             _, hashes = self._requests[request.id]
             reserve = bool(self._running)

@@ -37,7 +37,7 @@ def plan_offsets(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
 
 
 def _best_fit(spans: Sequence[tuple[int, int]], nbytes: int) -> int:
-    """The start of the tightest gap between `spans` (sorted, disjoint) that holds `nbytes`, else the end of the last."""
+    """Start of the tightest gap between `spans` (sorted, disjoint) that holds `nbytes`, else the end of the last."""
     end, best, slack = 0, -1, -1
     for start, stop in spans:
         spare = start - end - nbytes

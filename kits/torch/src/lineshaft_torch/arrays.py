@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.errors import ContractViolation
 
@@ -17,13 +18,13 @@ DTYPES = (
 )  # fmt: skip
 """Names that NumPy (with ml_dtypes) and torch share."""
 
-_CARRIERS = {1: np.dtype(np.uint8), 2: np.dtype(np.int16), 4: np.dtype(np.int32)}
+_CARRIERS: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.int16), 4: np.dtype(np.int32)}
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a contract dtype name. Raises ContractViolation for a name that torch has no dtype for."""
     if name not in DTYPES:
-        raise ContractViolation(f"dtype {name!r} is not one that torch shares with NumPy; use one of {', '.join(DTYPES)}")
+        raise ContractViolation(f"dtype {name!r} is none that torch and NumPy share; use one of {', '.join(DTYPES)}")
     found = getattr(torch, name)
     assert isinstance(found, torch.dtype)
     return found

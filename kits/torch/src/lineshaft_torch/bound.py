@@ -36,7 +36,9 @@ class BoundKernel:
         return self.run(*args, **kwargs) if recorder is None else recorder.call(self, args, kwargs)
 
 
-def recipe(name: str, op: str, bind: Callable[[Any, Any], Callable[..., Any]], *, out: bool = False, **fields: Any) -> Recipe:
+def recipe(
+    name: str, op: str, bind: Callable[[Any, Any], Callable[..., Any]], *, out: bool = False, **fields: Any
+) -> Recipe:
     """A Recipe for `op`. `bind(problem, session)` returns a plain function, which is wrapped as a BoundKernel."""
 
     def bind_recorded(problem: Any, session: Any) -> BoundKernel:

@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from lineshaft.contract.backends import World
 from lineshaft.contract.weights import Coordinate
 from lineshaft.errors import ContractViolation, WorkerDied
-
 from lineshaft_torch.arrays import accumulator
 
-GroupFactory = Callable[[dist.Store, int, int, timedelta], Any]
+Store = Any
+"""A torch.distributed store."""
+
+GroupFactory = Callable[[Store, int, int, timedelta], Any]
 """(store, index in the group, members, timeout) -> a torch process-group backend."""
 
 
-def gloo_group(store: dist.Store, index: int, members: int, timeout: timedelta) -> Any:
+def gloo_group(store: Store, index: int, members: int, timeout: timedelta) -> Any:
     """A group of host processes."""
     return dist.ProcessGroupGloo(store, index, members, timeout)
 
@@ -55,7 +58,7 @@ class ProcessGroups:
     def __init__(self, world: World, factory: GroupFactory, timeout_s: float) -> None:
         self._world, self._factory = world, factory
         self._timeout = timedelta(seconds=timeout_s)
-        self._store: dist.Store | None = None
+        self._store: Store = None
         self._made: dict[tuple[str, ...], Group] = {}
 
     def group(self, axis: str | Sequence[str]) -> Group:
@@ -70,10 +73,10 @@ class ProcessGroups:
     def _connect(self, axes: tuple[str, ...], ranks: list[int]) -> Any:
         with _peers(f"meeting over {'+'.join(axes)}"):
             if self._store is None:
-                self._store = dist.FileStore(self._world.rendezvous, self._world.size)
+                self._store = dist.FileStore(self._world.rendezvous, self._world.size)  # type: ignore[attr-defined]
                 self._store.set_timeout(self._timeout)
             name = f"{'+'.join(axes)}:{','.join(map(str, ranks))}"
-            store = dist.PrefixStore(name, self._store)
+            store = dist.PrefixStore(name, self._store)  # type: ignore[attr-defined]
             return self._factory(store, ranks.index(self._world.rank), len(ranks), self._timeout)
 
     def close(self) -> None:
@@ -86,7 +89,7 @@ class Group:
     """One rank's end of a group: `index` of `size` members. Inputs are left alone; results are fresh, except that a
     group of one hands its input back.
 
-    Sums are made in float32 (float64 for float64) and rounded once; everything else moves bytes, so that any dtype goes.
+    Sums are made in float32 (float64 for float64) and rounded once; all else moves bytes, so that any dtype goes.
     """
 
     def __init__(self, axes: tuple[str, ...], index: int, size: int, backend: Any) -> None:
@@ -154,7 +157,7 @@ class Group:
     def _share(self, x: torch.Tensor, dim: int, op: str) -> int:
         if x.shape[dim] % self.size:
             raise ContractViolation(
-                f"{op} over {'+'.join(self.axes)}: dim {dim} of {list(x.shape)} is not a multiple of the {self.size} members"
+                f"{op} over {'+'.join(self.axes)}: the {self.size} members do not divide dim {dim} of {list(x.shape)}"
             )
         return int(x.shape[dim]) // self.size
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from lineshaft.contract.kernels import Pack
 from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.errors import MisshapenTensor
 from lineshaft.weights.schemes import dequantize
-
 from lineshaft_torch.arrays import dtype_name, from_host, host_view, torch_dtype
 
 
@@ -36,10 +36,7 @@ def _check(param: Param, local: Local) -> None:
 
 
 def _fill(out: torch.Tensor, part: Stored) -> None:
-    if part.scheme != "none":
-        data = dequantize(part, dtype_name(out.dtype))
-    else:
-        data = part.arrays["data"]
+    data = part.arrays["data"] if part.scheme == "none" else dequantize(part, dtype_name(out.dtype))
     if data.dtype.name == dtype_name(out.dtype):
         np.copyto(host_view(out), data)
     else:

@@ -1,11 +1,11 @@
-"""How this kit lays a paged cache out: "slots", one row of heads per slot, so that page p is rows p*page .. (p+1)*page."""
+"""How this kit lays a paged cache out: "slots", one row of heads per slot; page p is rows p*page to (p+1)*page."""
 
 from __future__ import annotations
 
 import torch
+
 from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.sessions import Cache
-
 from lineshaft_torch.arrays import torch_dtype
 
 SLOTS_LAYOUT = "slots"
@@ -27,3 +27,17 @@ def page_view(cache: Cache) -> dict[str, torch.Tensor]:
     problem = cache.problem
     assert isinstance(problem, KVProblem)
     return {name: a.view(-1, problem.page_size, *a.shape[1:]) for name, a in cache.arrays.items()}
+
+
+def movable(array: torch.Tensor) -> torch.Tensor:
+    """A view that index operations accept: one-byte floats as their bytes."""
+    return array.view(torch.uint8) if array.itemsize == 1 else array
+
+
+def stored_as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`, through float32; a finite value beyond its range becomes the largest finite one."""
+    if x.dtype == dtype:
+        return x
+    wide = x if dtype == torch.float64 else x.float()
+    top = torch.finfo(dtype).max
+    return torch.where(wide.isinf(), wide, wide.clamp(-top, top)).to(dtype)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from lineshaft.contract.sessions import Cache, CaptureReport, Handle, PlannedOps, StepFunction, Transfer
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.errors import ContractViolation
-
 from lineshaft_torch.arrays import HostArray, to_host, torch_dtype
 from lineshaft_torch.recording import Placement, Recorder, ReshapeRecording, Step, Survey, Taping, recorded_namespace
 from lineshaft_torch.tensors import spec_of, storage_key, storage_keys, view_at
@@ -58,8 +58,11 @@ class DeviceArray:
 class StepPending:
     """A finished step; `result` reads host copies made at once, `handle` names what stays on the device."""
 
-    def __init__(self, handles: Mapping[str, DeviceArray], host: Mapping[str, HostArray]) -> None:
+    def __init__(
+        self, handles: Mapping[str, DeviceArray], host: Mapping[str, HostArray], kernel_seconds: float = 0.0
+    ) -> None:
         self._handles, self._host = handles, host
+        self.kernel_seconds = kernel_seconds
 
     def result(self, name: str) -> HostArray:
         """A private host copy. Raises ContractViolation for a stale or unknown output."""
@@ -106,22 +109,24 @@ class ProgramBase:
         poisons the session."""
         self.session.require_usable()
         if self._generation != self.session.generation:
-            raise ContractViolation("weights or caches were loaded anew after this program was captured; capture it again")
+            raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
         given = self._check_arrays(arrays or {})
         for transfer in after:
             transfer.wait()
         with torch.inference_mode(), self.session.poison_on_failure():
-            outputs = self._submit(host, given)
+            self._take_inputs(host)
+            began = time.perf_counter()
+            outputs = self._run(given)
+            seconds = time.perf_counter() - began
         self.runs += 1
         handles = {name: DeviceArray(name, tensor, self, self.runs) for name, tensor in outputs.items()}
         copies = {name: to_host(outputs[name]) for name in self.capture.host_outputs}
-        return StepPending(handles, copies)
+        return StepPending(handles, copies, seconds)
 
-    def _submit(self, host: HostStep, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def _take_inputs(self, host: HostStep) -> None:
         self._buffer.copy_(torch.from_numpy(host.buffer[: self._buffer.numel()]))
         for prepare in self._prepares:
             prepare(host)
-        return self._run(arrays)
 
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         raise NotImplementedError
@@ -133,7 +138,7 @@ class ProgramBase:
         tensors = {name: self._taken(handle) for name, handle in given.items()}
         for name, tensor in tensors.items():
             if spec_of(tensor) != wanted[name]:
-                raise ContractViolation(f"array {name!r} was captured as {wanted[name]}, it was given {spec_of(tensor)}")
+                raise ContractViolation(f"array {name!r} was captured as {wanted[name]}, given is {spec_of(tensor)}")
         return tensors
 
     def _taken(self, handle: DeviceArray) -> torch.Tensor:
@@ -152,9 +157,7 @@ class ProgramBase:
     def _zeros(self, spec: ArraySpec) -> torch.Tensor:
         return torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype), device=self.session.device)
 
-    def _call_forward(
-        self, ops: Any, arrays: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], list[Cache]]:
+    def _call_forward(self, ops: Any, arrays: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[Cache]]:
         caches = list(self.session.caches)
         outputs, after = self.capture.fn(ops, self.session.weights, caches, self.step, arrays)
         if [cache.key for cache in after] != [cache.key for cache in caches]:
@@ -249,7 +252,8 @@ class TapeProgram(ProgramBase):
             old.copy_(new)
             taping.tape.append(_copy_into(old, new))
         self._outputs, self._tape = outputs, taping.tape
-        self._aliases = {name: _aliases(tensor, [*taping.read.values(), *outputs.values()]) for name, tensor in arrays.items()}
+        recorded = [*taping.read.values(), *outputs.values()]
+        self._aliases = {name: _aliases(tensor, recorded) for name, tensor in arrays.items()}
         self._bound = {}
 
     def _observe(
@@ -286,13 +290,13 @@ class _Alias:
 
     def point(self, source: torch.Tensor) -> None:
         start = source.storage_offset() + self.offset
-        self.tensor.set_(source.untyped_storage(), start, self.shape, self.stride)  # type: ignore[call-overload]
+        self.tensor.set_(source.untyped_storage(), start, self.shape, self.stride)
 
 
 def _aliases(array: torch.Tensor, read: Sequence[torch.Tensor]) -> list[_Alias]:
     key = storage_key(array)
     return [
-        _Alias(t, t.storage_offset() - array.storage_offset(), tuple(t.shape), t.stride())
+        _Alias(t, int(t.storage_offset() - array.storage_offset()), tuple(t.shape), t.stride())
         for t in {id(t): t for t in read}.values()
         if storage_key(t) == key
     ]
@@ -300,5 +304,3 @@ def _aliases(array: torch.Tensor, read: Sequence[torch.Tensor]) -> list[_Alias]:
 
 def _copy_into(old: torch.Tensor, new: torch.Tensor) -> Step:
     return lambda: old.copy_(new)
-
-

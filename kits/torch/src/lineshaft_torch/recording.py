@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lineshaft.contract.steps import ArraySpec
-from lineshaft.errors import ContractViolation
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from lineshaft.contract.steps import ArraySpec
+from lineshaft.errors import ContractViolation
 from lineshaft_torch.arena import Lifetime, plan_offsets
 from lineshaft_torch.bound import BoundKernel
 from lineshaft_torch.tensors import map_tensors, spec_of, storage_key, storage_keys, tensors_in, view_at
@@ -195,8 +195,8 @@ class Taping(Recorder):
             self.read[id(tensor)] = tensor
             if storage_key(tensor) not in self._known:
                 raise ContractViolation(
-                    f"call {self.count} of the forward takes an array of shape {list(tensor.shape)} that no op, weight or "
-                    "input of the step made; a forward may only call ops, reshape and slice"
+                    f"call {self.count} of the forward takes an array of shape {list(tensor.shape)} that comes from no "
+                    "op, weight or input; a forward may only call ops, reshape and slice"
                 )
 
     def _buffer(self, slot: Slot) -> torch.Tensor:

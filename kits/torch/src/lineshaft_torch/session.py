@@ -5,13 +5,14 @@ Knows no model, no kernel and no vendor; the device, the mesh and the process-gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
 from lineshaft.contract.backends import World
 from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.sessions import Cache, Packing, PlannedOps, StepFunction, Tree, map_tree
@@ -25,7 +26,6 @@ from lineshaft.errors import (
     SessionFrozen,
     SessionPoisoned,
 )
-
 from lineshaft_torch.arrays import HostArray, from_host, to_host
 from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
 from lineshaft_torch.packing import dense_leaves, host_pack
@@ -83,6 +83,7 @@ class TorchSession:
         self.generation = 0  # of weights and caches
         self._params: dict[str, tuple[Param, Weight | torch.Tensor, Packing]] = {}
         self._shared: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+        self._constants: dict[Hashable, Any] = {}
         self._programs: list[TapeProgram] = []
         self._frozen = self._closed = False
         self._failure: BaseException | None = None
@@ -142,7 +143,7 @@ class TorchSession:
         param, _, packing = self._params[name]
         if tuple(array.shape) != param.shape:
             raise MisshapenTensor(
-                f"update of {name!r}: shape {list(array.shape)} instead of {list(param.shape)}; another shape needs load"
+                f"update of {name!r}: shape {list(array.shape)}, not {list(param.shape)}; another shape needs load"
             )
         return self._leaves(param, Local((Stored("none", param.shape, {"data": array}),)), packing)
 
@@ -236,6 +237,12 @@ class TorchSession:
         finally:
             self.recorder = None
 
+    def constant(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once per session: tables and workspaces that bound kernels share."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
+
     def _bytes(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
@@ -253,6 +260,7 @@ class TorchSession:
         if not self._closed:
             self._closed = True
             self.weights, self.caches, self._programs, self._params, self._shared = {}, [], [], {}, {}
+            self._constants = {}
             self.arena = torch.empty(0, dtype=torch.uint8)
             self.groups.close()
 
@@ -261,7 +269,7 @@ class TorchSession:
         if self._closed:
             raise SessionClosed("the session is closed; start a new one")
         if self._failure is not None:
-            raise SessionPoisoned(f"a program failed and left its caches undefined ({self._failure!r}); rebuild the session")
+            raise SessionPoisoned(f"a program failed over its caches ({self._failure!r}); rebuild the session")
 
     def _require_changeable(self, call: str) -> None:
         self.require_usable()
@@ -283,9 +291,10 @@ def _memory(what: str) -> Iterator[None]:
     """Turn an allocation failure into OutOfMemory."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(f"{what} do not fit in memory ({error}); use fewer pages, a smaller model or a narrower dtype") from error
-    except RuntimeError as error:
-        if "allocate" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        raise OutOfMemory(f"{what} do not fit in memory ({error}); use fewer pages, a smaller model or a narrower dtype") from error
+        text = " ".join(str(error).split())
+        raise OutOfMemory(
+            f"no memory for {what} ({text}); use fewer pages, a smaller model or a narrower dtype"
+        ) from error

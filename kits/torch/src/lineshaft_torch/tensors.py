@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import ArraySpec
-
 from lineshaft_torch.arrays import dtype_name, torch_dtype
 
 

@@ -46,10 +46,10 @@ class Numerics:
         return cls("float64" if dtype == "float64" else accumulate, dtype)
 
     def load(self, x: HostArray) -> HostArray:
-        return np.asarray(x).astype(numpy_dtype(self.compute))
+        return np.asarray(x).astype(numpy_dtype(self.compute), copy=False)
 
     def save(self, x: HostArray) -> HostArray:
-        return x.astype(numpy_dtype(self.store))
+        return x.astype(numpy_dtype(self.store), copy=False)
 
 
 EXACT = Numerics()
@@ -73,7 +73,8 @@ class Tolerance:
         if got.shape != exact.shape:
             return f"shape {got.shape} instead of {exact.shape}"
         if self.exact or exact.dtype.kind in "iub":
-            wrong = int(np.sum(got.astype(exact.dtype) != exact))
+            equal = (got.astype(exact.dtype) == exact) | (np.isnan(got.astype(np.float64)) & np.isnan(exact))
+            wrong = int(np.sum(~equal))
             return f"{wrong} of {exact.size} values differ" if wrong else None
         return self._within(problem, got.astype(np.float64), exact.astype(np.float64), reference_run.astype(np.float64))
 
@@ -82,17 +83,22 @@ class Tolerance:
         if unlike.any():
             return f"{int(unlike.sum())} values are not finite where the reference is {exact[unlike].flat[0]}"
         keep = np.isfinite(exact)
-        if not np.isfinite(got[~keep]).sum() == 0:
+        if np.isfinite(got[~keep]).any():
             return "finite values where the reference is not finite"
         got, exact, run = got[keep], exact[keep], run[keep]
         if not exact.size:
             return None
-        unit = float(ml_dtypes.finfo(numpy_dtype(problem.dtype)).eps) * max(self.depth(problem), 1) ** 0.5
+        unit = epsilon(problem.dtype) * max(self.depth(problem), 1) ** 0.5
         for name, c, norm in (("L2", self.l2, _rms), ("Linf", self.linf, _largest)):
             error, allowed = norm(got - exact), c * max(norm(run - exact), unit * norm(exact))
             if error > allowed:
                 return f"{name} error {error:.3g} exceeds {allowed:.3g} (= {c:g} x the reference run's)"
         return None
+
+
+def epsilon(dtype: str) -> float:
+    """The distance from 1 to the next larger value of a float dtype."""
+    return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)  # type: ignore[no-untyped-call]
 
 
 def _rms(x: HostArray) -> float:
@@ -128,7 +134,11 @@ class StepArg:
 
 @dataclass(frozen=True)
 class Case:
-    """One seeded example: `args` in the op's order; arrays are float64 or int32, never in the executed dtype."""
+    """One seeded example: `args` in the op's order, arrays never in the executed dtype.
+
+    float64 arrays are operands, to be rounded to the executed dtype; float32 and integer arrays have that dtype in the
+    op's signature and are passed as they are.
+    """
 
     id: str  # stable, e.g. "decode/gqa4-page16-bf16-garbage_tail"
     problem: Problem
@@ -158,7 +168,7 @@ class OpSpec:
     signature   one line for documentation, with shapes
     problem     the descriptor's class
     specialise  (base problem or None, Call) -> Problem: completes what the model declared with the call's shapes
-    infer       (problem, Call) -> ArraySpec | tuple of ArraySpec | "cache": what comes out; "cache" = the consumed cache
+    infer       (problem, Call) -> ArraySpec | tuple of ArraySpec | "cache": what comes out; "cache": the consumed one
     reference   (problem, *args, num, **optional) -> outputs, NumPy; weights come as arrays, caches as dicts of arrays
                 (a consumed cache is copied, changed and returned), steps as StepArg, collectives as a list with one
                 array per member (and return such a list)

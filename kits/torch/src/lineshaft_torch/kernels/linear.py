@@ -17,12 +17,15 @@ def embed(ids: torch.Tensor, table: Any, vocab_start: torch.Tensor, *, out: Out 
     local = ids - dense(vocab_start)
     inside = (local >= 0) & (local < rows.shape[0])
     found = rows.index_select(0, local.clamp(0, rows.shape[0] - 1))
-    return torch.where(inside[:, None], found, 0, out=out) if out is not None else torch.where(inside[:, None], found, 0)
+    found = found.masked_fill_(~inside[:, None], 0)
+    return found if out is None else out.copy_(found)
 
 
-def linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
-    """x [T, I], w [O, I] -> x @ w^T [T, O]."""
-    return torch.mm(x, dense(w).t(), out=out)
+def linear(x: torch.Tensor, w: Any, *, bias: Any = None, out: Out = None) -> torch.Tensor:
+    """x [T, I], w [O, I], bias [O] -> x @ w^T + bias [T, O]."""
+    if bias is None:
+        return torch.mm(x, dense(w).t(), out=out)
+    return torch.addmm(dense(bias), x, dense(w).t(), out=out)
 
 
 def head_linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
@@ -32,8 +35,9 @@ def head_linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
 
 
 def recipes() -> list[Recipe]:
+    heads = frozenset({"heads"})
     return [
         recipe("torch_embed", "embed", stateless(embed), out=True, layout=DENSE),
-        recipe("torch_linear", "linear", stateless(linear), out=True, layout=DENSE),
-        recipe("torch_head_linear", "head_linear", stateless(head_linear), out=True, layout=DENSE, handles=frozenset({"heads"})),
+        recipe("torch_linear", "linear", stateless(linear), out=True, layout=DENSE, handles=frozenset({"bias"})),
+        recipe("torch_head_linear", "head_linear", stateless(head_linear), out=True, layout=DENSE, handles=heads),
     ]

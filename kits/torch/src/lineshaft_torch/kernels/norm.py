@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from lineshaft.contract.problems import NormProblem
 
+from lineshaft.contract.problems import NormProblem
 from lineshaft_torch.arrays import accumulator
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe
 
@@ -15,7 +15,7 @@ Out = torch.Tensor | None
 
 
 def rms_norm(width: int, eps: torch.Tensor, x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
-    """x [T, H], w [H] -> x / sqrt(mean(x^2) + eps) * w, rounded once. `eps` is a tensor [1] of the accumulation dtype."""
+    """x [T, H], w [H] -> x / sqrt(mean(x^2) + eps) * w, rounded once. `eps` [1] is of the accumulation dtype."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)
     scale = torch.addcmul(eps, norm, norm, value=1 / width).rsqrt_()
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from lineshaft.contract.problems import RopeProblem, RopeScaling
 
+from lineshaft.contract.ops.rope import rope_frequencies
+from lineshaft.contract.problems import RopeProblem
 from lineshaft_torch.arrays import accumulator, torch_dtype
 from lineshaft_torch.bound import Recipe, recipe
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def inverse_frequencies(problem: RopeProblem) -> np.ndarray[Any, Any]:
-    """float64[dim / 2]: angle per position, after scaling (llama3: the Llama 3.1 model card's rule)."""
-    scaling = problem.scaling
-    freqs = problem.base ** -(np.arange(0, problem.dim, 2, dtype=np.float64) / problem.dim)
-    if scaling.kind == "linear":
-        freqs = freqs / scaling.factor
-    if scaling.kind == "llama3":
-        freqs = _llama3(freqs, scaling)
-    return freqs / np.asarray(scaling.freq_factors) if scaling.freq_factors else freqs
-
-
-def _llama3(freqs: np.ndarray[Any, Any], scaling: RopeScaling) -> np.ndarray[Any, Any]:
-    turns = scaling.original_context * freqs / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return keep * freqs + (1 - keep) * freqs / scaling.factor
-
-
 def angle_table(problem: RopeProblem, device: torch.device) -> Pair:
-    """(cos, sin) [max_position, dim / 2] for a problem that bounds its positions."""
+    """(cos, sin) [max_position, dim / 2], computed in float64 and kept in the accumulation dtype."""
     dtype = accumulator(torch_dtype(problem.dtype))
-    freqs = torch.from_numpy(inverse_frequencies(problem)).to(dtype)
-    angles = torch.arange(problem.max_position, dtype=dtype)[:, None] * freqs
-    return angles.cos().to(device), angles.sin().to(device)
+    freqs = torch.from_numpy(rope_frequencies(problem))
+    angles = torch.arange(problem.max_position, dtype=torch.float64)[:, None] * freqs
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def shared_table(problem: RopeProblem, session: Any) -> Pair:
+    """The angle table, made once per session for all problems that agree in it."""
+    key = ("rope", problem.dim, problem.base, problem.scaling, problem.max_position, problem.dtype)
+    table: Pair = session.constant(key, lambda: angle_table(problem, session.device))
+    return table
 
 
 def rotate(dim: int, interleaved: bool, cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +40,14 @@ def rotate(dim: int, interleaved: bool, cos: torch.Tensor, sin: torch.Tensor, x:
 
 
 def rope(
-    dim: int, interleaved: bool, table: Pair, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, out: Pair | None = None
+    dim: int,
+    interleaved: bool,
+    table: Pair,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    out: Pair | None = None,
 ) -> Pair:
     """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated."""
     cos, sin = (t.index_select(0, positions)[:, None] for t in table)
@@ -71,7 +66,7 @@ def supports(problem: RopeProblem) -> str | None:
 
 
 def _bind(problem: RopeProblem, session: Any) -> Any:
-    return partial(rope, problem.dim, problem.interleaved, angle_table(problem, session.device))
+    return partial(rope, problem.dim, problem.interleaved, shared_table(problem, session))
 
 
 def recipes() -> list[Recipe]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +41,15 @@ def _like(x: torch.Tensor, out: Out) -> torch.Tensor:
 
 def gather_rows(x: torch.Tensor, rows: torch.Tensor, *, out: Out = None) -> torch.Tensor:
     """x [T, H], rows int32[R] -> x[rows] [R, H]."""
-    return torch.index_select(x, 0, rows, out=out) if out is not None else torch.index_select(x, 0, rows)
+    return torch.index_select(x, 0, rows, out=out)
 
 
 def merge_rows(x: torch.Tensor, embeds: torch.Tensor, source: torch.Tensor, *, out: Out = None) -> torch.Tensor:
     """x [T, H], embeds [M, H], source int32[T] -> embeds[source[t]] where source[t] >= 0, else x[t]."""
     chosen = embeds.index_select(0, source.clamp(min=0))
-    return torch.where((source >= 0)[:, None], chosen, x, out=out) if out is not None else torch.where((source >= 0)[:, None], chosen, x)
+    return torch.where((source >= 0)[:, None], chosen, x, out=out)
 
 
 def recipes() -> list[Recipe]:
-    plain = {"add": add, "concat": concat, "silu_mul": silu_mul, "gelu_mul": gelu_mul, "gather_rows": gather_rows, "merge_rows": merge_rows}
-    return [recipe(f"torch_{op}", op, stateless(run), out=True) for op, run in plain.items()]
+    plain: list[Callable[..., torch.Tensor]] = [add, concat, silu_mul, gelu_mul, gather_rows, merge_rows]
+    return [recipe(f"torch_{run.__name__}", run.__name__, stateless(run), out=True) for run in plain]

@@ -1,0 +1,395 @@
+"""The paged cache: writing keys and values, moving pages and slots, and what each `kv_scheme` stores.
+
+Canonical pages are {"k": [N, page, Hkv, D], "v": [N, page, Hkv, Dv]} in `kv_dtype`, without "v" where `v_dim` is 0.
+Schemes `token_head` and `block` add "k_scale" and "v_scale" in float32: [N, page, Hkv], or [N, page, Hkv, D / 32].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lineshaft.contract.ops.cases import PagedStep, Paging, paged_step, seeded, short, variants
+from lineshaft.contract.ops.checks import cache_problem, expect, refuse
+from lineshaft.contract.ops.spec import (
+    EXACT,
+    CacheArg,
+    Call,
+    Case,
+    HostArray,
+    Numerics,
+    OpSpec,
+    Size,
+    Tolerance,
+    numpy_dtype,
+)
+from lineshaft.contract.problems import KVProblem
+from lineshaft.contract.steps import ArraySpec
+
+Pages = Mapping[str, HostArray]
+BLOCK = 32
+"""Values of a head that share a scale under kv_scheme `block`."""
+
+
+def specs() -> tuple[OpSpec, ...]:
+    return (_write_kv_spec(), _read_pages_spec(), *(_consumer(name) for name in _CONSUMERS))
+
+
+def _write_kv_spec() -> OpSpec:
+    return OpSpec(
+        name="write_kv",
+        signature="write_kv(cache, k [T, Hkv, D], v [T, Hkv, Dv] | None, step, *, kv_scales) -> cache",
+        problem=KVProblem,
+        specialise=_specialise_write,
+        infer=lambda p, call: "cache",
+        reference=write_kv,
+        cases=_write_cases,
+        tolerance=Tolerance(exact=True),
+        consumes=("cache",),
+        optional={"kv_scales": "kv_scheme"},
+        moved=lambda p: 2 * p.rows * p.page_bytes // p.page_size,
+    )
+
+
+def _read_pages_spec() -> OpSpec:
+    return OpSpec(
+        name="read_pages",
+        signature="read_pages(cache, ids int32[n]) -> (k [n, page, Hkv, D], v [n, page, Hkv, Dv]); ids padded with 0",
+        problem=KVProblem,
+        specialise=lambda base, call: _specialise_ids("read_pages", call, 1),
+        infer=_infer_read,
+        reference=read_pages,
+        cases=_read_cases,
+        tolerance=Tolerance(exact=True),
+        required=False,
+        moved=lambda p: 2 * p.rows * p.page_bytes,
+    )
+
+
+_CONSUMERS = ("write_pages", "copy_pages", "copy_slots")
+
+
+def _consumer(name: str) -> OpSpec:
+    table: dict[str, tuple[str, Callable[..., Any], Callable[..., Iterable[Case]], int]] = {
+        "write_pages": ("(cache, ids int32[n], pages {name: [n, page, ...]}) -> cache", write_pages, _put_cases, 1),
+        "copy_pages": ("(cache, src int32[n], dst int32[n]) -> cache; padded with 0", copy_pages, _copy_page_cases, 2),
+        "copy_slots": ("(cache, src int32[n], dst int32[n]) -> cache; padded with 0", copy_slots, _copy_slot_cases, 2),
+    }
+    signature, reference, cases, ids = table[name]
+    return OpSpec(
+        name=name,
+        signature=name + signature,
+        problem=KVProblem,
+        specialise=lambda base, call: _specialise_ids(name, call, ids),
+        infer=lambda p, call: "cache",
+        reference=reference,
+        cases=cases,
+        tolerance=Tolerance(exact=True),
+        required=False,
+        consumes=("cache",),
+        moved=lambda p: 2 * p.rows * p.page_bytes // (p.page_size if name == "copy_slots" else 1),
+    )
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def write_kv(
+    problem: KVProblem,
+    cache: Pages,
+    k: HostArray,
+    v: HostArray | None,
+    step: Any,
+    *,
+    num: Numerics = EXACT,
+    kv_scales: HostArray | None = None,
+) -> dict[str, HostArray]:
+    """Store token t's key and value at slot t of the group's slots; a copy of the cache with the writes.
+
+    v is None where the cache holds no values. Slots of page 0 are scribble space: their content means nothing.
+    """
+    slots = step.arrays[f"slots.{problem.group}"].astype(np.int64)
+    out = {name: pages.copy() for name, pages in cache.items()}
+    for index, (name, new) in enumerate((("k", k), ("v", v))):
+        if new is not None:
+            for part, values in encode(problem, name, new, None if kv_scales is None else kv_scales[index]).items():
+                pages = out[part]
+                flat = pages.reshape(-1, *pages.shape[2:])
+                flat[slots] = values.astype(pages.dtype, copy=False)
+    return out
+
+
+def read_pages(
+    problem: KVProblem, cache: Pages, ids: HostArray, *, num: Numerics = EXACT
+) -> HostArray | tuple[HostArray, ...]:
+    """Pages `ids` of every array of the cache, in canonical order; a bare array if there is only one."""
+    out = tuple(pages[ids] for pages in cache.values())
+    first: HostArray = out[0]
+    return out if len(out) > 1 else first
+
+
+def write_pages(
+    problem: KVProblem, cache: Pages, ids: HostArray, pages: Pages, *, num: Numerics = EXACT
+) -> dict[str, HostArray]:
+    """A copy of the cache with `pages` at `ids`."""
+    out = {name: held.copy() for name, held in cache.items()}
+    for name, values in pages.items():
+        out[name][ids] = values
+    return out
+
+
+def copy_pages(
+    problem: KVProblem, cache: Pages, src: HostArray, dst: HostArray, *, num: Numerics = EXACT
+) -> dict[str, HostArray]:
+    """A copy of the cache with page src[i] at dst[i]; all reads come before all writes."""
+    return write_pages(problem, cache, dst, {name: pages[src] for name, pages in cache.items()})
+
+
+def copy_slots(
+    problem: KVProblem, cache: Pages, src: HostArray, dst: HostArray, *, num: Numerics = EXACT
+) -> dict[str, HostArray]:
+    """A copy of the cache with slot src[i] at dst[i]; all reads come before all writes."""
+    out = {name: held.copy() for name, held in cache.items()}
+    for name, held in cache.items():
+        flat = (-1, *held.shape[2:])
+        out[name].reshape(flat)[dst] = held.reshape(flat)[src]
+    return out
+
+
+# ---- schemes ---------------------------------------------------------------------------------------------------
+
+
+def encode(problem: KVProblem, name: str, x: HostArray, scale: HostArray | None) -> dict[str, HostArray]:
+    """What the cache stores for x [T, Hkv, D], as "k" or "v": x / scale in float32, saturated, rounded to even.
+
+    scheme      kv_scales (k and v)   scale of a value
+    none        not passed            1
+    tensor      f32[2]                kv_scales
+    head        f32[2, Hkv]           kv_scales[head]
+    token_head  f32[2]                kv_scales * the stored scale, which is max |x| of (token, head) / largest code
+    block       f32[2]                the same per 32 values of the head
+    """
+    if problem.kv_dtype == problem.dtype and problem.kv_scheme == "none":
+        return {name: x}
+    values = x.astype(np.float64 if problem.kv_dtype == "float64" else np.float32)
+    if problem.kv_scheme in ("none", "tensor", "head"):
+        return {name: to_codes(values if scale is None else values / _per_head(scale), problem.kv_dtype)}
+    assert scale is not None
+    grouped = _grouped(problem, values / scale)
+    stored = np.abs(grouped).max(-1) / largest_code(problem.kv_dtype)
+    codes = to_codes(grouped / np.where(stored > 0, stored, 1)[..., None], problem.kv_dtype)
+    return {name: codes.reshape(x.shape), f"{name}_scale": stored.reshape(_scale_shape(problem, x.shape))}
+
+
+def decode(
+    problem: Any, name: str, cache: Pages, pages: HostArray, scale: HostArray | None, num: Numerics
+) -> HostArray:
+    """Keys or values of `pages` [n], widened and scaled: [n * page, Hkv, D]."""
+    stored = num.load(cache[name][pages])
+    flat = stored.reshape(-1, *stored.shape[2:])
+    if scale is None:
+        return flat
+    if problem.kv_scheme in ("tensor", "head"):
+        out: HostArray = flat * num.load(_per_head(scale))
+        return out
+    factors = num.load(cache[f"{name}_scale"][pages]).reshape(*flat.shape[:2], -1, 1) * num.load(scale)
+    scaled: HostArray = (_grouped(problem, flat) * factors).reshape(flat.shape)
+    return scaled
+
+
+def _per_head(scale: HostArray) -> HostArray:
+    return scale if np.ndim(scale) == 0 else scale[:, None]
+
+
+def _grouped(problem: Any, x: HostArray) -> HostArray:
+    """x [T, Hkv, D] -> [T, Hkv, groups, values that share a scale]."""
+    return x.reshape(*x.shape[:2], -1, x.shape[2] if problem.kv_scheme == "token_head" else BLOCK)
+
+
+def _scale_shape(problem: KVProblem, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if problem.kv_scheme == "token_head" else (*shape[:2], shape[2] // BLOCK)
+
+
+def largest_code(kv_dtype: str) -> float:
+    """The largest finite value that pages of `kv_dtype` hold; 127 for int8."""
+    if kv_dtype == "int8":
+        return 127.0
+    return float(ml_dtypes.finfo(numpy_dtype(kv_dtype)).max)  # type: ignore[no-untyped-call]
+
+
+def to_codes(x: HostArray, kv_dtype: str) -> HostArray:
+    """x rounded to `kv_dtype`, ties to even; a finite x beyond its range saturates to the largest finite value."""
+    top = largest_code(kv_dtype)
+    clipped = np.where(np.isfinite(x), np.clip(x, -top, top), x)
+    out: HostArray = (np.rint(clipped) if kv_dtype == "int8" else clipped).astype(numpy_dtype(kv_dtype))
+    return out
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def _specialise_write(base: Any, call: Call) -> KVProblem:
+    problem = cache_problem("write_kv", call.args[0])
+    k = expect("write_kv", "k", call.args[1], (None, problem.kv_heads, problem.qk_dim), problem.dtype)
+    v = call.args[2]
+    if (v is None) != (problem.v_dim == 0):
+        refuse("write_kv", f"v = {type(v).__name__}", f"{'None' if not problem.v_dim else 'an array'} for this cache")
+    if v is not None:
+        expect("write_kv", "v", v, (k.shape[0], problem.kv_heads, problem.v_dim), problem.dtype)
+    expect("write_kv", "step slots", call.args[3].arrays.get(f"slots.{problem.group}"), k.shape[:1], "int32")
+    return replace(problem, rows=k.shape[0])
+
+
+def _specialise_ids(op: str, call: Call, count: int) -> KVProblem:
+    problem = cache_problem(op, call.args[0])
+    first = expect(op, "ids", call.args[1], (None,), "int32")
+    if count == 2:
+        expect(op, "dst", call.args[2], first.shape, "int32")
+    return replace(problem, rows=first.shape[0])
+
+
+def _infer_read(problem: KVProblem, call: Call) -> ArraySpec | tuple[ArraySpec, ...]:
+    rows = (problem.rows, problem.page_size, problem.kv_heads)
+    k = ArraySpec((*rows, problem.qk_dim), problem.kv_dtype)
+    return (k, ArraySpec((*rows, problem.v_dim), problem.kv_dtype)) if problem.v_dim else k
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+_MIXED = Paging(((1, 20), (5, 5), (0, 7), (3, 37)), padding=3)
+_WRITES: dict[str, tuple[Paging, dict[str, Any]]] = {
+    "mixed/page16": (_MIXED, {}),
+    "decode/page24": (Paging(((1, 25), (1, 24), (1, 1)), page_size=24), {}),
+    "all_padding/page16": (Paging(((0, 0), (0, 0)), padding=4), {}),
+    "prefill/page20-group1": (Paging(((21, 21),), page_size=20, group=1), {"group": 1}),
+    "value_in_key/page16": (_MIXED, {"v_dim": 0}),
+    "high_ids/page4": (Paging(((1, 9), (2, 6)), page_size=4, pool=70000), {"kv_heads": 1, "qk_dim": 8, "v_dim": 8}),
+    "bf16_pages/page16": (_MIXED, {"kv_dtype": "bfloat16"}),
+    "fp8_saturates/page16": (_MIXED, {"kv_dtype": "float8_e4m3fn"}),
+    "kv_tensor/page16": (_MIXED, {"kv_dtype": "float8_e4m3fn", "kv_scheme": "tensor"}),
+    "kv_head/page16": (_MIXED, {"kv_dtype": "float8_e5m2", "kv_scheme": "head"}),
+    "kv_token_head/page16": (_MIXED, {"kv_dtype": "int8", "kv_scheme": "token_head"}),
+    "kv_block/page16": (_MIXED, {"kv_dtype": "int8", "kv_scheme": "block", "qk_dim": 64, "v_dim": 32}),
+}
+
+
+def make_cache(
+    rng: np.random.Generator, problem: Any, paged: PagedStep, v_dim: int | None = None
+) -> dict[str, HostArray]:
+    """Canonical float64 pages for `problem`: random where live, garbage elsewhere. Quantized pages hold codes."""
+    quantized = problem.kv_scheme != "none"
+    dims = {"k": problem.qk_dim, "v": problem.v_dim if v_dim is None else v_dim}
+    pages = {}
+    for name, dim in dims.items():
+        if dim:
+            filled = paged.fill(rng, (problem.kv_heads, dim), garbage=problem.kv_dtype != "int8")
+            pages[name] = np.rint(filled * 16) if quantized else filled
+    if problem.kv_scheme in ("token_head", "block"):
+        for name in list(pages):
+            blocks = (dims[name] // BLOCK,) if problem.kv_scheme == "block" else ()
+            shape = (*pages[name].shape[:3], *blocks)
+            pages[f"{name}_scale"] = (2.0 ** rng.integers(-7, -4, shape)).astype(np.float32)
+    return pages
+
+
+def make_scales(rng: np.random.Generator, problem: Any) -> dict[str, HostArray]:
+    """{"kv_scales": powers of two} where the scheme wants them, so that encoding is exact."""
+    if problem.kv_scheme == "none":
+        return {}
+    shape = (2, problem.kv_heads) if problem.kv_scheme == "head" else (2,)
+    return {"kv_scales": (2.0 ** rng.integers(-5, -2, shape)).astype(np.float32)}
+
+
+def _write_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, _WRITES):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        paging, fields = _WRITES[name]
+        problem = _problem(dtype, paging, fields)
+        paged = paged_step(rng, paging)
+        cache = CacheArg(make_cache(rng, problem, paged))
+        k, v = (_new(rng, problem, paging.tokens, dim) for dim in (problem.qk_dim, problem.v_dim))
+        yield Case(case_id, problem, (cache, k, v, paged.step), make_scales(rng, problem))
+
+
+def _problem(dtype: str, paging: Paging, fields: Mapping[str, Any]) -> KVProblem:
+    given = {"kv_heads": 2, "qk_dim": 16, "v_dim": 12, "kv_dtype": dtype, **fields}
+    return KVProblem(dtype=dtype, page_size=paging.page_size, rows=paging.tokens, **given)
+
+
+def _new(rng: np.random.Generator, problem: KVProblem, tokens: int, dim: int) -> HostArray | None:
+    """Keys or values [T, Hkv, D] whose encoding is exact: on a coarse grid, whose largest step is a whole code."""
+    if not dim:
+        return None
+    shape = (tokens, problem.kv_heads, dim)
+    if problem.kv_scheme in ("token_head", "block"):
+        x = rng.integers(-127, 128, shape) / 64
+        x[..., ::BLOCK] = 127 / 64
+        return x
+    if problem.kv_scheme != "none":
+        return np.asarray(rng.integers(-15, 16, shape) / 8.0)
+    spread = 300.0 if problem.kv_dtype.startswith("float8") else 1.0
+    return rng.standard_normal(shape) * spread
+
+
+_POOL = Paging(((3, 40), (1, 17)), pool=12)
+
+
+def _pool_case(rng: np.random.Generator, dtype: str, rows: int) -> tuple[KVProblem, CacheArg]:
+    problem = replace(_problem(dtype, _POOL, {}), rows=rows)
+    return problem, CacheArg(make_cache(rng, problem, paged_step(rng, _POOL)))
+
+
+def _ids(*values: int) -> HostArray:
+    return np.array(values, np.int32)
+
+
+def _read_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    ids = {"padded": _ids(7, 3, 0, 0), "one": _ids(11), "repeated": _ids(2, 2, 5)}
+    for name, dtype in variants(size, ids):
+        case_id = f"{name}-{short(dtype)}"
+        problem, cache = _pool_case(draw(case_id), dtype, len(ids[name]))
+        yield Case(case_id, problem, (cache, ids[name]))
+
+
+def _put_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    ids = {"padded": _ids(4, 9, 0, 0), "one": _ids(11)}
+    for name, dtype in variants(size, ids):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        problem, cache = _pool_case(rng, dtype, len(ids[name]))
+        new = {key: rng.standard_normal((len(ids[name]), *held.shape[1:])) for key, held in cache.pages.items()}
+        yield Case(case_id, problem, (cache, ids[name], CacheArg(new)))
+
+
+def _copy_page_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    pairs = {
+        "padded": (_ids(4, 9, 0, 0), _ids(5, 1, 0, 0)), "swap": (_ids(2, 3), _ids(3, 2)), "none": (_ids(0), _ids(0)),
+    }  # fmt: skip
+    return _copy_cases(rng, size, pairs)
+
+
+def _copy_slot_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    pairs = {
+        "padded": (_ids(70, 35, 0, 0), _ids(71, 190, 0, 0)), "swap": (_ids(40, 41), _ids(41, 40)),
+        "into_null": (_ids(100, 101), _ids(3, 3)),
+    }  # fmt: skip
+    return _copy_cases(rng, size, pairs)
+
+
+def _copy_cases(
+    rng: np.random.Generator, size: Size, pairs: Mapping[str, tuple[HostArray, HostArray]]
+) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, pairs):
+        case_id = f"{name}-{short(dtype)}"
+        src, dst = pairs[name]
+        problem, cache = _pool_case(draw(case_id), dtype, len(src))
+        yield Case(case_id, problem, (cache, src, dst))

@@ -1,0 +1,176 @@
+"""Collectives over mesh axes. All are pure and tiled; a dim that the axis does not divide is a ContractViolation.
+
+References take and return a list with one array per member, in row-major order of the axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.checks import array_spec, refuse
+from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance
+from lineshaft.contract.problems import CollectiveProblem, itemsize
+from lineshaft.contract.steps import ArraySpec
+
+Members = Sequence[HostArray]
+Axis = str | tuple[str, ...]
+
+_STATICS: dict[str, tuple[str, ...]] = {
+    "all_reduce": (), "all_gather": ("dim",), "reduce_scatter": ("dim",), "all_to_all": ("dim", "concat_dim"),
+    "broadcast": ("src",), "permute": ("shift",),
+}  # fmt: skip
+
+
+def specs() -> tuple[OpSpec, ...]:
+    sums = Tolerance(depth=lambda p: p.size)
+    moves = Tolerance(exact=True)
+    return (
+        _spec("all_reduce", "all_reduce(x, axis) -> the sum over members", all_reduce, sums),
+        _spec("all_gather", "all_gather(x, axis, dim) -> members joined along dim", all_gather, moves),
+        _spec("reduce_scatter", "reduce_scatter(x, axis, dim) -> this member's tile of the sum", reduce_scatter, sums),
+        _spec("all_to_all", "all_to_all(x, axis, split_dim, concat_dim) -> own tile of each member", all_to_all, moves),
+        _spec("broadcast", "broadcast(x, axis, src) -> x of member src", broadcast, moves),
+        _spec("permute", "permute(x, axis, shift) -> x of the member `shift` before, cyclic", permute, moves),
+    )
+
+
+def _spec(name: str, signature: str, reference: Callable[..., list[HostArray]], tolerance: Tolerance) -> OpSpec:
+    return OpSpec(
+        name=name,
+        signature=signature,
+        problem=CollectiveProblem,
+        specialise=lambda base, call: _specialise(name, call),
+        infer=lambda p, call: ArraySpec(_shape(name, p), p.dtype),
+        reference=reference,
+        cases=lambda rng, size: _cases(name, rng, size),
+        tolerance=tolerance,
+        required=False,
+        collective=True,
+        flops=lambda p: (p.size - 1) * math.prod(p.shape) if "reduce" in name else 0,
+        moved=lambda p: (math.prod(p.shape) + math.prod(_shape(name, p))) * itemsize(p.dtype),
+    )
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def all_reduce(p: CollectiveProblem, xs: Members, axis: Axis, *, num: Numerics = EXACT) -> list[HostArray]:
+    """Every member gets the sum, accumulated in member order and rounded once."""
+    total = num.save(_sum(xs, num))
+    return [total.copy() for _ in xs]
+
+
+def all_gather(p: CollectiveProblem, xs: Members, axis: Axis, dim: int, *, num: Numerics = EXACT) -> list[HostArray]:
+    """Every member gets all members' arrays, joined along `dim` in member order."""
+    whole = num.save(np.concatenate([num.load(x) for x in xs], axis=dim))
+    return [whole.copy() for _ in xs]
+
+
+def reduce_scatter(
+    p: CollectiveProblem, xs: Members, axis: Axis, dim: int, *, num: Numerics = EXACT
+) -> list[HostArray]:
+    """Member m gets tile m along `dim` of the sum."""
+    return [num.save(tile) for tile in np.split(_sum(xs, num), len(xs), axis=dim)]
+
+
+def all_to_all(
+    p: CollectiveProblem, xs: Members, axis: Axis, split_dim: int, concat_dim: int, *, num: Numerics = EXACT
+) -> list[HostArray]:
+    """Member m gets tile m along `split_dim` of every member, joined along `concat_dim` in member order."""
+    tiles = [np.split(num.load(x), len(xs), axis=split_dim) for x in xs]
+    return [num.save(np.concatenate([own[m] for own in tiles], axis=concat_dim)) for m in range(len(xs))]
+
+
+def broadcast(p: CollectiveProblem, xs: Members, axis: Axis, src: int, *, num: Numerics = EXACT) -> list[HostArray]:
+    """Every member gets what member `src` has."""
+    return [num.save(num.load(xs[src]).copy()) for _ in xs]
+
+
+def permute(p: CollectiveProblem, xs: Members, axis: Axis, shift: int, *, num: Numerics = EXACT) -> list[HostArray]:
+    """Member m gets what member (m - shift) mod size has."""
+    return [num.save(num.load(xs[(m - shift) % len(xs)]).copy()) for m in range(len(xs))]
+
+
+def _sum(xs: Members, num: Numerics) -> HostArray:
+    total = num.load(xs[0]).copy()
+    for x in xs[1:]:
+        total = total + num.load(x)
+    return total
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def axis_names(axis: Any) -> tuple[str, ...]:
+    """The axes that a collective runs over: a name or a tuple of names, as a tuple."""
+    return (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def _specialise(op: str, call: Call) -> CollectiveProblem:
+    x = array_spec(op, "x", call.args[0])
+    axes = axis_names(call.args[1])
+    unknown = [name for name in axes if name not in call.degrees]
+    if unknown or not axes or len(set(axes)) != len(axes):
+        refuse(op, f"axis {call.args[1]!r}", f"one or more of {', '.join(call.degrees)}, each once")
+    statics = dict(zip(_STATICS[op], call.args[2:], strict=False))
+    keywords = {"split_dim": "dim"} if op == "all_to_all" else {}
+    statics |= {keywords.get(name, name): value for name, value in call.kwargs.items()}
+    if set(statics) != set(_STATICS[op]) or any(type(value) is not int for value in statics.values()):
+        refuse(op, f"{statics}", f"ints for {', '.join(_STATICS[op]) or 'nothing more'}")
+    size = math.prod(call.degrees[name] for name in axes)
+    problem = CollectiveProblem(dtype=x.dtype, axis=axes, size=size, shape=x.shape, **statics)
+    _check(op, problem)
+    return problem
+
+
+def _check(op: str, p: CollectiveProblem) -> None:
+    for dim in (p.dim, p.concat_dim):
+        if not 0 <= dim < max(len(p.shape), 1):
+            refuse(op, f"dim {dim}", f"a dim of {list(p.shape)}, from 0")
+    if op in ("reduce_scatter", "all_to_all") and p.shape[p.dim] % p.size:
+        refuse(op, f"dim {p.dim} of {list(p.shape)}", f"a size that the {p.size} members of {'x'.join(p.axis)} divide")
+    if not 0 <= p.src < p.size:
+        refuse(op, f"src {p.src}", f"a member of 0 to {p.size - 1}")
+
+
+def _shape(op: str, p: CollectiveProblem) -> tuple[int, ...]:
+    shape = list(p.shape)
+    if op in ("reduce_scatter", "all_to_all"):
+        shape[p.dim] //= p.size
+    if op in ("all_gather", "all_to_all"):
+        shape[p.dim if op == "all_gather" else p.concat_dim] *= p.size
+    return tuple(shape)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+_CALLS: dict[str, list[dict[str, int]]] = {
+    "all_reduce": [{}],
+    "all_gather": [{"dim": 0}, {"dim": 1}],
+    "reduce_scatter": [{"dim": 0}, {"dim": 1}],
+    "all_to_all": [{"dim": 0, "concat_dim": 1}, {"dim": 1, "concat_dim": 0}, {"dim": 1, "concat_dim": 1}],
+    "broadcast": [{"src": 0}, {"src": 1}],
+    "permute": [{"shift": 1}, {"shift": -1}],
+}
+_MESHES: dict[str, tuple[tuple[str, ...], int]] = {
+    "tp2": (("tp",), 2), "tp3": (("tp",), 3), "dp2xtp2": (("dp", "tp"), 4),
+}  # fmt: skip
+
+
+def _cases(op: str, rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for mesh, dtype in variants(size, _MESHES):
+        axes, members = _MESHES[mesh]
+        for statics in _CALLS[op]:
+            label = "".join(f"-{name}{value}" for name, value in statics.items())
+            case_id = f"{mesh}{label}-{short(dtype)}"
+            shape = (2 * members, 3 * members)
+            xs = list(draw(case_id).standard_normal((members, *shape)))
+            problem = CollectiveProblem(dtype=dtype, axis=axes, size=members, shape=shape, **statics)
+            axis: Axis = axes if len(axes) > 1 else axes[0]
+            yield Case(case_id, problem, (xs, axis, *statics.values()))

@@ -1,0 +1,376 @@
+"""Mixture of experts: `router_topk`, the composite `expert_mlp`, and its parts `moe_dispatch`, `grouped_mlp`,
+`moe_combine`, whose capacity is static and lossless: T * k rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.checks import base_problem, expect, refuse, weight_problem, wide
+from lineshaft.contract.ops.pointwise import gelu, silu
+from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
+from lineshaft.contract.problems import ExpertProblem, RouterProblem, itemsize
+from lineshaft.contract.steps import ArraySpec
+
+Triple = tuple[HostArray, HostArray, HostArray]
+
+
+def specs() -> tuple[OpSpec, ...]:
+    return (_router_spec(), _expert_mlp_spec(), _grouped_mlp_spec(), _dispatch_spec(), _combine_spec())
+
+
+def _router_spec() -> OpSpec:
+    return OpSpec(
+        name="router_topk",
+        signature="router_topk(logits [T, E]) -> (ids int32[T, k], probs f32[T, k]); descending, ties to the lowest id",
+        problem=RouterProblem,
+        specialise=_specialise_router,
+        infer=lambda p, call: (ArraySpec((p.rows, p.k), "int32"), ArraySpec((p.rows, p.k), wide(p.dtype))),
+        reference=router_topk,
+        cases=_router_cases,
+        tolerance=Tolerance(depth=lambda p: p.experts),
+        required=False,
+        flops=lambda p: 10 * p.rows * p.experts,
+        moved=lambda p: p.rows * p.experts * itemsize(p.dtype),
+    )
+
+
+def _expert_mlp_spec() -> OpSpec:
+    return OpSpec(
+        name="expert_mlp",
+        signature=(
+            "expert_mlp(x [T, H], ids int32[T, k], probs f32[T, k], w13 [L, 2F, H], w2 [L, H, F], expert_map int32[E]) "
+            "-> [T, H]; the partial sum over local experts; expert_map gives the local index, or -1"
+        ),
+        problem=ExpertProblem,
+        specialise=_specialise_mlp,
+        infer=lambda p, call: call.spec(0),
+        reference=expert_mlp,
+        cases=_mlp_cases,
+        tolerance=Tolerance(depth=lambda p: max(p.hidden, p.width)),
+        required=False,
+        weight="experts",
+        default=_dispatched,
+        flops=lambda p: 6 * p.rows * p.k * p.hidden * p.width,
+        moved=_moved,
+    )
+
+
+def _grouped_mlp_spec() -> OpSpec:
+    return OpSpec(
+        name="grouped_mlp",
+        signature="grouped_mlp(x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1]) -> [C, H]",
+        problem=ExpertProblem,
+        specialise=_specialise_grouped,
+        infer=lambda p, call: call.spec(0),
+        reference=grouped_mlp,
+        cases=_grouped_cases,
+        tolerance=Tolerance(depth=lambda p: max(p.hidden, p.width)),
+        required=False,
+        weight="experts",
+        flops=lambda p: 6 * p.rows * p.hidden * p.width,
+        moved=_moved,
+    )
+
+
+def _dispatch_spec() -> OpSpec:
+    return OpSpec(
+        name="moe_dispatch",
+        signature=(
+            "moe_dispatch(x [T, H], ids int32[T, k], expert_map int32[E], local) "
+            "-> (rows [T * k, H], offsets int32[local + 1], source int32[T * k])"
+        ),
+        problem=ExpertProblem,
+        specialise=_specialise_dispatch,
+        infer=_infer_dispatch,
+        reference=moe_dispatch,
+        cases=_dispatch_cases,
+        tolerance=Tolerance(exact=True),
+        required=False,
+        moved=lambda p: 2 * p.rows * p.k * p.hidden * itemsize(p.dtype),
+    )
+
+
+def _combine_spec() -> OpSpec:
+    return OpSpec(
+        name="moe_combine",
+        signature="moe_combine(rows [T * k, H], source int32[T * k], probs f32[T, k]) -> [T, H]",
+        problem=ExpertProblem,
+        specialise=_specialise_combine,
+        infer=lambda p, call: ArraySpec((p.rows, p.hidden), p.dtype),
+        reference=moe_combine,
+        cases=_combine_cases,
+        tolerance=Tolerance(depth=lambda p: p.k),
+        required=False,
+        flops=lambda p: 2 * p.rows * p.k * p.hidden,
+        moved=lambda p: (p.k + 1) * p.rows * p.hidden * itemsize(p.dtype),
+    )
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def router_topk(
+    problem: RouterProblem, logits: HostArray, *, num: Numerics = EXACT
+) -> tuple[HostArray, HostArray]:
+    """The k experts of largest logit per token and their weights, which are not rounded to the executed dtype.
+
+    softmax "before": the softmax over all experts; "after": over the chosen k. `renormalise` makes a token's weights
+    sum to 1, then `scale` multiplies them. With `groups`, E experts form equal groups of neighbours, and only the
+    `group_top` groups with the largest logits (ties to the lowest) are eligible.
+    """
+    x = num.load(logits)
+    eligible = np.where(_eligible(problem, x), x, -np.inf)
+    ids = np.argsort(-eligible, axis=-1, kind="stable")[:, : problem.k]
+    probs = _softmax(x) if problem.softmax == "before" else x
+    probs = np.take_along_axis(probs, ids, axis=-1)
+    probs = probs if problem.softmax == "before" else _softmax(probs)
+    if problem.renormalise:
+        probs = probs / probs.sum(-1, keepdims=True)
+    return ids.astype(np.int32), probs * problem.scale
+
+
+def _eligible(problem: RouterProblem, x: HostArray) -> HostArray:
+    if not problem.groups:
+        return np.ones(x.shape, bool)
+    best = x.reshape(len(x), problem.groups, -1).max(-1)
+    chosen = np.argsort(-best, axis=-1, kind="stable")[:, : problem.group_top]
+    allowed = np.zeros(best.shape, bool)
+    np.put_along_axis(allowed, chosen, True, axis=-1)
+    return np.repeat(allowed, problem.experts // problem.groups, axis=-1)
+
+
+def _softmax(x: HostArray) -> HostArray:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    out: HostArray = weights / weights.sum(-1, keepdims=True)
+    return out
+
+
+def expert_mlp(
+    problem: ExpertProblem,
+    x: HostArray,
+    ids: HostArray,
+    probs: HostArray,
+    w13: HostArray,
+    w2: HostArray,
+    expert_map: HostArray,
+    *,
+    num: Numerics = EXACT,
+) -> HostArray:
+    """sum over a token's local experts of prob * w2 (act(gate) * up), (gate, up) = w13 x; 0 where none is local."""
+    rows, offsets, source = moe_dispatch(problem, x, ids, expert_map, problem.local, num=num)
+    return moe_combine(problem, grouped_mlp(problem, rows, w13, w2, offsets, num=num), source, probs, num=num)
+
+
+def _dispatched(
+    ops: Any, problem: ExpertProblem, x: Any, ids: Any, probs: Any, w13: Any, w2: Any, expert_map: Any
+) -> Any:
+    rows, offsets, source = ops.moe_dispatch(x, ids, expert_map, problem.local)
+    return ops.moe_combine(ops.grouped_mlp(rows, w13, w2, offsets), source, probs)
+
+
+def moe_dispatch(
+    problem: ExpertProblem, x: HostArray, ids: HostArray, expert_map: HostArray, local: int, *, num: Numerics = EXACT
+) -> Triple:
+    """Rows of x sorted by local expert, and by assignment t * k + j within one.
+
+    Rows offsets[e] to offsets[e + 1] belong to local expert e; rows from offsets[local] on are 0 and stand for
+    assignments to experts elsewhere. source[i] is the assignment of row i.
+    """
+    expert = expert_map[ids].reshape(-1)
+    expert = np.where(expert < 0, local, expert)
+    source = np.argsort(expert, kind="stable")
+    offsets = np.searchsorted(expert[source], np.arange(local + 1))
+    rows = num.load(x[source // ids.shape[1]])
+    rows = np.where((expert[source] < local)[:, None], rows, 0)
+    return num.save(rows), offsets.astype(np.int32), source.astype(np.int32)
+
+
+def grouped_mlp(
+    problem: ExpertProblem, x: HostArray, w13: HostArray, w2: HostArray, offsets: HostArray, *, num: Numerics = EXACT
+) -> HostArray:
+    """Expert e's gated MLP of rows offsets[e] to offsets[e + 1]; rows from offsets[-1] on are 0 and not read.
+
+    The gate is the first half of w13's rows. The hidden activation is rounded to the executed dtype.
+    """
+    activation = {"silu": silu, "gelu": gelu}[problem.activation]
+    out = np.zeros(x.shape, num.load(np.zeros(0)).dtype)
+    for e in range(len(w13)):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        gate, up = np.split(num.load(x[rows]) @ num.load(w13[e]).T, 2, axis=-1)
+        out[rows] = num.load(num.save(activation(gate) * up)) @ num.load(w2[e]).T
+    return num.save(out)
+
+
+def moe_combine(
+    problem: ExpertProblem, rows: HostArray, source: HostArray, probs: HostArray, *, num: Numerics = EXACT
+) -> HostArray:
+    """out[t] = sum over j of probs[t, j] * (the row whose source is t * k + j)."""
+    ordered = np.empty(rows.shape, num.load(np.zeros(0)).dtype)
+    ordered[source] = num.load(rows)
+    parts = ordered.reshape(*probs.shape, rows.shape[1])
+    return num.save((num.load(probs)[..., None] * parts).sum(1))
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def _specialise_router(base: Any, call: Call) -> RouterProblem:
+    problem = base_problem("router_topk", base, RouterProblem)
+    logits = expect("router_topk", "logits", call.args[0], (None, problem.experts), problem.dtype)
+    if problem.softmax not in ("before", "after"):
+        refuse("router_topk", f"softmax={problem.softmax!r}", "'before' or 'after'")
+    eligible = problem.experts
+    if problem.groups:
+        if problem.experts % problem.groups or not 0 < problem.group_top <= problem.groups:
+            refuse("router_topk", f"{problem.group_top} of {problem.groups} groups", "groups that divide the experts")
+        eligible = problem.experts // problem.groups * problem.group_top
+    if not 0 < problem.k <= eligible:
+        refuse("router_topk", f"k={problem.k}", f"1 to {eligible} eligible experts")
+    return replace(problem, rows=logits.shape[0])
+
+
+def _specialise_mlp(base: Any, call: Call) -> ExpertProblem:
+    x, ids, probs, w13, _, expert_map = call.args
+    problem = weight_problem("expert_mlp", base, w13, "experts", ExpertProblem)
+    rows = expect("expert_mlp", "x", x, (None, problem.hidden), problem.dtype).shape[0]
+    k = expect("expert_mlp", "ids", ids, (rows, None), "int32").shape[1]
+    expect("expert_mlp", "probs", probs, (rows, k), wide(problem.dtype))
+    expect("expert_mlp", "expert_map", expert_map, (problem.experts,), "int32")
+    return replace(problem, rows=rows, k=k)
+
+
+def _specialise_grouped(base: Any, call: Call) -> ExpertProblem:
+    problem = weight_problem("grouped_mlp", base, call.args[1], "experts", ExpertProblem)
+    x = expect("grouped_mlp", "x", call.args[0], (None, problem.hidden), problem.dtype)
+    expect("grouped_mlp", "offsets", call.args[3], (problem.local + 1,), "int32")
+    return replace(problem, rows=x.shape[0], k=1)
+
+
+def _specialise_dispatch(base: Any, call: Call) -> ExpertProblem:
+    x = expect("moe_dispatch", "x", call.args[0], (None, None))
+    ids = expect("moe_dispatch", "ids", call.args[1], (x.shape[0], None), "int32")
+    experts = expect("moe_dispatch", "expert_map", call.args[2], (None,), "int32").shape[0]
+    local = call.args[3]
+    if type(local) is not int or not 0 < local <= experts:
+        refuse("moe_dispatch", f"local = {local!r}", f"an int of 1 to {experts}")
+    return ExpertProblem(
+        dtype=x.dtype, experts=experts, local=local, hidden=x.shape[1], width=0, k=ids.shape[1], rows=x.shape[0]
+    )
+
+
+def _infer_dispatch(p: ExpertProblem, call: Call) -> tuple[ArraySpec, ...]:
+    capacity = p.rows * p.k
+    return (
+        ArraySpec((capacity, p.hidden), p.dtype), ArraySpec((p.local + 1,), "int32"), ArraySpec((capacity,), "int32")
+    )  # fmt: skip
+
+
+def _specialise_combine(base: Any, call: Call) -> ExpertProblem:
+    rows = expect("moe_combine", "rows", call.args[0], (None, None))
+    probs = expect("moe_combine", "probs", call.args[2], (None, None), wide(rows.dtype))
+    tokens, k = probs.shape
+    expect("moe_combine", "rows", call.args[0], (tokens * k, None))
+    expect("moe_combine", "source", call.args[1], (tokens * k,), "int32")
+    return ExpertProblem(dtype=rows.dtype, experts=0, local=0, hidden=rows.shape[1], width=0, k=k, rows=tokens)
+
+
+def _moved(p: ExpertProblem) -> int:
+    weights = 3 * p.local * p.hidden * p.width
+    return (weights + (1 + p.k) * p.rows * p.hidden) * itemsize(p.dtype)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+_ROUTERS: dict[str, dict[str, Any]] = {
+    "before-k2": {},
+    "before-renormalise-k4": {"k": 4, "renormalise": True, "scale": 2.5},
+    "after-k2": {"softmax": "after"},
+    "ties-k3": {"k": 3},
+    "all-k8": {"k": 8},
+    "groups4of2-k3": {"k": 3, "groups": 4, "group_top": 2},
+}
+
+
+def _router_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, _ROUTERS):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        problem = RouterProblem(**{"dtype": dtype, "experts": 8, "k": 2, "rows": 5, **_ROUTERS[name]})
+        # steps of 1/4 apart: every dtype holds them, so that only equal logits tie
+        logits = np.stack([rng.permutation(8) for _ in range(5)]) / 4.0 - 1.0
+        if name.startswith("ties"):
+            logits[:, [1, 4, 6]] = 2.0
+        yield Case(case_id, problem, (logits,))
+
+
+_MOE = {
+    "ep1-e4": ([0, 1, 2, 3], 4), "ep2_first-e4": ([0, 1, -1, -1], 2), "ep2_second-e4": ([-1, -1, 0, 1], 2),
+    "none_chosen-e6": ([-1, -1, -1, -1, 1, 0], 2),
+}  # fmt: skip
+
+
+def _moe(rng: np.random.Generator, name: str, dtype: str) -> tuple[ExpertProblem, HostArray, HostArray, HostArray]:
+    """(problem, ids, probs, expert_map) of 5 tokens with 2 experts each; experts 4 and up are never chosen."""
+    mapping, local = _MOE[name]
+    ids = np.stack([rng.permutation(4)[:2] for _ in range(5)]).astype(np.int32)
+    probs = rng.dirichlet(np.ones(2), 5).astype(wide(dtype))
+    problem = ExpertProblem(dtype=dtype, experts=len(mapping), local=local, hidden=12, width=10, k=2, rows=5)
+    return problem, ids, probs, np.array(mapping, np.int32)
+
+
+def _weights(rng: np.random.Generator, p: ExpertProblem) -> tuple[WeightArg, WeightArg]:
+    w13 = rng.standard_normal((p.local, 2 * p.width, p.hidden)) / np.sqrt(p.hidden)
+    w2 = rng.standard_normal((p.local, p.hidden, p.width)) / np.sqrt(p.width)
+    return WeightArg(w13, "experts"), WeightArg(w2, "experts")
+
+
+def _mlp_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, [*_MOE, "gelu-ep1-e4"]):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        problem, ids, probs, mapping = _moe(rng, name.removeprefix("gelu-"), dtype)
+        if name.startswith("gelu"):
+            problem = replace(problem, activation="gelu")
+        x = rng.standard_normal((5, problem.hidden))
+        yield Case(case_id, problem, (x, ids, probs, *_weights(rng, problem), mapping))
+
+
+def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    offsets = {"full": [0, 3, 7, 10], "empty_expert": [0, 4, 4, 10], "beyond_is_nan": [0, 2, 3, 6], "none": [0] * 4}
+    for name, dtype in variants(size, offsets):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        problem = ExpertProblem(dtype=dtype, experts=6, local=3, hidden=12, width=10, k=1, rows=10)
+        x = rng.standard_normal((10, 12))
+        x[offsets[name][-1] :] = np.nan
+        yield Case(case_id, problem, (x, *_weights(rng, problem), np.array(offsets[name], np.int32)))
+
+
+def _dispatch_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, _MOE):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        problem, ids, _, mapping = _moe(rng, name, dtype)
+        x = rng.standard_normal((5, problem.hidden))
+        yield Case(case_id, replace(problem, width=0), (x, ids, mapping, problem.local))
+
+
+def _combine_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, ["t5-k2", "t3-k1", "t4-k6"]):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        tokens, k = (int(part[1:]) for part in name.split("-"))
+        problem = ExpertProblem(dtype=dtype, experts=0, local=0, hidden=12, width=0, k=k, rows=tokens)
+        source = rng.permutation(tokens * k).astype(np.int32)
+        probs = rng.dirichlet(np.ones(k), tokens).astype(wide(dtype))
+        yield Case(case_id, problem, (rng.standard_normal((tokens * k, 12)), source, probs))

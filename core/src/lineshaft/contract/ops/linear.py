@@ -1,0 +1,131 @@
+"""Products with weights: `linear` and, per head, `head_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.checks import expect, refuse, weight_problem
+from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
+from lineshaft.contract.problems import LinearProblem, itemsize
+from lineshaft.contract.steps import ArraySpec
+
+
+def specs() -> tuple[OpSpec, ...]:
+    return (
+        OpSpec(
+            name="linear",
+            signature="linear(x [T, I], w [O, I], *, bias [O], adapters) -> [T, O]",
+            problem=LinearProblem,
+            specialise=_specialise_linear,
+            infer=lambda p, call: ArraySpec((p.m, p.n), p.dtype),
+            reference=linear,
+            cases=_linear_cases,
+            tolerance=Tolerance(depth=lambda p: p.k),
+            weight="linear",
+            optional={"bias": "bias", "adapters": "adapters"},
+            flops=_flops,
+            moved=_moved,
+        ),
+        OpSpec(
+            name="head_linear",
+            signature="head_linear(x [T, H, I], w [H, O, I]) -> [T, H, O]",
+            problem=LinearProblem,
+            specialise=_specialise_heads,
+            infer=lambda p, call: ArraySpec((p.m, p.heads, p.n), p.dtype),
+            reference=head_linear,
+            cases=_head_cases,
+            tolerance=Tolerance(depth=lambda p: p.k),
+            required=False,
+            weight="linear",
+            flops=_flops,
+            moved=_moved,
+        ),
+    )
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def linear(
+    problem: LinearProblem,
+    x: HostArray,
+    w: HostArray,
+    *,
+    num: Numerics = EXACT,
+    bias: HostArray | None = None,
+    adapters: Any = None,
+) -> HostArray:
+    """x [T, I], w [O, I], bias [O] -> x w^T + bias [T, O], rounded once."""
+    if adapters is not None:
+        refuse("linear", "adapters=", "none: adapters are reserved")
+    out = num.load(x) @ num.load(w).T
+    return num.save(out if bias is None else out + num.load(bias))
+
+
+def head_linear(problem: LinearProblem, x: HostArray, w: HostArray, *, num: Numerics = EXACT) -> HostArray:
+    """x [T, H, I], w [H, O, I] -> [T, H, O]: head h of x times w[h]^T."""
+    out = np.matmul(num.load(x).transpose(1, 0, 2), num.load(w).transpose(0, 2, 1))
+    return num.save(out.transpose(1, 0, 2))
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def _specialise_linear(base: Any, call: Call) -> LinearProblem:
+    problem = weight_problem("linear", base, call.args[1], "linear", LinearProblem)
+    x = expect("linear", "x", call.args[0], (None, problem.k), problem.dtype)
+    if call.kwargs.get("bias") is not None:
+        expect("linear", "bias", call.kwargs["bias"], (problem.n,))
+    return replace(problem, m=x.shape[0])
+
+
+def _specialise_heads(base: Any, call: Call) -> LinearProblem:
+    problem = weight_problem("head_linear", base, call.args[1], "linear", LinearProblem)
+    x = expect("head_linear", "x", call.args[0], (None, problem.heads, problem.k), problem.dtype)
+    return replace(problem, m=x.shape[0])
+
+
+def _flops(p: LinearProblem) -> int:
+    return 2 * p.m * p.n * p.k * max(p.heads, 1)
+
+
+def _moved(p: LinearProblem) -> int:
+    return (p.m * p.k + p.n * p.k + p.m * p.n) * max(p.heads, 1) * itemsize(p.dtype)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+_SIZES = {
+    "decode/m1-n48-k32": (1, 48, 32), "decode/m3-n33-k67": (3, 33, 67), "prefill/m17-n64-k96": (17, 64, 96),
+    "decode/m8-n256-k512": (8, 256, 512), "prefill/m130-n192-k1024": (130, 192, 1024), "one/m1-n1-k1": (1, 1, 1),
+}  # fmt: skip
+_FULL = ("decode/m8-n256-k512", "prefill/m130-n192-k1024", "one/m1-n1-k1")
+
+
+def _linear_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, [*(n for n in _SIZES if n not in _FULL), "bias/m3-n33-k67"], _FULL):
+        case_id = f"{name}-{short(dtype)}"
+        rng, with_bias = draw(case_id), name.startswith("bias")
+        m, n, k = _SIZES["decode/m3-n33-k67" if with_bias else name]
+        kwargs = {"bias": rng.standard_normal(n)} if with_bias else {}
+        problem = LinearProblem(dtype=dtype, m=m, n=n, k=k, bias=with_bias)
+        w = WeightArg(rng.standard_normal((n, k)) / np.sqrt(k), "linear")
+        yield Case(case_id, problem, (rng.standard_normal((m, k)), w), kwargs)
+
+
+def _head_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    sizes = {"m1-h4-n16-k8": (1, 4, 16, 8), "m5-h3-n7-k24": (5, 3, 7, 24), "m64-h16-n128-k64": (64, 16, 128, 64)}
+    for name, dtype in variants(size, list(sizes)[:2], list(sizes)[2:]):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        m, heads, n, k = sizes[name]
+        problem = LinearProblem(dtype=dtype, m=m, n=n, k=k, heads=heads)
+        w = WeightArg(rng.standard_normal((heads, n, k)) / np.sqrt(k), "linear")
+        yield Case(case_id, problem, (rng.standard_normal((m, heads, k)), w))

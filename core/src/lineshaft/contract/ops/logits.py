@@ -1,0 +1,364 @@
+"""From logits to token ids: `apply_logits`, `sample`, `argmax`, `logprobs`.
+
+Logits come in the problem's dtype and are widened on entry. They hold no +inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.cases import seeded, short
+from lineshaft.contract.ops.checks import expect, refuse
+from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, numpy_dtype
+from lineshaft.contract.problems import SampleProblem, itemsize
+from lineshaft.contract.steps import ArraySpec
+
+Params = Mapping[str, HostArray]
+_KEYS = ("temperature", "top_k", "top_p", "min_p")
+
+
+def specs() -> tuple[OpSpec, ...]:
+    return (_apply_spec(), _sample_spec(), _argmax_spec(), _logprobs_spec())
+
+
+def _apply_spec() -> OpSpec:
+    return OpSpec(
+        name="apply_logits",
+        signature=(
+            "apply_logits(logits [R, V], *, mask uint32[R, ceil(V / 32)], bias f32[R, V], counts int32[R, V]) -> [R, V]"
+        ),
+        problem=SampleProblem,
+        specialise=_specialise_apply,
+        infer=lambda p, call: call.spec(0),
+        reference=apply_logits,
+        cases=_apply_cases,
+        required=False,
+        optional={"mask": "mask", "bias": "bias", "counts": "counts"},
+        flops=lambda p: p.rows * p.vocab,
+        moved=lambda p: 2 * p.rows * p.vocab * itemsize(p.dtype),
+    )
+
+
+def _sample_spec() -> OpSpec:
+    return OpSpec(
+        name="sample",
+        signature=(
+            "sample(logits [R, V], {temperature, top_p, min_p: f32[R], top_k: int32[R]}, u f32[R, 1]) -> int32[R]; "
+            "-1 for a row with a NaN or without a kept token"
+        ),
+        problem=SampleProblem,
+        specialise=_specialise_sample,
+        infer=lambda p, call: ArraySpec((p.rows,), "int32"),
+        reference=sample,
+        cases=_sample_cases,
+        tolerance=Tolerance(exact=True),
+        flops=lambda p: 20 * p.rows * p.vocab,
+        moved=lambda p: p.rows * p.vocab * itemsize(p.dtype),
+    )
+
+
+def _argmax_spec() -> OpSpec:
+    return OpSpec(
+        name="argmax",
+        signature="argmax(logits [R, V]) -> int32[R]; the lowest index wins a tie; no NaN",
+        problem=SampleProblem,
+        specialise=lambda base, call: _over_logits("argmax", call),
+        infer=lambda p, call: ArraySpec((p.rows,), "int32"),
+        reference=argmax,
+        cases=_argmax_cases,
+        tolerance=Tolerance(exact=True),
+        flops=lambda p: p.rows * p.vocab,
+        moved=lambda p: p.rows * p.vocab * itemsize(p.dtype),
+    )
+
+
+def _logprobs_spec() -> OpSpec:
+    return OpSpec(
+        name="logprobs",
+        signature="logprobs(logits [R, V], ids int32[R], k) -> (chosen f32[R], top_ids int32[R, k], top f32[R, k])",
+        problem=SampleProblem,
+        specialise=_specialise_logprobs,
+        infer=_infer_logprobs,
+        reference=logprobs,
+        cases=_logprobs_cases,
+        tolerance=Tolerance(depth=lambda p: p.vocab),
+        flops=lambda p: 4 * p.rows * p.vocab,
+        moved=lambda p: p.rows * p.vocab * itemsize(p.dtype),
+    )
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def apply_logits(
+    problem: SampleProblem,
+    logits: HostArray,
+    *,
+    num: Numerics = EXACT,
+    mask: HostArray | None = None,
+    bias: HostArray | None = None,
+    counts: HostArray | None = None,
+) -> HostArray:
+    """logits + bias, then -inf where the token's bit is clear (bit v % 32 of word v // 32).
+
+    `counts` is the place of repetition penalties, which no version has yet.
+    """
+    if counts is not None:
+        refuse("apply_logits", "counts=", "none: penalties are reserved")
+    out = num.load(logits)
+    out = out if bias is None else out + num.load(bias)
+    return num.save(out if mask is None else np.where(allowed_tokens(mask, problem.vocab), out, -np.inf))
+
+
+def allowed_tokens(mask: HostArray, vocab: int) -> HostArray:
+    """mask uint32[R, ceil(V / 32)] -> bool[R, V]."""
+    bits = (mask[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
+    out: HostArray = bits.reshape(len(mask), -1)[:, :vocab].astype(bool)
+    return out
+
+
+def sample(
+    problem: SampleProblem, logits: HostArray, params: Params, u: HostArray, *, num: Numerics = EXACT
+) -> HostArray:
+    """One token per row.
+
+    temperature 0   the largest logit, lowest id first; nothing else is read
+    temperature     divides the logits
+    top_k           keeps the k largest (0: all; of equal logits the lowest ids, so that exactly k are kept)
+    top_p           keeps, in descending order (ties: lowest id first) and renormalised over what top_k kept, each token
+                    before which less than top_p has been gathered (0, or 1 and above: all)
+    min_p           keeps tokens of at least min_p times the largest probability (0: all)
+    u in [0, 1)     takes the first kept token, in id order, whose cumulative share exceeds u
+
+    A logit of -inf is never kept. Sums run in float32 or wider: implementations agree but for u on a border.
+    """
+    values = num.load(logits)
+    rows = [_sample_row(values[r], {key: params[key][r] for key in _KEYS}, u[r, 0]) for r in range(len(values))]
+    return np.array(rows, np.int32).reshape(len(values))
+
+
+def _sample_row(x: HostArray, own: Mapping[str, Any], u: Any) -> int:
+    if np.isnan(x).any() or not (x > -np.inf).any():
+        return -1
+    if own["temperature"] == 0:
+        return int(np.argmax(x))
+    filters = int(own["top_k"]), float(own["top_p"]), float(own["min_p"])
+    order, weights = kept_tokens(x / x.dtype.type(own["temperature"]), *filters)
+    ids = np.argsort(order)
+    gathered = np.cumsum(weights[ids])
+    return int(order[ids][min(np.searchsorted(gathered, u * gathered[-1], side="right"), len(ids) - 1)])
+
+
+def kept_tokens(x: HostArray, top_k: int, top_p: float, min_p: float) -> tuple[HostArray, HostArray]:
+    """(ids, weights) of what the filters keep of scaled logits x [V], in descending order; the largest weight is 1."""
+    order = np.argsort(-x, kind="stable")
+    order = order[: top_k if 0 < top_k < len(x) else len(x)]
+    order = order[x[order] > -np.inf]
+    weights = np.exp(x[order] - x[order[0]])
+    if 0 < top_p < 1:
+        before = np.cumsum(weights) - weights
+        order = order[before < top_p * weights.sum()]
+    if min_p > 0:
+        order = order[weights[: len(order)] >= min_p]
+    return order, weights[: len(order)]
+
+
+def argmax(problem: SampleProblem, logits: HostArray, *, num: Numerics = EXACT) -> HostArray:
+    """int32[R]: the id of the largest logit; the lowest wins a tie."""
+    out: HostArray = np.argmax(num.load(logits), axis=-1).astype(np.int32)
+    return out
+
+
+def logprobs(
+    problem: SampleProblem, logits: HostArray, ids: HostArray, k: int, *, num: Numerics = EXACT
+) -> tuple[HostArray, HostArray, HostArray]:
+    """Natural logarithms of the softmax of unfiltered logits: of `ids`, and of the k largest with their ids.
+
+    Descending, ties to the lowest id. An id of -1, as `sample` returns it, is read as 0. Results are not rounded to the
+    logits' dtype.
+    """
+    x = num.load(logits)
+    peak = x.max(-1, keepdims=True)
+    peak = np.where(peak == -np.inf, 0, peak)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = x - peak - np.log(np.exp(x - peak).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(logs, np.maximum(ids, 0)[:, None].astype(np.int64), axis=1)[:, 0]
+    top = np.argsort(-x, axis=-1, kind="stable")[:, :k]
+    return chosen, top.astype(np.int32), np.take_along_axis(logs, top, axis=1)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def _over_logits(op: str, call: Call) -> SampleProblem:
+    logits = expect(op, "logits", call.args[0], (None, None))
+    return SampleProblem(dtype=logits.dtype, rows=logits.shape[0], vocab=logits.shape[1])
+
+
+def _specialise_apply(base: Any, call: Call) -> SampleProblem:
+    p = _over_logits("apply_logits", call)
+    shapes = {"mask": (p.rows, -(-p.vocab // 32)), "bias": (p.rows, p.vocab), "counts": (p.rows, p.vocab)}
+    given = {name: call.kwargs[name] for name in shapes if call.kwargs.get(name) is not None}
+    for name, value in given.items():
+        expect("apply_logits", name, value, shapes[name], {"mask": "uint32", "counts": "int32"}.get(name, "float32"))
+    return SampleProblem(dtype=p.dtype, rows=p.rows, vocab=p.vocab, **dict.fromkeys(given, True))
+
+
+def _specialise_sample(base: Any, call: Call) -> SampleProblem:
+    problem = _over_logits("sample", call)
+    for name, dtype in (("temperature", "float32"), ("top_p", "float32"), ("min_p", "float32"), ("top_k", "int32")):
+        expect("sample", name, call.args[1].get(name), (problem.rows,), dtype)
+    expect("sample", "u", call.args[2], (problem.rows, 1), "float32")
+    return problem
+
+
+def _specialise_logprobs(base: Any, call: Call) -> SampleProblem:
+    problem, k = _over_logits("logprobs", call), call.args[2]
+    expect("logprobs", "ids", call.args[1], (problem.rows,), "int32")
+    if type(k) is not int or not 0 <= k <= problem.vocab:
+        refuse("logprobs", f"k = {k!r}", f"an int of 0 to {problem.vocab}")
+    return SampleProblem(dtype=problem.dtype, rows=problem.rows, vocab=problem.vocab, top=k)
+
+
+def _infer_logprobs(p: SampleProblem, call: Call) -> tuple[ArraySpec, ...]:
+    top = (p.rows, p.top)
+    return ArraySpec((p.rows,), "float32"), ArraySpec(top, "int32"), ArraySpec(top, "float32")
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+_DTYPES = ("float32", "bfloat16")  # what logits come in; results are float32 at most, so float64 would check nothing
+
+
+def _named(rng: np.random.Generator, names: Iterable[str]) -> Iterable[tuple[str, str, np.random.Generator]]:
+    draw = seeded(rng)
+    for dtype in _DTYPES:
+        for name in names:
+            case_id = f"{name}-{short(dtype)}"
+            yield case_id, dtype, draw(case_id)
+
+
+def _logits(rng: np.random.Generator, dtype: str, rows: int, vocab: int, spread: float = 3.0) -> HostArray:
+    """float64 [R, V] that `dtype` holds exactly."""
+    drawn = rng.standard_normal((rows, vocab)) * spread
+    return drawn.astype(numpy_dtype(dtype)).astype(np.float64)
+
+
+def _apply_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    names = ["plain-v40", "mask-v40", "mask-v64", "bias-v40", "mask-bias-v70", "mask_none_allowed-v33"]
+    for case_id, dtype, draw in _named(rng, names):
+        name, vocab = case_id.rsplit("-", 1)[0], int(case_id.split("-v")[1].split("-")[0])
+        kwargs: dict[str, Any] = {}
+        if "mask" in name:
+            kwargs["mask"] = draw.integers(0, 2**32, (3, -(-vocab // 32)), dtype=np.uint32)
+        if "none" in name:
+            kwargs["mask"][1] = 0
+        if "bias" in name:
+            kwargs["bias"] = draw.standard_normal((3, vocab)).astype(np.float32)
+        flags = dict.fromkeys(kwargs, True)
+        problem = SampleProblem(dtype=dtype, rows=3, vocab=vocab, **flags)
+        yield Case(case_id, problem, (_logits(draw, dtype, 3, vocab),), kwargs)
+
+
+_FILTERS: dict[str, dict[str, Any]] = {
+    "all_zero": {"temperature": 0.0},
+    "greedy_ties": {"temperature": 0.0},
+    "plain": {},
+    "hot": {"temperature": 2.0},
+    "top_k5": {"top_k": 5},
+    "top_k1": {"top_k": 1},
+    "top_k_ties": {"top_k": 3},
+    "top_k_beyond_vocab": {"top_k": 10_000},
+    "top_p": {"top_p": 0.7},
+    "top_p_tiny": {"top_p": 1e-6},
+    "top_p1": {"top_p": 1.0},
+    "min_p": {"min_p": 0.1},
+    "all_filters": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
+    "mixed_rows": {},
+    "masked": {},
+    "nan_and_empty_rows": {},
+    "u0": {},
+}
+
+
+def _sample_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    vocabs = (37,) if size == "smoke" else (37, 300)
+    for case_id, dtype, draw in _named(rng, [f"{name}-v{vocab}" for vocab in vocabs for name in _FILTERS]):
+        name, vocab = case_id.split("-")[0], int(case_id.split("-v")[1].split("-")[0])
+        rows = 6
+        logits = _logits(draw, dtype, rows, vocab)
+        _shape_logits(name, logits)
+        params = _params(name, rows)
+        u = np.array([[_clear_u(draw, params, logits, r, low=name == "u0")] for r in range(rows)], np.float32)
+        yield Case(case_id, SampleProblem(dtype=dtype, rows=rows, vocab=vocab), (logits, params, u))
+
+
+def _shape_logits(name: str, logits: HostArray) -> None:
+    if name.endswith("ties"):
+        logits[:, 4] = logits[:, 9] = logits[:, 20] = logits[:, 30] = logits.max(-1)
+    if name == "masked":
+        logits[:, ::2] = -np.inf
+    if name == "nan_and_empty_rows":
+        logits[1, 7], logits[3] = np.nan, -np.inf
+
+
+def _params(name: str, rows: int) -> dict[str, HostArray]:
+    given = {"temperature": 1.0, "top_k": 0, "top_p": 0.0, "min_p": 0.0, **_FILTERS[name]}
+    params = {key: np.full(rows, value, np.int32 if key == "top_k" else np.float32) for key, value in given.items()}
+    if name == "mixed_rows":
+        params["temperature"][::2] = 0.0
+        params["top_k"][1], params["top_p"][3] = 4, 0.5
+    return params
+
+
+def _clear_u(rng: np.random.Generator, params: Params, logits: HostArray, row: int, low: bool) -> float:
+    """A u amid the share of a likely token, far from every border; nudges top_p and min_p off theirs."""
+    x = logits[row]
+    if low or np.isnan(x).any() or not (x > -np.inf).any() or params["temperature"][row] == 0:
+        return 0.0
+    scaled = x / np.float64(params["temperature"][row])
+    _clear_filters(params, scaled, row)
+    order, weights = kept_tokens(scaled, *(params[key][row].item() for key in ("top_k", "top_p", "min_p")))
+    shares = (weights / weights.sum())[np.argsort(order)]
+    likely = np.flatnonzero(shares >= 0.25 * shares.max())
+    pick = int(rng.choice(likely))
+    return float(shares[:pick].sum() + shares[pick] / 2)
+
+
+def _clear_filters(params: Params, scaled: HostArray, row: int) -> None:
+    """Move top_p and min_p to the middle of the gap they fall into, so that rounding decides nothing."""
+    _, weights = kept_tokens(scaled, int(params["top_k"][row]), 0.0, 0.0)
+    top_p, min_p = params["top_p"][row], params["min_p"][row]
+    if 1e-3 < top_p < 1:
+        gathered = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+        at = int(np.searchsorted(gathered, top_p))
+        params["top_p"][row] = (gathered[at - 1] + gathered[at]) / 2
+    if min_p:
+        at = int(np.sum(weights >= min_p))
+        params["min_p"][row] = (weights[at - 1] + (weights[at] if at < len(weights) else 0.0)) / 2
+
+
+def _argmax_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    names = ["v37", "v1", "ties-v37", "all_negative-v50", "masked-v37", *(["large-v5000"] if size == "full" else [])]
+    for case_id, dtype, draw in _named(rng, names):
+        vocab = int(case_id.split("v")[-1].split("-")[0])
+        logits = _logits(draw, dtype, 4, vocab)
+        _shape_logits(case_id.split("-")[0], logits)
+        if case_id.startswith("all_negative"):
+            logits = -np.abs(logits) - 1
+        yield Case(case_id, SampleProblem(dtype=dtype, rows=4, vocab=vocab), (logits,))
+
+
+def _logprobs_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    names = ["v37-k5", "v37-k0", "ties-v37-k6", "masked-v37-k4", "v6-k6", "unsampled-v37-k0"]
+    for case_id, dtype, draw in _named(rng, [*names, *(["large-v5000-k20"] if size == "full" else [])]):
+        vocab, k = (int(part[1:]) for part in case_id.split("-")[-3:-1])
+        logits = _logits(draw, dtype, 3, vocab)
+        _shape_logits(case_id.split("-")[0], logits)
+        ids = (draw.integers(0, vocab // 2, 3) * 2 + 1).clip(max=vocab - 1).astype(np.int32)
+        if case_id.startswith("unsampled"):
+            logits[1, 3], ids[1] = np.nan, -1
+        yield Case(case_id, SampleProblem(dtype=dtype, rows=3, vocab=vocab, top=k), (logits, ids, k))

@@ -1,0 +1,138 @@
+"""Rotary position embeddings: the op, and the frequencies that kernels may tabulate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.checks import base_problem, expect, refuse
+from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size
+from lineshaft.contract.problems import RopeProblem, RopeScaling, itemsize
+
+Pair = tuple[HostArray, HostArray]
+
+
+def specs() -> tuple[OpSpec, ...]:
+    return (
+        OpSpec(
+            name="rope",
+            signature="rope(q [T, Hq, D], k [T, Hk, D], positions int32[T]) -> (q, k)",
+            problem=RopeProblem,
+            specialise=_specialise,
+            infer=lambda p, call: (call.spec(0), call.spec(1)),
+            reference=rope,
+            cases=_cases,
+            flops=lambda p: 3 * p.rows * (p.q_heads + p.kv_heads) * p.dim,
+            moved=lambda p: 2 * p.rows * (p.q_heads + p.kv_heads) * p.head_dim * itemsize(p.dtype),
+        ),
+    )
+
+
+# ---- reference -------------------------------------------------------------------------------------------------
+
+
+def rope(
+    problem: RopeProblem, q: HostArray, k: HostArray, positions: HostArray, *, num: Numerics = EXACT
+) -> Pair:
+    """Rotate the first `dim` values of each head by position * frequency (Su et al., 2021); the rest pass unchanged.
+
+    Value i is paired with i + dim / 2, or 2i with 2i + 1 if `interleaved`. Frequencies are made in float64 and rounded
+    to the accumulation dtype, in which angles are computed: float32, and float64 for the exact run.
+    """
+    frequencies = num.load(rope_frequencies(problem))
+    angles = num.load(positions)[:, None, None] * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    return _rotate(problem, q, cos, sin, num), _rotate(problem, k, cos, sin, num)
+
+
+def _rotate(problem: RopeProblem, x: HostArray, cos: HostArray, sin: HostArray, num: Numerics) -> HostArray:
+    out = np.array(num.load(x))
+    half = problem.dim // 2
+    first, second = (
+        (slice(0, problem.dim, 2), slice(1, problem.dim, 2))
+        if problem.interleaved
+        else (slice(0, half), slice(half, problem.dim))
+    )
+    a, b = out[..., first].copy(), out[..., second].copy()
+    out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin
+    return num.save(out)
+
+
+def rope_frequencies(problem: RopeProblem) -> HostArray:
+    """float64[dim / 2]: radians per position, after scaling and division by `freq_factors`.
+
+    Raises ContractViolation for an unknown kind of scaling or a wrong number of factors.
+    """
+    scaling = problem.scaling
+    frequencies: HostArray = problem.base ** (-np.arange(0, problem.dim, 2, dtype=np.float64) / problem.dim)
+    if scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.kind == "llama3":
+        frequencies = _llama3(frequencies, scaling)
+    elif scaling.kind != "none":
+        refuse("rope", f"scaling {scaling.kind!r}", "none, linear or llama3")
+    if not scaling.freq_factors:
+        return frequencies
+    if len(scaling.freq_factors) != problem.dim // 2:
+        refuse("rope", f"{len(scaling.freq_factors)} freq_factors", f"one per pair, {problem.dim // 2}")
+    divided: HostArray = frequencies / np.array(scaling.freq_factors)
+    return divided
+
+
+def _llama3(frequencies: HostArray, scaling: RopeScaling) -> HostArray:
+    """Blend frequency / factor and frequency by how often the wave turns within the original context."""
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    out: HostArray = (1 - keep) * frequencies / scaling.factor + keep * frequencies
+    return out
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def _specialise(base: Any, call: Call) -> RopeProblem:
+    problem = base_problem("rope", base, RopeProblem)
+    q = expect("rope", "q", call.args[0], (None, None, None), problem.dtype)
+    rows, heads, dim = q.shape
+    k = expect("rope", "k", call.args[1], (rows, None, dim), problem.dtype)
+    expect("rope", "positions", call.args[2], (rows,), "int32")
+    if problem.dim % 2 or not 0 < problem.dim <= dim:
+        refuse("rope", f"dim {problem.dim} of heads of {dim}", "an even dim within the head")
+    return replace(problem, rows=rows, q_heads=heads, kv_heads=k.shape[1], head_dim=dim)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+_LLAMA3 = RopeScaling(
+    kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64
+)
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "neox-d16": {"dim": 16},
+    "neox-d64-long": {"dim": 64, "max_position": 131072, "base": 500000.0},
+    "partial-d8of16": {"dim": 8, "head_dim": 16},
+    "interleaved-d16": {"dim": 16, "interleaved": True},
+    "linear-d16": {"dim": 16, "scaling": RopeScaling(kind="linear", factor=4.0)},
+    "llama3-d32": {"dim": 32, "max_position": 512, "scaling": _LLAMA3},
+    "freq_factors-d16": {"dim": 16, "scaling": RopeScaling(freq_factors=(1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0))},
+    "interleaved-partial-d6of10": {"dim": 6, "head_dim": 10, "interleaved": True},
+}
+
+
+def _cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, _VARIANTS):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        rows, q_heads, kv_heads = 5, 4, 2
+        fields = {"base": 10000.0, "max_position": 256, "head_dim": _VARIANTS[name]["dim"], **_VARIANTS[name]}
+        problem = RopeProblem(dtype=dtype, rows=rows, q_heads=q_heads, kv_heads=kv_heads, **fields)
+        positions = np.sort(rng.integers(0, problem.max_position, rows)).astype(np.int32)
+        positions[0], positions[-1] = 0, problem.max_position - 1
+        q, k = (rng.standard_normal((rows, heads, problem.head_dim)) for heads in (q_heads, kv_heads))
+        yield Case(case_id, problem, (q, k, positions))

@@ -1,0 +1,153 @@
+"""Row lookups: `embed`, `gather_rows`, `merge_rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.checks import expect, weight_problem
+from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
+from lineshaft.contract.problems import EmbedProblem, PointwiseProblem, itemsize
+from lineshaft.contract.steps import ArraySpec
+
+
+def specs() -> tuple[OpSpec, ...]:
+    return (_embed_spec(), _gather_spec(), _merge_spec())
+
+
+def _embed_spec() -> OpSpec:
+    return OpSpec(
+        name="embed",
+        signature="embed(ids int32[T], table [V, H], vocab_start int32[1]) -> [T, H]; 0 outside the shard",
+        problem=EmbedProblem,
+        specialise=_specialise_embed,
+        infer=lambda p, call: ArraySpec((p.rows, p.width), p.dtype),
+        reference=embed,
+        cases=_embed_cases,
+        tolerance=Tolerance(exact=True),
+        weight="embed",
+        moved=lambda p: 2 * p.rows * p.width * itemsize(p.dtype),
+    )
+
+
+def _gather_spec() -> OpSpec:
+    return OpSpec(
+        name="gather_rows",
+        signature="gather_rows(x [T, H], rows int32[R]) -> [R, H]; every index is in range",
+        problem=PointwiseProblem,
+        specialise=_specialise_gather,
+        infer=lambda p, call: ArraySpec((p.rows, p.width), p.dtype),
+        reference=gather_rows,
+        cases=_gather_cases,
+        tolerance=Tolerance(exact=True),
+        moved=lambda p: 2 * p.rows * p.width * itemsize(p.dtype),
+    )
+
+
+def _merge_spec() -> OpSpec:
+    return OpSpec(
+        name="merge_rows",
+        signature="merge_rows(x [T, H], embeds [M, H], source int32[T]) -> [T, H]; source -1 keeps the row of x",
+        problem=PointwiseProblem,
+        specialise=_specialise_merge,
+        infer=lambda p, call: call.spec(0),
+        reference=merge_rows,
+        cases=_merge_cases,
+        tolerance=Tolerance(exact=True),
+        required=False,
+        moved=lambda p: 2 * p.rows * p.width * itemsize(p.dtype),
+    )
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def embed(
+    problem: EmbedProblem, ids: HostArray, table: HostArray, vocab_start: HostArray, *, num: Numerics = EXACT
+) -> HostArray:
+    """Rows ids - vocab_start of the table; a row of zeros where that lies outside [0, V)."""
+    local = ids.astype(np.int64) - int(vocab_start[0])
+    inside = (local >= 0) & (local < table.shape[0])
+    rows = num.load(table[np.where(inside, local, 0)])
+    return num.save(np.where(inside[:, None], rows, 0.0))
+
+
+def gather_rows(problem: PointwiseProblem, x: HostArray, rows: HostArray, *, num: Numerics = EXACT) -> HostArray:
+    """x [T, H], rows int32[R] -> x[rows] [R, H]."""
+    return num.save(num.load(x[rows]))
+
+
+def merge_rows(
+    problem: PointwiseProblem, x: HostArray, embeds: HostArray, source: HostArray, *, num: Numerics = EXACT
+) -> HostArray:
+    """embeds[source[t]] where source[t] >= 0, else x[t]."""
+    chosen = num.load(embeds[np.maximum(source, 0)])
+    return num.save(np.where((source >= 0)[:, None], chosen, num.load(x)))
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------
+
+
+def _specialise_embed(base: Any, call: Call) -> EmbedProblem:
+    problem = weight_problem("embed", base, call.args[1], "embed", EmbedProblem)
+    ids = expect("embed", "ids", call.args[0], (None,), "int32")
+    expect("embed", "vocab_start", call.args[2], (1,), "int32")
+    return replace(problem, rows=ids.shape[0])
+
+
+def _specialise_gather(base: Any, call: Call) -> PointwiseProblem:
+    x = expect("gather_rows", "x", call.args[0], (None, None))
+    rows = expect("gather_rows", "rows", call.args[1], (None,), "int32")
+    return PointwiseProblem(dtype=x.dtype, rows=rows.shape[0], width=x.shape[1])
+
+
+def _specialise_merge(base: Any, call: Call) -> PointwiseProblem:
+    x = expect("merge_rows", "x", call.args[0], (None, None))
+    expect("merge_rows", "embeds", call.args[1], (None, x.shape[1]), x.dtype)
+    expect("merge_rows", "source", call.args[2], x.shape[:1], "int32")
+    return PointwiseProblem(dtype=x.dtype, rows=x.shape[0], width=x.shape[1])
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------
+
+
+def _embed_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    shards = {"whole-v32": (32, 0, 32), "first_shard-v16": (16, 0, 48), "middle_shard-v16": (16, 16, 48)}
+    for name, dtype in variants(size, shards):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        vocab, start, total = shards[name]
+        ids = rng.integers(0, total, 9).astype(np.int32)
+        edges = [start, start + vocab - 1, max(start - 1, 0), min(start + vocab, total - 1)]
+        ids[:4] = edges
+        problem = EmbedProblem(dtype=dtype, vocab=vocab, width=12, rows=9)
+        table = WeightArg(rng.standard_normal((vocab, 12)), "embed")
+        yield Case(case_id, problem, (ids, table, np.array([start], np.int32)))
+
+
+def _gather_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, ["t7-r3", "t5-r9", "t1-r4"]):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        tokens, rows = (int(part[1:]) for part in name.split("-"))
+        index = rng.integers(0, tokens, rows).astype(np.int32)
+        index[0], index[-1] = tokens - 1, 0  # padding rows ask for row 0
+        problem = PointwiseProblem(dtype=dtype, rows=rows, width=10)
+        yield Case(case_id, problem, (rng.standard_normal((tokens, 10)), index))
+
+
+def _merge_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
+    draw = seeded(rng)
+    for name, dtype in variants(size, ["mixed", "none", "all"]):
+        case_id = f"{name}-{short(dtype)}"
+        rng = draw(case_id)
+        source = {"mixed": [-1, 2, 0, -1, 1, -1], "none": [-1] * 6, "all": [2, 1, 0, 2, 1, 0]}[name]
+        x, embeds = rng.standard_normal((6, 10)), rng.standard_normal((3, 10))
+        problem = PointwiseProblem(dtype=dtype, rows=6, width=10)
+        yield Case(case_id, problem, (x, embeds, np.array(source, np.int32)))

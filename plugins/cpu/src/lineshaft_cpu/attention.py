@@ -1,0 +1,249 @@
+"""Attention on the host, where a kernel may read lengths: only live keys are gathered, rows of like length together.
+
+What to gather is planned once per step and shared by all layers. Slots past a row's context are never read, so that
+whatever they hold cannot leak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lineshaft.contract.problems import AttendProblem
+from lineshaft.contract.sessions import Cache
+from lineshaft.contract.steps import StepInputs
+from lineshaft_torch.arrays import accumulator, torch_dtype
+from lineshaft_torch.bound import Recipe, recipe
+from lineshaft_torch.kernels.attend import softmax_with_sinks
+from lineshaft_torch.pages import SLOTS_LAYOUT
+
+HostArray = np.ndarray[Any, Any]
+FEATURES = frozenset({"causal", "window", "softcap", "sinks", "value_in_key", "return_lse"})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows attended together: n rows of Q queries and K keys each.
+
+    tokens  where the queries stand among the T tokens: a slice, or int64[n * Q]
+    slots   where the keys lie in the cache: a slice, or int64[n * K]; short rows repeat a live slot of their own
+    mask    [n, 1, 1, K] or [1, 1, Q, K], 0 or -inf, in the executed dtype; None: every key is visible
+    causal  the mask is the plain causal one (Q = K), and `mask` is None
+    dead    bool[n * Q]: queries without a visible key; None: there are none
+    """
+
+    n: int
+    queries: int
+    tokens: slice | torch.Tensor
+    slots: slice | torch.Tensor
+    mask: torch.Tensor | None = None
+    causal: bool = False
+    dead: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """All rows of a step, and whether some token belongs to none of them."""
+
+    groups: tuple[Rows, ...]
+    gaps: bool
+
+
+class Planner:
+    """Plans a step from the host's view of its lengths; an unchanged step is planned once, however many layers ask."""
+
+    def __init__(self, problem: AttendProblem) -> None:
+        self._problem = problem
+        self._dtype = torch_dtype(problem.dtype)
+        self._step: StepInputs | None = None
+        self._views: tuple[HostArray, ...] = ()
+        self._seen = b""
+        self._plan = StepPlan((), True)
+
+    def plan(self, step: StepInputs, tokens: int) -> StepPlan:
+        if step is not self._step:
+            group = step.groups[self._problem.group]
+            self._step, self._seen = step, b""
+            self._views = tuple(t.numpy() for t in (step.query_starts, group.context_lens, group.page_table))
+        content = b"".join(view.tobytes() for view in self._views)
+        if content != self._seen:
+            self._plan, self._seen = self._make(tokens, *self._views), content
+        return self._plan
+
+    def _make(self, tokens: int, starts: HostArray, lens: HostArray, table: HostArray) -> StepPlan:
+        decode: dict[int, list[int]] = {}
+        groups: list[Rows] = []
+        begins, counts, contexts = starts[:-1].tolist(), np.diff(starts).tolist(), lens.tolist()
+        holes = self._holes(lens, table)
+        for b, (begin, count, context) in enumerate(zip(begins, counts, contexts, strict=True)):
+            if count == 1 and context and not holes[b]:
+                decode.setdefault(self._visible(context).bit_length(), []).append(b)
+            elif count and context:
+                groups += self._chunk(begin, count, context, table[b])
+        groups += [self._decode(np.asarray(rows), starts, lens, table) for rows in decode.values()]
+        covered = sum(rows.n * rows.queries for rows in groups)
+        return StepPlan(tuple(groups), covered < tokens)
+
+    def _holes(self, lens: HostArray, table: HostArray) -> list[bool]:
+        """Which rows lack a page below their context: page 0 stands for keys that nobody sees."""
+        used = np.arange(table.shape[1]) * self._problem.page_size < lens[:, None]
+        holes: list[bool] = ((table == 0) & used).any(1).tolist()
+        return holes
+
+    def _visible(self, context: int) -> int:
+        """Keys that the last query of a row may see."""
+        return min(context, self._problem.window) if self._problem.window else context
+
+    def _decode(self, rows: HostArray, starts: HostArray, lens: HostArray, table: HostArray) -> Rows:
+        """Rows of one query each; shorter rows are padded with their own first visible key, masked."""
+        last = lens[rows].astype(np.int64)
+        first = last - np.asarray([self._visible(n) for n in last.tolist()])
+        offset = np.arange(int((last - first).max()))
+        inside = offset < (last - first)[:, None]
+        slots = self._slots(table[rows], first[:, None] + np.where(inside, offset, 0))
+        mask = None if inside.all() else self._additive(inside)[:, None, None]
+        return Rows(len(rows), 1, _run_of(starts[:-1][rows].astype(np.int64)), _run_of(slots.reshape(-1)), mask)
+
+    def _chunk(self, begin: int, count: int, context: int, pages: HostArray) -> list[Rows]:
+        """One row of any queries and pages, or none if it sees no key. Keys that no query sees are not gathered."""
+        p = self._problem
+        query = np.arange(context - count, context)[:, None]
+        first = max(0, context - count - p.window + 1) if p.window else 0
+        key = np.arange(first, context)
+        key = key[pages[key // p.page_size] != 0]
+        if not len(key):
+            return []
+        slots = _run_of(self._slots(pages[None], key[None])[0])
+        tokens = slice(begin, begin + count)
+        if p.causal and not p.window and count == len(key):
+            return [Rows(1, count, tokens, slots, causal=True)]
+        visible = (key <= query) if p.causal else np.ones((count, len(key)), bool)
+        if p.window:
+            visible &= key > query - p.window
+        dead = ~visible.any(1)
+        mask = None if visible.all() else self._additive(visible)[None, None]
+        return [Rows(1, count, tokens, slots, mask, dead=torch.from_numpy(dead) if dead.any() else None)]
+
+    def _slots(self, pages: HostArray, positions: HostArray) -> HostArray:
+        """pages int32[n, P], positions int64[n, K] -> the slot of each position, int64[n, K]."""
+        size = self._problem.page_size
+        page = np.take_along_axis(pages, positions // size, 1).astype(np.int64)
+        return page * size + positions % size
+
+    def _additive(self, visible: HostArray) -> torch.Tensor:
+        return torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(~visible), -torch.inf)
+
+
+def _run_of(index: HostArray) -> slice | torch.Tensor:
+    """A slice where `index` counts up by one, which needs no gather; else the index as a tensor."""
+    first, last = int(index[0]), int(index[-1])
+    if last - first == len(index) - 1 and (np.diff(index) == 1).all():
+        return slice(first, last + 1)
+    return torch.from_numpy(index)
+
+
+def _take(array: torch.Tensor, where: slice | torch.Tensor) -> torch.Tensor:
+    return array[where] if isinstance(where, slice) else array.index_select(0, where)
+
+
+def attend(
+    problem: AttendProblem,
+    planner: Planner,
+    q: torch.Tensor,
+    cache: Cache,
+    step: StepInputs,
+    *,
+    sinks: torch.Tensor | None = None,
+    out: Any = None,
+) -> Any:
+    """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse [T, Hq] in the accumulation dtype)."""
+    plan = planner.plan(step, q.shape[0])
+    given = out if isinstance(out, tuple) else (out,)
+    result = q.new_empty((*q.shape[:2], problem.v_dim)) if given[0] is None else given[0]
+    lse = _no_keys(q, given[-1] if out is not None else None) if problem.return_lse else None
+    if plan.gaps:
+        result.zero_()
+    explicit = bool(problem.softcap) or problem.sinks or problem.return_lse
+    for rows in plan.groups:
+        keys = _take(cache.arrays["k"], rows.slots)
+        values = keys[..., : problem.v_dim] if problem.value_in_key else _take(cache.arrays["v"], rows.slots)
+        queries = _take(q, rows.tokens)
+        if explicit:
+            found, logs = _explicit(problem, rows, queries, keys, values, sinks)
+            if lse is not None:
+                lse[rows.tokens] = logs
+        else:
+            found = _fused(problem, rows, queries, keys, values)
+        result[rows.tokens] = found if rows.dead is None else found.masked_fill(rows.dead[:, None, None], 0.0)
+    return result if lse is None else (result, lse)
+
+
+def _no_keys(q: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype)) if out is None else out
+    return lse.fill_(-torch.inf)
+
+
+def _fused(
+    problem: AttendProblem, rows: Rows, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """q [n * Q, Hq, D], keys [n * K, Hkv, D], values [n * K, Hkv, Dv] -> [n * Q, Hq, Dv], by torch's fused attention.
+
+    In decode the heads of a group stand in the place of queries, so that each key is read once for all of them.
+    """
+    keys = keys.view(rows.n, -1, *keys.shape[1:]).transpose(1, 2)
+    values = values.view(rows.n, -1, *values.shape[1:]).transpose(1, 2)
+    if rows.queries == 1:
+        grouped = q.view(rows.n, problem.kv_heads, -1, problem.qk_dim)
+        found = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask, scale=problem.scale)
+        return found.reshape(rows.n, problem.q_heads, problem.v_dim)
+    found = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys, values, attn_mask=rows.mask, is_causal=rows.causal, scale=problem.scale,
+        enable_gqa=problem.q_heads != problem.kv_heads,
+    )  # fmt: skip
+    return found[0].transpose(0, 1)
+
+
+def _explicit(
+    problem: AttendProblem,
+    rows: Rows,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _fused, step by step, for what the fused attention lacks; also lse [n * Q, Hq]."""
+    wide = accumulator(q.dtype)
+    q_heads = q.to(wide).view(rows.n, rows.queries, problem.kv_heads, -1, problem.qk_dim)
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", q_heads, keys.to(wide).view(rows.n, -1, *keys.shape[1:])) * problem.scale
+    if problem.softcap:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    if rows.mask is not None:
+        scores = scores + rows.mask[:, :, None].to(wide)
+    if rows.causal:
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=wide).triu_(1)
+    weights, lse = softmax_with_sinks(scores, sinks)
+    found = torch.einsum("bhgqk,bkhd->bqhgd", weights, values.to(wide).view(rows.n, -1, *values.shape[1:]))
+    logs = lse.permute(0, 3, 1, 2).reshape(-1, problem.q_heads)
+    return found.reshape(-1, problem.q_heads, problem.v_dim).to(q.dtype), logs
+
+
+def supports(problem: AttendProblem) -> str | None:
+    if problem.kv_dtype != problem.dtype:
+        return f"reads pages of the executed dtype {problem.dtype}, not {problem.kv_dtype}"
+    return None
+
+
+def _bind(problem: AttendProblem, session: Any) -> Any:
+    return partial(attend, problem, Planner(problem))
+
+
+def recipes() -> Iterator[Recipe]:
+    yield recipe(
+        "cpu_attend", "attend", _bind, out=True, layout=SLOTS_LAYOUT, priority=10, handles=FEATURES, supports=supports
+    )

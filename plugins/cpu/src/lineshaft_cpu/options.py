@@ -1,0 +1,22 @@
+"""The options of the CPU backend, as a user may write them under `backend_options`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class CpuOptions(BaseModel):
+    """How the CPU backend runs; the number of threads is the engine's `threads`.
+
+    program               "tape" replays what was recorded before the first step, "eager" runs the forward each step
+    functional            keys and values are written into a copy of the cache: slow, for finding forwards that drop it
+    attention_memory_mib  largest temporaries, in MiB, of one call of the portable attention
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    program: Literal["tape", "eager"] = "tape"
+    functional: bool = False
+    attention_memory_mib: int = Field(default=256, ge=1)

@@ -1,0 +1,56 @@
+"""The random Llamas of these tests by name: odd sizes, and one thing special about each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa1": {"seed": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16},
+    "gqa3-tied": {
+        "seed": 2, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "gqa8": {"seed": 3, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 10},
+    "llama3-rope": {
+        "seed": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "rope_parameters": LLAMA3,
+    },
+    "linear-rope": {
+        "seed": 5, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
+    },
+    "sharded": {
+        "seed": 6, "num_attention_heads": 6, "num_key_value_heads": 3, "shards": "60KB",
+    },
+    "stored-bfloat16": {
+        "seed": 7, "num_attention_heads": 6, "num_key_value_heads": 6, "store": torch.bfloat16,
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+    },
+    "even": {  # what tp = 2 and dp x tp can cut; 131 entries of vocabulary they cannot, which pads
+        "seed": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "intermediate_size": 96,
+    },
+    "lone-kv": {  # fewer kv heads than workers
+        "seed": 9, "num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 64, "intermediate_size": 96,
+    },
+}  # fmt: skip
+
+ODD = ("gqa1", "gqa3-tied", "gqa8", "llama3-rope", "linear-rope", "sharded", "stored-bfloat16")
+
+CHAT: dict[str, Any] = VARIANTS["even"] | {"seed": 10, "vocab_size": 256, "max_position_embeddings": 16384}
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A token for each byte; no special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))

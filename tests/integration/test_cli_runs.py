@@ -1,0 +1,81 @@
+"""The command line on the small model: the demo's answer, streams and whole texts, and Ctrl-C in the middle."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.integration.conftest import SMOLLM2
+from tests.integration.processes import SECONDS, Watch, environment, folders_of, lineshaft, start
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "examples" / "demo.toml")
+QUESTION = "What is the capital of France?"
+SMALL = ("--set", "scheduler.token_budget=64", "--set", "scheduler.max_rows=2", "--set", "max_logprobs=3")
+
+
+def test_the_demo_answers_paris() -> None:
+    command = [str(Path(sys.executable).with_name("lineshaft")), "generate", "--config", DEMO, "--prompt", QUESTION]
+    done = subprocess.run(
+        [*command, "--max-tokens", "32", "--temperature", "0"],
+        env=environment(), capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert "Traceback" not in done.stderr
+    for word in ("cpu", "tokens/s", "pages"):
+        assert word in done.stderr
+
+
+def test_streamed_and_whole_texts_are_the_same() -> None:
+    common = ("generate", "--config", DEMO, "--prompt", QUESTION, "--max-tokens", "16", "--temperature", "0", *SMALL)
+    streamed, whole = lineshaft(*common, "--quiet"), lineshaft(*common, "--quiet", "--no-stream")
+    assert streamed.stdout == whole.stdout != ""
+    assert streamed.stderr == whole.stderr == ""
+
+
+def test_several_prompts_and_log_probabilities() -> None:
+    done = lineshaft(
+        "generate", "--config", DEMO, "--raw", "--prompt", "1 2 3", "--prompt", "a b c", "--max-tokens", "4",
+        "--temperature", "0", "--logprobs", "2", "--quiet", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("*") == 8  # one chosen token at each of four places of two texts
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_everything_with_one_line(tmp_path: Path, workers: int, even_chat: Path) -> None:
+    model = SMOLLM2 if workers == 1 else str(even_chat)
+    process = start(
+        "generate", "--model", model, "--backend", "cpu", "--raw", "--prompt", "Once upon a time",
+        "--max-tokens", "100000", "--ignore-eos", "--quiet", "--tp", str(workers), *SMALL,
+        env={"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # it generates
+    with Watch.children(process.pid) as children:
+        assert len(children.pids) >= (workers if workers > 1 else 0)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=SECONDS)
+        assert children.all_end(10)
+    assert process.returncode == 130
+    assert said.splitlines() == ["lineshaft: interrupted"]
+    assert folders_of(tmp_path) == []
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = start(
+        "generate", "--model", SMOLLM2, "--backend", "cpu", "--raw", "--prompt", "Once", "--max-tokens", "200",
+        "--ignore-eos", "--quiet", *SMALL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(SECONDS) == 141
+    assert said == ""

@@ -1,0 +1,231 @@
+"""What must hold of every OpSpec: stable cases, finite outcomes, shapes that planner and reference agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from lineshaft.contract.ops import all_ops
+from lineshaft.contract.ops.run import compare, named_outputs, operand, run_reference
+from lineshaft.contract.ops.spec import EXACT, CacheArg, Call, Case, Numerics, OpSpec, StepArg, WeightArg
+from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
+from lineshaft.contract.sessions import Cache
+from lineshaft.contract.steps import ArraySpec, StepInputs
+from lineshaft.contract.weights import Weight
+
+OPS = all_ops()
+SEED = 0
+SMOKE = [(spec, case) for spec in OPS.values() for case in spec.cases(np.random.default_rng(SEED), "smoke")]
+NAMES = [f"{spec.name}/{case.id}" for spec, case in SMOKE]
+
+each_case = pytest.mark.parametrize(("spec", "case"), SMOKE, ids=NAMES)
+each_op = pytest.mark.parametrize("spec", OPS.values(), ids=OPS.keys())
+
+
+def reference_run(spec: OpSpec, case: Case) -> Any:
+    return run_reference(spec, case, Numerics.of(case.problem.dtype, spec.accumulate))
+
+
+def find(op: str, case_id: str) -> Case:
+    return next(case for case in OPS[op].cases(np.random.default_rng(SEED), "smoke") if case.id == case_id)
+
+
+def test_every_op_of_the_contract_is_there() -> None:
+    assert set(OPS) == set(
+        "embed linear head_linear concat add rms_norm add_rms_norm silu_mul gelu_mul rope write_kv attend merge_states "
+        "latent_attend router_topk expert_mlp grouped_mlp moe_dispatch moe_combine gather_rows merge_rows apply_logits "
+        "sample argmax logprobs read_pages write_pages copy_pages copy_slots all_reduce all_gather reduce_scatter "
+        "all_to_all broadcast permute".split()
+    )
+    assert all(name == spec.name and spec.signature.startswith(name + "(") for name, spec in OPS.items())
+
+
+@each_op
+def test_ids_are_unique_and_values_depend_on_seed_and_id_alone(spec: OpSpec) -> None:
+    smoke = list(spec.cases(np.random.default_rng(SEED), "smoke"))
+    full = {case.id: case for case in spec.cases(np.random.default_rng(SEED), "full")}
+    assert len({case.id for case in smoke}) == len(smoke) > 1
+    assert all("float32" not in case.id and " " not in case.id for case in smoke)
+    for case in smoke:
+        np.testing.assert_equal(
+            named_outputs(spec, reference_run(spec, case)), named_outputs(spec, reference_run(spec, full[case.id]))
+        )
+
+
+@each_op
+def test_another_seed_gives_other_values_under_the_same_ids(spec: OpSpec) -> None:
+    one, two = (list(spec.cases(np.random.default_rng(seed), "smoke")) for seed in (1, 2))
+    assert [case.id for case in one] == [case.id for case in two]
+    assert [case.problem for case in one] == [case.problem for case in two]
+
+
+@each_case
+def test_reference_run_is_within_tolerance_and_finite(spec: OpSpec, case: Case) -> None:
+    run = reference_run(spec, case)
+    assert compare(spec, case, run) == []
+    if "cache" in "".join(spec.consumes) or spec.name in ("read_pages", "apply_logits", "logprobs"):
+        return  # garbage pages are moved as they are, masks give -inf
+    for name, values in named_outputs(spec, run).items():
+        lse = spec.name == "attend" and name == "1"
+        assert np.isfinite(values[values > -np.inf] if lse else values).all()
+
+
+@each_case
+def test_the_smallest_difference_beyond_tolerance_is_seen(spec: OpSpec, case: Case) -> None:
+    """A check that accepts anything would be worthless: disturb one value of each output."""
+    run = reference_run(spec, case)
+    for name, values in named_outputs(spec, run).items():
+        if not values.size:
+            continue
+        wrong = values.copy()
+        spot = np.unravel_index(int(np.argmax(np.nan_to_num(np.abs(values.astype(float)), posinf=0))), values.shape)
+        wrong[spot] = 0 if np.isnan(wrong[spot].astype(float)) else wrong[spot] + 1 + abs(wrong[spot])
+        exact = named_outputs(spec, run_reference(spec, case, EXACT))[name]
+        assert spec.tolerance.check(case.problem, wrong, exact, values) is not None
+
+
+@pytest.mark.parametrize("op", ["linear", "attend", "rms_norm", "rope", "add", "silu_mul", "merge_states", "expert_mlp"])
+@pytest.mark.parametrize(("problem_dtype", "computed"), [("float64", "float32"), ("float32", "bfloat16")])
+def test_a_result_of_one_precision_lower_is_rejected(op: str, problem_dtype: str, computed: str) -> None:
+    spec = OPS[op]
+    cases = [c for c in spec.cases(np.random.default_rng(SEED), "full") if c.problem.dtype == problem_dtype]
+    checked = 0
+    for case in cases:
+        exact = named_outputs(spec, run_reference(spec, case, EXACT))
+        if not any(np.any(values[np.isfinite(values)]) for values in exact.values()):
+            continue  # all zeros are exact in any precision
+        if "zero_row" in case.id or getattr(case.problem, "kv_dtype", problem_dtype) != problem_dtype:
+            continue
+        low = run_reference(spec, replace(case, problem=lower(case.problem, computed)), Numerics.of(computed, "float32"))
+        assert compare(spec, case, low), case.id
+        checked += 1
+    assert checked >= 3
+
+
+def lower(problem: Any, dtype: str) -> Any:
+    kv = {"kv_dtype": dtype} if hasattr(problem, "kv_dtype") else {}
+    return replace(problem, dtype=dtype, **kv)
+
+
+# ---- planner and reference agree on problems and shapes ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Abstract:
+    spec: ArraySpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+
+def abstract(value: Any, case: Case, spec: OpSpec) -> Any:
+    """What a forward passes while it is traced, for an argument of a case."""
+    if isinstance(value, WeightArg):
+        return Weight(0, "w", {value.kind: weight_base(case, spec, value)}, "")
+    if isinstance(value, CacheArg):
+        pages = {name: abstract(array, case, spec) for name, array in value.pages.items()}
+        return pages if spec.name == "write_pages" and len(case.args[1]) == len(value.pages["k"]) else the_cache(case)
+    if isinstance(value, StepArg):
+        return StepInputs({name: abstract(array, case, spec) for name, array in value.arrays.items()}, value.shape)
+    if isinstance(value, dict):
+        return {name: abstract(item, case, spec) for name, item in value.items()}
+    if isinstance(value, list):
+        items = [abstract(item, case, spec) for item in value]
+        return items[0] if spec.collective else items
+    if isinstance(value, np.ndarray):
+        return Abstract(ArraySpec(value.shape, operand(value, case.problem).dtype.name))
+    return value
+
+
+def weight_base(case: Case, spec: OpSpec, value: WeightArg) -> Any:
+    if spec.name == "latent_attend":
+        heads, out, width = value.array.shape
+        return LinearProblem(dtype=case.problem.dtype, n=out, k=width, heads=heads)
+    return unsized(case.problem)
+
+
+def unsized(problem: Any) -> Any:
+    """What the model declares: the problem without what a call's shapes add to it."""
+    sizes = ("m", "rows", "tokens", "pages", "max_query", "q_heads_", "k_")
+    return replace(problem, **{name: 0 for name in sizes if hasattr(problem, name)})
+
+
+def the_cache(case: Case) -> Cache:
+    p: Any = case.problem
+    if isinstance(p, KVProblem):
+        return Cache(0, replace(p, rows=0), "")
+    v_dim = 0 if p.value_in_key else p.v_dim
+    shared = {name: getattr(p, name) for name in "dtype kv_heads qk_dim page_size kv_dtype group kv_scheme".split()}
+    return Cache(0, KVProblem(v_dim=v_dim, **shared), "")
+
+
+@each_case
+def test_specialise_gives_the_problem_and_infer_the_shapes(spec: OpSpec, case: Case) -> None:
+    degrees = {"dp": 2, "tp": case.problem.size // (2 if len(case.problem.axis) > 1 else 1)} if spec.collective else {}
+    args = tuple(abstract(value, case, spec) for value in case.args)
+    call = Call(args, {name: abstract(value, case, spec) for name, value in case.kwargs.items()}, degrees)
+    declared = None if spec.weight else unsized(case.problem)
+    problem = spec.specialise(declared, call)
+    assert problem == case.problem
+    inferred = spec.infer(problem, call)
+    out = reference_run(spec, case)
+    if inferred == "cache":
+        assert spec.consumes == ("cache",)
+        assert {name: pages.shape for name, pages in out.items()} == {
+            name: pages.shape for name, pages in case.args[0].pages.items()
+        }
+        return
+    expected = inferred if isinstance(inferred, tuple) else (inferred,)
+    got = out if isinstance(out, tuple) else (out[0],) if spec.collective else (out,)
+    assert [(tuple(o.shape), o.dtype.name) for o in got] == [(e.shape, e.dtype) for e in expected]
+
+
+@each_op
+def test_work_and_bytes_are_positive_for_real_sizes(spec: OpSpec) -> None:
+    case = next(iter(spec.cases(np.random.default_rng(SEED), "smoke")))
+    assert spec.moved(case.problem) > 0
+    assert spec.flops(case.problem) >= 0
+
+
+@each_op
+def test_optional_arrays_of_cases_follow_the_problem(spec: OpSpec) -> None:
+    for case in spec.cases(np.random.default_rng(SEED), "smoke"):
+        assert set(case.kwargs) <= set(spec.optional)
+        for keyword, feature in spec.optional.items():
+            declared = getattr(case.problem, feature)
+            wanted = declared not in (False, "none")
+            assert (keyword in case.kwargs) == wanted, case.id
+
+
+# ---- composites ---------------------------------------------------------------------------------------------------
+
+
+class ReferenceOps:
+    """Runs a composite's default with references; `problems` gives the problem of each inner op."""
+
+    def __init__(self, num: Numerics, problems: dict[str, Any]) -> None:
+        self.num, self.problems = num, problems
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: OPS[name].reference(self.problems.get(name), *args, num=self.num)
+
+
+@pytest.mark.parametrize(
+    ("spec", "case"), [pair for pair in SMOKE if pair[0].default], ids=[n for n, p in zip(NAMES, SMOKE, strict=True) if p[0].default]
+)
+def test_default_decomposition_computes_the_same(spec: OpSpec, case: Case) -> None:
+    num = Numerics.of(case.problem.dtype, spec.accumulate)
+    problems = dict.fromkeys(("rms_norm", "attend", "moe_dispatch", "grouped_mlp", "moe_combine"), case.problem)
+    args = [operand(arg, case.problem) for arg in case.args]
+    assert spec.default is not None
+    result = spec.default(ReferenceOps(num, problems), case.problem, *args)
+    np.testing.assert_equal(named_outputs(spec, result), named_outputs(spec, reference_run(spec, case)))
+
+
+def test_composites_are_those_of_the_contract() -> None:
+    assert {name for name, spec in OPS.items() if spec.default} == {"add_rms_norm", "latent_attend", "expert_mlp"}
+    assert not any(spec.required for spec in OPS.values() if spec.default)
+    assert isinstance(find("latent_attend", "decode/latent12-rope4-f32").problem, AttendProblem)

@@ -1,0 +1,76 @@
+"""A tiny planner for the kit's own tests: portable kernels bound by hand, and one thread for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lineshaft.contract.problems import KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
+from lineshaft.contract.weights import Local, Param, Stored
+from lineshaft_torch.kernels import portable_kernels
+from lineshaft_torch.session import SessionOptions, TorchSession
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class HandPlanned:
+    """A PlannedOps: the portable kernel of each op under the problem given for it; `extra` are plain callables."""
+
+    def __init__(self, problems: Mapping[str, Problem], extra: Mapping[str, Any] | None = None) -> None:
+        self.problems, self.extra = problems, extra or {}
+        self.prepared = 0
+
+    def bind(self, session: Any) -> Any:
+        kernels = {kernel.op: kernel for kernel in portable_kernels("cpu")}
+        bound = {op: kernels[op].bind(problem, session) for op, problem in self.problems.items()}
+        return SimpleNamespace(**bound, **self.extra)
+
+    def prepares(self, session: Any) -> list[Any]:
+        def prepare(host: Any) -> None:
+            self.prepared += 1
+
+        return [prepare]
+
+
+class KitTools:
+    """What the tests of sessions and programs share."""
+
+    HandPlanned = HandPlanned
+    width = 8
+
+    def session(self, **options: Any) -> TorchSession:
+        return TorchSession("cpu", options=SessionOptions(**options))
+
+    def param(self, name: str, array: Any, *, source: str = "", kind: str = "linear", dtype: str = "float32") -> Param:
+        values = np.asarray(array)
+        stored = Stored("none", values.shape, {"data": values})
+        problem = LinearProblem(dtype="float32", n=values.shape[0], k=values.shape[-1])
+        return Param(
+            name, source or name, values.shape, dtype, {kind: problem}, lambda checkpoint, at: Local((stored,))
+        )
+
+    def kv(self, **fields: Any) -> KVProblem:
+        given = {"dtype": "float32", "kv_dtype": "float32", "kv_heads": 2, "qk_dim": 4, "v_dim": 4, "page_size": 4}
+        return KVProblem(**{**given, **fields})
+
+    def pointwise(self, *names: str, dtype: str = "float32") -> dict[str, Problem]:
+        return {name: PointwiseProblem(dtype=dtype) for name in names}
+
+    def norm(self) -> NormProblem:
+        return NormProblem(dtype="float32", width=self.width, eps=1e-5)
+
+
+@pytest.fixture
+def kit() -> KitTools:
+    return KitTools()
