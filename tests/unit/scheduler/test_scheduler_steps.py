@@ -239,7 +239,7 @@ def test_a_failed_row_is_finished_by_the_engine_or_refused() -> None:
     with pytest.raises(ContractViolation, match="1 sampling rows gave 2"):
         engine.commit(batch, [1, 2])
     assert one.computed == 0 and one.output == []
-    engine.cancel(1)
+    engine.finish(one, FinishReason.ERROR)
     assert engine.commit(batch, [-1]) == []
 
 

@@ -44,11 +44,11 @@ class HookSpecs:
 
     @hookspec
     def lineshaft_quant_schemes(self) -> Sequence[Any]:  # type: ignore[empty-body]
-        """Further block-quantization schemes (`lineshaft.weights.schemes.Scheme`)."""
+        """Further block-quantization schemes (`lineshaft.weights.decoded.Scheme`)."""
 
     @hookspec
     def lineshaft_checkpoints(self) -> Sequence[Any]:  # type: ignore[empty-body]
-        """Further checkpoint formats (`lineshaft.weights.checkpoint.Format`)."""
+        """Further checkpoint formats (`lineshaft.weights.checkpoint.CheckpointFormat`)."""
 
     @hookspec
     def lineshaft_executors(self) -> Sequence[Any]:  # type: ignore[empty-body]

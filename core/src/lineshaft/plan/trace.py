@@ -135,7 +135,8 @@ def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) ->
     for keyword, feature in spec.optional.items():
         passed, wanted = kwargs.get(keyword) is not None, feature in used
         if passed != wanted:
-            violate(f"ops.{spec.name}: {keyword}= is {'' if passed else 'not '}passed but the problem {'sets' if wanted else 'does not set'} {feature}")
+            given, asked = ("" if passed else "not "), ("sets" if wanted else "does not set")
+            violate(f"ops.{spec.name}: {keyword}= is {given}passed but the problem {asked} {feature}")
 
 
 def abstract_weights(params: Tree) -> Tree:

@@ -20,6 +20,7 @@ from lineshaft.runner.buckets import make_shapes
 from lineshaft.runner.programs import all_programs
 from lineshaft.scheduler import Limits
 from lineshaft.weights import FORMATS, open_checkpoint, resolve
+from lineshaft.weights.decoded import decode_with
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,16 @@ def make_setup(config: EngineConfig, rank: int = 0, rendezvous: str = "", regist
     registry = registry or discover()
     info = registry.select(config.backend)
     options = validate_options(info, config.backend_options)
-    checkpoint = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *FORMATS))
+    opened = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *FORMATS))
+    checkpoint = decode_with(opened, registry.schemes())
     family = find_family(checkpoint.config, (*registry.models(), *builtin_families()))
     degrees = degrees_of(config)
     world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world))
     backend: Backend = load_attribute(info.factory)(options, world)
     capabilities = backend.capabilities
     dtype = choose_dtype(config, info.name, capabilities)
-    kv_dtype = dtype
     page_size = choose_page_size(config, info.name, capabilities)
-    model = family.build(checkpoint.config, BuildContext(dtype, kv_dtype, page_size, degrees))
+    model = family.build(checkpoint.config, BuildContext(dtype, dtype, page_size, degrees))
     if degrees.tp > 1 and not capabilities.collectives:
         raise InvalidValue(f"layout {degrees}: backend {info.name!r} has no collectives; set layout.tp = 1")
     caches = tuple(model.caches())

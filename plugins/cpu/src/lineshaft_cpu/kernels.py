@@ -4,6 +4,7 @@ sampling have files of their own."""
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _bind_rope(problem: RopeProblem, session: Any) -> Any:
 def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offsets: torch.Tensor) -> torch.Tensor:
     """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1] -> [C, H]: each expert on its own rows only."""
     out, bounds = torch.zeros_like(x, memory_format=torch.contiguous_format), offsets.tolist()
-    for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
             out[start:stop] = gated_mlp(problem.activation, x[start:stop], dense(w13)[e], dense(w2)[e])
     return out

@@ -18,7 +18,7 @@ Out = torch.Tensor | None
 
 
 def router_topk(problem: RouterProblem, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [T, E] -> (ids int32[T, k], weights [T, k] in the accumulation dtype), largest first, ties to the lowest."""
+    """logits [T, E] -> (ids int32[T, k], weights [T, k], unrounded), largest first, ties to the lowest id."""
     x = logits.to(accumulator(logits.dtype))
     ranked = x if not problem.groups else x.masked_fill(~_eligible(problem, x), -torch.inf)
     ids = ranked.sort(stable=True, dim=-1, descending=True).indices[:, : problem.k]
