@@ -26,7 +26,7 @@ from lineshaft.errors import (
 FRANCE = "The capital of France is"
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SETTINGS: dict[str, Any] = {
-    "backend": "cpu", "threads": 2, "max_model_len": 256, "cache.pages": 40,
+    "backend": "cpu", "dtype": "float32", "threads": 2, "max_model_len": 256, "cache.pages": 40,
     "scheduler.token_budget": 64, "scheduler.max_rows": 4,
 }  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_more_log_probabilities_than_the_engine_was_made_for(llm: LLM) -> None:
 
 @pytest.mark.parametrize(("pages", "error"), [(5, PoolTooSmall), (10**12, OutOfMemory)])
 def test_a_pool_that_cannot_be_is_refused_before_anything_is_loaded(pages: int, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"cache\.pages"):
+    with pytest.raises(error, match="pages"):
         LLM(SMOLLM2, **{**SETTINGS, "cache.pages": pages})
 
 

@@ -83,7 +83,7 @@ def test_chunked_and_preempted_prompts(checkpoint: Checkpoint, expected: list[Ex
 def test_bfloat16(checkpoint: Checkpoint, expected: list[Expected]) -> None:
     with Engine(config(checkpoint.path, dtype="bfloat16", **ROOMY)) as engine:
         run = follow(engine, expected, arrivals=[0, 3, 5, 6])
-    check_bfloat16(expected, run.logits, checkpoint.oracle.bfloat16(), least_decided=0.3)
+    check_bfloat16(expected, run.logits, checkpoint.oracle.bfloat16(), least_decided=0.2)
 
 
 @pytest.mark.parametrize(("program", "functional"), LANES)

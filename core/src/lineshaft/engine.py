@@ -100,6 +100,10 @@ class Engine:
         """The frozen choice of kernels, the same on every rank."""
         return self._facts.plan
 
+    def requests(self) -> list[Live]:
+        """The unfinished requests, oldest first."""
+        return list(self._live.values())
+
     @property
     def vocab(self) -> int:
         """Entries of the model's vocabulary."""

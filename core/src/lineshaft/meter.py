@@ -62,6 +62,7 @@ class Meter:
 
     steps: int = 0
     seconds: float = 0.0
+    kernel_seconds: float = 0.0
     requests: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -75,6 +76,7 @@ class Meter:
         """Book one step: its wall time and the kernels' share of it, in seconds."""
         self.steps += 1
         self.seconds += wall
+        self.kernel_seconds += kernels
         self.output_tokens += sampled
         self.pages_used = max(self.pages_used, pages)
         if single_decode:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.run import compare, named_outputs, operand, run_reference
 from lineshaft.contract.ops.spec import EXACT, CacheArg, Call, Case, Numerics, OpSpec, StepArg, WeightArg
@@ -34,10 +35,7 @@ def find(op: str, case_id: str) -> Case:
 
 def test_every_op_of_the_contract_is_there() -> None:
     assert set(OPS) == set(
-        "embed linear head_linear concat add rms_norm add_rms_norm silu_mul gelu_mul rope write_kv attend merge_states "
-        "latent_attend router_topk expert_mlp grouped_mlp moe_dispatch moe_combine gather_rows merge_rows apply_logits "
-        "sample argmax logprobs read_pages write_pages copy_pages copy_slots all_reduce all_gather reduce_scatter "
-        "all_to_all broadcast permute".split()
+        ["embed", "linear", "head_linear", "concat", "add", "rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "rope", "write_kv", "attend", "merge_states", "latent_attend", "router_topk", "expert_mlp", "grouped_mlp", "moe_dispatch", "moe_combine", "gather_rows", "merge_rows", "apply_logits", "sample", "argmax", "logprobs", "read_pages", "write_pages", "copy_pages", "copy_slots", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "permute"]
     )
     assert all(name == spec.name and spec.signature.startswith(name + "(") for name, spec in OPS.items())
 
@@ -73,7 +71,7 @@ def test_reference_run_is_within_tolerance_and_finite(spec: OpSpec, case: Case) 
 
 
 @each_case
-def test_the_smallest_difference_beyond_tolerance_is_seen(spec: OpSpec, case: Case) -> None:
+def test_one_wrong_value_is_seen(spec: OpSpec, case: Case) -> None:
     """A check that accepts anything would be worthless: disturb one value of each output."""
     run = reference_run(spec, case)
     for name, values in named_outputs(spec, run).items():
@@ -81,7 +79,8 @@ def test_the_smallest_difference_beyond_tolerance_is_seen(spec: OpSpec, case: Ca
             continue
         wrong = values.copy()
         spot = np.unravel_index(int(np.argmax(np.nan_to_num(np.abs(values.astype(float)), posinf=0))), values.shape)
-        wrong[spot] = 0 if np.isnan(wrong[spot].astype(float)) else wrong[spot] + 1 + abs(wrong[spot])
+        value = float(wrong[spot])
+        wrong[spot] = 0 if np.isnan(value) or abs(value) > 100 else value + 1 + abs(value)
         exact = named_outputs(spec, run_reference(spec, case, EXACT))[name]
         assert spec.tolerance.check(case.problem, wrong, exact, values) is not None
 
@@ -149,7 +148,7 @@ def weight_base(case: Case, spec: OpSpec, value: WeightArg) -> Any:
 
 def unsized(problem: Any) -> Any:
     """What the model declares: the problem without what a call's shapes add to it."""
-    sizes = ("m", "rows", "tokens", "pages", "max_query", "q_heads_", "k_")
+    sizes = ("m", "rows", "tokens", "pages", "max_query")
     return replace(problem, **{name: 0 for name in sizes if hasattr(problem, name)})
 
 
@@ -158,7 +157,8 @@ def the_cache(case: Case) -> Cache:
     if isinstance(p, KVProblem):
         return Cache(0, replace(p, rows=0), "")
     v_dim = 0 if p.value_in_key else p.v_dim
-    shared = {name: getattr(p, name) for name in "dtype kv_heads qk_dim page_size kv_dtype group kv_scheme".split()}
+    names = ("dtype", "kv_heads", "qk_dim", "page_size", "kv_dtype", "group", "kv_scheme")
+    shared = {name: getattr(p, name) for name in names}
     return Cache(0, KVProblem(v_dim=v_dim, **shared), "")
 
 
@@ -213,9 +213,10 @@ class ReferenceOps:
         return lambda *args: OPS[name].reference(self.problems.get(name), *args, num=self.num)
 
 
-@pytest.mark.parametrize(
-    ("spec", "case"), [pair for pair in SMOKE if pair[0].default], ids=[n for n, p in zip(NAMES, SMOKE, strict=True) if p[0].default]
-)
+COMPOSITES = [(spec, case) for spec, case in SMOKE if spec.default]
+
+
+@pytest.mark.parametrize(("spec", "case"), COMPOSITES, ids=[f"{spec.name}/{case.id}" for spec, case in COMPOSITES])
 def test_default_decomposition_computes_the_same(spec: OpSpec, case: Case) -> None:
     num = Numerics.of(case.problem.dtype, spec.accumulate)
     problems = dict.fromkeys(("rms_norm", "attend", "moe_dispatch", "grouped_mlp", "moe_combine"), case.problem)

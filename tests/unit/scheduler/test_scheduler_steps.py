@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import timeit
 
 import pytest
 
@@ -268,16 +267,3 @@ def test_tokens_is_prompt_and_output() -> None:
     assert list(one.tokens) == [1, 2, 3] and one.remaining == 3
     one.output.extend((4, 5))
     assert list(one.tokens) == [1, 2, 3, 4, 5] and one.tokens is one.tokens
-
-
-@pytest.mark.parametrize(("rows", "limit_us"), [(1, 50), (32, 300)])
-def test_schedule_costs_little_host_time(rows: int, limit_us: float) -> None:
-    engine = scheduler(pages=5000, page_size=16, token_budget=4096, max_rows=rows, max_model_len=4096)
-    for number in range(rows):
-        engine.add(request(number, 100, max_tokens=2000))
-    for _ in range(3):
-        step(engine)
-    schedule_us = min(timeit.repeat(engine.schedule, number=10, repeat=30)) / 10 * 1e6  # scheduling again is idempotent
-    step_us = min(timeit.repeat(lambda: step(engine), number=10, repeat=30)) / 10 * 1e6
-    print(f"{rows} decode rows: schedule {schedule_us:.1f} us, with commit {step_us:.1f} us")
-    assert schedule_us < limit_us

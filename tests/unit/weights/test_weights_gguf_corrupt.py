@@ -21,7 +21,7 @@ from lineshaft.tokenizer import Tokenizer
 from lineshaft.weights import BLOCKS, open_checkpoint
 from lineshaft.weights.gguf_parse import _BLOCK_TYPES, parse_gguf
 
-LIMIT_S = 1.0
+LIMIT_S = 20.0  # a bound against hanging, far above what reading takes
 
 
 @pytest.fixture
