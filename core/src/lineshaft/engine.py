@@ -13,7 +13,7 @@ import numpy as np
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
 from lineshaft.contract.steps import StepShape
-from lineshaft.errors import EmptyPrompt, InvalidSamplingParams, TokenOutOfRange
+from lineshaft.errors import EmptyPrompt, InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import agree, make_executor
 from lineshaft.meter import Clock, Meter, median, now
 from lineshaft.outputs import RunMetrics
@@ -81,6 +81,7 @@ class Engine:
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
+        self._closed = False
 
     def _make_replica(self) -> Replica:
         groups = [GroupSpec(n, size) for n, size in zip(self.pages, self._facts.page_sizes, strict=True)]
@@ -112,7 +113,8 @@ class Engine:
     def add(
         self, prompt: Sequence[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset(), salt: bytes = b""
     ) -> Request:
-        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams."""
+        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
+        self._require_open()
         self._check(prompt, params)
         request_id = self._next_id
         if params.seed is None:
@@ -123,6 +125,10 @@ class Engine:
         self._live[request_id] = Live(request, replica)
         self._next_id += 1
         return request
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SessionClosed("the engine is closed; make a new one")
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         if not len(prompt):
@@ -151,6 +157,7 @@ class Engine:
 
     def step(self) -> list[Token]:
         """One iteration: every replica schedules, all run the same bucket, each commits what it sampled."""
+        self._require_open()
         began = now()
         batches = [replica.scheduler.schedule() for replica in self._replicas]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
@@ -249,6 +256,7 @@ class Engine:
 
     def close(self) -> None:
         """Idempotent: cancels what runs and ends every worker."""
+        self._closed = True
         for request_id in list(self._live):
             self.cancel(request_id)
         self._executor.close()

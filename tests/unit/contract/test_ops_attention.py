@@ -1,4 +1,4 @@
-"""The references of attend, merge_states and latent_attend against one loop per query, and the edges they must honour."""
+"""The references of attend, merge_states and latent_attend against one loop per query, and the edges they honour."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ CASES = [
 ]
 
 
-def one_query(p: Any, q: HostArray, keys: list[tuple[HostArray, HostArray]], sink: float | None) -> tuple[HostArray, float]:
+KeyValue = tuple[HostArray, HostArray]
+
+
+def one_query(p: Any, q: HostArray, keys: list[KeyValue], sink: float | None) -> tuple[HostArray, float]:
     """Attention of one head of one query over the (key, value) pairs that it sees; (out [Dv], lse)."""
     scores = []
     for k, _ in keys:
@@ -82,9 +85,9 @@ def naive(case: Case) -> tuple[HostArray, HostArray]:
                     for offset in range(p.page_size):
                         at = int(start) + offset
                         if page and at < context and sees(p, at, query, context - count, token, kwargs):
-                            k = stored(p, cache, "k", page, offset, own, kwargs.get("kv_scales"))
-                            v = k[: p.v_dim] if p.value_in_key else stored(p, cache, "v", page, offset, own, kwargs.get("kv_scales"))
-                            seen.append((k, v))
+                            where = (page, offset, own, kwargs.get("kv_scales"))
+                            k = stored(p, cache, "k", *where)
+                            seen.append((k, k[: p.v_dim] if p.value_in_key else stored(p, cache, "v", *where)))
                 sink = float(kwargs["sinks"][head]) if p.sinks else None
                 out[token, head], lse[token, head] = one_query(p, q[token, head].astype(float), seen, sink)
     return out, lse
@@ -132,7 +135,7 @@ def test_garbage_where_nothing_is_live_never_leaks(fields: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("window", [1, 2, 7])
 def test_window_counts_visible_keys_including_the_query(window: int) -> None:
-    problem, q, cache, step, paged = run(((1, 12),), {"window": window})
+    problem, q, cache, step, _ = run(((1, 12),), {"window": window})
     out = attend(problem, q, cache, step)
     table = step.arrays["page_table.0"]
     for position in range(12):
@@ -162,7 +165,7 @@ def test_positions_play_no_part_in_causality() -> None:
 
 
 def test_soft_cap_comes_after_scale_and_before_the_mask() -> None:
-    problem, q, cache, step, paged = run(((1, 2),), {"softcap": 1.5, "return_lse": True, "kv_heads": 4, "scale": 0.7})
+    problem, q, cache, step, _ = run(((1, 2),), {"softcap": 1.5, "return_lse": True, "kv_heads": 4, "scale": 0.7})
     page = step.arrays["page_table.0"][0, 0]
     _, lse = attend(problem, q * 10, cache, step)
     for head in range(4):

@@ -25,8 +25,8 @@ from lineshaft.contract.steps import StepShape
 
 
 def problem(**fields: Any) -> KVProblem:
-    given: dict[str, Any] = {"dtype": "float32", "kv_heads": 2, "qk_dim": 3, "v_dim": 2, "page_size": 4, "kv_dtype": "float32"}
-    return KVProblem(**{**given, **fields})
+    sizes: dict[str, Any] = {"kv_heads": 2, "qk_dim": 3, "v_dim": 2, "page_size": 4}
+    return KVProblem(**{"dtype": "float32", "kv_dtype": "float32", **sizes, **fields})
 
 
 def pages(p: KVProblem, count: int = 5) -> dict[str, Any]:

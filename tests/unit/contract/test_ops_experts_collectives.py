@@ -106,7 +106,7 @@ def test_rows_for_experts_elsewhere_are_zero_and_last() -> None:
     assert offsets.tolist() == [0, 2] and source.tolist() == [1, 2, 0, 3]
 
 
-# ---- collectives ------------------------------------------------------------------------------------------------------
+# ---- collectives --------------------------------------------------------------------------------------------------
 
 P3 = CollectiveProblem(dtype="float64", axis=("tp",), size=3, shape=(3, 6))
 XS = [np.arange(18.0).reshape(3, 6) + 100 * m for m in range(3)]

@@ -17,7 +17,9 @@ from lineshaft.errors import ContractViolation
 INF = math.inf
 
 
-def params(rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0, min_p: float = 0.0) -> dict[str, Any]:
+def params(
+    rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0, min_p: float = 0.0
+) -> dict[str, Any]:
     floats = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
     out = {name: np.full(rows, value, np.float32) for name, value in floats.items()}
     return {**out, "top_k": np.full(rows, top_k, np.int32)}
@@ -167,10 +169,12 @@ def test_masks_count_bits_from_the_lowest_of_the_first_word() -> None:
     assert np.flatnonzero(allowed_tokens(mask, 40)).tolist() == [0, 31, 33]
     logits = np.zeros((1, 40))
     bias = np.arange(40.0)[None]
-    got = apply_logits(SampleProblem(dtype="float32", rows=1, vocab=40, mask=True, bias=True), logits, mask=mask, bias=bias)
+    problem = SampleProblem(dtype="float32", rows=1, vocab=40, mask=True, bias=True)
+    got = apply_logits(problem, logits, mask=mask, bias=bias)
     assert {i: got[0, i] for i in np.flatnonzero(got[0] > -INF)} == {0: 0.0, 31: 31.0, 33: 33.0}
 
 
 def test_penalties_are_reserved() -> None:
     with pytest.raises(ContractViolation, match="reserved"):
-        apply_logits(SampleProblem(dtype="float32", rows=1, vocab=2), np.zeros((1, 2)), counts=np.zeros((1, 2), np.int32))
+        problem = SampleProblem(dtype="float32", rows=1, vocab=2, counts=True)
+        apply_logits(problem, np.zeros((1, 2)), counts=np.zeros((1, 2), np.int32))

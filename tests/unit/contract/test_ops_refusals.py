@@ -1,4 +1,4 @@
-"""Wrong calls are refused while a forward is traced, in one line that names the op, what was given and what is expected."""
+"""Wrong calls are refused while a forward is traced, in one line: the op, what was given, what is expected."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ WRONG: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("op", "message", "args", "fields"), WRONG, ids=[f"{i}-{w[0]}" for i, w in enumerate(WRONG)])
-def test_a_wrong_call_is_a_contract_violation(op: str, message: str, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
+def test_a_wrong_call_is_a_contract_violation(
+    op: str, message: str, args: tuple[Any, ...], fields: dict[str, Any]
+) -> None:
     with pytest.raises(ContractViolation, match=message) as caught:
         call(op, *args, degrees={"dp": 2, "tp": 2}, **fields)
     text = str(caught.value)

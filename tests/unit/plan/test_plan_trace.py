@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from lineshaft.contract.steps import ArraySpec
 from lineshaft.errors import ContractViolation
 from lineshaft.plan.trace import AbstractArray, dispatch_key

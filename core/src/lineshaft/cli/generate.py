@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from lineshaft.cli.options import add_config_arguments, load_config
+from lineshaft.cli.progress import Bar
 
 if TYPE_CHECKING:
     from lineshaft.config import EngineConfig
@@ -44,7 +46,9 @@ def run(args: Namespace) -> int:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     from lineshaft.llm import LLM
 
-    with LLM.from_config(config) as llm:
+    with closing(Bar()) as bar:
+        llm = LLM.from_config(config, progress=bar)
+    with llm:
         if len(prompts) > 1 or args.no_stream or args.logprobs is not None:
             print_whole(llm, prompts, params, raw=args.raw, progress=not args.quiet)
         else:

@@ -100,7 +100,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
             high_freq_factor=_number(given, "high_freq_factor"),
             original_context=_count(given, "original_max_position_embeddings"),
         )
-    raise UnknownArchitecture(f"config.json: rope_type {kind!r}; the llama family has default, linear, llama3 and divisors")
+    known = "default, linear, llama3 and divisors"
+    raise UnknownArchitecture(f"config.json: rope_type {kind!r}; the llama family has {known}")
 
 
 class Llama:

@@ -104,9 +104,11 @@ class Worker:
 
     def _start(self, pages: tuple[int, ...], progress: Progress) -> Started:
         began = time.perf_counter()
+        progress("loading weights", 0, 1)
         session = self._session = self.setup.backend.session(self.setup.world.rank)
         session.load(self.setup.model.params(), self.setup.checkpoint, self.planned.packings)
         session.alloc_caches(self.setup.caches, pages, self.planned.plan.cache_layout)
+        progress("loading weights", 1, 1)
         loaded = time.perf_counter()
         programs = self.planned.programs
         for done, (spec, ops) in enumerate(programs):

@@ -401,9 +401,7 @@ def _attend_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         yield _attend_case(case_id, draw(case_id), dtype, *table[name])
 
 
-def _attend_case(
-    case_id: str, rng: np.random.Generator, dtype: str, paging: Paging, fields: Mapping[str, Any]
-) -> Case:
+def _attend_case(case_id: str, rng: np.random.Generator, dtype: str, paging: Paging, fields: Mapping[str, Any]) -> Case:
     problem = attend_problem(dtype, paging, fields)
     paged = paged_step(rng, paging)
     cache = CacheArg(make_cache(rng, problem, paged, v_dim=0 if problem.value_in_key else None))

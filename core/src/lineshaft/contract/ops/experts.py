@@ -114,9 +114,7 @@ def _combine_spec() -> OpSpec:
 # ---- references ------------------------------------------------------------------------------------------------
 
 
-def router_topk(
-    problem: RouterProblem, logits: HostArray, *, num: Numerics = EXACT
-) -> tuple[HostArray, HostArray]:
+def router_topk(problem: RouterProblem, logits: HostArray, *, num: Numerics = EXACT) -> tuple[HostArray, HostArray]:
     """The k experts of largest logit per token and their weights, which are not rounded to the executed dtype.
 
     softmax "before": the softmax over all experts; "after": over the chosen k. `renormalise` makes a token's weights

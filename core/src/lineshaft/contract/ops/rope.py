@@ -36,9 +36,7 @@ def specs() -> tuple[OpSpec, ...]:
 # ---- reference -------------------------------------------------------------------------------------------------
 
 
-def rope(
-    problem: RopeProblem, q: HostArray, k: HostArray, positions: HostArray, *, num: Numerics = EXACT
-) -> Pair:
+def rope(problem: RopeProblem, q: HostArray, k: HostArray, positions: HostArray, *, num: Numerics = EXACT) -> Pair:
     """Rotate the first `dim` values of each head by position * frequency (Su et al., 2021); the rest pass unchanged.
 
     Value i is paired with i + dim / 2, or 2i with 2i + 1 if `interleaved`. Frequencies are made in float64 and rounded
@@ -109,9 +107,7 @@ def _specialise(base: Any, call: Call) -> RopeProblem:
 
 # ---- cases -----------------------------------------------------------------------------------------------------
 
-_LLAMA3 = RopeScaling(
-    kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64
-)
+_LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 _VARIANTS: dict[str, dict[str, Any]] = {
     "neox-d16": {"dim": 16},
     "neox-d64-long": {"dim": 64, "max_position": 131072, "base": 500000.0},

@@ -1,0 +1,24 @@
+"""Shows how far a start-up is, on stderr, where that is a terminal."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+
+class Bar:
+    """A progress callback: one bar for each thing that goes on."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.desc != f"{what}: ":
+            self.close()
+            self._bar = tqdm(total=total, desc=what, leave=False, disable=None)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
