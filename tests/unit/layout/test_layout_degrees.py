@@ -19,9 +19,9 @@ def test_coordinates_are_row_major_with_tp_innermost() -> None:
 
 def test_every_broken_rule_is_listed_at_once() -> None:
     with pytest.raises(LayoutError) as error:
-        Degrees(tp=2).validate(ModelShape(q_heads=9, kv_heads=3, hidden=576, intermediate=1535, vocab=10))
+        Degrees(pp=2, tp=2).validate(ModelShape(q_heads=9, kv_heads=3, hidden=576, intermediate=1535, vocab=10))
     message = str(error.value)
-    assert "3 rule(s)" in message
+    assert "4 rule(s)" in message and "pp=2" in message
     assert "9 query heads" in message and "1535 intermediate" in message and "3 kv heads" in message
 
 

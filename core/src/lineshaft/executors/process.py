@@ -21,7 +21,7 @@ from lineshaft.errors import LineshaftError, WorkerDied
 from lineshaft.executors.wire import Disconnected, HostArray, receive, send
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
-from lineshaft.runner.setup import degrees_of
+from lineshaft.runner.setup import check_layout, degrees_of
 from lineshaft.runner.worker import Progress
 
 CLOSE_SECONDS = 5.0
@@ -53,6 +53,7 @@ class ProcessExecutor:
     """Ranks in processes; the engine talks to each over a socket pair."""
 
     def __init__(self, config: EngineConfig, registry: Registry) -> None:
+        check_layout(config, registry)
         self._degrees = degrees_of(config)
         self._folder = Path(tempfile.mkdtemp(prefix="lineshaft-"))
         self._children: list[Child] = []

@@ -75,7 +75,7 @@ class Degrees:
 
     def validate(self, shape: ModelShape) -> None:
         """Raises LayoutError that lists every broken rule at once."""
-        broken = self._broken_degrees() or self._broken_shares(shape)
+        broken = self._broken_degrees() + self._broken_shares(shape)
         if broken:
             raise LayoutError(f"layout {self} breaks {len(broken)} rule(s): " + "; ".join(broken))
 
@@ -89,7 +89,9 @@ class Degrees:
         return low + later
 
     def _broken_shares(self, shape: ModelShape) -> list[str]:
-        broken = []
+        broken: list[str] = []
+        if self.tp < 1:
+            return broken
         for what, count in (("query heads", shape.q_heads), ("intermediate width", shape.intermediate)):
             if count % self.tp:
                 broken.append(f"tp={self.tp} does not divide the {count} {what} (allowed: {_divisors(count)})")

@@ -13,7 +13,7 @@ from lineshaft.contract.steps import StepShape
 from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import InvalidValue
 from lineshaft.layout import Degrees
-from lineshaft.models import BuildContext, Model, builtin_families, find_family
+from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
 from lineshaft.plan import Planned, Resolver, Workload, make_plan
 from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft.runner.buckets import make_shapes
@@ -48,6 +48,22 @@ def degrees_of(config: EngineConfig) -> Degrees:
     return Degrees(layout.dp, layout.pp, layout.cp, layout.ep, layout.tp)
 
 
+def open_model(config: EngineConfig, registry: Registry) -> tuple[Checkpoint, ModelFamily]:
+    """The configured checkpoint, and the family that builds it. Raises ModelError."""
+    opened = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *FORMATS))
+    checkpoint = decode_with(opened, registry.schemes())
+    return checkpoint, find_family(checkpoint.config, (*registry.models(), *builtin_families()))
+
+
+def check_layout(config: EngineConfig, registry: Registry) -> None:
+    """Build the model's description at the configured degrees, before any worker or backend is started.
+
+    Raises LayoutError with every broken rule, ModelError.
+    """
+    checkpoint, family = open_model(config, registry)
+    family.build(checkpoint.config, BuildContext("float32", "float32", 1, degrees_of(config)))
+
+
 def make_setup(config: EngineConfig, rank: int = 0, rendezvous: str = "", registry: Registry | None = None) -> Setup:
     """Start the chosen backend and build the model at this rank's layout; loads no weights.
 
@@ -56,9 +72,7 @@ def make_setup(config: EngineConfig, rank: int = 0, rendezvous: str = "", regist
     registry = registry or discover()
     info = registry.select(config.backend)
     options = validate_options(info, config.backend_options)
-    opened = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *FORMATS))
-    checkpoint = decode_with(opened, registry.schemes())
-    family = find_family(checkpoint.config, (*registry.models(), *builtin_families()))
+    checkpoint, family = open_model(config, registry)
     degrees = degrees_of(config)
     world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world))
     backend: Backend = load_attribute(info.factory)(options, world)

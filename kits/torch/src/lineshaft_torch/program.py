@@ -223,12 +223,11 @@ class TapeProgram(ProgramBase):
         start = time.perf_counter()
         self._tape: list[Step] = []
         self._outputs: dict[str, torch.Tensor] = {}
-        self._buffers: dict[int, torch.Tensor] = {}
         self._aliases: dict[str, list[_Alias]] = {}
         self._bound: dict[str, int] = {}
         self._placement, copied = self._survey()
         session.reserve_arena(self._placement.arena)
-        self.record()
+        self._record()
         self.report = CaptureReport(
             time.perf_counter() - start, ops=len(self._tape), arena=self._placement.arena,
             temporaries=self._placement.unshared, cache_copied=copied,
@@ -242,11 +241,10 @@ class TapeProgram(ProgramBase):
         survey.keep(list(outputs.values()), private=True)
         return survey.plan(), sum(tensor.nbytes for tensor in moved)
 
-    def record(self) -> None:
-        """Write the tape anew, for the session's arena as it is now."""
+    def _record(self) -> None:
         arrays = self._empty_step()
         static = [self._buffer, *arrays.values(), *self.session.tensors()]
-        taping = Taping(self._placement, self.session.arena, storage_keys(static), self._buffers)
+        taping = Taping(self._placement, self.session.arena, storage_keys(static))
         outputs, after = self._observe(taping, arrays)
         for old, new in moved_arrays(self.session.caches, after):
             old.copy_(new)

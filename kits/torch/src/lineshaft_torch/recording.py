@@ -144,18 +144,16 @@ class Placement:
 class Taping(Recorder):
     """The second run: puts every result in its place and writes the tape.
 
-    `known` holds the storages that stay where they are from step to step; `outputs` receives the buffers of results
-    that outlive the program, by slot, and is reused when a program is taped again.
+    `known` holds the storages that stay where they are from step to step. Results that outlive the program get memory
+    of their own.
     """
 
-    def __init__(
-        self, placement: Placement, arena: torch.Tensor, known: set[int], outputs: dict[int, torch.Tensor]
-    ) -> None:
+    def __init__(self, placement: Placement, arena: torch.Tensor, known: set[int]) -> None:
         super().__init__()
         self.tape: list[Step] = []
         self.read: dict[int, torch.Tensor] = {}  # every tensor that a recorded call takes, by identity
-        self._placement, self._arena, self._outputs = placement, arena, outputs
-        self._known = known | storage_keys([arena, *outputs.values()])
+        self._placement, self._arena = placement, arena
+        self._known = known | storage_keys([arena])
 
     def _record(self, run: Callable[..., Any], out: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not out:
@@ -202,11 +200,9 @@ class Taping(Recorder):
     def _buffer(self, slot: Slot) -> torch.Tensor:
         if not slot.kept:
             return view_at(self._arena, self._placement.offsets[id(slot)], slot.spec)
-        if id(slot) not in self._outputs:
-            whole = torch.zeros(slot.life.nbytes, dtype=torch.uint8, device=self._arena.device)
-            self._outputs[id(slot)] = whole
-            self._known.add(storage_key(whole))
-        return view_at(self._outputs[id(slot)], 0, slot.spec)
+        whole = torch.zeros(slot.life.nbytes, dtype=torch.uint8, device=self._arena.device)
+        self._known.add(storage_key(whole))
+        return view_at(whole, 0, slot.spec)
 
 
 def _copying(step: Step, slots: list[torch.Tensor | None]) -> Step:

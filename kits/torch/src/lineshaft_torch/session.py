@@ -66,8 +66,7 @@ class DoneTransfer:
 class TorchSession:
     """Implements `lineshaft.contract.sessions.Session`; see there for what each method promises.
 
-    All programs share one arena: capture the largest bucket first, because a program that needs a larger arena than
-    there is makes all earlier ones record again.
+    All programs share one arena for intermediate results, which is as large as the largest of them needs.
     """
 
     def __init__(self, device: str = "cpu", world: World | None = None, options: SessionOptions | None = None) -> None:
@@ -80,11 +79,10 @@ class TorchSession:
         self.weights: Tree = {}
         self.caches: list[Cache] = []
         self.arena = self._bytes(0)
-        self.generation = 0  # of weights and caches
+        self.generation = 0  # of weights and caches: what was captured over others must not run again
         self._params: dict[str, tuple[Param, Weight | torch.Tensor, Packing]] = {}
         self._shared: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
         self._constants: dict[Hashable, Any] = {}
-        self._programs: list[TapeProgram] = []
         self._frozen = self._closed = False
         self._failure: BaseException | None = None
 
@@ -96,7 +94,7 @@ class TorchSession:
         packing share memory. Raises MissingTensor, MisshapenTensor, OutOfMemory."""
         self._require_changeable("load")
         self._params, self._shared = {}, {}
-        self._drop_programs()
+        self.generation += 1
         self.weights = map_tree(lambda param: self._place(param, checkpoint, packings), params)
         return self.weights
 
@@ -155,7 +153,7 @@ class TorchSession:
         self._require_changeable("alloc_caches")
         if layout not in ("", SLOTS_LAYOUT):
             raise ContractViolation(f"cache layout {layout!r} is not known to this session; it has {SLOTS_LAYOUT!r}")
-        self._drop_programs()
+        self.generation += 1
         with _memory("the KV caches"):
             self.caches = [
                 Cache(key, problem, SLOTS_LAYOUT, cache_arrays(problem, pages[problem.group], self.device))
@@ -206,22 +204,16 @@ class TorchSession:
         capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
         if self.options.program == "eager":
             return EagerProgram(self, capture)
-        program = TapeProgram(self, capture)
-        self._programs.append(program)
-        return program
-
-    def _drop_programs(self) -> None:
-        """Weights or caches move: what was captured over the old ones must not run again."""
-        self._programs = []
-        self.generation += 1
+        return TapeProgram(self, capture)
 
     def reserve_arena(self, nbytes: int) -> None:
-        """Make the arena at least this large; a larger one makes every program record again."""
+        """Make the arena at least this large. Its storage grows in place, so that what earlier programs recorded still
+        lies in it."""
         if nbytes > self.arena.numel():
+            storage = self.arena.untyped_storage()
             with _memory("the arena of intermediate results"):
-                self.arena = self._bytes(nbytes)
-            for program in self._programs:
-                program.record()
+                storage.resize_(nbytes)
+            self.arena = self._bytes(0).set_(storage, 0, (nbytes,), (1,))
 
     def tensors(self) -> list[torch.Tensor]:
         """Every weight and cache tensor: what stays where it is from step to step."""
@@ -259,7 +251,7 @@ class TorchSession:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self.weights, self.caches, self._programs, self._params, self._shared = {}, [], [], {}, {}
+            self.weights, self.caches, self._params, self._shared = {}, [], {}, {}
             self._constants = {}
             self.arena = torch.empty(0, dtype=torch.uint8)
             self.groups.close()

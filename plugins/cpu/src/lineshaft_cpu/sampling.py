@@ -22,9 +22,14 @@ def host_logits(logits: torch.Tensor) -> HostArray:
 
 
 def argmax(logits: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """logits [R, V] -> int32[R]; the lowest index wins a tie."""
-    best = torch.from_numpy(host_logits(logits).argmax(-1))
+    """logits [R, V] -> int32[R]; the lowest index wins a tie; -1 for a row with a NaN or nothing above -inf."""
+    best = torch.from_numpy(_argmax(host_logits(logits)))
     return best.int() if out is None else out.copy_(best)
+
+
+def _argmax(values: HostArray) -> HostArray:
+    best = values.argmax(-1)  # a NaN counts as the largest
+    return np.where(values[np.arange(len(values)), best] > -np.inf, best, -1)
 
 
 def sample(
@@ -32,13 +37,10 @@ def sample(
 ) -> torch.Tensor:
     """logits [R, V], u f32[R, 1] -> int32[R]; temperature 0 is argmax, -1 stands for a row with NaN or nothing kept."""
     values, best = host_logits(logits), argmax(logits, out=out)
-    top = values[np.arange(len(values)), best.numpy()]
     keys = ("temperature", "top_k", "top_p", "min_p")
     settings = zip(*(params[key].tolist() for key in keys), u[:, 0].tolist(), strict=True)
     for r, (temperature, top_k, top_p, min_p, point) in enumerate(settings):
-        if not top[r] > -np.inf:  # NaN is the largest value to argmax
-            best[r] = -1
-        elif temperature > 0:
+        if temperature > 0 and best[r] >= 0:
             best[r] = _draw(values[r].astype(np.float64) / temperature, top_k, top_p, min_p, point)
     return best
 

@@ -63,7 +63,7 @@ def _sample_spec() -> OpSpec:
 def _argmax_spec() -> OpSpec:
     return OpSpec(
         name="argmax",
-        signature="argmax(logits [R, V]) -> int32[R]; the lowest index wins a tie; no NaN",
+        signature="argmax(logits [R, V]) -> int32[R]; the lowest index wins a tie; -1 for a row with a NaN or nothing above -inf",
         problem=SampleProblem,
         specialise=lambda base, call: _over_logits("argmax", call),
         infer=lambda p, call: ArraySpec((p.rows,), "int32"),
@@ -167,8 +167,11 @@ def kept_tokens(x: HostArray, top_k: int, top_p: float, min_p: float) -> tuple[H
 
 
 def argmax(problem: SampleProblem, logits: HostArray, *, num: Numerics = EXACT) -> HostArray:
-    """int32[R]: the id of the largest logit; the lowest wins a tie."""
-    out: HostArray = np.argmax(num.load(logits), axis=-1).astype(np.int32)
+    """int32[R]: the id of the largest logit; the lowest wins a tie; -1 for a row with a NaN or nothing above -inf."""
+    x = num.load(logits)
+    best = np.argmax(x, axis=-1)  # a NaN counts as the largest
+    largest = np.take_along_axis(x, best[:, None], -1)[:, 0]
+    out: HostArray = np.where(largest > -np.inf, best, -1).astype(np.int32)
     return out
 
 
@@ -342,13 +345,15 @@ def _clear_filters(params: Params, scaled: HostArray, row: int) -> None:
 
 
 def _argmax_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
-    names = ["v37", "v1", "ties-v37", "all_negative-v50", "masked-v37", *(["large-v5000"] if size == "full" else [])]
+    names = ["v37", "v1", "ties-v37", "all_negative-v50", "masked-v37", "nan-v37", *(["large-v5000"] if size == "full" else [])]
     for case_id, dtype, draw in _named(rng, names):
         vocab = int(case_id.split("v")[-1].split("-")[0])
         logits = _logits(draw, dtype, 4, vocab)
         _shape_logits(case_id.split("-")[0], logits)
         if case_id.startswith("all_negative"):
             logits = -np.abs(logits) - 1
+        if case_id.startswith("nan"):
+            logits[1, 3], logits[2] = np.nan, -np.inf
         yield Case(case_id, SampleProblem(dtype=dtype, rows=4, vocab=vocab), (logits,))
 
 

@@ -13,8 +13,9 @@ Params = Mapping[str, torch.Tensor]
 
 
 def argmax(logits: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """logits [R, V] -> int32[R]; the lowest index wins a tie."""
-    best = logits.argmax(-1)
+    """logits [R, V] -> int32[R]; the lowest index wins a tie; -1 for a row with a NaN or nothing above -inf."""
+    largest, best = logits.max(-1)  # a NaN counts as the largest
+    best = torch.where(largest > -torch.inf, best, -1)
     return best.int() if out is None else out.copy_(best)
 
 

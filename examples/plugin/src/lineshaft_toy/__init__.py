@@ -1,0 +1,1 @@
+"""An example of a backend plugin: see docs/writing-a-plugin.md."""
