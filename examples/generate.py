@@ -1,6 +1,6 @@
 """The Python API in one file: a batch, a conversation, streaming, and log-probabilities.
 
-    python examples/generate.py [MODEL]
+Run it with `python examples/generate.py [MODEL]`.
 """
 
 from __future__ import annotations

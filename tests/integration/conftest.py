@@ -27,9 +27,9 @@ class Checkpoint:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """Two threads, however many CPUs there are: the same splits of sums on every machine."""
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """One thread, however many CPUs there are: the same sums on every machine, and no waiting on a busy one."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ _salts = count()
 def config(model: Path | str, **more: Any) -> EngineConfig:
     """A small engine on the CPU backend in float32; `more` overrules, with dotted keys ("cache.pages") too."""
     values: dict[str, Any] = {
-        "model": str(model), "backend": "cpu", "dtype": "float32", "threads": 2, "max_logprobs": 0,
+        "model": str(model), "backend": "cpu", "dtype": "float32", "threads": 1, "max_logprobs": 0,
         "scheduler.max_rows": 4, "scheduler.token_budget": 64,
     }  # fmt: skip
     return make_config(**{**values, **more})
@@ -125,13 +125,3 @@ def follow(engine: Engine, expected: Sequence[Expected], **more: Any) -> Run:
         forced=[item.tokens for item in expected],
         **more,
     )
-
-
-def agreed(expected: Sequence[Expected], tolerance: float) -> list[list[int]]:
-    """Each greedy continuation up to the first token about which the oracle itself is undecided."""
-    out = []
-    for item in expected:
-        best = np.sort(item.logits.astype(np.float64), axis=1)[:, -2:]
-        undecided = np.flatnonzero(best[:, 1] - best[:, 0] <= tolerance)
-        out.append(item.tokens[: int(undecided[0])] if len(undecided) else item.tokens)
-    return out

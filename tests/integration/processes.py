@@ -19,8 +19,9 @@ SECONDS = 120.0
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process' environment without lineshaft's own variables, and with `more`."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LINESHAFT_")} | more
+    """This process' environment with one thread for each worker, no other variable of lineshaft's, and `more`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LINESHAFT_")}
+    return {**kept, "LINESHAFT_THREADS": "1", **more}
 
 
 def lineshaft(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

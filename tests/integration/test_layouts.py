@@ -45,7 +45,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def pair(llama: Llama, temporary: Path) -> Iterator[Engine]:
     """Two workers with a long request under way."""
-    with Engine(config(llama("even").path, threads=1, **{"layout.tp": 2, "max_model_len": 250})) as engine:
+    with Engine(config(llama("even").path, **{"layout.tp": 2, "max_model_len": 250})) as engine:
         engine.add([1, 2, 3], greedy(200))
         for _ in range(3):
             assert engine.step()
@@ -68,7 +68,7 @@ def test_a_layout_changes_nothing(llama: Llama, temporary: Path, layout: str) ->
     checkpoint = llama(variant)
     expected = [checkpoint.oracle.expect(prompt, TOKENS) for prompt in checkpoint.oracle.prompts(0, LENGTHS)]
     prompts = [item.prompt for item in expected]
-    with Engine(config(checkpoint.path, threads=1, **CRAMPED, **degrees)) as engine, Watch.children() as workers:
+    with Engine(config(checkpoint.path, **CRAMPED, **degrees)) as engine, Watch.children() as workers:
         assert len(workers.pids) == degrees.get("layout.dp", 1) * degrees.get("layout.tp", 1)
         run = follow(engine, expected, arrivals=[0, 2, 2, 3])
         free = drive(engine, prompts, greedy(TOKENS), look=False)
@@ -81,7 +81,7 @@ def test_a_layout_changes_nothing(llama: Llama, temporary: Path, layout: str) ->
 
 
 def test_replicas_share_the_work(llama: Llama) -> None:
-    with Engine(config(llama("even").path, threads=1, **CRAMPED, **{"layout.dp": 2})) as engine:
+    with Engine(config(llama("even").path, **CRAMPED, **{"layout.dp": 2})) as engine:
         for length in (4, 5):
             engine.add([1] * length, greedy(TOKENS))
         assert len(engine.step()) == 2
@@ -91,7 +91,7 @@ def test_replicas_share_the_work(llama: Llama) -> None:
 def test_the_real_model_on_three_workers(smollm2: Checkpoint) -> None:
     expected = [smollm2.oracle.expect(prompt, TOKENS) for prompt in smollm2.oracle.prompts(12, (5, 40))]
     settings: dict[str, Any] = {"max_model_len": 64, "cache.pages": 12, "scheduler.max_rows": 2}
-    with Engine(config(smollm2.path, threads=1, **settings, **{"layout.tp": 3})) as engine:
+    with Engine(config(smollm2.path, **settings, **{"layout.tp": 3})) as engine:
         run = follow(engine, expected)
     check_float32(expected, run.logits)
 

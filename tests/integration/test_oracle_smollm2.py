@@ -6,8 +6,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from tests.integration.conftest import Checkpoint
-from tests.integration.driving import agreed, config, drive, follow, greedy
-from tests.integration.oracle import FLOAT32_SHARE, Array, Expected, Oracle, check_bfloat16, check_float32, stack
+from tests.integration.driving import config, drive, follow, greedy
+from tests.integration.oracle import (
+    Array,
+    Expected,
+    Oracle,
+    bfloat16_tolerance,
+    check_bfloat16,
+    check_float32,
+    float32_tolerance,
+    undisputed,
+)
 
 from lineshaft.engine import Engine
 from lineshaft.tokenizer import Tokenizer
@@ -55,7 +64,7 @@ def test_prompts_one_by_one(engine: Engine, expected: list[Expected], check: Che
 
 def test_a_batch_that_is_mixed_and_preempted(engine: Engine, expected: list[Expected], check: Check) -> None:
     several = expected[1:-1]  # they fit together at first, but not with all their output
-    run = follow(engine, several, arrivals=[0, 2, 3, 5])
+    run = follow(engine, several)
     assert run.mixed_steps > 0
     assert run.preemptions > 0
     check(several, run.logits)
@@ -68,11 +77,13 @@ def test_a_prompt_whose_prefix_is_cached(engine: Engine, expected: list[Expected
         check(expected[-1:], run.logits)
 
 
-def test_the_tokens_are_the_oracles_without_being_led(engine: Engine, expected: list[Expected], dtype: str) -> None:
-    if dtype != "float32":
-        pytest.skip("a bfloat16 run may take another likely token and go on from there")
+def test_the_tokens_are_the_oracles_without_being_led(
+    engine: Engine, expected: list[Expected], dtype: str, smollm2_bfloat16: Oracle
+) -> None:
     run = drive(engine, [item.prompt for item in expected], greedy(TOKENS), look=False)
-    every = stack([item.logits for item in expected])
-    known = agreed(expected, FLOAT32_SHARE * float(every.max() - every.min()))
-    assert [tokens[: len(sure)] for tokens, sure in zip(run.tokens, known, strict=True)] == known
-    assert sum(map(len, known)) >= len(expected) * TOKENS / 2
+    exact = dtype == "float32"
+    tolerance = float32_tolerance(expected) if exact else bfloat16_tolerance(expected, smollm2_bfloat16)
+    sure = undisputed(expected, tolerance)
+    print(f"{dtype}: {[len(known) for known in sure]} of {TOKENS} tokens before the oracle is not sure")
+    assert [tokens[: len(known)] for tokens, known in zip(run.tokens, sure, strict=True)] == sure
+    assert sum(map(len, sure)) >= len(expected) * TOKENS * (0.9 if exact else 0.1)

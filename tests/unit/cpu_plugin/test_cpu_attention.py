@@ -134,3 +134,15 @@ def test_pages_in_a_row_are_read_without_a_gather() -> None:
     step.groups[0].page_table[0, :3] = torch.tensor([2, 3, 4])
     (rows,) = Planner(case.problem).plan(step, 1).groups
     assert rows.slots == slice(32, 72) and rows.mask is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 20}], ids=["plain", "window"])
+@torch.inference_mode()
+def test_keys_of_a_page_that_was_given_back_are_seen_by_none(fields: dict[str, Any]) -> None:
+    paging = Paging(((1, 60), (9, 40), (1, 50), (20, 20), (1, 12)))
+    paged = paged_step(np.random.default_rng(4), paging)
+    table = paged.step.arrays["page_table.0"]
+    table[0, 1] = table[1, 0] = table[3, 1] = table[4, 0] = 0
+    case = case_of(paging, paged, **fields)
+    q, cache, step, _ = tensors_of(case)
+    assert not compare(SPEC, case, to_host(attend(case.problem, Planner(case.problem), q, cache, step)))

@@ -11,6 +11,7 @@ import torch
 from lineshaft.contract.problems import AttendProblem, EmbedProblem, LinearProblem, SampleProblem
 from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepShape, forward_inputs
 from lineshaft.errors import ContractViolation, SessionPoisoned
+from lineshaft_torch.tensors import storage_key
 
 WIDTH = 8
 SHAPE = StepShape(tokens=4, rows=2, pages=(3,), logits=2, max_query=2)
@@ -182,10 +183,14 @@ def test_the_arena_is_much_smaller_than_all_results(kit) -> None:
     assert report.arena == 2 * 128 and report.temporaries == 100 * 128
 
 
-def test_a_larger_program_moves_the_arena_of_all_earlier_ones(kit) -> None:
+def test_a_larger_program_grows_the_one_arena_of_all(kit) -> None:
     session = kit.session()
     ops = kit.HandPlanned(kit.pointwise("add", "gather_rows", "concat", "silu_mul"))
     programs = [session.capture(random_graph(3, length), EMPTY, ROWS, ops) for length in (5, 40, 80)]
+    for program in programs:
+        stored = {storage_key(step.keywords["out"]) for step in program._tape}
+        assert storage_key(session.arena) in stored
+    assert session.arena.numel() == max(program.report.arena for program in programs)
     expected = [session.capture(random_graph(3, length), EMPTY, ROWS, ops) for length in (5, 40, 80)]
     assert len({program.report.arena for program in programs}) > 1
     for program, same in zip(programs, expected, strict=True):

@@ -12,7 +12,7 @@ from lineshaft.contract.problems import ConstProblem, LinearProblem
 from lineshaft.contract.sessions import Packing
 from lineshaft.contract.steps import InputField, InputLayout, StepShape
 from lineshaft.contract.weights import Local, Param, Stored
-from lineshaft.errors import ContractViolation, MisshapenTensor, SessionClosed, SessionFrozen
+from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory, SessionClosed, SessionFrozen
 from lineshaft_torch.collectives import coordinate_of, members_of
 
 SHAPE = StepShape(1, 1, (), 1, 1)
@@ -111,6 +111,12 @@ def test_copy_pages_copies_every_cache_of_its_group_only(kit) -> None:
     session.copy_pages(0, np.asarray([1, 0], np.int32), np.asarray([3, 0], np.int32))
     found = [session.read_pages(cache, np.asarray([3]))["v"].max() for cache in range(3)]
     assert found == [1.0, 0.0, 3.0]
+
+
+def test_caches_that_do_not_fit_are_an_out_of_memory_on_one_line(kit) -> None:
+    with pytest.raises(OutOfMemory, match="KV caches") as caught:
+        kit.session().alloc_caches([kit.kv()], [10**13], "slots")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_cache_layout_is_refused(kit) -> None:

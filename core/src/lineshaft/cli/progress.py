@@ -9,13 +9,16 @@ class Bar:
     """A progress callback: one bar for each thing that goes on."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._what = ""
+        self._done = 0
+        self._bar: tqdm[None] | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar.desc != f"{what}: ":
+        if self._bar is None or what != self._what:
             self.close()
-            self._bar = tqdm(total=total, desc=what, leave=False, disable=None)
-        self._bar.update(done - self._bar.n)
+            self._bar, self._what, self._done = tqdm(total=total, desc=what, leave=False, disable=None), what, 0
+        self._bar.update(done - self._done)
+        self._done = done
 
     def close(self) -> None:
         """Take the bar away."""

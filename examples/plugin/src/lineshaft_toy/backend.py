@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lineshaft_toy.kernels import toy_kernels
-from lineshaft_toy.options import ToyOptions
-
 from lineshaft.contract.backends import Capabilities, World
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import KVProblem
 from lineshaft_torch import TorchSession
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_torch.session import SessionOptions
+from lineshaft_toy.kernels import toy_kernels
+from lineshaft_toy.options import ToyOptions
+
+CAPABILITIES = Capabilities(dtypes=("float32", "bfloat16"), collectives=True)
 
 
 class ToyMemory:
@@ -37,7 +38,7 @@ class ToyBackend:
     options: ToyOptions
     world: World
     name: str = "toy"
-    capabilities: Capabilities = Capabilities(dtypes=("float32", "bfloat16"), collectives=True)
+    capabilities: Capabilities = CAPABILITIES
     memory: ToyMemory = field(default_factory=ToyMemory)
 
     def kernels(self) -> Sequence[Kernel]:
