@@ -181,7 +181,7 @@ class LLM:
         progress: bool,
     ) -> list[RequestOutput]:
         texts = self._add_all(prompts, _spread(params, len(prompts)))
-        with tqdm(total=len(texts), unit="request", disable=not progress or len(texts) < 2) as bar:
+        with tqdm(total=len(texts), unit="request", disable=None if progress and len(texts) > 1 else True) as bar:
             for delta in self._run(texts):
                 if delta.finish_reason is not None:
                     bar.update()

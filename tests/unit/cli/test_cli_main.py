@@ -146,7 +146,8 @@ class FakeLLM:
     seen: dict[str, Any]
 
     @classmethod
-    def from_config(cls, config: Any) -> FakeLLM:
+    def from_config(cls, config: Any, *, progress: Any) -> FakeLLM:
+        progress("loading weights", 0, 1)  # stderr is no terminal here: nothing is shown
         llm = cls()
         llm.seen = cls.seen
         llm.seen["config"] = config

@@ -91,8 +91,8 @@ class EngineConfig(Table):
     """Reference of the tokenizer; unset: the model's own."""
     threads: Natural = 0
     """CPU threads of one worker; 0 leaves the choice to the backend."""
-    executor: Literal["auto", "inproc", "process"] = "auto"
-    """Where workers run; "auto" takes "inproc" for one worker and "process" for several."""
+    executor: str = "auto"
+    """Where workers run: "inproc", "process" or a plugin's; "auto": "inproc" for one worker, else "process"."""
     cache: CacheConfig = CacheConfig()
     """The paged KV cache."""
     scheduler: SchedulerConfig = SchedulerConfig()

@@ -57,13 +57,6 @@ class ModelFamily:
     build: Callable[[Mapping[str, Any], BuildContext], Model]
 
 
-def builtin_families() -> tuple[ModelFamily, ...]:
-    """The families that core itself brings."""
-    from lineshaft.models.llama import FAMILY as LLAMA
-
-    return (LLAMA,)
-
-
 def find_family(config: Mapping[str, Any], families: Sequence[ModelFamily]) -> ModelFamily:
     """The family of a checkpoint's config; raises UnknownArchitecture with the nearest names."""
     named = [*(config.get("architectures") or ()), config.get("model_type") or ""]

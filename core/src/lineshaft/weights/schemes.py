@@ -11,9 +11,9 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 
+from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.weights import Stored
 from lineshaft.errors import LayoutError, MisshapenTensor
 
@@ -61,23 +61,16 @@ BLOCKS: Final[Mapping[str, Block]] = MappingProxyType(
     }
 )
 
-_ML_DTYPES: Final = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-
 
 def as_dtype(dtype: str | np.dtype[Any]) -> np.dtype[Any]:
     """The NumPy dtype of a name such as "float32", "bfloat16" or "float8_e4m3fn" (the last two from ml_dtypes).
 
     Raises MisshapenTensor for a name that is no dtype.
     """
-    if isinstance(dtype, str) and dtype in _ML_DTYPES:
-        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype))
-        return extended
     try:
-        return np.dtype(dtype)
+        return numpy_dtype(dtype) if isinstance(dtype, str) else dtype
     except TypeError as error:
-        raise MisshapenTensor(
-            f"dtype {dtype!r} is unknown; use a NumPy dtype name or one of {', '.join(_ML_DTYPES)}"
-        ) from error
+        raise MisshapenTensor(f"dtype {dtype!r} is unknown; use a name of NumPy or ml_dtypes") from error
 
 
 def cut_columns(scheme: str, start: int, stop: int, tensor: str) -> slice:

@@ -63,7 +63,7 @@ def _sample_spec() -> OpSpec:
 def _argmax_spec() -> OpSpec:
     return OpSpec(
         name="argmax",
-        signature="argmax(logits [R, V]) -> int32[R]; the lowest index wins a tie; -1 for a row with a NaN or nothing above -inf",
+        signature="argmax(logits [R, V]) -> int32[R]; the lowest index wins a tie; -1: NaN, or nothing above -inf",
         problem=SampleProblem,
         specialise=lambda base, call: _over_logits("argmax", call),
         infer=lambda p, call: ArraySpec((p.rows,), "int32"),
@@ -345,7 +345,15 @@ def _clear_filters(params: Params, scaled: HostArray, row: int) -> None:
 
 
 def _argmax_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
-    names = ["v37", "v1", "ties-v37", "all_negative-v50", "masked-v37", "nan-v37", *(["large-v5000"] if size == "full" else [])]
+    names = [
+        "v37",
+        "v1",
+        "ties-v37",
+        "all_negative-v50",
+        "masked-v37",
+        "nan-v37",
+        *(["large-v5000"] if size == "full" else []),
+    ]
     for case_id, dtype, draw in _named(rng, names):
         vocab = int(case_id.split("v")[-1].split("-")[0])
         logits = _logits(draw, dtype, 4, vocab)
