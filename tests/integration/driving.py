@@ -81,7 +81,8 @@ def drive(
     salt = f"run {next(_salts)}".encode() if salt is None else salt
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     starts = [0] * len(prompts) if arrivals is None else list(arrivals)
-    run, order = Run(), {}
+    run = Run()
+    order: dict[int, int] = {}  # request id -> which prompt
 
     def teacher(request: Request, logits: Array) -> int | None:
         run.seen.setdefault(request.id, []).append((len(request.tokens), np.array(logits)))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -55,7 +57,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], error: str, *words: s
 
 
 class Watch:
-    """Handles of processes, which tell of their end even when somebody else has to reap them."""
+    """Handles of processes, which tell of their end even when somebody else has to reap them; kills them at its end."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self.pids = list(pids)
@@ -81,8 +83,11 @@ class Watch:
         return True
 
     def close(self) -> None:
+        """Kill what is left, so that a test that fails leaves no process either."""
         handles, self._handles = self._handles, []
         for handle in handles:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
             os.close(handle)
 
     def __enter__(self) -> Watch:

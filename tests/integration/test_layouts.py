@@ -111,7 +111,19 @@ def test_a_worker_that_dies_is_an_error_soon(pair: Engine, temporary: Path, rank
     assert folders_of(temporary) == []
 
 
-def test_an_engine_that_is_killed_leaves_no_worker(even_chat: Path, tmp_path: Path) -> None:
+def test_closing_does_not_wait_for_a_worker_that_hangs(pair: Engine, temporary: Path) -> None:
+    with Watch.children() as workers:
+        os.kill(workers.pids[0], signal.SIGSTOP)
+        began = time.monotonic()
+        pair.close()
+        assert time.monotonic() - began < 10
+        assert workers.all_end(0)
+    assert folders_of(temporary) == []
+
+
+@pytest.mark.parametrize("hanging", [False, True], ids=["", "while-one-waits-for-the-other"])
+def test_an_engine_that_is_killed_leaves_no_worker(even_chat: Path, tmp_path: Path, hanging: bool) -> None:
+    """The engine cannot tell them, and a worker in a collective does not listen: the pipe that breaks ends them."""
     process = start(
         "generate", "--model", str(even_chat), "--backend", "cpu", "--tp", "2", "--raw", "--prompt", "x",
         "--max-tokens", "10000", "--ignore-eos", "--set", "max_logprobs=0", "--set", "scheduler.max_rows=1",
@@ -122,7 +134,13 @@ def test_an_engine_that_is_killed_leaves_no_worker(even_chat: Path, tmp_path: Pa
         assert process.stdout.read(1)
         with Watch.children(process.pid) as workers:
             assert len(workers.pids) == 2
+            if hanging:
+                os.kill(workers.pids[1], signal.SIGSTOP)
             process.kill()
+            with Watch(workers.pids[:1]) as waiting:
+                assert waiting.all_end(10)
+            if hanging:
+                os.kill(workers.pids[1], signal.SIGCONT)
             assert workers.all_end(10)
         assert process.wait(SECONDS) == -signal.SIGKILL
 

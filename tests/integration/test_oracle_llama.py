@@ -112,4 +112,4 @@ def test_every_way_to_run_a_program(llama: Llama, program: str, functional: bool
 
 def test_rope_scaling_is_beyond_the_original_context() -> None:
     """Else the case "llama3-rope" would show nothing about it."""
-    assert max(LENGTHS) > int(LLAMA3["original_max_position_embeddings"])
+    assert max(LENGTHS) > LLAMA3["original_max_position_embeddings"]
