@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lineshaft.contract.ops import Case, all_ops
 from lineshaft.contract.ops.cases import PagedStep, Paging, paged_step
@@ -17,7 +19,7 @@ from lineshaft.contract.ops.spec import CacheArg
 from lineshaft.contract.problems import AttendProblem
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import StepInputs
-from lineshaft_cpu.attention import Planner, attend
+from lineshaft_cpu.attention import SPARE_KEYS, Planner, alike, attend
 from lineshaft_torch.arrays import from_host, to_host
 from lineshaft_torch.tensors import map_tensors
 
@@ -114,17 +116,25 @@ def test_an_unchanged_step_is_planned_once_for_all_layers() -> None:
     assert planner.plan(step, paging.tokens) is not plan
 
 
-def test_decode_rows_are_padded_to_less_than_twice_their_length() -> None:
+def test_decode_rows_of_like_length_share_a_call() -> None:
     contexts = (1, 2, 3, 5, 8, 90, 100, 120, 500)
     paging = Paging(tuple((1, c) for c in contexts))
     case = case_of(paging, paged_step(np.random.default_rng(0), paging))
     plan = Planner(case.problem).plan(tensors_of(case)[2], paging.tokens)
-    gathered = sum(
-        (rows.slots.stop - rows.slots.start) if isinstance(rows.slots, slice) else len(rows.slots)
-        for rows in plan.groups
-    )
     assert sum(rows.n for rows in plan.groups) == len(contexts)
-    assert sum(contexts) <= gathered < 2 * sum(contexts)
+    assert len(plan.groups) < len(contexts)
+    for rows in plan.groups:
+        if rows.pages is not None:
+            gathered = len(rows.pages) * case.problem.page_size
+            assert gathered - sum(contexts) < SPARE_KEYS + rows.n * case.problem.page_size
+
+
+@given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_groups_cover_each_row_once_and_waste_little(lengths: list[int]) -> None:
+    groups = list(alike([(keys, row) for row, keys in enumerate(lengths)]))
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) * max(lengths[r] for r in group) - sum(lengths[r] for r in group) <= SPARE_KEYS
 
 
 def test_pages_in_a_row_are_read_without_a_gather() -> None:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lineshaft.contract.problems import Problem
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from lineshaft.contract.sessions import Session
     from lineshaft.contract.steps import HostStep, StepShape
     from lineshaft.contract.weights import Local, Param
@@ -21,9 +19,10 @@ Bound = Callable[..., Any]
 HostPrepare = Callable[["HostStep"], None]
 """Host planning: run once a step before submission; writes only the kernel's own static workspace."""
 
-Pack = Callable[["Param", "Local"], "dict[str, np.ndarray[Any, Any]]"]
-"""Prepare one coordinate's share of a parameter for a packing: on the host, pure, re-runnable; may dequantize. Leaf
-shapes are equal at every coordinate and never depend on values."""
+Pack = Callable[["Param", "Local"], "dict[str, Any]"]
+"""Prepare one coordinate's share of a parameter for a packing: on the host, pure, re-runnable; may dequantize. Leaves
+are NumPy arrays, or arrays of the session's own library; their shapes are equal at every coordinate and never depend on
+values."""
 
 
 def always(problem: Problem) -> str | None:

@@ -44,5 +44,6 @@ def _fill(out: torch.Tensor, part: Stored) -> None:
 
 
 def host_pack(pack: Pack, param: Param, local: Local, device: torch.device) -> dict[str, torch.Tensor]:
-    """What a kernel's own packing makes of the share, as tensors on `device`."""
-    return {name: from_host(array).to(device) for name, array in pack(param, local).items()}
+    """What a kernel's own packing makes of the share (NumPy arrays or tensors), as tensors on `device`."""
+    leaves = pack(param, local)
+    return {name: (x if isinstance(x, torch.Tensor) else from_host(x)).to(device) for name, x in leaves.items()}

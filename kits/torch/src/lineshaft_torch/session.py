@@ -128,7 +128,10 @@ class TorchSession:
         made = [(self._leaves_of(name), self._repack(name, array)) for name, array in weights.items()]
         for old, new in made:
             for leaf, tensor in old.items():
-                tensor.copy_(new[leaf])
+                if tensor.is_mkldnn:  # opaque: it cannot be written to, and no tape holds it
+                    old[leaf] = new[leaf]
+                else:
+                    tensor.copy_(new[leaf])
         return StepPending({}, {})
 
     def _leaves_of(self, name: str) -> dict[str, torch.Tensor]:
@@ -216,8 +219,9 @@ class TorchSession:
             self.arena = self._bytes(0).set_(storage, 0, (nbytes,), (1,))
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every weight and cache tensor: what stays where it is from step to step."""
+        """Every weight and cache tensor that has addressable memory: what stays where it is from step to step."""
         weights = [leaf for name in self._params for leaf in self._leaves_of(name).values()]
+        weights = [leaf for leaf in weights if not leaf.is_mkldnn]
         return weights + [leaf for cache in self.caches for leaf in cache.arrays.values()]
 
     @contextmanager

@@ -1,12 +1,12 @@
 """Attention on the host, where a kernel may read lengths: only live keys are gathered, rows of like length together.
 
-What to gather is planned once per step and shared by all layers. Slots past a row's context are never read, so that
-whatever they hold cannot leak.
+What to gather is planned once per step and shared by all layers. Slots past a row's context are never read, or zeroed
+once gathered, so that whatever they hold cannot leak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lineshaft.contract.problems import AttendProblem
 from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs
+from lineshaft.contract.steps import HostStep, StepInputs, StepShape
 from lineshaft_torch.arrays import accumulator, torch_dtype
 from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_torch.kernels.attend import softmax_with_sinks
@@ -26,6 +26,9 @@ from lineshaft_torch.pages import SLOTS_LAYOUT
 HostArray = np.ndarray[Any, Any]
 FEATURES = frozenset({"causal", "window", "softcap", "sinks", "value_in_key", "return_lse"})
 
+SPARE_KEYS = 768
+"""Decode rows share a call as long as padding them to one length adds at most this many keys, about a call's cost."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -33,6 +36,8 @@ class Rows:
 
     tokens  where the queries stand among the T tokens: a slice, or int64[n * Q]
     slots   where the keys lie in the cache: a slice, or int64[n * K]; short rows repeat a live slot of their own
+    pages   int64[n * P]: whole pages to gather instead, so that K = P * page_size; `unseen` int64[*] are the keys among
+            them that no query sees, to be zeroed
     mask    [n, 1, 1, K] or [1, 1, Q, K], 0 or -inf, in the executed dtype; None: every key is visible
     causal  the mask is the plain causal one (Q = K), and `mask` is None
     dead    bool[n * Q]: queries without a visible key; None: there are none
@@ -45,6 +50,8 @@ class Rows:
     mask: torch.Tensor | None = None
     causal: bool = False
     dead: torch.Tensor | None = None
+    pages: torch.Tensor | None = None
+    unseen: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class StepPlan:
 
 
 class Planner:
-    """Plans a step from the host's view of its lengths; an unchanged step is planned once, however many layers ask."""
+    """Plans a step from the host's view of its lengths: before submission where it is asked to (`prepare`), else at the
+    first call that finds the lengths changed."""
 
     def __init__(self, problem: AttendProblem) -> None:
         self._problem = problem
@@ -64,9 +72,21 @@ class Planner:
         self._step: StepInputs | None = None
         self._views: tuple[HostArray, ...] = ()
         self._seen = b""
+        self._prepared = False
         self._plan = StepPlan((), True)
 
+    def prepare(self, host: HostStep) -> None:
+        """Plan the step that is about to be submitted."""
+        g = self._problem.group
+        self._plan = self._make(
+            self._problem.tokens, host["query_starts"], host[f"context_lens.{g}"], host[f"page_table.{g}"]
+        )
+        self._prepared = True
+
     def plan(self, step: StepInputs, tokens: int) -> StepPlan:
+        """The plan of the step under way."""
+        if self._prepared:
+            return self._plan
         if step is not self._step:
             group = step.groups[self._problem.group]
             self._step, self._seen = step, b""
@@ -77,16 +97,16 @@ class Planner:
         return self._plan
 
     def _make(self, tokens: int, starts: HostArray, lens: HostArray, table: HostArray) -> StepPlan:
-        decode: dict[int, list[int]] = {}
+        decode: list[tuple[int, int]] = []
         groups: list[Rows] = []
         begins, counts, contexts = starts[:-1].tolist(), np.diff(starts).tolist(), lens.tolist()
         holes = self._holes(lens, table)
         for b, (begin, count, context) in enumerate(zip(begins, counts, contexts, strict=True)):
             if count == 1 and context and not holes[b]:
-                decode.setdefault(self._visible(context).bit_length(), []).append(b)
+                decode.append((self._visible(context), b))
             elif count and context:
                 groups += self._chunk(begin, count, context, table[b])
-        groups += [self._decode(np.asarray(rows), starts, lens, table) for rows in decode.values()]
+        groups += [self._decode(np.asarray(rows), starts, lens, table) for rows in alike(decode)]
         covered = sum(rows.n * rows.queries for rows in groups)
         return StepPlan(tuple(groups), covered < tokens)
 
@@ -101,7 +121,9 @@ class Planner:
         return min(context, self._problem.window) if self._problem.window else context
 
     def _decode(self, rows: HostArray, starts: HostArray, lens: HostArray, table: HostArray) -> Rows:
-        """Rows of one query each; shorter rows are padded with their own first visible key, masked."""
+        """Rows of one query each; shorter rows are padded with their own first page or visible key, masked."""
+        if len(rows) > 1 and not self._problem.window:
+            return self._decode_pages(rows, starts, lens[rows], table[rows])
         last = lens[rows].astype(np.int64)
         first = last - np.asarray([self._visible(n) for n in last.tolist()])
         offset = np.arange(int((last - first).max()))
@@ -109,6 +131,19 @@ class Planner:
         slots = self._slots(table[rows], first[:, None] + np.where(inside, offset, 0))
         mask = None if inside.all() else self._additive(inside)[:, None, None]
         return Rows(len(rows), 1, _run_of(starts[:-1][rows].astype(np.int64)), _run_of(slots.reshape(-1)), mask)
+
+    def _decode_pages(self, rows: HostArray, starts: HostArray, lens: HostArray, table: HostArray) -> Rows:
+        """As _decode, by whole pages, which are fewer and longer pieces to gather than slots."""
+        used = -(-lens // self._problem.page_size)
+        column = np.arange(int(used.max()))
+        pages = np.where(column < used[:, None], table[:, : len(column)], table[:, :1]).astype(np.int64)
+        inside = np.arange(len(column) * self._problem.page_size) < lens[:, None]
+        unseen = np.flatnonzero(~inside)
+        return Rows(
+            len(rows), 1, _run_of(starts[:-1][rows].astype(np.int64)), slice(0, 0),
+            self._additive(inside)[:, None, None] if len(unseen) else None,
+            pages=torch.from_numpy(pages.reshape(-1)), unseen=torch.from_numpy(unseen) if len(unseen) else None,
+        )  # fmt: skip
 
     def _chunk(self, begin: int, count: int, context: int, pages: HostArray) -> list[Rows]:
         """One row of any queries and pages, or none if it sees no key. Keys that no query sees are not gathered."""
@@ -140,6 +175,22 @@ class Planner:
         return torch.zeros(visible.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(~visible), -torch.inf)
 
 
+def alike(lengths: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Rows, given as (keys, row), in groups of like length: padding a group adds at most SPARE_KEYS keys."""
+    group: list[int] = []
+    longest = spare = 0
+    for keys, row in sorted(lengths, reverse=True):
+        spare += longest - keys
+        if group and spare > SPARE_KEYS:
+            yield sorted(group)
+            group = []
+        if not group:
+            longest, spare = keys, 0
+        group.append(row)
+    if group:
+        yield sorted(group)
+
+
 def _run_of(index: HostArray) -> slice | torch.Tensor:
     """A slice where `index` counts up by one, which needs no gather; else the index as a tensor."""
     first, last = int(index[0]), int(index[-1])
@@ -150,6 +201,15 @@ def _run_of(index: HostArray) -> slice | torch.Tensor:
 
 def _take(array: torch.Tensor, where: slice | torch.Tensor) -> torch.Tensor:
     return array[where] if isinstance(where, slice) else array.index_select(0, where)
+
+
+def _gather(array: torch.Tensor, rows: Rows, page_size: int) -> torch.Tensor:
+    """array [N * page, Hkv, D] -> the keys or values of `rows` [n * K, Hkv, D]."""
+    if rows.pages is None:
+        return _take(array, rows.slots)
+    found = array.view(-1, page_size * array.shape[1] * array.shape[2]).index_select(0, rows.pages)
+    found = found.view(-1, *array.shape[1:])
+    return found if rows.unseen is None else found.index_fill_(0, rows.unseen, 0)
 
 
 def attend(
@@ -171,8 +231,9 @@ def attend(
         result.zero_()
     explicit = bool(problem.softcap) or problem.sinks or problem.return_lse
     for rows in plan.groups:
-        keys = _take(cache.arrays["k"], rows.slots)
-        values = keys[..., : problem.v_dim] if problem.value_in_key else _take(cache.arrays["v"], rows.slots)
+        keys = _gather(cache.arrays["k"], rows, problem.page_size)
+        in_keys = problem.value_in_key
+        values = keys[..., : problem.v_dim] if in_keys else _gather(cache.arrays["v"], rows, problem.page_size)
         queries = _take(q, rows.tokens)
         if explicit:
             found, logs = _explicit(problem, rows, queries, keys, values, sinks)
@@ -239,11 +300,21 @@ def supports(problem: AttendProblem) -> str | None:
     return None
 
 
+def _planner(problem: AttendProblem, session: Any) -> Planner:
+    planner: Planner = session.constant(("cpu_attend", problem), lambda: Planner(problem))
+    return planner
+
+
 def _bind(problem: AttendProblem, session: Any) -> Any:
-    return partial(attend, problem, Planner(problem))
+    return partial(attend, problem, _planner(problem, session))
+
+
+def _prepare(problem: AttendProblem, shape: StepShape, session: Any) -> Any:
+    return _planner(problem, session).prepare
 
 
 def recipes() -> Iterator[Recipe]:
     yield recipe(
-        "cpu_attend", "attend", _bind, out=True, layout=SLOTS_LAYOUT, priority=10, handles=FEATURES, supports=supports
-    )
+        "cpu_attend", "attend", _bind, out=True, layout=SLOTS_LAYOUT, priority=10, handles=FEATURES,
+        supports=supports, prepare=_prepare,
+    )  # fmt: skip

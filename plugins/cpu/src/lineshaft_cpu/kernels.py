@@ -1,17 +1,21 @@
-"""What the CPU does better than the portable kernels: one-row products, rotary embeddings, experts; attention and
-sampling have files of their own."""
+"""What the CPU does better than the portable kernels: one-row products, norms, rotary embeddings, experts.
+
+Packed products, attention and sampling have files of their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import ExpertProblem, LinearProblem, RopeProblem
-from lineshaft_cpu import attention, sampling
+from lineshaft.contract.problems import ExpertProblem, LinearProblem, NormProblem, RopeProblem
+from lineshaft_cpu import attention, packed, sampling
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 from lineshaft_torch.kernels.experts import gated_mlp
 from lineshaft_torch.kernels.experts import supports as experts_supports
@@ -37,17 +41,69 @@ def linear_row_supports(problem: LinearProblem) -> str | None:
     return None
 
 
+class Angles:
+    """(cos, cos) and (-sin, sin) [max_position, 1, D], and the rows of them that the step under way needs: all layers
+    ask for the same positions."""
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self._tables = tuple(torch.cat(halves, -1)[:, None] for halves in ((cos, cos), (-sin, sin)))
+        self._seen = b""
+        self._rows: Pair = (cos, sin)
+
+    def at(self, positions: torch.Tensor) -> Pair:
+        """cos and sin [T, 1, D] of positions int32[T]."""
+        content = positions.numpy().tobytes()
+        if content != self._seen:
+            cos, sin = (table.index_select(0, positions) for table in self._tables)
+            self._rows, self._seen = (cos, sin), content
+        return self._rows
+
+
 def rope_halves(
-    tables: Pair, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, out: Pair | None = None
+    angles: Angles, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, out: Pair | None = None
 ) -> Pair:
-    """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated. `tables`: (cos, cos) and (-sin, sin), each
-    [max_position, 1, 2, D / 2], so that a rotation is x * cos + swapped(x) * sin."""
-    cos, sin = (table.index_select(0, positions) for table in tables)
+    """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated: x * cos + swapped(x) * sin."""
+    cos, sin = angles.at(positions)
     out = out or (q.new_empty(q.shape), k.new_empty(k.shape))
-    for x, result in zip((q, k), out, strict=True):
-        halves = x.unflatten(-1, (2, -1)).to(cos.dtype)
-        result.view(halves.shape).copy_(torch.addcmul(halves * cos, halves.flip(2), sin))
+    joined = neighbours(q, k)
+    parts = (q, k) if joined is None else (joined,)
+    turned = [_turn(x.to(cos.dtype), cos, sin) for x in parts]
+    for result, x in zip(out, turned if joined is None else turned[0].split([q.shape[1], k.shape[1]], 1), strict=True):
+        result.copy_(x)
     return out
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def neighbours(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """q [T, Hq, D] and k [T, Hk, D] as one array of heads [T, Hq + Hk, D], if k follows q in each row of memory."""
+    if q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():
+        return None
+    adjacent = k.data_ptr() == q.data_ptr() + q.shape[1] * q.shape[2] * q.itemsize
+    if not adjacent or q.stride() != k.stride() or q.stride()[1:] != (q.shape[2], 1):
+        return None
+    return q.as_strided((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]), q.stride())
+
+
+def rms_norm(problem: NormProblem, x: torch.Tensor, w: Any, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, H], w [H] -> x / sqrt(mean(x^2) + eps) * w; torch's own, which accumulates in float32, is fewer calls."""
+    normed = F.rms_norm(x, (problem.width,), dense(w), problem.eps)
+    return normed if out is None else out.copy_(normed)
+
+
+def add_rms_norm(problem: NormProblem, x: torch.Tensor, r: torch.Tensor, w: Any, *, out: Pair | None = None) -> Pair:
+    """x, r [T, H] -> (rms_norm(x + r), x + r)."""
+    normed, total = out or (None, None)
+    total = torch.add(x, r, out=total)
+    return rms_norm(problem, total, w, out=normed), total
+
+
+def silu_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, 2F], gate first -> silu(gate) * up [T, F]; the activation is rounded before the product."""
+    gate, up = x.chunk(2, -1)
+    return torch.mul(F.silu(gate), up, out=out)
 
 
 def rope_halves_supports(problem: RopeProblem) -> str | None:
@@ -57,12 +113,8 @@ def rope_halves_supports(problem: RopeProblem) -> str | None:
 
 
 def _bind_rope(problem: RopeProblem, session: Any) -> Any:
-    def doubled() -> Pair:
-        cos, sin = shared_table(problem, session)
-        return torch.stack((cos, cos), 1)[:, None], torch.stack((-sin, sin), 1)[:, None]
-
     key = ("cpu_rope", problem.dim, problem.base, problem.scaling, problem.max_position, problem.dtype)
-    return partial(rope_halves, session.constant(key, doubled))
+    return partial(rope_halves, session.constant(key, lambda: Angles(*shared_table(problem, session))))
 
 
 def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offsets: torch.Tensor) -> torch.Tensor:
@@ -75,16 +127,23 @@ def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offs
 
 
 def recipes() -> list[Recipe]:
+    norms: list[Callable[..., Any]] = [rms_norm, add_rms_norm]
     return [
         recipe(
             "cpu_linear_row", "linear", stateless(linear_row), out=True, layout=DENSE, priority=PRIORITY,
             supports=linear_row_supports,
         ),
+        *(
+            recipe(f"cpu_{run.__name__}", run.__name__, with_problem(run), out=True, layout=DENSE, priority=PRIORITY)
+            for run in norms
+        ),
+        recipe("cpu_silu_mul", "silu_mul", stateless(silu_mul), out=True, priority=PRIORITY),
         recipe("cpu_rope", "rope", _bind_rope, out=True, priority=PRIORITY, supports=rope_halves_supports),
         recipe(
             "cpu_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, priority=PRIORITY,
             supports=experts_supports,
         ),
+        *packed.recipes(),
         *attention.recipes(),
         *sampling.recipes(),
     ]  # fmt: skip

@@ -1,0 +1,57 @@
+"""Matrix products over weights that oneDNN has put in the block order of its own kernels, once, when they are loaded.
+
+A product over dense bf16 weights reorders them at every call, which costs more than the product itself where rows are
+few. The two operators are private to torch's compiler backend, hence `available`; torch's version is pinned by the kit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lineshaft.contract.problems import LinearProblem
+from lineshaft.contract.weights import Local, Param
+from lineshaft_torch.bound import Recipe, recipe, stateless
+from lineshaft_torch.packing import dense_leaves
+
+BLOCKED = "onednn_blocked"
+TYPICAL_ROWS = 512
+"""Rows that the block order is chosen for: it is as good for few rows, while one chosen for few is worse for many."""
+
+
+def available() -> str | None:
+    """None, or why this torch cannot pack weights."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    for name in ("_reorder_linear_weight", "_linear_pointwise"):
+        if not hasattr(torch.ops.mkldnn, name):
+            return f"this torch lacks the operator mkldnn.{name}"
+    return None
+
+
+def pack(param: Param, local: Local) -> dict[str, Any]:
+    """{"data": the weight [O, I] as an opaque blocked tensor}."""
+    dense = dense_leaves(param, local)["data"]
+    with torch.no_grad():
+        return {"data": torch.ops.mkldnn._reorder_linear_weight(dense, TYPICAL_ROWS)}
+
+
+def linear(x: torch.Tensor, w: Any) -> torch.Tensor:
+    """x [T, I], w [O, I] blocked -> x @ w^T [T, O]."""
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, w.arrays["data"], None, "none", [], "")
+    return found
+
+
+def supports(problem: LinearProblem) -> str | None:
+    if problem.dtype != "bfloat16":
+        return f"packs bfloat16 weights, not {problem.dtype}"
+    return available()
+
+
+def recipes() -> list[Recipe]:
+    return [
+        recipe(
+            "cpu_linear_packed", "linear", stateless(linear), layout=BLOCKED, priority=20, supports=supports, pack=pack
+        )
+    ]
