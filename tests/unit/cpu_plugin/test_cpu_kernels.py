@@ -31,8 +31,8 @@ KERNELS = [kernel for kernel in BACKEND.kernels() if kernel.op in OPS]
 IDS = [kernel.name for kernel in KERNELS]
 ALLOCATING = {
     "torch_write_kv", "torch_read_pages", "torch_write_pages", "torch_copy_pages", "torch_copy_slots", "torch_attend",
-    "torch_router_topk", "torch_moe_dispatch", "torch_grouped_mlp", "cpu_grouped_mlp", "cpu_linear_packed", "torch_logprobs",
-    "torch_apply_logits",
+    "torch_router_topk", "torch_moe_dispatch", "torch_grouped_mlp", "cpu_grouped_mlp", "cpu_linear_packed",
+    "torch_logprobs", "torch_apply_logits",
 }  # fmt: skip
 """Kernels whose results a tape copies to their place; on the path of a decode step there is none but write_kv."""
 
