@@ -119,7 +119,7 @@ class Engine:
         request_id = self._next_id
         if params.seed is None:
             params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
-        request = Request(request_id, tuple(prompt), params, eos_ids, salt)
+        request = Request(request_id, tuple(map(int, prompt)), params, eos_ids, salt)
         replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
         self._replicas[replica].scheduler.add(request)
         self._live[request_id] = Live(request, replica)
@@ -136,7 +136,8 @@ class Engine:
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
                 raise TokenOutOfRange(f"prompt token {token!r}: ids are whole numbers from 0 to {self.vocab - 1}")
-        if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
+        most = self.config.max_logprobs
+        if params.logprobs is not None and (params.logprobs > most or not most):
             raise InvalidSamplingParams(
                 f"logprobs = {params.logprobs}: the engine was made with max_logprobs = {self.config.max_logprobs}"
             )
@@ -209,8 +210,9 @@ class Engine:
             live.clock.token(at)
         if live.request.finished:
             self._retire(live)
-        wanted = live.request.params.logprobs
-        found = None if wanted is None or result.logprobs is None else top_logprobs(result.logprobs, row, token, wanted)
+        wanted, found = live.request.params.logprobs, None
+        if wanted is not None and result.logprobs is not None and token >= 0:
+            found = top_logprobs(result.logprobs, row, token, wanted)
         return Token(live.request, live.clock, token, found)
 
     def _retire(self, live: Live) -> None:

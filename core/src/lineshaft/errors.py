@@ -179,7 +179,7 @@ class SessionFrozen(SessionError):
 
 
 class SessionPoisoned(SessionError):
-    """A program failed after it had consumed its caches; the session must be rebuilt."""
+    """A program failed after it had consumed its caches, or a step was interrupted; the session must be rebuilt."""
 
 
 class ContractViolation(LineshaftError):

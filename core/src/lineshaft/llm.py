@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
+from threading import RLock
 from typing import Any
 
 from tqdm import tqdm
 
 from lineshaft.config import EngineConfig, make_config
 from lineshaft.engine import Engine, Token
-from lineshaft.errors import InvalidSamplingParams, LineshaftError
+from lineshaft.errors import InvalidSamplingParams, RequestError
 from lineshaft.outputs import (
     CompletionOutput,
     Logprob,
@@ -134,6 +136,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_checkpoint(resolve(config.tokenizer or config.model))
         self.engine = Engine(config, registry=registry, progress=progress)
         self._texts: dict[int, Text] = {}
+        self._lock = RLock()  # several threads may generate at once; whoever holds it steps for all
 
     # ---- generating --------------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class LLM:
 
         All prompts are checked before the first runs. Raises RequestError; then nothing was generated.
         """
-        several: Sequence[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
+        several: Sequence[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else _several(prompts)
         return self._complete([self._encode(prompt) for prompt in several], sampling_params, progress)
 
     def chat(
@@ -159,8 +162,9 @@ class LLM:
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or several; each a list of {"role", "content"}, or the text of one user message."""
-        one = isinstance(conversations, str) or (len(conversations) > 0 and isinstance(conversations[0], Mapping))
-        several: Sequence[Any] = [conversations] if one else conversations
+        listed = isinstance(conversations, (list, tuple)) and len(conversations) > 0
+        one = isinstance(conversations, str) or (listed and isinstance(conversations[0], Mapping))
+        several: Sequence[Any] = [conversations] if one else _several(conversations)
         return self._complete([self._encode_chat(item) for item in several], sampling_params, progress)
 
     def stream(
@@ -188,7 +192,11 @@ class LLM:
         return [text.output() for text in texts]
 
     def _encode(self, prompt: Prompt) -> Encoded:
-        return (self.tokenizer.encode(prompt), prompt) if isinstance(prompt, str) else (prompt, None)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt), prompt
+        if not isinstance(prompt, (list, tuple)):
+            raise RequestError(f"a prompt given as {type(prompt).__name__}: give a text or a list of token ids")
+        return prompt, None
 
     def _encode_chat(self, conversation: Conversation) -> Encoded:
         text = self.tokenizer.chat(conversation)
@@ -196,14 +204,15 @@ class LLM:
 
     def _add_all(self, prompts: Sequence[Encoded], params: Sequence[SamplingParams]) -> list[Text]:
         texts: list[Text] = []
-        try:
-            for (ids, prompt), one in zip(prompts, params, strict=True):
-                request = self.engine.add(ids, one, self.tokenizer.eos_ids)
-                texts.append(Text(request, prompt, self.tokenizer))
-        except LineshaftError:
-            self._drop(texts)
-            raise
-        self._texts.update({text.request.id: text for text in texts})
+        with self._lock:
+            try:
+                for (ids, prompt), one in zip(prompts, params, strict=True):
+                    request = self.engine.add(ids, one, self.tokenizer.eos_ids)
+                    texts.append(Text(request, prompt, self.tokenizer))
+            except BaseException:
+                self._drop(texts)
+                raise
+            self._texts.update({text.request.id: text for text in texts})
         return texts
 
     def _run(self, texts: Sequence[Text]) -> Iterator[StreamDelta]:
@@ -220,17 +229,19 @@ class LLM:
 
     def _step(self) -> None:
         """One engine step; each token goes to its request's text, whoever reads that."""
-        for token in self.engine.step():
-            text = self._texts[token.request.id]
-            if text.feed(token) and not token.request.finished:
-                self.engine.finish(token.request, FinishReason.STOP, text.stop_string)
-                text.metrics = token.clock.metrics(token.request.cached, token.request.preemptions)
+        with self._lock:
+            for token in self.engine.step():
+                text = self._texts[token.request.id]
+                if text.feed(token) and not token.request.finished:
+                    self.engine.finish(token.request, FinishReason.STOP, text.stop_string)
+                    text.metrics = token.clock.metrics(token.request.cached, token.request.preemptions)
 
     def _drop(self, texts: Sequence[Text]) -> None:
-        for text in texts:
-            self._texts.pop(text.request.id, None)
-            if not text.request.finished:
-                self.engine.cancel(text.request.id)
+        with self._lock:
+            for text in texts:
+                self._texts.pop(text.request.id, None)
+                if not text.request.finished:
+                    self.engine.cancel(text.request.id)
 
     # ---- looking -----------------------------------------------------------------------------------------------
 
@@ -255,13 +266,24 @@ class LLM:
 
 
 def _is_ids(prompts: Any) -> bool:
-    return len(prompts) > 0 and isinstance(prompts[0], int)
+    return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], Integral)
+
+
+def _several(items: Any) -> Sequence[Any]:
+    """Raises RequestError for anything but a list or tuple of prompts."""
+    if not isinstance(items, (list, tuple)):
+        raise RequestError(
+            f"prompts given as {type(items).__name__}: give a text, a list of token ids, or a list of those"
+        )
+    return items
 
 
 def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     """One SamplingParams per prompt. Raises InvalidSamplingParams for another number of them."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, (list, tuple)) or not all(isinstance(one, SamplingParams) for one in params):
+        raise InvalidSamplingParams(f"sampling params given as {type(params).__name__}: give SamplingParams, or a list")
     if len(params) != count:
         raise InvalidSamplingParams(f"{len(params)} sampling params for {count} prompts: give one, or one for each")
     return list(params)

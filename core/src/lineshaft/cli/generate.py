@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     config = load_config(args, **{f"sampling.{name}": getattr(args, name) for name in SAMPLING})
     params = sampling_params(args, config)
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    prompts = [read_stdin() if prompt == "-" else prompt for prompt in args.prompt]
     from lineshaft.llm import LLM
 
     with closing(Bar()) as bar:
@@ -56,6 +56,11 @@ def run(args: Namespace) -> int:
         if not args.quiet:
             print(summary(llm), file=sys.stderr)
     return 0
+
+
+def read_stdin() -> str:
+    """The prompt on stdin; empty where stdin is closed."""
+    return "" if sys.stdin is None else sys.stdin.read()
 
 
 def sampling_params(args: Namespace, config: EngineConfig) -> SamplingParams:

@@ -6,8 +6,10 @@ It imports nothing heavy: what a command needs, it imports when it runs.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,9 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after an error, 130 when interrupted, 141 when the reader of stdout went away."""
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="lineshaft: %(message)s")
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
         status: int = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return fail("interrupted", INTERRUPTED, verbose=False)
@@ -42,10 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except LineshaftError as error:
         return fail(f"error: {type(error).__name__}: {error}", FAILED, verbose=args.verbose)
+    except OSError as error:
+        return fail(f"error: {type(error).__name__}: {error}; check that file or device", FAILED, verbose=args.verbose)
     except MemoryError as error:
         said = f" ({error})" if str(error) else ""
         line = f"error: OutOfMemory: the host has no memory left{said}; choose a smaller model, dtype or cache.pages"
         return fail(line, FAILED, verbose=args.verbose)
+
+
+def stop(number: int, frame: object) -> NoReturn:
+    """On a signal to end: leave through every `finally`, so that workers and temporary files go too."""
+    raise SystemExit(128 + number)
 
 
 def parser() -> Parser:

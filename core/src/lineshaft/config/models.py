@@ -89,7 +89,7 @@ class EngineConfig(Table):
     """Most tokens of one sequence, prompt and output; unset: the model's context."""
     tokenizer: str | None = None
     """Reference of the tokenizer; unset: the model's own."""
-    threads: Natural = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of one worker; 0 leaves the choice to the backend."""
     executor: str = "auto"
     """Where workers run: "inproc", "process" or a plugin's; "auto": "inproc" for one worker, else "process"."""

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lineshaft import errors
 from lineshaft.config import EngineConfig
-from lineshaft.errors import LineshaftError, WorkerDied
+from lineshaft.errors import LineshaftError, SessionPoisoned, WorkerDied
 from lineshaft.executors.wire import Disconnected, HostArray, receive, send
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
@@ -57,6 +58,7 @@ class ProcessExecutor:
         self._degrees = degrees_of(config)
         self._folder = Path(tempfile.mkdtemp(prefix="lineshaft-"))
         self._children: list[Child] = []
+        self._broken = ""
         try:
             for rank in range(self._degrees.world):
                 self._children.append(spawn(rank))
@@ -64,6 +66,18 @@ class ProcessExecutor:
             self._ask_all({"call": "make", "config": config.model_dump(mode="json"), "rendezvous": rendezvous})
         except BaseException:
             self.close()
+            raise
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Whatever interrupts an exchange leaves replies under way that nothing could tell from later ones: from then
+        on every call raises SessionPoisoned."""
+        if self._broken:
+            raise SessionPoisoned(f"an earlier step was interrupted ({self._broken}); make the engine anew")
+        try:
+            yield
+        except BaseException as error:
+            self._broken = type(error).__name__
             raise
 
     def size(self) -> list[Sizes]:
@@ -74,11 +88,12 @@ class ProcessExecutor:
 
     def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
         replica_size = self._degrees.world // self._degrees.dp
-        for replica, step in enumerate(steps):
-            header, arrays = step.to_frames()
-            for child in self._children[replica * replica_size : (replica + 1) * replica_size]:
-                self._send(child, {"call": "execute", **header}, arrays)
-        replies = self._collect()
+        with self._exchange():
+            for replica, step in enumerate(steps):
+                header, arrays = step.to_frames()
+                for child in self._children[replica * replica_size : (replica + 1) * replica_size]:
+                    self._send(child, {"call": "execute", **header}, arrays)
+            replies = self._collect()
         return [StepResult.from_frames(*replies[replica * replica_size]) for replica in range(len(steps))]
 
     def close(self) -> None:
@@ -94,9 +109,10 @@ class ProcessExecutor:
     # ---- asking -------------------------------------------------------------------------------------------------
 
     def _ask_all(self, header: dict[str, Any], progress: Progress | None = None) -> list[Reply]:
-        for child in self._children:
-            self._send(child, {**header, "rank": child.rank})
-        return self._collect(progress)
+        with self._exchange():
+            for child in self._children:
+                self._send(child, {**header, "rank": child.rank})
+            return self._collect(progress)
 
     def _send(self, child: Child, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
         try:
@@ -147,8 +163,13 @@ class ProcessExecutor:
 
 def spawn(rank: int) -> Child:
     """Start one worker process; it waits for its first message."""
-    ours, theirs = socket.socketpair()
-    lifeline_read, lifeline_write = os.pipe()
+    try:
+        ours, theirs = socket.socketpair()
+        lifeline_read, lifeline_write = os.pipe()
+    except OSError as error:
+        raise WorkerDied(
+            f"worker of rank {rank} cannot be started ({error.strerror}): raise the limit of open files"
+        ) from error
     command = [sys.executable, "-m", "lineshaft.executors.child", str(theirs.fileno()), str(lifeline_read)]
     try:
         process = subprocess.Popen(

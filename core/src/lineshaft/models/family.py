@@ -59,7 +59,9 @@ class ModelFamily:
 
 def find_family(config: Mapping[str, Any], families: Sequence[ModelFamily]) -> ModelFamily:
     """The family of a checkpoint's config; raises UnknownArchitecture with the nearest names."""
-    named = [*(config.get("architectures") or ()), config.get("model_type") or ""]
+    listed = config.get("architectures")
+    named = [*(listed if isinstance(listed, (list, tuple)) else ()), config.get("model_type") or ""]
+    named = [name for name in named if isinstance(name, str)]
     for family in families:
         if any(name in family.architectures for name in named):
             return family

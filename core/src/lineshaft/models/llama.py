@@ -41,9 +41,9 @@ class LlamaConfig:
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Raises CorruptCheckpoint for a missing or absurd number, UnknownArchitecture for an unknown variant."""
-        for key in ("attention_bias", "mlp_bias"):
+        for key in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
             if config.get(key):
-                raise UnknownArchitecture(f"config.json sets {key}; the llama family knows only layers without biases")
+                raise UnknownArchitecture(f"config.json sets {key}; the llama family runs without it only")
         if config.get("hidden_act", "silu") != "silu":
             raise UnknownArchitecture(
                 f"config.json sets hidden_act={config['hidden_act']!r}; the llama family has 'silu'"
@@ -62,34 +62,51 @@ class LlamaConfig:
             rope_base=base,
             rope_scaling=scaling,
             max_position=_count(config, "max_position_embeddings", 2048),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=_flag(config, "tie_word_embeddings"),
         )
+
+
+MOST = {"num_hidden_layers": 1000, "max_position_embeddings": 1 << 24}
+"""No Llama is near these; a larger number is a damaged file, and would be built before any tensor is looked for."""
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CorruptCheckpoint(f"config.json: {key} is {value!r}, it must be a whole number of at least 1")
+    most = MOST.get(key, 1 << 31)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise CorruptCheckpoint(f"config.json: {key} is {value!r:.80}, it must be a whole number from 1 to {most}")
+    return value
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise CorruptCheckpoint(f"config.json: {key} is {value!r:.80}, it must be true or false")
     return value
 
 
 def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise CorruptCheckpoint(f"config.json: {key} is {value!r}, it must be a number above 0")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise CorruptCheckpoint(f"config.json: {key} is {value!r:.80}, it must be a finite number above 0")
     return float(value)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise CorruptCheckpoint(f"config.json: rope_scaling is {given!r:.80}, it must be a table")
     base = _number(config, "rope_theta", given.get("rope_theta", 10000.0))
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return base, RopeScaling()
     if kind == "divisors":
-        return base, RopeScaling(freq_factors=tuple(float(f) for f in given["divisors"]))
+        divisors = given.get("divisors")
+        if not isinstance(divisors, (list, tuple)) or not all(isinstance(f, (int, float)) and f > 0 for f in divisors):
+            raise CorruptCheckpoint(f"config.json: rope divisors are {divisors!r:.80}, they must be numbers above 0")
+        return base, RopeScaling(freq_factors=tuple(map(float, divisors)))
     if kind == "linear":
         return base, RopeScaling(kind="linear", factor=_number(given, "factor"))
     if kind == "llama3":
