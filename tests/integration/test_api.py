@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -261,3 +262,37 @@ def test_after_close_nothing_runs(llama: Callable[[str], Checkpoint]) -> None:
     assert not engine.has_work
     with pytest.raises(SessionClosed, match="closed"):
         engine.add([1, 2, 3], greedy(4))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params"),
+    [
+        ([[1, 2, 3], None], None),
+        (["a", 1], None),
+        (5, None),
+        (None, None),
+        ({"a": 1}, None),
+        (b"abc", None),
+        ([[1, 2], [3]], [GREEDY, None]),
+        ("a", {"temperature": 0}),
+    ],
+    ids=["a prompt is None", "a prompt is a number", "number", "None", "dict", "bytes", "params None", "params dict"],
+)
+def test_arguments_of_wrong_types_are_refused_and_leave_nothing(llm: LLM, prompts: Any, params: Any) -> None:
+    with pytest.raises(RequestError):
+        llm.generate(prompts, params)
+    assert "Paris" in one(llm.generate(FRANCE, GREEDY)).outputs[0].text
+
+
+def test_logprobs_of_an_engine_made_without_them_are_refused(llama: Callable[[str], Checkpoint]) -> None:
+    settings = config(llama("gqa1").path, max_logprobs=0, max_model_len=32, **{"cache.pages": 8})
+    with Engine(settings) as engine, pytest.raises(InvalidSamplingParams, match="max_logprobs = 0"):
+        engine.add([1, 2], SamplingParams(logprobs=0))
+
+
+def test_several_threads_may_generate_at_once(llm: LLM) -> None:
+    prompts = [FRANCE, "Once upon a time", "The sky is", "Two and two"]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(lambda prompt: one(llm.generate(prompt, GREEDY)).outputs[0].token_ids, prompts * 2))
+    assert found == expected * 2

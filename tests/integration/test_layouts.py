@@ -18,9 +18,10 @@ from tests.integration.oracle import check_float32
 from tests.integration.processes import SECONDS, Watch, folders_of, start
 
 from lineshaft.engine import Engine
-from lineshaft.errors import PlanMismatch, WorkerDied
+from lineshaft.errors import PlanMismatch, SessionPoisoned, WorkerDied
 from lineshaft.executors import agree
 from lineshaft.runner.worker import Worker
+from lineshaft.sampling.params import SamplingParams
 
 Llama = Callable[[str], Checkpoint]
 LENGTHS = (1, 7, 16, 33)
@@ -109,6 +110,21 @@ def test_a_worker_that_dies_is_an_error_soon(pair: Engine, temporary: Path, rank
         pair.close()
         assert workers.all_end(0)
     assert folders_of(temporary) == []
+
+
+def test_an_interrupted_step_poisons_the_engine(pair: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies of the step are still under way: the next step must not take them for its own."""
+    executor = pair._executor
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    pair.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=4))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(executor, "_collect", interrupt)
+        pair.step()
+    with pytest.raises(SessionPoisoned, match="make the engine anew"):
+        pair.step()
 
 
 def test_closing_does_not_wait_for_a_worker_that_hangs(pair: Engine, temporary: Path) -> None:
