@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = "generate text for one or more prompts"
 SAMPLING = {
-    "max_tokens": "most tokens to generate for a prompt",
+    "max_tokens": "most tokens to generate for a prompt (default 256)",
     "temperature": "divides the logits; 0 is greedy",
     "top_p": "keep the most probable tokens up to this total probability",
     "top_k": "keep this many of the most probable tokens",
@@ -67,7 +67,8 @@ def sampling_params(args: Namespace, config: EngineConfig) -> SamplingParams:
     """The configuration's sampling defaults with the options of this run."""
     from lineshaft.sampling.params import SamplingParams
 
-    chosen: dict[str, Any] = {key: value for key, value in config.sampling if value is not None}
+    chosen: dict[str, Any] = {"max_tokens": 256}
+    chosen |= {key: value for key, value in config.sampling if value is not None}
     return SamplingParams(stop=args.stop or None, logprobs=args.logprobs, ignore_eos=args.ignore_eos, **chosen)
 
 

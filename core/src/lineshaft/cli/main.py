@@ -29,6 +29,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(FAILED, f"lineshaft: error: {message}; see `{self.prog} --help`\n")
 
 
+class Version(argparse.Action):
+    """Prints the installed version; looks it up only when asked."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"lineshaft {version('lineshaft')}")
+        raise SystemExit(0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after an error, 130 when interrupted, 141 when the reader of stdout went away."""
     args = parser().parse_args(arguments)
@@ -66,6 +76,7 @@ def stop(number: int, frame: object) -> NoReturn:
 def parser() -> Parser:
     """The parser of all commands."""
     top = Parser(prog="lineshaft", description="One inference engine for any accelerator.")
+    top.add_argument("--version", action=Version, nargs=0, help="print the version")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)

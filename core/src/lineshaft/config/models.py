@@ -67,7 +67,7 @@ class SamplingConfig(Table):
     top_k: int | None = None
     """Keeps this many of the most probable tokens; 0 keeps all."""
     max_tokens: Positive | None = None
-    """Most tokens to generate for one prompt."""
+    """Most tokens to generate for one prompt; unset: 256."""
     seed: Natural | None = None
     """Seed of the request's random draws; unset: derived from the engine's seed."""
 

@@ -155,8 +155,10 @@ class ProcessExecutor:
             except subprocess.TimeoutExpired:
                 status = None
         how = "closed its connection" if status is None else f"ended with status {status}"
+        if status is not None and status < 0:
+            how = f"was killed by signal {-status}"
         return WorkerDied(
-            f"worker of rank {child.rank} (process {child.process.pid}) {how}; its last words are above, "
+            f"worker of rank {child.rank} (process {child.process.pid}) {how}; what it printed is above, "
             "the engine must be made anew"
         )
 

@@ -1,11 +1,10 @@
-"""What the CPU does better than the portable kernels: one-row products, norms, rotary embeddings, experts.
+"""What the CPU does better than the portable kernels: one-row products, rotary embeddings, gating, experts.
 
 Packed products, attention and sampling have files of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import ExpertProblem, LinearProblem, NormProblem, RopeProblem
+from lineshaft.contract.problems import ExpertProblem, LinearProblem, RopeProblem
 from lineshaft_cpu import attention, packed, sampling
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 from lineshaft_torch.kernels.experts import gated_mlp
@@ -87,19 +86,6 @@ def neighbours(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     return q.as_strided((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]), q.stride())
 
 
-def rms_norm(problem: NormProblem, x: torch.Tensor, w: Any, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, H], w [H] -> x / sqrt(mean(x^2) + eps) * w; torch's own, which accumulates in float32, is fewer calls."""
-    normed = F.rms_norm(x, (problem.width,), dense(w), problem.eps)
-    return normed if out is None else out.copy_(normed)
-
-
-def add_rms_norm(problem: NormProblem, x: torch.Tensor, r: torch.Tensor, w: Any, *, out: Pair | None = None) -> Pair:
-    """x, r [T, H] -> (rms_norm(x + r), x + r)."""
-    normed, total = out or (None, None)
-    total = torch.add(x, r, out=total)
-    return rms_norm(problem, total, w, out=normed), total
-
-
 def silu_mul(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, 2F], gate first -> silu(gate) * up [T, F]; the activation is rounded before the product."""
     gate, up = x.chunk(2, -1)
@@ -127,15 +113,10 @@ def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offs
 
 
 def recipes() -> list[Recipe]:
-    norms: list[Callable[..., Any]] = [rms_norm, add_rms_norm]
     return [
         recipe(
             "cpu_linear_row", "linear", stateless(linear_row), out=True, layout=DENSE, priority=PRIORITY,
             supports=linear_row_supports,
-        ),
-        *(
-            recipe(f"cpu_{run.__name__}", run.__name__, with_problem(run), out=True, layout=DENSE, priority=PRIORITY)
-            for run in norms
         ),
         recipe("cpu_silu_mul", "silu_mul", stateless(silu_mul), out=True, priority=PRIORITY),
         recipe("cpu_rope", "rope", _bind_rope, out=True, priority=PRIORITY, supports=rope_halves_supports),
