@@ -26,7 +26,7 @@ from lineshaft_torch.pages import SLOTS_LAYOUT
 HostArray = np.ndarray[Any, Any]
 FEATURES = frozenset({"causal", "window", "softcap", "sinks", "value_in_key", "return_lse"})
 
-SPARE_KEYS = 768
+SPARE_KEYS = 384
 """Decode rows share a call as long as padding them to one length adds at most this many keys, about a call's cost."""
 
 
@@ -37,7 +37,7 @@ class Rows:
     tokens  where the queries stand among the T tokens: a slice, or int64[n * Q]
     slots   where the keys lie in the cache: a slice, or int64[n * K]; short rows repeat a live slot of their own
     pages   int64[n * P]: whole pages to gather instead, so that K = P * page_size; `unseen` int64[*] are the keys among
-            them that no query sees, to be zeroed
+            them that nobody has written yet, to be zeroed
     mask    [n, 1, 1, K] or [1, 1, Q, K], 0 or -inf, in the executed dtype; None: every key is visible
     causal  the mask is the plain causal one (Q = K), and `mask` is None
     dead    bool[n * Q]: queries without a visible key; None: there are none
@@ -134,14 +134,17 @@ class Planner:
 
     def _decode_pages(self, rows: HostArray, starts: HostArray, lens: HostArray, table: HostArray) -> Rows:
         """As _decode, by whole pages, which are fewer and longer pieces to gather than slots."""
-        used = -(-lens // self._problem.page_size)
+        size = self._problem.page_size
+        used = -(-lens // size)
         column = np.arange(int(used.max()))
-        pages = np.where(column < used[:, None], table[:, : len(column)], table[:, :1]).astype(np.int64)
-        inside = np.arange(len(column) * self._problem.page_size) < lens[:, None]
-        unseen = np.flatnonzero(~inside)
+        live = column < used[:, None]
+        pages = np.where(live, table[:, : len(column)], table[:, :1]).astype(np.int64)
+        inside = np.arange(len(column) * size) < lens[:, None]
+        written = lens[:, None] - np.where(live, column, 0) * size  # slots of each gathered page that hold keys
+        unseen = np.flatnonzero(np.arange(size) >= written[..., None])
         return Rows(
             len(rows), 1, _run_of(starts[:-1][rows].astype(np.int64)), slice(0, 0),
-            self._additive(inside)[:, None, None] if len(unseen) else None,
+            None if inside.all() else self._additive(inside)[:, None, None],
             pages=torch.from_numpy(pages.reshape(-1)), unseen=torch.from_numpy(unseen) if len(unseen) else None,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ Packed products, attention and sampling have files of their own.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -41,16 +41,16 @@ def linear_row_supports(problem: LinearProblem) -> str | None:
 
 
 class Angles:
-    """(cos, cos) and (-sin, sin) [max_position, 1, D], and the rows of them that the step under way needs: all layers
-    ask for the same positions."""
+    """cos (for both halves of a head) [max_position, 1, D] and sin [max_position, 1, D / 2], and the rows of them that
+    the step under way needs: all layers ask for the same positions."""
 
     def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        self._tables = tuple(torch.cat(halves, -1)[:, None] for halves in ((cos, cos), (-sin, sin)))
+        self._tables = torch.cat((cos, cos), -1)[:, None], sin[:, None]
         self._seen = b""
         self._rows: Pair = (cos, sin)
 
     def at(self, positions: torch.Tensor) -> Pair:
-        """cos and sin [T, 1, D] of positions int32[T]."""
+        """cos [T, 1, D] and sin [T, 1, D / 2] of positions int32[T]."""
         content = positions.numpy().tobytes()
         if content != self._seen:
             cos, sin = (table.index_select(0, positions) for table in self._tables)
@@ -58,22 +58,59 @@ class Angles:
         return self._rows
 
 
-def rope_halves(
-    angles: Angles, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, out: Pair | None = None
-) -> Pair:
-    """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated: x * cos + swapped(x) * sin."""
-    cos, sin = angles.at(positions)
-    out = out or (q.new_empty(q.shape), k.new_empty(k.shape))
-    joined = neighbours(q, k)
-    parts = (q, k) if joined is None else (joined,)
-    turned = [_turn(x.to(cos.dtype), cos, sin) for x in parts]
-    for result, x in zip(out, turned if joined is None else turned[0].split([q.shape[1], k.shape[1]], 1), strict=True):
-        result.copy_(x)
-    return out
+class Turn:
+    """The rotation of one array x [T, H, D] into `results`, consecutive shares of its heads: six calls over views that
+    are made once. `space` holds two arrays of x's shape in the accumulation dtype, shared by all layers."""
+
+    def __init__(self, x: torch.Tensor, results: Sequence[torch.Tensor], space: torch.Tensor) -> None:
+        self._x, (self._wide, self._turned) = x, space.unbind(0)
+        (self._a, self._b), (self._first, self._second) = (part.chunk(2, -1) for part in (self._wide, self._turned))
+        shares = self._turned.split([result.shape[1] for result in results], 1)
+        self._results = list(zip(results, shares, strict=True))
+
+    def __call__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self._wide.copy_(self._x)
+        torch.mul(self._wide, cos, out=self._turned)
+        self._first.addcmul_(self._b, sin, value=-1)
+        self._second.addcmul_(self._a, sin)
+        for result, share in self._results:
+            result.copy_(share)
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+class Rope:
+    """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated, halves of a head against each other.
+
+    A tape passes the same tensors at every replay, so their views are kept, with the tensors that they belong to.
+    """
+
+    def __init__(self, angles: Angles) -> None:
+        self._angles = angles
+        self._spaces: dict[tuple[int, ...], torch.Tensor] = {}
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, Pair, list[Turn]]] = {}
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, out: Pair | None = None) -> Pair:
+        angles = self._angles.at(positions)
+        results = (q.new_empty(q.shape), k.new_empty(k.shape)) if out is None else out
+        for turn in self._turns(q, k, results, angles[0].dtype, keep=out is not None):
+            turn(*angles)
+        return results
+
+    def _turns(self, q: torch.Tensor, k: torch.Tensor, out: Pair, wide: torch.dtype, keep: bool) -> list[Turn]:
+        known = self._kept.get(id(out[0])) if keep else None
+        if known is not None and known[0] is q and known[1] is k and known[2][0] is out[0] and known[2][1] is out[1]:
+            return known[3]
+        joined = neighbours(q, k)
+        parts = [(q, out[:1]), (k, out[1:])] if joined is None else [(joined, out)]
+        made = [Turn(x, results, self._space(x, wide)) for x, results in parts]
+        if keep:
+            self._kept[id(out[0])] = (q, k, out, made)
+        return made
+
+    def _space(self, x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+        shape = (2, *x.shape)
+        if shape not in self._spaces:
+            self._spaces[shape] = torch.empty(shape, dtype=wide)
+        return self._spaces[shape]
 
 
 def neighbours(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
@@ -100,7 +137,7 @@ def rope_halves_supports(problem: RopeProblem) -> str | None:
 
 def _bind_rope(problem: RopeProblem, session: Any) -> Any:
     key = ("cpu_rope", problem.dim, problem.base, problem.scaling, problem.max_position, problem.dtype)
-    return partial(rope_halves, session.constant(key, lambda: Angles(*shared_table(problem, session))))
+    return Rope(session.constant(key, lambda: Angles(*shared_table(problem, session))))
 
 
 def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offsets: torch.Tensor) -> torch.Tensor:
