@@ -13,7 +13,7 @@ import numpy as np
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
 from lineshaft.contract.steps import StepShape
-from lineshaft.errors import EmptyPrompt, InvalidSamplingParams, SessionClosed, TokenOutOfRange
+from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import agree, make_executor
 from lineshaft.meter import Clock, Meter, median, now
 from lineshaft.outputs import RunMetrics
@@ -131,8 +131,6 @@ class Engine:
             raise SessionClosed("the engine is closed; make a new one")
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not len(prompt):
-            raise EmptyPrompt("the prompt has no tokens: give at least one")
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
                 raise TokenOutOfRange(f"prompt token {token!r}: ids are whole numbers from 0 to {self.vocab - 1}")

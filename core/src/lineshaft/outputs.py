@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -82,4 +82,3 @@ class RunMetrics:
     page_size: int
     load_s: float = 0.0
     capture_s: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)

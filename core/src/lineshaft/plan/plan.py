@@ -42,7 +42,6 @@ class Plan:
     weight_layouts: Mapping[str, str]
     cache_layout: str
     weight_bytes: int
-    weights_prepared_twice: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
@@ -80,8 +79,7 @@ class Plan:
         entries = tuple(
             PlanEntry(**{**e, "rejected": tuple(Rejection(**r) for r in e["rejected"])}) for e in given.pop("entries")
         )
-        twice = tuple(given.pop("weights_prepared_twice"))
-        return cls(shapes=shapes, entries=entries, weights_prepared_twice=twice, **given)
+        return cls(shapes=shapes, entries=entries, **given)
 
 
 def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Rejection], calls: int) -> PlanEntry:
