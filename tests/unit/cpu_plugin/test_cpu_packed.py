@@ -1,7 +1,8 @@
-"""Packed weights: an update reaches the products, and a tied table stays dense because the lookup needs it so."""
+"""Packed weights: an update reaches the products, and a tied head is packed although the lookup's table is dense."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -9,10 +10,17 @@ import numpy as np
 import torch
 
 from lineshaft.contract.backends import World
+from lineshaft.contract.ops import all_ops
 from lineshaft.contract.problems import EmbedProblem, LinearProblem
 from lineshaft.contract.sessions import Packing
+from lineshaft.contract.steps import StepShape
 from lineshaft.contract.weights import Local, Param, Stored
+from lineshaft.layout import Degrees
+from lineshaft.models import BuildContext
+from lineshaft.models.llama import build
+from lineshaft.plan import Workload, make_plan
 from lineshaft.plan.resolve import Resolver, joint_layout
+from lineshaft.runner.programs import all_programs
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_cpu.packed import BLOCKED, linear, pack
@@ -39,7 +47,36 @@ def test_an_update_reaches_packed_weights() -> None:
     assert session.tensors() == []  # opaque: no memory that a tape could point at
 
 
-def test_the_packing_is_chosen_jointly() -> None:
+def test_an_update_of_a_tied_table_reaches_the_packed_head_and_the_dense_lookup() -> None:
+    rng = np.random.default_rng(0)
+    old, *new = (rng.standard_normal((48, 32)).astype(ml_dtypes.bfloat16) for _ in range(3))
+    params = [replace(param(old), name=name) for name in ("embed", "head")]
+    session = TorchSession()
+    embed, head = session.load(params, None, {"embed": Packing(DENSE), "head": Packing(BLOCKED, pack)})
+    where = embed.arrays["data"].data_ptr()
+    for name, values in zip(("embed", "head"), new, strict=True):
+        session.update({name: values})
+        expected = values.astype(np.float32)
+        assert np.array_equal(embed.arrays["data"].float().numpy(), expected)
+        assert np.array_equal(linear(torch.eye(32, dtype=torch.bfloat16), head).float().numpy().T, expected)
+    assert embed.arrays["data"].data_ptr() == where
+
+
+def test_a_tied_head_is_packed_and_its_lookup_dense() -> None:
+    config = {
+        "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 40,
+        "num_hidden_layers": 1, "tie_word_embeddings": True,
+    }  # fmt: skip
+    backend = create(CpuOptions(), World())
+    model = build(config, BuildContext("bfloat16", "bfloat16", 16, Degrees()))
+    programs = all_programs(model, [StepShape(2, 2, (1,), 2, 1)], "bfloat16", 0)
+    work = Workload(model.params(), model.caches(), model.uses(), programs, {})
+    made = make_plan("cpu", work, Resolver("cpu", backend.kernels(), {}), all_ops()).plan
+    assert (made.weight_layouts["embed"], made.weight_layouts["head"]) == (DENSE, BLOCKED)
+    assert made.notes == (f"embed and head hold one tensor in 2 packings: {DENSE}, {BLOCKED} (+2560 bytes)",)
+
+
+def test_the_packing_of_one_parameter_is_chosen_jointly() -> None:
     resolver = Resolver("cpu", create(CpuOptions(), World()).kernels(), {})
     products = [resolver.candidates("linear", LinearProblem(dtype="bfloat16", n=48, k=32, m=m)) for m in (1, 8, 512)]
     assert joint_layout(products, "w") == BLOCKED

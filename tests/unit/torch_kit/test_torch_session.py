@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,7 +17,9 @@ from lineshaft.contract.sessions import Packing
 from lineshaft.contract.steps import InputField, InputLayout, StepShape
 from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory, SessionClosed, SessionFrozen
+from lineshaft.reference.session import ReferenceSession
 from lineshaft_torch.collectives import coordinate_of, members_of
+from lineshaft_torch.session import TorchSession
 
 SHAPE = StepShape(1, 1, (), 1, 1)
 INPUTS = InputLayout([InputField("x", "float32", (2, 8))])
@@ -80,6 +86,27 @@ def test_update_replaces_values_in_place_or_changes_nothing(kit) -> None:
     assert loaded[0].arrays["data"].tolist() == [[7.0] * 3] * 2
     with pytest.raises(MisshapenTensor, match="'c'"):
         session.update({"c": np.zeros(1)})
+
+
+@pytest.mark.parametrize("make", [TorchSession, ReferenceSession])
+def test_an_update_of_one_tied_param_reaches_the_other_in_every_session(kit, make: Callable[[], Any]) -> None:
+    session = make()
+    wide, narrow = kit.param("w", np.ones((2, 3)), source="s"), kit.param("n", np.ones((2, 3)), source="s")
+    other = kit.param("o", np.ones((2, 3)))
+    loaded = session.load([wide, replace(narrow, dtype="float64"), replace(wide, name="w2"), other], None, {})
+
+    def held() -> list[float]:
+        return [float(weight.arrays["data"].max()) for weight in loaded]
+
+    assert loaded[0].arrays["data"] is loaded[2].arrays["data"]
+    session.update({"n": np.full((2, 3), 7.0, np.float32)})
+    assert held() == [7, 7, 7, 1]
+    session.update({"w": np.full((2, 3), 3.0, np.float32), "n": np.full((2, 3), 4.0, np.float32)})
+    assert held() == [4, 4, 4, 1]
+    for bad in ({"o": np.zeros((3, 2))}, {"unknown": np.zeros(1)}):
+        with pytest.raises(MisshapenTensor, match=next(iter(bad))):
+            session.update({"w": np.zeros((2, 3)), **bad})
+    assert held() == [4, 4, 4, 1]
 
 
 def test_pages_make_a_round_trip_between_sessions_in_canonical_form(kit) -> None:

@@ -1,4 +1,4 @@
-"""The memory check says by how much, and shared parameters count once."""
+"""The memory check says by how much, and shared parameters count once a packing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from lineshaft.contract.weights import Local, Param
 from lineshaft.errors import MisshapenTensor, OutOfMemory
-from lineshaft.weights import as_dtype, breakdown, check_fits, local_bytes
+from lineshaft.weights import as_dtype, breakdown, check_fits, local_bytes, repacked
 
 GIB = 1 << 30
 
@@ -15,11 +15,21 @@ def param(name: str, source: str, shape: tuple[int, ...], dtype: str = "bfloat16
     return Param(name, source, shape, dtype, {}, lambda checkpoint, coordinate: Local(()))
 
 
-def test_tied_parameters_count_once() -> None:
-    embed = param("embed", "table", (100, 8))
-    head = param("head", "table", (100, 8))
+def test_tied_parameters_count_once_a_packing() -> None:
+    embed, head, extra = (param(name, "table", (100, 8)) for name in ("embed", "head", "extra"))
     norm = param("norm", "norm", (8,), "float32")
-    assert local_bytes([embed, head, norm]) == 100 * 8 * 2 + 8 * 4
+    params, table = [embed, head, extra, norm], 100 * 8 * 2
+    assert local_bytes(params, {}) == table + 8 * 4
+    assert repacked(params, {}) == []
+    layouts = {"embed": "dense", "head": "tiles", "extra": "dense", "norm": "dense"}
+    assert local_bytes(params, layouts) == 2 * table + 8 * 4
+    said = f"embed and head and extra hold one tensor in 2 packings: dense, tiles (+{table} bytes)"
+    assert repacked(params, layouts) == [said]
+
+
+def test_what_differs_in_dtype_shares_no_memory() -> None:
+    wide, narrow = param("wide", "table", (100, 8), "float32"), param("narrow", "table", (100, 8))
+    assert local_bytes([wide, narrow], {}) == 100 * 8 * (4 + 2)
 
 
 def test_what_fits_and_what_nobody_knows_passes() -> None:

@@ -31,6 +31,8 @@ def run(args: Namespace) -> int:
         print(json.dumps(plan.to_json(), indent=2))
     else:
         print(by_problem(plan) if args.shapes else by_kernel(plan))
+        for note in plan.notes:
+            print(note)
         print(f"plan {plan.hash}  backend {plan.backend}  buckets {len(plan.shapes)}  problems {len(plan.entries)}")
     return 0
 

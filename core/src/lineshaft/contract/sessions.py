@@ -124,12 +124,17 @@ class Session(Protocol):
     def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
         """Prepare and place every Param of the tree; `packings` is what the plan chose, by Param name.
 
+        Params of equal `source_id`, packing, shape and dtype share memory, and the estimate counts them once.
         Returns the tree of Weights. Raises MissingTensor, MisshapenTensor, OutOfMemory.
         """
         ...
 
     def update(self, weights: Mapping[str, HostArray]) -> Pending:
-        """Replace values of equal leaf shape, by Param name, between steps, without dropping programs."""
+        """Replace values of equal leaf shape, by Param name, between steps, without dropping programs.
+
+        Every loaded Param of the named one's source takes the values, in its own packing; the last name of a source
+        counts. Raises MisshapenTensor for a name that is not loaded or another shape; then nothing has changed.
+        """
         ...
 
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:

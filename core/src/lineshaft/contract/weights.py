@@ -76,8 +76,8 @@ class Param:
     """One parameter of a model.
 
     `problems` gives, for each kind of use ("linear", "embed", "norm", "experts", "const"), the problem that the
-    prepared weight will be used under; a tied parameter has several. Parameters with equal `source_id` hold the
-    same values.
+    prepared weight will be used under; all of them share one packing. Parameters with equal `source_id` hold the
+    same values: tied ones that may differ in packing are several parameters of one source.
     """
 
     name: str

@@ -13,6 +13,7 @@ from lineshaft.contract.problems import (
     KVProblem,
     LinearProblem,
     NormProblem,
+    Problem,
     RopeProblem,
     RopeScaling,
 )
@@ -145,7 +146,7 @@ class Llama:
             written.append(cache)
         x, _ = ops.add_rms_norm(x, r, weights["norm"])
         x = ops.gather_rows(x, step.logit_rows)
-        logits = self.layout.logits(ops, ops.linear(self.layout.enter(ops, x), weights[self.head]))
+        logits = self.layout.logits(ops, ops.linear(self.layout.enter(ops, x), weights["head"]))
         return logits[:, : self.shape.vocab], written
 
     def decoder_layer(
@@ -169,10 +170,6 @@ class Llama:
 
     # ---- declarations ------------------------------------------------------------------------------------------
 
-    @property
-    def head(self) -> str:
-        return "embed" if self.config.tied else "head"
-
     def uses(self) -> Uses:
         c, dtype = self.config, self.context.dtype
         rope = RopeProblem(
@@ -193,8 +190,11 @@ class Llama:
         return [one] * self.config.layers
 
     def params(self) -> Tree:
-        tree: dict[str, Any] = {
-            "embed": self._vocab_param("embed", "model.embed_tokens.weight", embed=True, linear=self.config.tied),
+        dtype, share, hidden = self.context.dtype, self.vocab_share, self.shape.hidden
+        embed = "model.embed_tokens.weight"
+        head = embed if self.config.tied else "lm_head.weight"
+        return {
+            "embed": self._vocab("embed", embed, {"embed": EmbedProblem(dtype=dtype, vocab=share, width=hidden)}),
             "vocab_start": Param(
                 name="vocab_start", source_id="vocab_start", shape=(1,), dtype="int32", varies=("tp",),
                 problems={"const": ConstProblem(dtype="int32", shape=(1,))},
@@ -202,10 +202,8 @@ class Llama:
             ),
             "layers": [self._layer(f"model.layers.{i}.", f"layers.{i}.") for i in range(self.config.layers)],
             "norm": self._norm("norm", "model.norm.weight"),
+            "head": self._vocab("head", head, {"linear": LinearProblem(dtype=dtype, n=share, k=hidden)}),
         }  # fmt: skip
-        if not self.config.tied:
-            tree["head"] = self._vocab_param("head", "lm_head.weight", embed=False, linear=True)
-        return tree
 
     def _layer(self, source: str, name: str) -> Tree:
         s, dim = self.shape, self.config.head_dim
@@ -258,15 +256,11 @@ class Llama:
         problem = NormProblem(dtype=self.context.dtype, width=width, eps=self.config.eps)
         return Param(name, name, (width,), self.context.dtype, {"norm": problem}, shards.whole(source, (width,)))
 
-    def _vocab_param(self, name: str, source: str, *, embed: bool, linear: bool) -> Param:
-        dtype, share, hidden = self.context.dtype, self.vocab_share, self.shape.hidden
-        problems: dict[str, Any] = {}
-        if embed:
-            problems["embed"] = EmbedProblem(dtype=dtype, vocab=share, width=hidden)
-        if linear:
-            problems["linear"] = LinearProblem(dtype=dtype, n=share, k=hidden)
+    def _vocab(self, name: str, source: str, problems: Mapping[str, Problem]) -> Param:
+        """A table of the vocabulary. Where the head is tied, both are of one source, each in the packing it likes."""
+        share, hidden = self.vocab_share, self.shape.hidden
         shard = shards.padded_rows(source, (self.shape.vocab, hidden), share)
-        return Param(name, name, (share, hidden), dtype, problems, shard, varies=("tp",))
+        return Param(name, source, (share, hidden), self.context.dtype, problems, shard, varies=("tp",))
 
 
 def build(config: Mapping[str, Any], context: BuildContext) -> Llama:

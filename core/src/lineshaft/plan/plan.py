@@ -42,6 +42,7 @@ class Plan:
     weight_layouts: Mapping[str, str]
     cache_layout: str
     weight_bytes: int
+    notes: tuple[str, ...] = ()  # what a reader should know beside the kernels, a line each
 
     @property
     def hash(self) -> str:
@@ -55,7 +56,7 @@ class Plan:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def summary(self) -> str:
-        """A few lines: backend, buckets, the kernel of each op, the hash."""
+        """A few lines: backend, buckets, the kernel of each op, the hash, the notes."""
         chosen: dict[str, list[str]] = {}
         for entry in self.entries:
             names = chosen.setdefault(entry.op, [])
@@ -66,6 +67,7 @@ class Plan:
         ]
         width = max((len(op) for op in chosen), default=0)
         lines += [f"  {op:<{width}}  {', '.join(names)}" for op, names in chosen.items()]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class Plan:
         entries = tuple(
             PlanEntry(**{**e, "rejected": tuple(Rejection(**r) for r in e["rejected"])}) for e in given.pop("entries")
         )
-        return cls(shapes=shapes, entries=entries, **given)
+        return cls(shapes=shapes, entries=entries, notes=tuple(given.pop("notes")), **given)
 
 
 def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Rejection], calls: int) -> PlanEntry:

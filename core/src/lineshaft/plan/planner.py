@@ -15,7 +15,7 @@ from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft.plan.plan import Plan, PlanEntry, make_entry
 from lineshaft.plan.resolve import Candidates, Resolver, joint_layout
 from lineshaft.plan.trace import Site, Trace, Tracer, dispatch_key, distinct_params, trace_function
-from lineshaft.weights.memory import local_bytes
+from lineshaft.weights.memory import local_bytes, repacked
 
 Uses = Mapping[str, tuple[str, Problem]]
 
@@ -104,7 +104,8 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
     sites = [site for trace in traces for site in trace.sites.values() if not site.composite]
     layouts = _weight_layouts(work, sites, resolver)
     cache_layout = _cache_layout(sites, resolver)
-    names = [param.name for param in distinct_params(work.params)]
+    params = distinct_params(work.params)
+    names = [param.name for param in params]
     chosen: dict[tuple[str, Problem], Kernel] = {}
     packings: dict[str, Packing] = {}
     for site in sites:
@@ -119,7 +120,8 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
         entries=_entries(traces, chosen, resolver),
         weight_layouts=layouts,
         cache_layout=cache_layout,
-        weight_bytes=local_bytes(distinct_params(work.params)),
+        weight_bytes=local_bytes(params, layouts),
+        notes=tuple(repacked(params, layouts)),
     )
     bound = tuple((p, BoundOps(t, chosen, specs)) for p, t in zip(work.programs, traces, strict=True))
     return Planned(plan, bound, packings, tuple(trace.outputs for trace in traces))

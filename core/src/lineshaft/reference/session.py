@@ -105,7 +105,8 @@ class ReferenceSession:
     def __init__(self) -> None:
         self.weights: Tree = {}
         self.caches: list[Cache] = []
-        self._by_name: dict[str, Weight] = {}
+        self._params: dict[str, tuple[Param, Weight]] = {}
+        self._shared: dict[tuple[Any, ...], dict[str, HostArray]] = {}  # keys begin with the source
         self._frozen = self._closed = False
 
     # ---- weights and caches ------------------------------------------------------------------------------------
@@ -113,28 +114,37 @@ class ReferenceSession:
     def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
         self.check_open()
         self._check_thawed("load")
+        self._params, self._shared = {}, {}
         self.weights = map_tree(lambda param: self._weight(param, checkpoint), params)
         return self.weights
 
     def _weight(self, param: Param, checkpoint: Checkpoint) -> Weight | ValueArray:
-        if param.name not in self._by_name:
-            local = param.shard(checkpoint, Coordinate())
-            values = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
-            if values.shape != param.shape:
-                raise MisshapenTensor(f"{param.name} has shape {values.shape}, the model needs {param.shape}")
-            key = len(self._by_name)
-            self._by_name[param.name] = Weight(key, param.name, param.problems, "", {"data": values})
-        weight = self._by_name[param.name]
+        if param.name not in self._params:
+            same = (param.source_id, param.shape, param.dtype)
+            if same not in self._shared:
+                self._shared[same] = {"data": _values(param, checkpoint)}
+            weight = Weight(len(self._params), param.name, param.problems, "", self._shared[same])
+            self._params[param.name] = (param, weight)
+        weight = self._params[param.name][1]
         return ValueArray(weight.arrays["data"]) if "const" in param.problems else weight
 
     def update(self, weights: Mapping[str, HostArray]) -> ReferencePending:
         self.check_open()
-        for name, values in weights.items():
-            held = self._by_name[name].arrays["data"]
-            if held.shape != values.shape:
-                raise MisshapenTensor(f"{name} has shape {held.shape}, the update brings {values.shape}; load it anew")
+        found = [(held, values) for name, values in weights.items() for held in self._held(name, values.shape)]
+        for held, values in found:
             held[...] = values
         return ReferencePending({}, 0.0)
+
+    def _held(self, name: str, shape: tuple[int, ...]) -> list[HostArray]:
+        """Every array of the parameter's source."""
+        if name not in self._params:
+            raise MisshapenTensor(f"update of {name!r}: no such parameter is loaded; load it first")
+        source = self._params[name][0].source_id
+        held = [arrays["data"] for same, arrays in self._shared.items() if same[0] == source]
+        for array in held:
+            if array.shape != shape:
+                raise MisshapenTensor(f"{name} has shape {array.shape}, the update brings {shape}; load it anew")
+        return held
 
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
         self.check_open()
@@ -202,7 +212,7 @@ class ReferenceSession:
     def close(self) -> None:
         self._closed = True
         self.weights, self.caches = {}, []
-        self._by_name.clear()
+        self._params, self._shared = {}, {}
 
     def check_open(self) -> None:
         """Raises SessionClosed after `close`."""
@@ -212,3 +222,11 @@ class ReferenceSession:
     def _check_thawed(self, call: str) -> None:
         if self._frozen:
             raise SessionFrozen(f"{call} between freeze and thaw: call thaw first")
+
+
+def _values(param: Param, checkpoint: Checkpoint) -> HostArray:
+    local = param.shard(checkpoint, Coordinate())
+    values = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
+    if values.shape != param.shape:
+        raise MisshapenTensor(f"{param.name} has shape {values.shape}, the model needs {param.shape}")
+    return values

@@ -16,13 +16,40 @@ from lineshaft.weights.schemes import as_dtype
 _GIB: Final = 1 << 30
 
 
-def local_bytes(params: Iterable[Param]) -> int:
-    """Bytes that the local shards take in their executed dtypes; parameters with one `source_id` count once."""
-    largest: dict[str, int] = {}
+def local_bytes(params: Iterable[Param], layouts: Mapping[str, str]) -> int:
+    """Bytes that the local shards take in their executed dtypes. `layouts` is the packing of each, by Param name.
+
+    Parameters with one `source_id` share memory, and count once, where packing, shape and dtype are equal too.
+    """
+    return sum(sum(_prepared(group, layouts).values()) for group in _by_source(params).values())
+
+
+def repacked(params: Iterable[Param], layouts: Mapping[str, str]) -> list[str]:
+    """For each source that takes memory in several packings: whose it is, which they are, and what that adds."""
+    lines = []
+    for group in _by_source(params).values():
+        prepared = _prepared(group, layouts)
+        if len(prepared) > 1:
+            extra = sum(prepared.values()) - max(prepared.values())
+            names = " and ".join(param.name for param in group)
+            packings = ", ".join(layout for layout, _, _ in prepared)
+            lines.append(f"{names} hold one tensor in {len(prepared)} packings: {packings} (+{gib(extra)})")
+    return lines
+
+
+def _by_source(params: Iterable[Param]) -> dict[str, list[Param]]:
+    groups: dict[str, list[Param]] = {}
     for param in params:
-        size = prod(param.shape) * as_dtype(param.dtype).itemsize
-        largest[param.source_id] = max(size, largest.get(param.source_id, 0))
-    return sum(largest.values())
+        groups.setdefault(param.source_id, []).append(param)
+    return groups
+
+
+def _prepared(group: Iterable[Param], layouts: Mapping[str, str]) -> dict[tuple[str, tuple[int, ...], str], int]:
+    """Bytes of each distinct (layout, shape, dtype) among parameters of one source."""
+    return {
+        (layouts.get(param.name, ""), param.shape, param.dtype): prod(param.shape) * as_dtype(param.dtype).itemsize
+        for param in group
+    }
 
 
 def breakdown(parts: Mapping[str, int]) -> str:

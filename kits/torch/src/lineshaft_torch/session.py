@@ -80,8 +80,8 @@ class TorchSession:
         self.caches: list[Cache] = []
         self.arena = self._bytes(0)
         self.generation = 0  # of weights and caches: what was captured over others must not run again
-        self._params: dict[str, tuple[Param, Weight | torch.Tensor, Packing]] = {}
-        self._shared: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+        self._params: dict[str, tuple[Param, Weight | torch.Tensor]] = {}
+        self._shared: dict[tuple[Any, ...], tuple[Param, Packing, dict[str, torch.Tensor]]] = {}
         self._constants: dict[Hashable, Any] = {}
         self._frozen = self._closed = False
         self._failure: BaseException | None = None
@@ -105,9 +105,9 @@ class TorchSession:
             if same not in self._shared:
                 with _memory(f"weight {param.name}"):
                     local = param.shard(checkpoint, self.coordinate)
-                    self._shared[same] = self._leaves(param, local, packing)
-            made = self._make(param, len(self._params), packing, self._shared[same])
-            self._params[param.name] = (param, made, packing)
+                    self._shared[same] = (param, packing, self._leaves(param, local, packing))
+            made = self._make(param, len(self._params), packing, self._shared[same][2])
+            self._params[param.name] = (param, made)
         return self._params[param.name][1]
 
     def _leaves(self, param: Param, local: Local, packing: Packing) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ class TorchSession:
     def update(self, weights: Mapping[str, HostArray]) -> StepPending:
         """Raises MisshapenTensor for a name that was not loaded or another shape; then nothing has changed."""
         self.require_usable()
-        made = [(self._leaves_of(name), self._repack(name, array)) for name, array in weights.items()]
+        made = [pair for name, array in weights.items() for pair in self._repack(name, array)]
         for old, new in made:
             for leaf, tensor in old.items():
                 if tensor.is_mkldnn:  # opaque: it cannot be written to, and no tape holds it
@@ -134,19 +134,22 @@ class TorchSession:
                     tensor.copy_(new[leaf])
         return StepPending({}, {})
 
-    def _leaves_of(self, name: str) -> dict[str, torch.Tensor]:
+    def _repack(self, name: str, array: HostArray) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+        """The leaves held and the leaves to be held, of each packing of the parameter's source."""
         if name not in self._params:
             raise MisshapenTensor(f"update of {name!r}: no such parameter is loaded; load it first")
-        made = self._params[name][1]
-        return {"data": made} if isinstance(made, torch.Tensor) else made.arrays
-
-    def _repack(self, name: str, array: HostArray) -> dict[str, torch.Tensor]:
-        param, _, packing = self._params[name]
-        if tuple(array.shape) != param.shape:
-            raise MisshapenTensor(
-                f"update of {name!r}: shape {list(array.shape)}, not {list(param.shape)}; another shape needs load"
-            )
-        return self._leaves(param, Local((Stored("none", param.shape, {"data": array}),)), packing)
+        source = self._params[name][0].source_id
+        pairs = []
+        for param, packing, leaves in self._shared.values():
+            if param.source_id != source:
+                continue
+            if tuple(array.shape) != param.shape:
+                raise MisshapenTensor(
+                    f"update of {name!r}: shape {list(array.shape)}, not {list(param.shape)}; another shape needs load"
+                )
+            local = Local((Stored("none", param.shape, {"data": array}),))
+            pairs.append((leaves, self._leaves(param, local, packing)))
+        return pairs
 
     # ---- caches and pages --------------------------------------------------------------------------------------
 
@@ -220,8 +223,7 @@ class TorchSession:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every weight and cache tensor that has addressable memory: what stays where it is from step to step."""
-        weights = [leaf for name in self._params for leaf in self._leaves_of(name).values()]
-        weights = [leaf for leaf in weights if not leaf.is_mkldnn]
+        weights = [leaf for *_, leaves in self._shared.values() for leaf in leaves.values() if not leaf.is_mkldnn]
         return weights + [leaf for cache in self.caches for leaf in cache.arrays.values()]
 
     @contextmanager

@@ -1,0 +1,67 @@
+"""What the plan says of a tensor that two parameters share: one packing where it serves both, else one for each."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.ops import all_ops
+from lineshaft.contract.problems import EmbedProblem, LinearProblem, Problem
+from lineshaft.contract.steps import InputField, InputLayout, StepShape
+from lineshaft.contract.weights import Local, Param
+from lineshaft.plan import Plan, ProgramSpec, Resolver, Workload, make_plan
+
+VOCAB, WIDTH = 6, 4
+BYTES = 2 * VOCAB * WIDTH
+INPUTS = InputLayout([InputField("token_ids", "int32", (2,)), InputField("start", "int32", (1,))])
+EMBED = EmbedProblem(dtype="bfloat16", vocab=VOCAB, width=WIDTH)
+LINEAR = LinearProblem(dtype="bfloat16", n=VOCAB, k=WIDTH)
+
+
+def table(name: str, **problems: Problem) -> Param:
+    return Param(name, "table", (VOCAB, WIDTH), "bfloat16", problems, lambda checkpoint, at: Local(()))
+
+
+def forward(ops: Any, w: Any, caches: Any, inputs: Any, arrays: Any) -> tuple[dict[str, Any], list[Any]]:
+    x = ops.embed(inputs.token_ids, w["embed"], inputs.arrays["start"])
+    return {"logits": ops.linear(x, w.get("head", w["embed"]))}, caches
+
+
+def plan(params: dict[str, Param], **layouts: str) -> Plan:
+    """The plan of a lookup and a product, with a dense kernel for each op and a better one in the layout given."""
+
+    def kernel(op: str, layout: str, priority: int) -> Kernel:
+        return Kernel(f"{layout}_{op}", op, "test", lambda problem, session: None, layout=layout, priority=priority)
+
+    kernels = [kernel(op, "dense", 0) for op in ("embed", "linear")]
+    kernels += [kernel(op, layout, 5) for op, layout in layouts.items()]
+    program = ProgramSpec("forward", forward, StepShape(2, 2, (), 2, 1), INPUTS)
+    work = Workload(params, [], {}, [program], {})
+    return make_plan("test", work, Resolver("test", kernels, {}), all_ops()).plan
+
+
+TIED = {"embed": table("embed", embed=EMBED), "head": table("head", linear=LINEAR)}
+
+
+@pytest.mark.parametrize("layouts", [{}, {"embed": "tiles", "linear": "tiles"}], ids=["dense", "tiles"])
+def test_a_tied_tensor_counts_once_where_one_packing_is_best_for_both(layouts: dict[str, str]) -> None:
+    made = plan(TIED, **layouts)
+    assert len(set(made.weight_layouts.values())) == 1
+    assert made.weight_bytes == BYTES and made.notes == ()
+
+
+def test_it_counts_twice_in_two_packings_and_the_plan_says_so() -> None:
+    made = plan(TIED, linear="tiles")
+    assert made.weight_layouts == {"embed": "dense", "head": "tiles"}
+    assert made.weight_bytes == 2 * BYTES
+    note = f"embed and head hold one tensor in 2 packings: dense, tiles (+{BYTES} bytes)"
+    assert made.notes == (note,) and note in made.summary()
+    assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_one_parameter_of_two_kinds_has_one_packing_for_both() -> None:
+    made = plan({"embed": table("embed", embed=EMBED, linear=LINEAR)}, linear="tiles")
+    assert made.weight_layouts == {"embed": "dense"} and made.weight_bytes == BYTES
