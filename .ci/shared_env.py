@@ -2,8 +2,8 @@
 
     python .ci/shared_env.py FOLDER
 
-It installs again only when a file that names requirements has changed. tox itself cannot share an environment between
-names: it makes it anew whenever the name changes.
+It installs again only when a file that names requirements or is compiled has changed. tox itself cannot share an
+environment between names: it makes it anew whenever the name changes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def main(folder: Path) -> None:
 
 
 def fingerprint() -> str:
-    """What the installation depends on: every file that names requirements, and the interpreter."""
+    """What the installation depends on: every file that names requirements or is compiled, and the interpreter."""
     digest = hashlib.sha256(f"{sys.version} {ROOT} {MODEL}".encode())
     projects = [*ROOT.glob("*/pyproject.toml"), *ROOT.glob("*/*/pyproject.toml")]
-    for path in [ROOT / "requirements-dev.txt", *sorted(projects)]:
+    compiled = [*ROOT.glob("plugins/*/hatch_build.py"), *ROOT.glob("plugins/*/native/*")]
+    for path in [ROOT / "requirements-dev.txt", *sorted(projects), *sorted(compiled)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -23,6 +23,8 @@ FOLDERS = sorted(
     path.parent for pattern in ("core", "kits/*", "plugins/*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
 )
 NAMES = [tomllib.loads((folder / "pyproject.toml").read_text())["project"]["name"] for folder in FOLDERS]
+COMPILED = {"lineshaft-cpu": "lineshaft_cpu/_native.so"}
+"""What a build compiles, by distribution, with the C compiler that these tests need; a text beside it may say more."""
 TORCH_FREE = "import sys; assert not {'torch', 'jax', 'triton'} & set(sys.modules), 'a tensor library was imported'"
 
 
@@ -54,9 +56,10 @@ def build(source: Path, target: Path) -> Built:
     return Built(source, name, name.replace("-", "_"), tuple(project["dependencies"]), wheel, sdist)
 
 
-def run(*command: str | Path, cwd: Path | None = None) -> str:
+def run(*command: str | Path, cwd: Path | None = None, **variables: str) -> str:
     """What the command prints; its whole output if it fails. No variable of Python leads back to the source tree."""
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, env=clean_environment())
+    env = clean_environment() | variables
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -68,23 +71,63 @@ def clean_environment() -> dict[str, str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wheel_holds_the_typed_package_its_license_and_nothing_else(name: str, built: dict[str, Built]) -> None:
     project = built[name]
-    with zipfile.ZipFile(project.wheel) as archive:
-        held = archive.namelist()
+    held = names_in(project.wheel)
     code = {str(path.relative_to(project.source / "src")) for path in sources(project)}
+    compiled = {COMPILED[name]} if name in COMPILED else set()
     metadata = {path for path in held if ".dist-info/" in path}
-    assert set(held) - metadata == code
+    assert held - metadata - {text_beside(path) for path in compiled} == code | compiled, "is there a C compiler?"
     assert f"{project.package}/py.typed" in held
     assert any(path.endswith("licenses/LICENSE") for path in metadata)
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def text_beside(library: str) -> str:
+    return library.removesuffix(".so") + ".txt"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wheel_with_a_library_is_for_its_platform_and_any_python(name: str, built: dict[str, Built]) -> None:
+    *_, python, abi, machine = built[name].wheel.stem.split("-")
+    with zipfile.ZipFile(built[name].wheel) as archive:
+        (path,) = [path for path in archive.namelist() if path.endswith(".dist-info/WHEEL")]
+        metadata = Parser().parsestr(archive.read(path).decode())
+    assert (python, abi) == ("py3", "none")
+    assert machine == (re.sub(r"\W", "_", sysconfig.get_platform()) if name in COMPILED else "any")
+    assert metadata["Root-Is-Purelib"] == ("false" if name in COMPILED else "true")
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [({"CC": "false"}, "false failed: status 1"), ({"CC": "", "PATH": ""}, "no C compiler was found (cc, gcc, clang)")],
+    ids=["broken", "absent"],
+)
+@pytest.mark.parametrize("name", COMPILED)
+def test_without_a_compiler_a_wheel_is_pure_and_says_why(
+    name: str, variables: dict[str, str], reason: str, built: dict[str, Built], tmp_path: Path
+) -> None:
+    with tarfile.open(built[name].sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
+    run(*command, **variables)
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    assert names_in(wheel) & {COMPILED[name], text_beside(COMPILED[name])} == {text_beside(COMPILED[name])}
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(text_beside(COMPILED[name])).decode() == f"{reason}\n"
 
 
 def sources(project: Built) -> list[Path]:
     """The files of a distribution's package as they lie in the tree."""
     found = (project.source / "src").rglob("*")
-    return [path for path in found if path.is_file() and not any(map(is_cache, path.relative_to(project.source).parts))]
+    return [path for path in found if path.is_file() and not any(map(is_made, path.relative_to(project.source).parts))]
 
 
-def is_cache(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
+def is_made(name: str) -> bool:
+    return name.startswith((".", "_native.")) or name == "__pycache__"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,7 +136,10 @@ def test_an_sdist_holds_what_the_wheel_is_built_from(name: str, built: dict[str,
     with tarfile.open(project.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "PKG-INFO"} <= held
-    assert {str(path.relative_to(project.source)) for path in sources(project)} <= held
+    compiled = {*project.source.glob("native/*"), *project.source.glob("hatch_build.py")}
+    assert bool(compiled) == (name in COMPILED)
+    assert {str(path.relative_to(project.source)) for path in {*sources(project), *compiled}} <= held
+    assert not any("_native." in path for path in held)
     assert not any(part.startswith("test") for path in held for part in Path(path).parts)
 
 
@@ -148,6 +194,8 @@ def test_wheels_together_reuse_the_third_party_packages_at_hand(built: dict[str,
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", *(project.wheel for project in built.values()))
     homes = json.loads(run(python, "-c", homes_of([project.package for project in built.values()]), cwd=tmp_path))
     assert all(Path(home).is_relative_to(tmp_path) for home in homes), homes
+    print_reason = "from lineshaft_cpu import native; print(native.reason('auto'))"
+    assert run(python, "-c", print_reason, cwd=tmp_path).strip() == "None"
     listed = json.loads(run(python.parent / "lineshaft", "backends", "--json", cwd=tmp_path))
     assert {"numpy", "cpu"} <= {backend["name"] for backend in listed["backends"] if backend["usable"]}
     assert listed["rejected"] == []

@@ -13,6 +13,7 @@ class CpuOptions(BaseModel):
     program               "tape" replays what was recorded before the first step, "eager" runs the forward each step
     functional            keys and values are written into a copy of the cache: slow, for finding forwards that drop it
     attention_memory_mib  largest temporaries, in MiB, of one call of the portable attention
+    native                compiled kernels: "auto" takes the best level that was built and runs here, "off" none
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -20,3 +21,4 @@ class CpuOptions(BaseModel):
     program: Literal["tape", "eager"] = "tape"
     functional: bool = False
     attention_memory_mib: int = Field(default=256, ge=1)
+    native: Literal["auto", "off", "avx512", "avx2", "portable"] = "auto"

@@ -1,0 +1,90 @@
+"""Loads the C kernels that the install compiled, at the best level that this processor runs; it imports no PyTorch.
+
+A level is one compilation of all kernels for an instruction set; `plugins/cpu/hatch_build.py` says how they are made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lineshaft.errors import Unsupported
+
+LEVELS = ("avx512", "avx2", "portable")
+"""Best first."""
+AGAIN = "run `pip install --force-reinstall --no-deps --no-cache-dir lineshaft-cpu`"
+FIX = f"to get them, install a C compiler, e.g. `apt install gcc`, then {AGAIN}"
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Native:
+    """The kernels of one level."""
+
+    level: str
+    library: ctypes.CDLL
+
+    def function(self, name: str, *argtypes: Any) -> Callable[..., Any]:
+        """The kernel `name`, which takes `argtypes` and returns nothing; raises `Unsupported` if there is none."""
+        symbol = f"lineshaft_{self.level}_{name}"
+        try:
+            found = self.library[symbol]
+        except AttributeError:
+            raise Unsupported(f"{self.library._name} has no {symbol}: it is of an earlier build; {AGAIN}") from None
+        found.argtypes, found.restype = argtypes, None
+        return found
+
+
+def load(wanted: str = "auto", package: Path = PACKAGE) -> Native:
+    """The level `wanted`, or at "auto" the best that was built and that this processor runs; cached.
+
+    `package` is the folder that holds the library. Raises `Unsupported` with what `reason` says.
+    """
+    found = _find(wanted, package)
+    if isinstance(found, str):
+        raise Unsupported(found)
+    return found
+
+
+def reason(wanted: str = "auto", package: Path = PACKAGE) -> str | None:
+    """Why `load` would refuse and what to do, or None if it would not."""
+    found = _find(wanted, package)
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _find(wanted: str, package: Path) -> Native | str:
+    if wanted == "off":
+        return 'native kernels are switched off (backend_options native = "off")'
+    if wanted not in ("auto", *LEVELS):
+        return f"native = {wanted!r} is not known; allowed are {', '.join(('auto', 'off', *LEVELS))}"
+    file, notes = package / "_native.so", _notes(package)
+    if not file.exists():
+        return f"there are no native kernels: {notes or f'no build has made {file}'}; {FIX}"
+    try:
+        library = ctypes.CDLL(str(file))
+        library.lineshaft_levels.restype = ctypes.c_char_p
+        built = library.lineshaft_levels().decode().split()
+        runs = [level for level in LEVELS if level in built and library.lineshaft_supports(level.encode())]
+    except (OSError, AttributeError) as error:
+        return f"the native kernels cannot be loaded: {error}; {FIX}"
+    if wanted == "auto":
+        return Native(runs[0], library)
+    if wanted not in built:
+        why = notes or "it is of other machines"
+        return f"native kernels of level {wanted!r} were not built, only {', '.join(built)} ({why})"
+    if wanted not in runs:
+        return f"this processor does not run native kernels of level {wanted!r}, only {', '.join(runs)}"
+    return Native(wanted, library)
+
+
+def _notes(package: Path) -> str:
+    """What the build wrote down in one line: the levels that it left out, or why there is no library."""
+    try:
+        return "; ".join((package / "_native.txt").read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return ""
