@@ -1,4 +1,6 @@
-/* What the library holds and which of it this processor runs; compiled without any flag of an instruction set. */
+/* What the levels share: which of them this processor runs, and the team of threads. Compiled without any flag of an
+   instruction set. */
+#include "team.h"
 
 #include <string.h>
 
@@ -43,4 +45,35 @@ EXPORT int lineshaft_supports(const char *level)
         return avx2();
 #endif
     return !strcmp(level, "portable");
+}
+
+/* GOMP_parallel(body, argument, threads, flags): runs body(argument) on every thread of a team. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+static Parallel parallel;
+
+/* Share work through this GOMP_parallel; NULL: run everything on the calling thread. */
+EXPORT void lineshaft_use_team(void *gomp_parallel) { parallel = (Parallel)gomp_parallel; }
+
+typedef struct {
+    lineshaft_body body;
+    const void *job;
+    int64_t items, next;
+} Shared;
+
+static void take_items(void *argument) {
+    Shared *shared = argument;
+    int64_t item;
+    while ((item = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED)) < shared->items)
+        shared->body(shared->job, item);
+}
+
+void lineshaft_run(lineshaft_body body, const void *job, int64_t items, int threads) {
+    if (threads > 1 && items > 1 && parallel) {
+        Shared shared = {body, job, items, 0};
+        parallel(take_items, &shared, (unsigned)(items < threads ? items : threads), 0);
+        return;
+    }
+    for (int64_t item = 0; item < items; item++)
+        body(job, item);
 }

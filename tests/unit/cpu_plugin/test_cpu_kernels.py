@@ -19,6 +19,7 @@ from lineshaft.contract.problems import LinearProblem, PointwiseProblem
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Weight
+from lineshaft_cpu import native
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_torch.arrays import from_host, to_host
@@ -28,13 +29,20 @@ from lineshaft_torch.tensors import map_tensors, tensors_in
 OPS = {name: spec for name, spec in all_ops().items() if not spec.collective}
 BACKEND = create(CpuOptions(), World(threads=1))
 KERNELS = [kernel for kernel in BACKEND.kernels() if kernel.op in OPS]
-IDS = [kernel.name for kernel in KERNELS]
+LEVELS = [level for level in native.LEVELS if native.reason(level) is None]
+"""Instruction set levels of the compiled kernels that this processor runs: each is tested, not only the best."""
+BY_ID = {kernel.name: kernel for kernel in KERNELS if "native" not in kernel.name} | {
+    f"{kernel.name}-{level}": kernel
+    for level in LEVELS
+    for kernel in create(CpuOptions(native=level), World(threads=2)).kernels()
+    if "native" in kernel.name
+}
 ALLOCATING = {
     "torch_write_kv", "torch_read_pages", "torch_write_pages", "torch_copy_pages", "torch_copy_slots", "torch_attend",
     "torch_router_topk", "torch_moe_dispatch", "torch_grouped_mlp", "cpu_grouped_mlp", "cpu_linear_packed",
-    "torch_logprobs", "torch_apply_logits",
+    "cpu_native_write_kv", "torch_logprobs", "torch_apply_logits",
 }  # fmt: skip
-"""Kernels whose results a tape copies to their place; on the path of a decode step there is none but write_kv."""
+"""Kernels whose results a tape copies to their place; on the path of a decode step there is none but the products and write_kv."""
 
 
 @cache
@@ -96,7 +104,7 @@ def session() -> Iterator[Any]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=KERNELS, ids=IDS)
+@pytest.fixture(params=BY_ID.values(), ids=BY_ID)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     return request.param
 

@@ -47,7 +47,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     sources, package = tmp_path / "native", tmp_path / "package"
     sources.mkdir()
     package.mkdir()
-    shutil.copy(SOURCES / "support.c", sources)
+    for name in ("support.c", "team.h"):
+        shutil.copy(SOURCES / name, sources)
     (sources / "kernels.c").write_text(PING)
     return sources, package
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lineshaft.contract.problems import AttendProblem
+from lineshaft.contract.problems import AttendProblem, KVProblem
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import HostStep, StepInputs, StepShape
 from lineshaft_torch.arrays import accumulator, torch_dtype
@@ -64,10 +64,13 @@ class StepPlan:
 
 class Planner:
     """Plans a step from the host's view of its lengths: before submission where it is asked to (`prepare`), else at the
-    first call that finds the lengths changed."""
+    first call that finds the lengths changed.
 
-    def __init__(self, problem: AttendProblem) -> None:
-        self._problem = problem
+    `elsewhere` >= 0 leaves out what another kernel attends: rows of one query, and rows of at most so many keys.
+    """
+
+    def __init__(self, problem: AttendProblem, elsewhere: int = -1) -> None:
+        self._problem, self._elsewhere = problem, elsewhere
         self._dtype = torch_dtype(problem.dtype)
         self._step: StepInputs | None = None
         self._views: tuple[HostArray, ...] = ()
@@ -102,6 +105,8 @@ class Planner:
         begins, counts, contexts = starts[:-1].tolist(), np.diff(starts).tolist(), lens.tolist()
         holes = self._holes(lens, table)
         for b, (begin, count, context) in enumerate(zip(begins, counts, contexts, strict=True)):
+            if self._elsewhere >= 0 and (count == 1 or context <= self._elsewhere):
+                continue
             if count == 1 and context and not holes[b]:
                 decode.append((self._visible(context), b))
             elif count and context:
@@ -227,13 +232,38 @@ def attend(
 ) -> Any:
     """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse [T, Hq] in the accumulation dtype)."""
     plan = planner.plan(step, q.shape[0])
-    given = out if isinstance(out, tuple) else (out,)
-    result = q.new_empty((*q.shape[:2], problem.v_dim)) if given[0] is None else given[0]
-    lse = _no_keys(q, given[-1] if out is not None else None) if problem.return_lse else None
+    result, lse = results(problem, q, out)
     if plan.gaps:
         result.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+    attend_rows(problem, plan.groups, q, cache, result, lse, sinks)
+    return result if lse is None else (result, lse)
+
+
+def results(problem: AttendProblem, q: torch.Tensor, out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the result [T, Hq, Dv] and lse [T, Hq] go, unset; lse is None unless the problem asks for it."""
+    if problem.return_lse:
+        return out or (_unset(problem, q), torch.empty(q.shape[:2], dtype=accumulator(q.dtype)))
+    return _unset(problem, q) if out is None else out, None
+
+
+def _unset(problem: AttendProblem, q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty((*q.shape[:2], problem.v_dim))
+
+
+def attend_rows(
+    problem: AttendProblem,
+    groups: Sequence[Rows],
+    q: torch.Tensor,
+    cache: Cache,
+    result: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Attend the rows of `groups` and write what is found to their tokens of `result` and `lse`."""
     explicit = bool(problem.softcap) or problem.sinks or problem.return_lse
-    for rows in plan.groups:
+    for rows in groups:
         keys = _gather(cache.arrays["k"], rows, problem.page_size)
         in_keys = problem.value_in_key
         values = keys[..., : problem.v_dim] if in_keys else _gather(cache.arrays["v"], rows, problem.page_size)
@@ -245,12 +275,6 @@ def attend(
         else:
             found = _fused(problem, rows, queries, keys, values)
         result[rows.tokens] = found if rows.dead is None else found.masked_fill(rows.dead[:, None, None], 0.0)
-    return result if lse is None else (result, lse)
-
-
-def _no_keys(q: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype)) if out is None else out
-    return lse.fill_(-torch.inf)
 
 
 def _fused(
@@ -297,23 +321,25 @@ def _explicit(
     return found.reshape(-1, problem.q_heads, problem.v_dim).to(q.dtype), logs
 
 
-def supports(problem: AttendProblem) -> str | None:
+def supports(problem: AttendProblem | KVProblem) -> str | None:
     if problem.kv_dtype != problem.dtype:
-        return f"reads pages of the executed dtype {problem.dtype}, not {problem.kv_dtype}"
+        return f"works on pages of the executed dtype {problem.dtype}, not {problem.kv_dtype}"
     return None
 
 
-def _planner(problem: AttendProblem, session: Any) -> Planner:
-    planner: Planner = session.constant(("cpu_attend", problem), lambda: Planner(problem))
+def shared_planner(problem: AttendProblem, session: Any, elsewhere: int = -1) -> Planner:
+    """One planner per session and problem, as all layers ask for the same."""
+    key = ("cpu_attend", problem, elsewhere)
+    planner: Planner = session.constant(key, lambda: Planner(problem, elsewhere))
     return planner
 
 
 def _bind(problem: AttendProblem, session: Any) -> Any:
-    return partial(attend, problem, _planner(problem, session))
+    return partial(attend, problem, shared_planner(problem, session))
 
 
 def _prepare(problem: AttendProblem, shape: StepShape, session: Any) -> Any:
-    return _planner(problem, session).prepare
+    return shared_planner(problem, session).prepare
 
 
 def recipes() -> Iterator[Recipe]:

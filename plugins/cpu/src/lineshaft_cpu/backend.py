@@ -34,7 +34,10 @@ class CpuBackend:
     memory: HostMemory = field(default_factory=HostMemory)
 
     def kernels(self) -> Sequence[Kernel]:
-        return [*portable_kernels(self.name, self.options.attention_memory_mib), *cpu_kernels(self.name)]
+        return [
+            *portable_kernels(self.name, self.options.attention_memory_mib),
+            *cpu_kernels(self.name, self.options.native),
+        ]
 
     def session(self, rank: int) -> TorchSession:
         """A session for `rank`; sets the threads of this process's torch."""

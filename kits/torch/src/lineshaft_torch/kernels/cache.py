@@ -56,7 +56,7 @@ def _copied(cache: Cache, arrays: Pages, src: torch.Tensor, dst: torch.Tensor) -
     return cache
 
 
-def _consuming(run: Callable[..., Cache]) -> Callable[[KVProblem, Any], Callable[..., Cache]]:
+def consuming(run: Callable[..., Cache]) -> Callable[[KVProblem, Any], Callable[..., Cache]]:
     """Bind `run`, which changes its cache in place; in a functional session it is given a copy."""
 
     def bind(problem: KVProblem, session: Any) -> Callable[..., Cache]:
@@ -72,8 +72,8 @@ def _consuming(run: Callable[..., Cache]) -> Callable[[KVProblem, Any], Callable
 
 
 def recipes() -> list[Recipe]:
-    consuming: list[Callable[..., Cache]] = [write_kv, write_pages, copy_pages, copy_slots]
+    changing: list[Callable[..., Cache]] = [write_kv, write_pages, copy_pages, copy_slots]
     return [
-        *(recipe(f"torch_{run.__name__}", run.__name__, _consuming(run), layout=SLOTS_LAYOUT) for run in consuming),
+        *(recipe(f"torch_{run.__name__}", run.__name__, consuming(run), layout=SLOTS_LAYOUT) for run in changing),
         recipe("torch_read_pages", "read_pages", with_problem(read_pages), layout=SLOTS_LAYOUT),
     ]

@@ -1,0 +1,145 @@
+/* Vectors of floats in GCC's vector extensions, as wide as the level's registers. */
+#ifndef LINESHAFT_VECTORS_H
+#define LINESHAFT_VECTORS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#pragma GCC diagnostic ignored "-Wpsabi" /* wide vectors cross no call: every helper is inlined */
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* WIDTH floats make a vector. Of two vectors, the pairs and the quads of each that `sums` adds up. */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define FORE 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define REAR 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#elif defined(__AVX2__)
+#define WIDTH 8
+#define EVEN 0, 8, 2, 10, 4, 12, 6, 14
+#define ODD 1, 9, 3, 11, 5, 13, 7, 15
+#define FORE 0, 1, 8, 9, 4, 5, 12, 13
+#define REAR 2, 3, 10, 11, 6, 7, 14, 15
+#else
+#define WIDTH 4
+#define EVEN 0, 4, 2, 6
+#define ODD 1, 5, 3, 7
+#define FORE 0, 1, 4, 5
+#define REAR 2, 3, 6, 7
+#endif
+
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef float floats4 __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+/* Numbers in memory: bfloat16 (`narrow`) or float. `narrow` is constant where these are inlined. */
+
+INLINE float load_one(const void *from, int64_t at, int narrow) {
+    if (!narrow)
+        return ((const float *)from)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE floats load(const void *from, int64_t at, int narrow) {
+    floats value;
+    if (!narrow) {
+        memcpy(&value, (const float *)from + at, sizeof value);
+    } else {
+        halves bits;
+        memcpy(&bits, (const uint16_t *)from + at, sizeof bits);
+        value = (floats)(__builtin_convertvector(bits, words) << 16);
+    }
+    return value;
+}
+
+/* To bfloat16: nearest, ties to even; a NaN stays one. */
+INLINE void store_one(void *to, int64_t at, float value, int narrow) {
+    if (!narrow) {
+        ((float *)to)[at] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    ((uint16_t *)to)[at] = value == value ? rounded : 0x7fc0;
+}
+
+INLINE void store(void *to, int64_t at, floats value, int narrow) {
+    if (!narrow) {
+        memcpy((float *)to + at, &value, sizeof value);
+        return;
+    }
+    words bits = (words)value;
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    words number = (words)(value == value);
+    halves narrowed = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), halves);
+    memcpy((uint16_t *)to + at, &narrowed, sizeof narrowed);
+}
+
+INLINE floats splat(float value) { return value - (floats){0}; }
+
+INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
+
+INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
+
+/* Lane i of the result sums the lanes i, i + 4, i + 8, ... of v. */
+INLINE floats4 fold(floats v) {
+    floats4 quads[WIDTH / 4];
+    memcpy(quads, &v, sizeof quads);
+    for (int step = WIDTH / 8; step; step /= 2)
+        for (int i = 0; i < step; i++)
+            quads[i] += quads[i + step];
+    return quads[0];
+}
+
+INLINE float sum(floats v) {
+    floats4 f = fold(v);
+    return (f[0] + f[1]) + (f[2] + f[3]);
+}
+
+INLINE float maximum(floats v) {
+    float best = v[0];
+    for (int i = 1; i < WIDTH; i++)
+        best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+INLINE int any(ints mask) { return sum((floats)(mask & (ints)splat(1.0f))) != 0; }
+
+/* The sums of four vectors at once. */
+INLINE floats4 sums(floats a, floats b, floats c, floats d) {
+    floats ab = __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD);
+    floats cd = __builtin_shufflevector(c, d, EVEN) + __builtin_shufflevector(c, d, ODD);
+    return fold(__builtin_shufflevector(ab, cd, FORE) + __builtin_shufflevector(ab, cd, REAR));
+}
+
+/* e^x to about one unit in the last place (Cephes' polynomial); 0 below -87, inf above 88. */
+INLINE floats exponential(floats x) {
+    floats inside = choose(x > 88.0f, splat(88.0f), choose(x < -87.0f, splat(-87.0f), x));
+    floats shifted = inside * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded exponent */
+    ints exponent = (ints)shifted - 0x4b400000;
+    floats n = shifted - 12582912.0f;
+    floats r = inside - n * 0.693359375f + n * 2.12194440e-4f;
+    floats p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    p *= (floats)((exponent + 127) << 23);
+    p = choose(x < -87.0f, splat(0.0f), p);
+    return choose(x > 88.0f, splat(INFINITY), p);
+}
+
+INLINE floats hyperbolic_tangent(floats x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+
+#endif
