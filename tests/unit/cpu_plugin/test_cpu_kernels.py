@@ -42,7 +42,7 @@ ALLOCATING = {
     "torch_router_topk", "torch_moe_dispatch", "torch_grouped_mlp", "cpu_grouped_mlp", "cpu_linear_packed",
     "cpu_native_write_kv", "torch_logprobs", "torch_apply_logits",
 }  # fmt: skip
-"""Kernels whose results a tape copies to their place; on the path of a decode step there is none but the products and write_kv."""
+"""Kernels whose results a tape copies to their place, and write_kv, which has none of its own."""
 
 
 @cache

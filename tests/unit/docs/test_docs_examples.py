@@ -87,13 +87,14 @@ def test_its_options_are_checked(install: Install, tiny_llama: Path) -> None:
 
 def test_a_contributed_kernel_is_chosen_and_explained(install: Install, tiny_llama: Path) -> None:
     before = plan_of(tiny_llama, backend="cpu")
-    assert kernels(before, "rms_norm") == {"torch_rms_norm"}
+    assert kernels(before, "rms_norm") == {"cpu_native_rms_norm"}
     install(KERNEL)
     plan = plan_of(tiny_llama, backend="cpu")
     assert kernels(plan, "rms_norm") == {"exact_rms_norm"}
     assert plan.hash != before.hash
     reasons = {(r.kernel, r.reason) for e in plan.entries if e.op == "rms_norm" for r in e.rejected}
     assert reasons == {
+        ("cpu_native_rms_norm", "priority 15 is below 20 of exact_rms_norm"),
         ("torch_rms_norm", "priority 0 is below 20 of exact_rms_norm"),
     }
 
@@ -108,7 +109,7 @@ def test_the_configuration_settles_which_kernel(install: Install, tiny_llama: Pa
     install(KERNEL)
     named = plan_of(tiny_llama, backend="cpu", kernels={"rms_norm": "torch_rms_norm"})
     assert kernels(named, "rms_norm") == {"torch_rms_norm"}
-    with pytest.raises(Unsupported, match="it has torch_rms_norm, exact_rms_norm"):
+    with pytest.raises(Unsupported, match="it has torch_rms_norm, cpu_native_rms_norm, exact_rms_norm"):
         plan_of(tiny_llama, backend="cpu", kernels={"rms_norm": "absent"})
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lineshaft.contract.problems import AttendProblem, KVProblem
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import HostStep, StepInputs, StepShape
+from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.arrays import accumulator, torch_dtype
 from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_torch.kernels.attend import softmax_with_sinks
@@ -344,6 +345,6 @@ def _prepare(problem: AttendProblem, shape: StepShape, session: Any) -> Any:
 
 def recipes() -> Iterator[Recipe]:
     yield recipe(
-        "cpu_attend", "attend", _bind, out=True, layout=SLOTS_LAYOUT, priority=10, handles=FEATURES,
+        "cpu_attend", "attend", _bind, out=True, layout=SLOTS_LAYOUT, priority=TORCH, handles=FEATURES,
         supports=supports, prepare=_prepare,
     )  # fmt: skip

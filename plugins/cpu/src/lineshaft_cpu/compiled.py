@@ -25,13 +25,13 @@ from lineshaft.contract.problems import (
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import StepInputs, StepShape
 from lineshaft_cpu import attention, native
+from lineshaft_cpu.priority import NATIVE
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe
 from lineshaft_torch.kernels.cache import consuming
 from lineshaft_torch.kernels.rope import Pair, shared_table
 from lineshaft_torch.kernels.rope import supports as rope_supports
 from lineshaft_torch.pages import SLOTS_LAYOUT
 
-PRIORITY = 30
 DTYPES = ("bfloat16", "float32")
 VECTOR, MOST_DIM = 16, 640
 """Attention takes head sizes in multiples of the one up to the other (`native/attend.h`)."""
@@ -102,7 +102,7 @@ class Recipes:
         def checked(problem: Any) -> str | None:
             return native.reason(self._wanted) or (supports or floats_only)(problem)
 
-        return recipe(f"cpu_native_{op}", op, bind, out=out, priority=PRIORITY, supports=checked, **fields)
+        return recipe(f"cpu_native_{op}", op, bind, out=out, priority=NATIVE, supports=checked, **fields)
 
     def _function(self, name: str, *argtypes: Any) -> Callable[..., Any]:
         return load(self._wanted).function(name, *argtypes)

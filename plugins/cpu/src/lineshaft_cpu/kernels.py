@@ -13,11 +13,10 @@ import torch
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import ExpertProblem, LinearProblem
 from lineshaft_cpu import attention, compiled, packed, sampling
+from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 from lineshaft_torch.kernels.experts import gated_mlp
 from lineshaft_torch.kernels.experts import supports as experts_supports
-
-PRIORITY = 10
 
 
 def linear_row(x: torch.Tensor, w: Any, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,11 +47,11 @@ def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offs
 def recipes(native: str) -> list[Recipe]:
     return [
         recipe(
-            "cpu_linear_row", "linear", stateless(linear_row), out=True, layout=DENSE, priority=PRIORITY,
+            "cpu_linear_row", "linear", stateless(linear_row), out=True, layout=DENSE, priority=TORCH,
             supports=linear_row_supports,
         ),
         recipe(
-            "cpu_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, priority=PRIORITY,
+            "cpu_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, priority=TORCH,
             supports=experts_supports,
         ),
         *packed.recipes(),

@@ -12,6 +12,7 @@ import torch
 
 from lineshaft.contract.problems import LinearProblem
 from lineshaft.contract.weights import Local, Param
+from lineshaft_cpu.priority import NATIVE
 from lineshaft_torch.bound import Recipe, recipe, stateless
 from lineshaft_torch.packing import dense_leaves
 
@@ -52,6 +53,12 @@ def supports(problem: LinearProblem) -> str | None:
 def recipes() -> list[Recipe]:
     return [
         recipe(
-            "cpu_linear_packed", "linear", stateless(linear), layout=BLOCKED, priority=20, supports=supports, pack=pack
+            "cpu_linear_packed",
+            "linear",
+            stateless(linear),
+            layout=BLOCKED,
+            priority=NATIVE,
+            supports=supports,
+            pack=pack,
         )
     ]

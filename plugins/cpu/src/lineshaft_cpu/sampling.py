@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.arrays import host_view
 from lineshaft_torch.bound import Recipe, recipe, stateless
 
@@ -90,5 +91,5 @@ def _largest(x: HostArray, count: int) -> HostArray:
 
 
 def recipes() -> Iterator[Recipe]:
-    yield recipe("cpu_argmax", "argmax", stateless(argmax), out=True, priority=10)
-    yield recipe("cpu_sample", "sample", stateless(sample), out=True, priority=10)
+    yield recipe("cpu_argmax", "argmax", stateless(argmax), out=True, priority=TORCH)
+    yield recipe("cpu_sample", "sample", stateless(sample), out=True, priority=TORCH)
