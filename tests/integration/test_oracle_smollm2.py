@@ -24,8 +24,8 @@ from lineshaft.tokenizer import Tokenizer
 Check = Callable[[list[Expected], list[Array]], None]
 LENGTHS = (8, 15, 30, 47, 75, 150)
 TOKENS = 16
-COUNT = ", ".join(f"{n} times {n % 7 + 2} is {n * (n % 7 + 2)}" for n in range(3, 50))
-"""A text whose continuation the model is mostly sure of, so that an equal argmax says something in bfloat16 too."""
+COUNT = ", ".join(map(str, range(1, 200)))
+"""A text whose continuation the model is sure of, so that an equal argmax says something in bfloat16 too."""
 
 CRAMPED = {"max_model_len": 192, "cache.pages": 13, "cache.page_size": 16}
 """One request's worth of pages; steps of 64 tokens are shorter than the longest prompt."""
@@ -53,7 +53,7 @@ def engine(smollm2: Checkpoint, dtype: str) -> Iterator[Engine]:
 def check(dtype: str, smollm2_bfloat16: Oracle) -> Check:
     if dtype == "float32":
         return check_float32
-    return lambda expected, got: check_bfloat16(expected, got, smollm2_bfloat16, least_decided=0.5)
+    return lambda expected, got: check_bfloat16(expected, got, smollm2_bfloat16, least_decided=0.9)
 
 
 def test_prompts_one_by_one(engine: Engine, expected: list[Expected], check: Check) -> None:
@@ -86,4 +86,4 @@ def test_the_tokens_are_the_oracles_without_being_led(
     sure = undisputed(expected, tolerance)
     print(f"{dtype}: {[len(known) for known in sure]} of {TOKENS} tokens before the oracle is not sure")
     assert [tokens[: len(known)] for tokens, known in zip(run.tokens, sure, strict=True)] == sure
-    assert sum(map(len, sure)) >= len(expected) * TOKENS * (0.9 if exact else 0.1)
+    assert sum(map(len, sure)) >= len(expected) * TOKENS * 0.9
