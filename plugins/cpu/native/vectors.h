@@ -60,6 +60,20 @@ INLINE floats load(const void *from, int64_t at, int narrow) {
     return value;
 }
 
+/* Two vectors of neighbouring numbers, in the order that is cheapest to get from memory: of bfloat16, the numbers at even
+   places and those at odd ones. */
+typedef struct {
+    floats a, b;
+} pair;
+
+INLINE pair load_pair(const void *from, int64_t at, int narrow) {
+    if (!narrow)
+        return (pair){load(from, at, 0), load(from, at + WIDTH, 0)};
+    words bits;
+    memcpy(&bits, (const uint16_t *)from + at, sizeof bits);
+    return (pair){(floats)(bits << 16), (floats)(bits & 0xffff0000)};
+}
+
 /* To bfloat16: nearest, ties to even; a NaN stays one. */
 INLINE void store_one(void *to, int64_t at, float value, int narrow) {
     if (!narrow) {
@@ -72,16 +86,29 @@ INLINE void store_one(void *to, int64_t at, float value, int narrow) {
     ((uint16_t *)to)[at] = value == value ? rounded : 0x7fc0;
 }
 
+/* The bits of bfloat16 in the lower half of each word. */
+INLINE words narrowed(floats value) {
+    words bits = (words)value, number = (words)(value == value);
+    return (((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & number) | (0x7fc0 & ~number);
+}
+
 INLINE void store(void *to, int64_t at, floats value, int narrow) {
     if (!narrow) {
         memcpy((float *)to + at, &value, sizeof value);
         return;
     }
-    words bits = (words)value;
-    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    words number = (words)(value == value);
-    halves narrowed = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), halves);
-    memcpy((uint16_t *)to + at, &narrowed, sizeof narrowed);
+    halves bits = __builtin_convertvector(narrowed(value), halves);
+    memcpy((uint16_t *)to + at, &bits, sizeof bits);
+}
+
+INLINE void store_pair(void *to, int64_t at, pair value, int narrow) {
+    if (!narrow) {
+        store(to, at, value.a, 0);
+        store(to, at + WIDTH, value.b, 0);
+        return;
+    }
+    words bits = narrowed(value.a) | narrowed(value.b) << 16;
+    memcpy((uint16_t *)to + at, &bits, sizeof bits);
 }
 
 INLINE floats splat(float value) { return value - (floats){0}; }

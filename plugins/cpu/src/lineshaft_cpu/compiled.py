@@ -33,7 +33,7 @@ from lineshaft_torch.kernels.rope import supports as rope_supports
 from lineshaft_torch.pages import SLOTS_LAYOUT
 
 DTYPES = ("bfloat16", "float32")
-VECTOR, MOST_DIM = 16, 640
+VECTOR, MOST_DIM = 32, 640
 """Attention takes head sizes in multiples of the one up to the other (`native/attend.h`)."""
 WHOLE = 512
 """Rows of several queries with at most this context are attended natively; for longer ones torch's matrix products,

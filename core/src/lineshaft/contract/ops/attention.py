@@ -371,7 +371,7 @@ _ATTENDS: dict[str, tuple[Paging, dict[str, Any]]] = {
     "mixed/sinks-no_visible_key": (Paging(((2, 0), (3, 1), (1, 4)), padding=1), {"sinks": True}),
     "mixed/lse": (_MIXED, {"return_lse": True}),
     "mixed/bidirectional": (_MIXED, {"causal": False}),
-    "mixed/value_in_key": (_MIXED, {"value_in_key": True, "kv_heads": 1, "v_dim": 8}),
+    "mixed/value_in_key": (_MIXED, {"value_in_key": True, "kv_heads": 1, "qk_dim": 64}),
     "mixed/group1": (Paging(((1, 20), (5, 5)), group=1), {"group": 1}),
     "mixed/page_starts": (Paging(((1, 40), (4, 50)), starts=True), {"page_starts": True}),
     "mixed/page_starts-lse": (Paging(((1, 10), (4, 50)), starts=True), {"page_starts": True, "return_lse": True}),
@@ -432,7 +432,7 @@ def _own_bit(paging: Paging, words: int) -> HostArray:
 
 def attend_problem(dtype: str, paging: Paging, fields: Mapping[str, Any]) -> AttendProblem:
     """The problem of an attend over `paging`, with small heads unless `fields` says otherwise."""
-    given = {"q_heads": 4, "kv_heads": 2, "qk_dim": 16, "v_dim": 16, "scale": 0.25, "kv_dtype": dtype, **fields}
+    given = {"q_heads": 4, "kv_heads": 2, "qk_dim": 32, "v_dim": 32, "scale": 32**-0.5, "kv_dtype": dtype, **fields}
     return AttendProblem(
         dtype=dtype, page_size=paging.page_size, tokens=paging.tokens, rows=len(paging.lengths), pages=paging.columns,
         max_query=max(query for query, _ in paging.lengths), **given,
