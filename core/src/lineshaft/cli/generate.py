@@ -1,4 +1,4 @@
-"""`lineshaft generate`: texts of one or more prompts on stdout, a summary on stderr; or all of it as one JSON object."""
+"""`lineshaft generate`: texts of one or more prompts on stdout, a summary on stderr; or all as one JSON object."""
 
 from __future__ import annotations
 
