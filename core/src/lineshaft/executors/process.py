@@ -28,7 +28,15 @@ from lineshaft.runner.worker import Progress
 CLOSE_SECONDS = 5.0
 """How long all workers together may take to close before they are killed."""
 
+WORKERS_PER_CPU = 8
+"""Most workers for each CPU that this process may use: beyond that they only wait for each other."""
+
 Reply = tuple[dict[str, Any], list[HostArray]]
+
+
+def most_workers() -> int:
+    """Most worker processes of one engine on this machine."""
+    return WORKERS_PER_CPU * len(os.sched_getaffinity(0))
 
 
 @dataclass
