@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,6 +263,37 @@ def test_after_close_nothing_runs(llama: Callable[[str], Checkpoint]) -> None:
     assert not engine.has_work
     with pytest.raises(SessionClosed, match="closed"):
         engine.add([1, 2, 3], greedy(4))
+
+
+def test_closing_during_a_stream_is_an_error_for_its_reader(even_chat: Path) -> None:
+    with LLM(str(even_chat), **{**SETTINGS, "max_logprobs": 0}) as llm:
+        done, cut = llm.stream("ab", greedy(1)), llm.stream("abc", greedy(100))
+        assert next(cut).token_ids
+        assert next(done).finish_reason == "length"
+        llm.close()
+        assert list(done) == []  # it was finished
+        with pytest.raises(SessionClosed, match="closed before this request was finished"):
+            list(cut)
+
+
+@pytest.mark.parametrize("token", [-1, 300, 2.0, True], ids=str)
+def test_a_teachers_token_outside_the_vocabulary_is_refused_and_the_engine_goes_on(
+    llama: Callable[[str], Checkpoint], token: Any
+) -> None:
+    checkpoint = llama("gqa1")
+    assert checkpoint.oracle.vocab <= 300
+    with Engine(config(checkpoint.path, max_model_len=32, **{"cache.pages": 8})) as engine:
+        request = engine.add([1, 2, 3], greedy(4))
+        engine.teacher = lambda request, logits: token
+        with pytest.raises(TokenOutOfRange, match=f"teacher's token for request 0 {token!r}.*from 0 to"):
+            engine.step()
+        assert request.output == []
+        engine.teacher = None
+        while engine.has_work:
+            engine.step()
+            engine.check_integrity()
+        expected = checkpoint.oracle.expect([1, 2, 3], 4).tokens
+        assert request.output == list(expected)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,11 @@ WRONG: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "out of memory": (("--set", "cache.pages=1000000000000"), "OutOfMemory", ("KV pool",)),
     "tp that does not divide": (("--tp", "3"), "LayoutError", ("tp=3", "8 query heads")),
     "an axis that does not run yet": (("--set", "layout.pp=2"), "LayoutError", ("pp=2",)),
+    "more workers than the machine runs": (("--dp", "1000000"), "LayoutError", ("1000000 workers", "'process'")),
+    "more workers than the executor runs": (
+        ("--tp", "2", "--set", "executor=inproc"), "LayoutError", ("2 workers", "'inproc' 1;"),
+    ),
+    "unknown executor": (("--set", "executor=proces"), "InvalidValue", ("'proces'", "auto, inproc, process")),
     "tp on one process": (("--backend", "numpy", "--tp", "2"), "InvalidValue", ("'numpy'", "one worker")),
     "no tokens to make": (("--max-tokens", "0"), "InvalidValue", ("max_tokens", "0")),
     "temperature NaN": (("--temperature", "nan"), "InvalidSamplingParams", ("temperature = nan",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_the_demo_answers_paris() -> None:
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert "Traceback" not in done.stderr
-    for word in ("cpu", "tokens/s", "pages"):
+    for word in ("cpu", "tokens/s", "pages", "finish reason: stop", "TTFT", "TPOT", "plan "):
         assert word in done.stderr
 
 
@@ -44,6 +45,19 @@ def test_several_prompts_and_log_probabilities() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("*") == 8  # one chosen token at each of four places of two texts
+
+
+def test_json_says_what_the_run_gave(even_chat: Path) -> None:
+    common = ("generate", "--model", str(even_chat), "--backend", "cpu", "--raw", "--max-tokens", "5", *SMALL)
+    done = lineshaft(*common, "--prompt", "a", "--prompt", "bc", "--temperature", "0", "--ignore-eos", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert [output["prompt"] for output in found["outputs"]] == ["a", "bc"]
+    assert [len(output["token_ids"]) for output in found["outputs"]] == [5, 5]
+    assert [output["finish_reason"] for output in found["outputs"]] == ["length", "length"]
+    assert all(output["metrics"]["ttft_s"] > 0 for output in found["outputs"])
+    assert (found["run"]["requests"], found["run"]["output_tokens"]) == (2, 10)
+    assert len(found["plan"]) == 64
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,15 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.integration.conftest import Checkpoint
 from tests.integration.driving import config, drive, follow, greedy
 from tests.integration.oracle import check_float32
-from tests.integration.processes import SECONDS, Watch, folders_of, start
+from tests.integration.processes import SECONDS, Watch, environment, folders_of, start
 
 from lineshaft.engine import Engine
 from lineshaft.errors import PlanMismatch, SessionPoisoned, WorkerDied
 from lineshaft.executors import agree
+from lineshaft.executors.wire import receive, send
 from lineshaft.runner.worker import Worker
 from lineshaft.sampling.params import SamplingParams
 
@@ -112,6 +117,35 @@ def test_a_worker_that_dies_is_an_error_soon(pair: Engine, temporary: Path, rank
     assert folders_of(temporary) == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_hangs_in_a_step_ends_them_all(llama: Llama, temporary: Path, rank: int) -> None:
+    settings = config(llama("even").path, **CRAMPED, **{"layout.dp": 2, "step_timeout_s": 1})
+    with Engine(settings) as engine, Watch.children() as workers:
+        assert folders_of(temporary) == []  # they met; nothing is left to lose
+        for _ in range(2):
+            engine.add([1, 2, 3], greedy(20))
+        assert engine.step()
+        os.kill(workers.pids[rank], signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(WorkerDied, match=rf"step_timeout_s = 1 from rank {rank} \(process {workers.pids[rank]}\);"):
+            engine.step()
+        assert 1 <= time.monotonic() - began < 10
+        assert workers.all_end(0)
+        with pytest.raises(SessionPoisoned):
+            engine.step()
+
+
+def test_a_worker_that_stops_reading_is_not_waited_for(temporary: Path) -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0.1)
+    with ours, theirs:
+        with pytest.raises(TimeoutError):
+            send(ours, {}, [np.zeros(1 << 22, np.uint8)])
+        theirs.sendall(b"\1")
+        with pytest.raises(TimeoutError):
+            receive(ours)
+
+
 def test_an_interrupted_step_poisons_the_engine(pair: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies of the step are still under way: the next step must not take them for its own."""
     executor = pair._executor
@@ -159,6 +193,29 @@ def test_an_engine_that_is_killed_leaves_no_worker(even_chat: Path, tmp_path: Pa
                 os.kill(workers.pids[1], signal.SIGCONT)
             assert workers.all_end(10)
         assert process.wait(SECONDS) == -signal.SIGKILL
+    assert folders_of(tmp_path) == []
+
+
+def test_an_engine_that_is_killed_before_its_workers_met_leaves_no_folder(even_chat: Path, tmp_path: Path) -> None:
+    code = f"""
+import signal
+from lineshaft.config import make_config
+from lineshaft.executors import make_executor
+from lineshaft.registry import discover
+settings = {{"model": {str(even_chat)!r}, "backend": "cpu", "layout.tp": 2}}
+executor = make_executor(make_config(**settings), discover())
+print("made", flush=True)
+signal.pause()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment(TMPDIR=str(tmp_path)), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"made\n"
+        assert len(folders_of(tmp_path)) == 1
+        with Watch.children(process.pid) as workers:
+            process.kill()
+            assert workers.all_end(10)
+    assert folders_of(tmp_path) == []
 
 
 def test_unequal_plans_are_refused(llama: Llama) -> None:

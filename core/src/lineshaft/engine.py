@@ -28,7 +28,8 @@ from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
 
 Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
 """Sees a request and the logits f32 [V] of its next token; a token id that it returns is taken instead of the sampled
-one (teacher forcing, for evaluation)."""
+one (teacher forcing, for evaluation). An id outside the vocabulary makes `step` raise TokenOutOfRange, and no request
+gets a token of that step."""
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Engine:
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
-        self._closed = False
+        self.closed = False
 
     def _make_replica(self) -> Replica:
         groups = [GroupSpec(n, size) for n, size in zip(self.pages, self._facts.page_sizes, strict=True)]
@@ -127,18 +128,21 @@ class Engine:
         return request
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise SessionClosed("the engine is closed; make a new one")
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         for token in prompt:
-            if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
-                raise TokenOutOfRange(f"prompt token {token!r}: ids are whole numbers from 0 to {self.vocab - 1}")
+            self._check_token("prompt token", token)
         most = self.config.max_logprobs
         if params.logprobs is not None and (params.logprobs > most or not most):
             raise InvalidSamplingParams(
                 f"logprobs = {params.logprobs}: the engine was made with max_logprobs = {self.config.max_logprobs}"
             )
+
+    def _check_token(self, what: str, token: object) -> None:
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
+            raise TokenOutOfRange(f"{what} {token!r}: ids are whole numbers from 0 to {self.vocab - 1}")
 
     def cancel(self, request_id: int) -> None:
         """End a request; no-op if it is not running."""
@@ -201,7 +205,10 @@ class Engine:
         if self.teacher is None or result.logits is None:
             return token
         forced = self.teacher(request, result.logits[row])
-        return token if forced is None else forced
+        if forced is None:
+            return token
+        self._check_token(f"the teacher's token for request {request.id}", forced)
+        return int(forced)
 
     def _token(self, live: Live, row: int, token: int, result: StepResult, at: float) -> Token:
         if token >= 0:
@@ -256,7 +263,7 @@ class Engine:
 
     def close(self) -> None:
         """Idempotent: cancels what runs and ends every worker."""
-        self._closed = True
+        self.closed = True
         for request_id in list(self._live):
             self.cancel(request_id)
         self._executor.close()

@@ -139,7 +139,7 @@ class PromptTooLong(RequestError):
 
 
 class TokenOutOfRange(RequestError):
-    """A prompt token id outside the vocabulary."""
+    """A token id, of a prompt or of a teacher, outside the vocabulary."""
 
 
 class InvalidSamplingParams(RequestError):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lineshaft.config import EngineConfig, make_config
 from lineshaft.engine import Engine, Token
-from lineshaft.errors import InvalidSamplingParams, RequestError
+from lineshaft.errors import InvalidSamplingParams, RequestError, SessionClosed
 from lineshaft.outputs import (
     CompletionOutput,
     Logprob,
@@ -149,7 +149,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt (text, or token ids as they are), in order.
 
-        All prompts are checked before the first runs. Raises RequestError; then nothing was generated.
+        All prompts are checked before the first runs. Raises RequestError; then nothing was generated. Raises
+        SessionClosed where another thread closes the LLM meanwhile.
         """
         several: Sequence[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else _several(prompts)
         return self._complete([self._encode(prompt) for prompt in several], sampling_params, progress)
@@ -172,7 +173,8 @@ class LLM:
     ) -> Iterator[StreamDelta]:
         """Complete one prompt, yielding what each step adds; `chat` wraps a text in the model's chat template.
 
-        A consumer that stops early cancels the request. Several streams may be read in turns.
+        A consumer that stops early cancels the request. Several streams may be read in turns. Raises RequestError, and
+        SessionClosed where `close` ends the request.
         """
         encoded = self._encode_chat(prompt) if chat and isinstance(prompt, str) else self._encode(prompt)
         texts = self._add_all([encoded], [sampling_params or SamplingParams()])
@@ -224,6 +226,8 @@ class LLM:
                 for text in texts:
                     while text.pending:
                         yield text.pending.popleft()
+            if self.engine.closed and any(text.finish_reason == FinishReason.CANCELLED for text in texts):
+                raise SessionClosed("the LLM was closed before this request was finished; make a new one and ask again")
         finally:
             self._drop(texts)
 
@@ -255,8 +259,9 @@ class LLM:
         return self.engine.metrics()
 
     def close(self) -> None:
-        """Idempotent: frees the model and ends every worker."""
-        self.engine.close()
+        """Idempotent: waits for the step under way, cancels what is unfinished, frees the model, ends every worker."""
+        with self._lock:
+            self.engine.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
 from lineshaft.cli.main import main
+from lineshaft.contract.backends import API_VERSION
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.problems import ConstProblem
 from lineshaft.contract.steps import StepShape
-from lineshaft.plan.plan import Plan, PlanEntry
+from lineshaft.plan.plan import Plan, PlanEntry, make_entry
 from lineshaft.plan.resolve import Rejection
 
 
@@ -40,6 +44,21 @@ def test_one_row_for_each_op_and_kernel_with_its_rejections(plan: Plan, capsys: 
     assert rows[1] == ["add", "float32", "a", "2", "-"]
     assert rows[2] == ["attend", "float32", "b", "1", "slow:", "does", "not", "handle", "window"]
     assert rows[3][:2] == ["plan", plan.hash]
+
+
+def test_a_kernel_of_the_next_contract_version_is_marked(
+    plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = Kernel("b", "attend", "fake", lambda problem, session: None, api=API_VERSION + 1)
+    marked = make_entry("attend", ConstProblem(dtype="int32", shape=(1,)), new, (), 1)
+    newer = replace(plan, entries=(*plan.entries[:2], marked))
+    monkeypatch.setattr(sys.modules["lineshaft.explain"], "explain", lambda config: newer)
+    note = f"b (written for contract version {API_VERSION + 1})"
+    for arguments in ((), ("--shapes",)):
+        assert main(["explain", "--model", "m", *arguments]) == 0
+        assert note in capsys.readouterr().out
+    assert note in newer.summary()
+    assert note not in plan.summary()
 
 
 def test_shapes_has_a_row_for_each_problem_and_bucket(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ import pytest
 from lineshaft.cli import backends
 from lineshaft.cli.main import main
 from lineshaft.errors import LineshaftError, OutOfMemory
+from lineshaft.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, RunMetrics, StreamDelta
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -161,24 +163,31 @@ class FakeLLM:
 
     def stream(self, prompt: str, params: Any, chat: bool = True) -> Any:
         self.seen.update(prompt=prompt, params=params, chat=chat)
-        for text in ("one ", "two"):
-            yield types.SimpleNamespace(text=text, token_ids=(1,), finish_reason=None)
+        for text, reason in (("one ", None), ("two", "length")):
+            yield StreamDelta(0, text, (1,), reason)
         if prompt == "stop me":
             raise KeyboardInterrupt
 
     def generate(self, prompts: list[str], params: Any, progress: bool, raw: bool = True) -> Any:
         self.seen.update(prompts=prompts, progress=progress, raw=raw)
-        completion = types.SimpleNamespace(text="whole", token_ids=(1,), logprobs=None, finish_reason="stop")
-        return [types.SimpleNamespace(prompt=prompt, outputs=[completion]) for prompt in prompts]
+        places = [{1: Logprob(-0.5, 1, "a"), 2: Logprob(-math.inf, 2, "b")}]
+        metrics = RequestMetrics(0.5, 0.01, 0.0, 0.6, 0, 0)
+        return [
+            RequestOutput(i, f"<{prompt}>", [5], [CompletionOutput(0, "whole", [1], -0.5, places, reason)], metrics)
+            for i, (prompt, reason) in enumerate(zip(prompts, ("stop", "length"), strict=False))
+        ]
 
     def chat(self, prompts: list[str], params: Any, progress: bool) -> Any:
         return self.generate(prompts, params, progress, raw=False)
 
-    plan = types.SimpleNamespace(summary=lambda: "the plan")
+    plan = types.SimpleNamespace(summary=lambda: "the plan", hash="abc")
 
-    def metrics(self) -> Any:
-        numbers = {"ttft_s": 0.5, "tpot_s": 0.01, "tokens_per_s": 9.0, "pages_used": 3, "pages_total": 7}
-        return types.SimpleNamespace(**numbers, host_ms_per_decode_step=0.1)
+    def metrics(self) -> RunMetrics:
+        return RunMetrics(
+            requests=1, prompt_tokens=1, output_tokens=1, ttft_s=0.5, tpot_s=0.01, tokens_per_s=9.0,
+            host_ms_per_decode_step=0.1, kernel_ms_per_decode_step=math.nan, steps=2, preemptions=0,
+            prefix_hit_tokens=0, pages_used=3, pages_total=7, page_size=16,
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -208,6 +217,7 @@ def test_generate_streams_to_stdout_and_sums_up_on_stderr(
     status, out, err = run(capsys, "generate", "--prompt", "hello", *arguments, "--tp", "2", "--set", "cache.pages=8")
     assert (status, out) == (0, "one two\n")
     assert "the plan" in err
+    assert "finish reason: length\n" in err
     assert "TTFT 500.0 ms" in err
     params, config = fake["params"], fake["config"]
     assert (params.max_tokens, params.temperature, params.top_k, tuple(params.stop)) == (3, 0.0, 5, ("s",))
@@ -217,10 +227,28 @@ def test_generate_streams_to_stdout_and_sums_up_on_stderr(
 
 def test_several_prompts_are_one_batch_in_order(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:
     status, out, err = run(capsys, "generate", "--prompt", "a", "--prompt", "b", "--model", "m", "--quiet")
-    assert (status, out, err) == (0, "whole\nwhole\n", "")
+    texts = [line for line in out.splitlines() if not line.startswith("  ")]
+    assert (status, texts, err) == (0, ["[1] 'a'", "whole", "[2] 'b'", "whole"], "")
     assert (fake["prompts"], fake["raw"], fake["progress"]) == (["a", "b"], False, False)
-    run(capsys, "generate", "--prompt", "a", "--no-stream", "--raw", "--model", "m")
+    _, out, _ = run(capsys, "generate", "--prompt", "a", "--no-stream", "--raw", "--model", "m")
+    assert out.splitlines()[0] == "whole"
     assert (fake["prompts"], fake["raw"], fake["progress"]) == (["a"], True, True)
+    _, _, err = run(capsys, "generate", "--prompt", "a", "--prompt", "b", "--model", "m")
+    assert "finish reason: [1] stop, [2] length\n" in err
+
+
+def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:
+    status, out, err = run(capsys, "generate", "--prompt", "a", "--prompt", "b", "--model", "m", "--json")
+    found = json.loads(out, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert (status, err, set(found)) == (0, "", {"outputs", "run", "plan"})
+    first, second = found["outputs"]
+    assert (first["prompt"], first["text"], first["token_ids"], first["finish_reason"]) == ("a", "whole", [1], "stop")
+    assert (second["prompt"], second["finish_reason"]) == ("b", "length")
+    assert first["logprobs"][0]["1"] == {"logprob": -0.5, "rank": 1, "decoded_token": "a"}
+    assert first["logprobs"][0]["2"]["logprob"] is None
+    assert (first["metrics"]["ttft_s"], first["metrics"]["tpot_s"]) == (0.5, 0.01)
+    assert (found["run"]["tokens_per_s"], found["run"]["kernel_ms_per_decode_step"]) == (9.0, None)
+    assert found["plan"] == "abc"
 
 
 def test_an_interrupted_run_closes_the_engine(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:

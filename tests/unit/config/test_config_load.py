@@ -103,8 +103,12 @@ def test_an_ill_typed_variable_is_named_with_what_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("variables", "options", "parts"),
     [
-        ({"LINESHAFT_BAKEND": "x"}, {}, ("bakend", "variable LINESHAFT_BAKEND", "did you mean backend?")),
-        ({"LINESHAFT_CACHE__PAGESIZE": "1"}, {}, ("cache.pagesize", "did you mean cache.page_size?")),
+        ({"LINESHAFT_BAKEND": "x"}, {}, ("bakend", "variable LINESHAFT_BAKEND", "did you mean LINESHAFT_BACKEND?")),
+        ({"LINESHAFT_CACHE__PAGESIZE": "1"}, {}, ("cache.pagesize", "did you mean LINESHAFT_CACHE__PAGE_SIZE?")),
+        ({"LINESHAFT_CACHE_PAGES": "1"}, {}, ("cache_pages", "did you mean LINESHAFT_CACHE__PAGES?")),
+        ({"LINESHAFT_SCHEDULER_MAXROWS": "1"}, {}, ("did you mean LINESHAFT_SCHEDULER__MAX_ROWS?",)),
+        ({"LINESHAFT_BACKEND_OPTIONS_PROGRAM": "1"}, {}, ("did you mean LINESHAFT_BACKEND_OPTIONS__PROGRAM?",)),
+        ({}, {"cache_pages": "1"}, ("option cache_pages", "did you mean cache.pages?")),
         ({}, {"layout.zz": "1"}, ("layout.zz", "option layout.zz", "allowed here: dp, pp, cp, ep, tp")),
         ({}, {"cahce": {}}, ("cahce", "did you mean cache?")),
     ],

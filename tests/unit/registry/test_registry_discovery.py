@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from lineshaft.contract.backends import API_VERSION, BackendInfo, BackendKind, Probe
 from lineshaft.contract.hooks import ENTRY_POINT_GROUP, hookimpl
@@ -154,6 +155,37 @@ def test_a_named_backend_is_returned_or_raises_its_reason(install: Install) -> N
     states = {status.name: status for status in registry.status()}
     assert [states[name].usable for name in PROBES] == [True, False, False, False]
     assert states["yes"].devices == ("device 0",)
+
+
+class Needy(BaseModel):
+    device: int
+
+
+class Unfinished(BaseModel):
+    device: Absent  # type: ignore[name-defined]  # noqa: F821
+
+
+OPTIONS = {
+    "absent": "no module named 'no_such_module'", "number": "not a pydantic model", "unfinished": "cannot be made",
+    "needy": "",
+}  # fmt: skip
+
+
+def test_a_backend_whose_options_cannot_be_had_is_not_usable(install: Install) -> None:
+    references = dict.fromkeys(OPTIONS, "") | {"absent": "no_such_module:Options", "number": "fake_number:OPTIONS"}
+    references |= {"unfinished": "fake_unfinished:Unfinished", "needy": "fake_needy:Needy"}
+    more = {"OPTIONS": 3, "Unfinished": Unfinished, "Needy": Needy}
+    registry = discover(
+        install(name, lineshaft_backends=backends(info(name, options=references[name])), **PROBES, **more)
+        for name in OPTIONS
+    )
+    states = {status.name: status for status in registry.status()}
+    for name, expected in OPTIONS.items():
+        assert states[name].usable == (not expected), name
+        assert expected in states[name].reason.lower(), name
+    assert registry.select("auto").name == "needy"  # an option without a default is the user's to give
+    with pytest.raises(BackendUnavailable, match=r"'number' is not usable here: .* not a pydantic model"):
+        registry.select("number")
 
 
 def test_an_unknown_name_lists_the_nearest_and_all(install: Install) -> None:

@@ -28,7 +28,7 @@ TENSOR_LIBRARIES = {"cupy", "jax", "mlx", "tensorflow", "tinygrad", "torch", "tr
 
 # An import goes from a higher rank to a lower one. A new folder or module gets its rank here, on purpose.
 RANKS = (
-    {"errors"},
+    {"errors", "host"},
     {"contract", "cache", "sampling", "outputs"},
     {"registry", "layout", "weights", "scheduler", "meter"},
     {"config", "models", "tokenizer", "plan", "reference"},

@@ -118,6 +118,11 @@ def test_config_is_in_hugging_face_words(write_gguf: Callable[..., Path], plain_
     }
 
 
+def test_a_partial_rope_is_told(write_gguf: Callable[..., Path], plain_tensors: dict[str, Any]) -> None:
+    config = open_checkpoint(write_gguf(converted(plain_tensors), changes={"rope.dimension_count": 4})).config
+    assert config["partial_rotary_factor"] == 0.25
+
+
 def test_an_output_matrix_unties_the_embeddings(write_gguf: Callable[..., Path], plain_tensors: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(write_gguf(plain_tensors | {"output.weight": plain_tensors["token_embd.weight"]}))
     assert "lm_head.weight" in checkpoint.names() and not checkpoint.config["tie_word_embeddings"]

@@ -41,7 +41,7 @@ def by_kernel(plan: Plan) -> str:
     """One row for every op, kernel and set of rejections, with the number of problems that it stands for."""
     counts: dict[tuple[str, ...], int] = {}
     for entry in plan.entries:
-        key = (entry.op, entry.dtype, entry.kernel, declined(entry))
+        key = (entry.op, entry.dtype, entry.label, declined(entry))
         counts[key] = counts.get(key, 0) + 1
     rows = [(op, dtype, kernel, str(count), reasons) for (op, dtype, kernel, reasons), count in counts.items()]
     return table(("OP", "DTYPE", "KERNEL", "PROBLEMS", "REJECTED"), rows)
@@ -49,7 +49,7 @@ def by_kernel(plan: Plan) -> str:
 
 def by_problem(plan: Plan) -> str:
     """One row for every problem, then one for every bucket."""
-    rows = [(entry.op, entry.problem, entry.kernel, declined(entry)) for entry in plan.entries]
+    rows = [(entry.op, entry.problem, entry.label, declined(entry)) for entry in plan.entries]
     shapes = [
         tuple(map(str, (shape.tokens, shape.rows, shape.pages, shape.logits, shape.max_query))) for shape in plan.shapes
     ]

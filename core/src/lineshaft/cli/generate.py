@@ -1,10 +1,14 @@
-"""`lineshaft generate`: text for one or more prompts on stdout, a summary of the run on stderr."""
+"""`lineshaft generate`: texts of one or more prompts on stdout, a summary on stderr; or all as one JSON object."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lineshaft.cli.options import add_config_arguments, load_config
@@ -37,6 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     add("--no-stream", action="store_true", help="print each text once it is whole; so it is with several prompts")
     add("--quiet", action="store_true", help="no summary")
+    add("--json", action="store_true", help="print one JSON object: outputs, run and plan (does not stream)")
     add_config_arguments(parser)
 
 
@@ -49,12 +54,18 @@ def run(args: Namespace) -> int:
     with closing(Bar()) as bar:
         llm = LLM.from_config(config, progress=bar)
     with llm:
+        if args.json:
+            outputs = complete(llm, prompts, params, raw=args.raw, progress=False)
+            print(json.dumps(as_json(llm, prompts, outputs), indent=2, allow_nan=False))
+            return 0
         if len(prompts) > 1 or args.no_stream or args.logprobs is not None:
-            print_whole(llm, prompts, params, raw=args.raw, progress=not args.quiet)
+            outputs = complete(llm, prompts, params, raw=args.raw, progress=not args.quiet)
+            print_outputs(prompts, outputs)
+            reasons = [output.outputs[0].finish_reason for output in outputs]
         else:
-            stream(llm, prompts[0], params, raw=args.raw)
+            reasons = [stream(llm, prompts[0], params, raw=args.raw)]
         if not args.quiet:
-            print(summary(llm), file=sys.stderr)
+            print(summary(llm, reasons), file=sys.stderr)
     return 0
 
 
@@ -72,25 +83,29 @@ def sampling_params(args: Namespace, config: EngineConfig) -> SamplingParams:
     return SamplingParams(stop=args.stop or None, logprobs=args.logprobs, ignore_eos=args.ignore_eos, **chosen)
 
 
-def stream(llm: LLM, prompt: str, params: SamplingParams, *, raw: bool) -> None:
-    """Print the text as it comes."""
+def stream(llm: LLM, prompt: str, params: SamplingParams, *, raw: bool) -> str | None:
+    """Print the text as it comes; return why it ended."""
+    reason = None
     for delta in llm.stream(prompt, params, chat=not raw):
         print(delta.text, end="", flush=True)
+        reason = delta.finish_reason
     print()
+    return reason
 
 
-def print_whole(llm: LLM, prompts: list[str], params: SamplingParams, *, raw: bool, progress: bool) -> None:
-    """Print each finished text, in the order of the prompts."""
-    complete = llm.generate if raw else llm.chat
-    for output in complete(prompts, params, progress=progress):
-        print_output(output)
+def complete(llm: LLM, prompts: list[str], params: SamplingParams, *, raw: bool, progress: bool) -> list[RequestOutput]:
+    return (llm.generate if raw else llm.chat)(prompts, params, progress=progress)
 
 
-def print_output(output: RequestOutput) -> None:
-    completion = output.outputs[0]
-    print(completion.text)
-    for token, place in zip(completion.token_ids, completion.logprobs or (), strict=False):
-        print("  " + "  ".join(show_logprob(found, chosen=token == key) for key, found in place.items()))
+def print_outputs(prompts: list[str], outputs: list[RequestOutput]) -> None:
+    """Print each text, in the order of the prompts; of several each under its number and prompt."""
+    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=1):
+        if len(prompts) > 1:
+            print(f"[{number}] {prompt!r:.100}")
+        completion = output.outputs[0]
+        print(completion.text)
+        for token, place in zip(completion.token_ids, completion.logprobs or (), strict=False):
+            print("  " + "  ".join(show_logprob(found, chosen=token == key) for key, found in place.items()))
 
 
 def show_logprob(found: Logprob, *, chosen: bool) -> str:
@@ -98,11 +113,37 @@ def show_logprob(found: Logprob, *, chosen: bool) -> str:
     return f"{'*' if chosen else ''}{found.decoded_token!r} {found.logprob:.3f}"
 
 
-def summary(llm: LLM) -> str:
-    """What ran and how fast."""
+def summary(llm: LLM, reasons: Sequence[str | None]) -> str:
+    """What ran, why each text ended and how fast it was."""
     run = llm.metrics()
+    ends = [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]
     return (
         f"{llm.plan.summary()}\n"
+        f"finish reason: {', '.join(ends) if len(ends) > 1 else reasons[0]}\n"
         f"TTFT {run.ttft_s * 1e3:.1f} ms, TPOT {run.tpot_s * 1e3:.2f} ms, {run.tokens_per_s:.1f} tokens/s, "
         f"pages {run.pages_used} of {run.pages_total} at most, host {run.host_ms_per_decode_step:.3f} ms a decode step"
     )
+
+
+def as_json(llm: LLM, prompts: list[str], outputs: list[RequestOutput]) -> dict[str, Any]:
+    """The outputs in the order of the prompts, the run's metrics, and the plan's hash. A number that is not finite
+    (a time that the backend does not measure) is null."""
+    answered = [
+        {"prompt": prompt, "prompt_token_ids": output.prompt_token_ids}
+        | asdict(output.outputs[0])
+        | {"metrics": asdict(output.metrics)}
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+    plain: dict[str, Any] = finite({"outputs": answered, "run": asdict(llm.metrics()), "plan": llm.plan.hash})
+    return plain
+
+
+def finite(value: Any) -> Any:
+    """The same with named tuples as objects and None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if hasattr(value, "_asdict"):
+        return finite(value._asdict())
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -55,7 +55,12 @@ def from_environment(environment: Mapping[str, str]) -> Iterator[Given]:
     for name in sorted(environment):
         if name.startswith(PREFIX):
             path = tuple(name.removeprefix(PREFIX).lower().split("__"))
-            yield Given(path, environment[name], f"variable {name}", text=True)
+            yield Given(path, environment[name], f"variable {name}", text=True, spell=variable)
+
+
+def variable(path: Iterable[str]) -> str:
+    """The name of the variable that sets a key."""
+    return PREFIX + "__".join(path).upper()
 
 
 def from_overrides(overrides: Mapping[str, Any]) -> Iterator[Given]:
@@ -94,8 +99,9 @@ def build(tree: dict[str, Any]) -> EngineConfig:
         return EngineConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = dotted(str(part) for part in first["loc"])
+        path = tuple(map(str, first["loc"]))
+        key = dotted(path)
         if first["type"] == "missing":
-            where = f"in the file, as {PREFIX}{key.upper()} or as --{key}"
+            where = f"in the file, as {variable(path)} or as --{key}"
             raise InvalidValue(f"{key} is not set; set it {where}") from error
         raise InvalidValue(f"{key}: {complaint(error)}") from error

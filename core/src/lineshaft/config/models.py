@@ -93,6 +93,8 @@ class EngineConfig(Table):
     """CPU threads of one worker; 0 leaves the choice to the backend."""
     executor: str = "auto"
     """Where workers run: "inproc", "process" or a plugin's; "auto": "inproc" for one worker, else "process"."""
+    step_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    """Seconds that workers in processes may take for one step; then all are killed and the step fails."""
     cache: CacheConfig = CacheConfig()
     """The paged KV cache."""
     scheduler: SchedulerConfig = SchedulerConfig()

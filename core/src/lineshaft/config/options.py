@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from lineshaft.config.values import complaint, dotted, suggestion
-from lineshaft.errors import InvalidValue, PluginError, UnknownKey
-from lineshaft.registry.loading import load_attribute
+from lineshaft.errors import InvalidValue, UnknownKey
+from lineshaft.registry import options_model
 
 if TYPE_CHECKING:
     from lineshaft.contract.backends import BackendInfo
@@ -21,7 +21,7 @@ def validate_options(info: BackendInfo, options: Mapping[str, Any]) -> BaseModel
     """An instance of the backend's options model, or None where it registers none.
 
     Text is converted to the option's type, since options also come from variables and the command line. Raises
-    UnknownKey, InvalidValue, and PluginError for a model that cannot be imported or is not a pydantic model.
+    UnknownKey, InvalidValue, and PluginError for a model that `options_model` refuses.
     """
     model = options_model(info)
     known = {} if model is None else model.model_fields
@@ -30,16 +30,6 @@ def validate_options(info: BackendInfo, options: Mapping[str, Any]) -> BaseModel
             hint = suggestion(key, (TABLE,), known)
             raise UnknownKey(f"the backend {info.name!r} has no option {TABLE}.{key}; {hint}")
     return None if model is None else validate(info, model, options)
-
-
-def options_model(info: BackendInfo) -> type[BaseModel] | None:
-    """The imported options model of a backend, or None."""
-    if not info.options:
-        return None
-    model = load_attribute(info.options)
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return model
-    raise PluginError(f"the backend {info.name!r} registers options {info.options!r}, which is not a pydantic model")
 
 
 def validate(info: BackendInfo, model: type[BaseModel], options: Mapping[str, Any]) -> BaseModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from types import UnionType
@@ -14,15 +14,24 @@ from pydantic.fields import FieldInfo
 from lineshaft.config.models import EngineConfig
 from lineshaft.errors import InvalidValue, UnknownKey
 
+KeyPath = tuple[str, ...]
+Fields = Mapping[str, FieldInfo]
+
+
+def dotted(path: Iterable[str]) -> str:
+    return ".".join(path)
+
 
 @dataclass(frozen=True)
 class Given:
-    """One value, where it came from and whether it came as text (and is then converted to the key's type)."""
+    """One value, where it came from, whether it came as text (and is then converted to the key's type), and how keys
+    are spelled there."""
 
-    path: tuple[str, ...]
+    path: KeyPath
     value: Any
     source: str
     text: bool
+    spell: Callable[[KeyPath], str] = dotted
 
 
 def settle(given: Given) -> Given:
@@ -49,7 +58,7 @@ def settle_table(given: Given) -> Given:
     raise InvalidValue(wrong(given, "it is a table; give one of its keys"))
 
 
-def settle_field(given: Given, field: FieldInfo, rest: tuple[str, ...]) -> Given:
+def settle_field(given: Given, field: FieldInfo, rest: KeyPath) -> Given:
     """A path that ends at a value, or inside a free table (`dict[str, X]`) whose keys are not ours."""
     if get_origin(field.annotation) is dict:
         if not rest:
@@ -97,26 +106,40 @@ def complaint(error: ValidationError) -> str:
     return error.errors(include_url=False)[0]["msg"].replace("Input should", "it should")
 
 
-def dotted(path: Iterable[str]) -> str:
-    return ".".join(path)
-
-
 def wrong(given: Given, allowed: str, meaning: str | None = None) -> str:
     """One line: the key, the value and its source, what is allowed, what the key means."""
     line = f"{dotted(given.path)} = {given.value!r} (from {given.source}): {allowed}"
     return f"{line} ({meaning})" if meaning else line
 
 
-def unknown_key(given: Given, table: tuple[str, ...], known: Iterable[str]) -> str:
+def unknown_key(given: Given, table: KeyPath, known: Fields) -> str:
     """One line: the key, its source, the nearest key that exists, or all of the table's."""
-    line = f"unknown key {dotted(given.path)} (from {given.source})"
-    return f"{line}; {suggestion(given.path[len(table)], table, known)}"
+    line, key = f"unknown key {dotted(given.path)} (from {given.source})", given.path[len(table)]
+    meant = None if table else misjoined(key, known)
+    return f"{line}; {did_you_mean(meant, given.spell) if meant else suggestion(key, table, known, given.spell)}"
 
 
-def suggestion(key: str, table: tuple[str, ...], known: Iterable[str]) -> str:
+def misjoined(key: str, known: Fields) -> KeyPath | None:
+    """The path that was meant where a table and its key are joined by one underscore: cache_pages."""
+    for name, field in known.items():
+        rest, inner = key.removeprefix(f"{name}_"), field.annotation
+        if rest == key:
+            continue
+        if get_origin(inner) is dict:
+            return (name, rest)
+        if is_table(field) and (near := get_close_matches(rest, inner.model_fields, n=1)):  # type: ignore[union-attr]
+            return (name, near[0])
+    return None
+
+
+def suggestion(key: str, table: KeyPath, known: Iterable[str], spell: Callable[[KeyPath], str] = dotted) -> str:
     """The nearest known keys with their table's path, or all of them."""
     names = list(known)
     near = get_close_matches(key, names, n=1)
     if near:
-        return f"did you mean {dotted((*table, near[0]))}?"
+        return did_you_mean((*table, near[0]), spell)
     return f"allowed here: {', '.join(names)}" if names else "no key is allowed here"
+
+
+def did_you_mean(path: KeyPath, spell: Callable[[KeyPath], str]) -> str:
+    return f"did you mean {spell(path)}?"

@@ -115,8 +115,8 @@ class BackendFactory(Protocol):
 class World:
     """This worker's place among all workers: mesh axis sizes in the order dp, pp, cp, ep, tp, and how to meet.
 
-    `rendezvous` is a file path that all ranks share (empty at world size 1); `threads` is the CPU share of this worker
-    (0 = the backend's choice).
+    `rendezvous` is a file path that all ranks share until they have captured their programs (empty at world size 1);
+    `threads` is the CPU share of this worker (0 = the backend's choice).
     """
 
     rank: int = 0

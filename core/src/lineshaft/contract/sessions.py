@@ -5,7 +5,8 @@ Caches never cross this interface, which hides whether a backend updates them in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from lineshaft.contract.kernels import HostPrepare, Pack
 from lineshaft.contract.problems import KVProblem, StateProblem
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Array, Checkpoint, Weight
+from lineshaft.errors import SessionClosed, SessionFrozen, SessionPoisoned
 
 HostArray = np.ndarray[Any, Any]
 Tree = Any
@@ -173,6 +175,44 @@ class Session(Protocol):
         ...
 
 
+class SessionState:
+    """Whether a session is closed, frozen or poisoned, for sessions to inherit; `close` sets `closed`."""
+
+    closed = False
+    _frozen = False
+    _failure: BaseException | None = None
+
+    def freeze(self) -> None:
+        self.require_usable()
+        self._frozen = True
+
+    def thaw(self) -> None:
+        self.require_usable()
+        self._frozen = False
+
+    def require_usable(self) -> None:
+        """Raises SessionClosed or SessionPoisoned."""
+        if self.closed:
+            raise SessionClosed("the session is closed; start a new one")
+        if self._failure is not None:
+            raise SessionPoisoned(f"a program failed over its caches ({self._failure!r}); rebuild the session")
+
+    def require_changeable(self, call: str) -> None:
+        """Raises SessionClosed, SessionPoisoned, and SessionFrozen for a call that would trace or compile."""
+        self.require_usable()
+        if self._frozen:
+            raise SessionFrozen(f"{call} on a frozen session; call thaw first")
+
+    @contextmanager
+    def poison_on_failure(self) -> Iterator[None]:
+        """Whatever escapes makes every later call raise SessionPoisoned."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+
+
 class Memory(Protocol):
     """What a backend knows of its memory, in bytes."""
 
@@ -201,5 +241,5 @@ def leaves(tree: Tree) -> list[Any]:
 
 __all__ = [
     "Array", "Cache", "CaptureReport", "Handle", "HostArray", "Memory", "Packing", "Pending", "PlannedOps", "Program",
-    "Session", "StepFunction", "Transfer", "Tree", "Weight", "leaves", "map_tree",
+    "Session", "SessionState", "StepFunction", "Transfer", "Tree", "Weight", "leaves", "map_tree",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lineshaft.config import EngineConfig
-from lineshaft.errors import InvalidValue, PlanMismatch
+from lineshaft.errors import InvalidValue, LayoutError, PlanMismatch
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import degrees_of
@@ -38,27 +38,32 @@ class ExecutorInfo:
 def builtin_executors() -> tuple[ExecutorInfo, ...]:
     """The executors that core itself brings, in the order in which "auto" tries them."""
     from lineshaft.executors.inproc import InprocExecutor
-    from lineshaft.executors.process import ProcessExecutor
+    from lineshaft.executors.process import ProcessExecutor, most_workers
 
-    return (ExecutorInfo("inproc", InprocExecutor, most_workers=1), ExecutorInfo("process", ProcessExecutor))
+    return (
+        ExecutorInfo("inproc", InprocExecutor, most_workers=1),
+        ExecutorInfo("process", ProcessExecutor, most_workers()),
+    )
 
 
 def make_executor(config: EngineConfig, registry: Registry) -> Executor:
-    """The configured executor, or for "auto" the first that runs as many workers as the layout has."""
+    """The configured executor, or for "auto" the first that runs as many workers as the layout has.
+
+    Raises InvalidValue for an unknown name, LayoutError where it runs fewer workers; then nothing was started.
+    """
     known: dict[str, ExecutorInfo] = {info.name: info for info in (*builtin_executors(), *registry.executors())}
-    world = degrees_of(config).world
-    if config.executor == "auto":
-        info = next(i for i in known.values() if i.most_workers is None or i.most_workers >= world)
-    elif config.executor in known:
-        info = known[config.executor]
-    else:
+    if config.executor != "auto" and config.executor not in known:
         raise InvalidValue(f"executor = {config.executor!r}: known are auto, {', '.join(known)}")
-    if info.most_workers is not None and info.most_workers < world:
-        raise InvalidValue(
-            f"executor = {config.executor!r} runs at most {info.most_workers} worker(s), the layout has {world}; "
-            "use 'process' or 'auto'"
-        )
-    return info.make(config, registry)
+    asked = list(known.values()) if config.executor == "auto" else [known[config.executor]]
+    degrees = degrees_of(config)
+    for info in asked:
+        if info.most_workers is None or degrees.world <= info.most_workers:
+            return info.make(config, registry)
+    most = ", ".join(f"{info.name!r} {info.most_workers}" for info in asked)
+    raise LayoutError(
+        f"layout {degrees} has {degrees.world} workers; executor = {config.executor!r} runs at most so many on this "
+        f"machine: {most}; lower a degree, or choose another executor"
+    )
 
 
 def agree(sizes: Sequence[Sizes]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -64,19 +65,24 @@ class Server:
         send(self._peer, {"progress": [what, done, total]})
 
 
-def watch(lifeline: int) -> None:
+def watch(lifeline: int, folder: str) -> None:
     """End this process as soon as the engine's end of the pipe is gone, whatever the main thread is waiting for."""
     while os.read(lifeline, 1):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 def main() -> None:
-    """`python -m lineshaft.executors.child SOCKET_FD LIFELINE_FD`; Ctrl-C is the engine's business."""
+    """`python -m lineshaft.executors.child SOCKET_FD LIFELINE_FD FOLDER`; Ctrl-C is the engine's business. The
+    folder is too, unless the engine was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    peer = socket.socket(fileno=int(sys.argv[1]))
-    threading.Thread(target=watch, args=(int(sys.argv[2]),), daemon=True).start()
-    Server(peer).run()
+    socket_fd, lifeline, folder = sys.argv[1:]
+    threading.Thread(target=watch, args=(int(lifeline), folder), daemon=True).start()
+    try:
+        Server(socket.socket(fileno=int(socket_fd))).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

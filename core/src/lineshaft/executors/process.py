@@ -1,7 +1,9 @@
-"""One spawned process per rank. A worker that dies is an error at once; none outlives the engine."""
+"""One spawned process per rank. A worker that dies is an error at once, one that hangs after `step_timeout_s`; none
+outlives the engine."""
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import shutil
@@ -20,6 +22,7 @@ from lineshaft import errors
 from lineshaft.config import EngineConfig
 from lineshaft.errors import LineshaftError, SessionPoisoned, WorkerDied
 from lineshaft.executors.wire import Disconnected, HostArray, receive, send
+from lineshaft.host import usable_cpus
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import check_layout, degrees_of
@@ -28,7 +31,15 @@ from lineshaft.runner.worker import Progress
 CLOSE_SECONDS = 5.0
 """How long all workers together may take to close before they are killed."""
 
+WORKERS_PER_CPU = 8
+"""Most workers for each CPU that this process may use: beyond that they only wait for each other."""
+
 Reply = tuple[dict[str, Any], list[HostArray]]
+
+
+def most_workers() -> int:
+    """Most worker processes of one engine on this machine."""
+    return WORKERS_PER_CPU * usable_cpus()
 
 
 @dataclass
@@ -59,9 +70,10 @@ class ProcessExecutor:
         self._folder = Path(tempfile.mkdtemp(prefix="lineshaft-"))
         self._children: list[Child] = []
         self._broken = ""
+        self._timeout = config.step_timeout_s
         try:
             for rank in range(self._degrees.world):
-                self._children.append(spawn(rank))
+                self._children.append(spawn(rank, self._folder, self._timeout))
             rendezvous = str(self._folder / "rendezvous")
             self._ask_all({"call": "make", "config": config.model_dump(mode="json"), "rendezvous": rendezvous})
         except BaseException:
@@ -84,7 +96,9 @@ class ProcessExecutor:
         return [Sizes.from_json(header) for header, _ in self._ask_all({"call": "size"})]
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return [Started(**header) for header, _ in self._ask_all({"call": "start", "pages": pages}, progress)]
+        replies = self._ask_all({"call": "start", "pages": pages}, progress)
+        shutil.rmtree(self._folder, ignore_errors=True)  # all have met
+        return [Started(**header) for header, _ in replies]
 
     def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
         replica_size = self._degrees.world // self._degrees.dp
@@ -93,7 +107,7 @@ class ProcessExecutor:
                 header, arrays = step.to_frames()
                 for child in self._children[replica * replica_size : (replica + 1) * replica_size]:
                     self._send(child, {"call": "execute", **header}, arrays)
-            replies = self._collect()
+            replies = self._collect(None, self._timeout)
         return [StepResult.from_frames(*replies[replica * replica_size]) for replica in range(len(steps))]
 
     def close(self) -> None:
@@ -117,17 +131,23 @@ class ProcessExecutor:
     def _send(self, child: Child, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
         try:
             send(child.peer, header, arrays)
+        except TimeoutError as error:
+            raise self._hung([child]) from error
         except Disconnected as error:
             raise self._died(child) from error
 
-    def _collect(self, progress: Progress | None = None) -> list[Reply]:
+    def _collect(self, progress: Progress | None = None, timeout: float = math.inf) -> list[Reply]:
         """One reply of every worker; the first failure ends the wait, as the others may wait for the failed one."""
         replies: dict[int, Reply] = {}
+        deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             for child in self._children:
                 selector.register(child.peer, selectors.EVENT_READ, child)
             while len(replies) < len(self._children):
-                for key, _ in selector.select():
+                ready = selector.select(min(deadline - time.monotonic(), 3600.0))
+                if not ready and time.monotonic() >= deadline:
+                    raise self._hung([child for child in self._children if child.rank not in replies])
+                for key, _ in ready:
                     self._take(key.data, replies, selector, progress)
         return [replies[rank] for rank in sorted(replies)]
 
@@ -136,6 +156,8 @@ class ProcessExecutor:
     ) -> None:
         try:
             header, arrays = receive(child.peer)
+        except TimeoutError as error:
+            raise self._hung([child]) from error
         except Disconnected as error:
             raise self._died(child) from error
         if "progress" in header:
@@ -146,6 +168,17 @@ class ProcessExecutor:
             raise rebuild_error(header["error"], child.rank)
         replies[child.rank] = (header, arrays)
         selector.unregister(child.peer)
+
+    def _hung(self, silent: Sequence[Child]) -> WorkerDied:
+        """Kills every worker: those that answered could only wait for the silent ones."""
+        named = ", ".join(f"{child.rank} (process {child.process.pid})" for child in silent)
+        for child in self._children:
+            child.process.kill()
+        self.close()
+        return WorkerDied(
+            f"no answer within step_timeout_s = {self._timeout:g} from rank {named}; all workers were killed, the "
+            "engine must be made anew, with a longer step_timeout_s if a step may take so long"
+        )
 
     def _died(self, child: Child) -> WorkerDied:
         status = child.process.poll()
@@ -163,16 +196,19 @@ class ProcessExecutor:
         )
 
 
-def spawn(rank: int) -> Child:
-    """Start one worker process; it waits for its first message."""
+def spawn(rank: int, folder: Path, timeout: float) -> Child:
+    """Start one worker process; it waits for its first message. No message may stand still for longer than `timeout`
+    seconds."""
     try:
         ours, theirs = socket.socketpair()
+        ours.settimeout(timeout)
         lifeline_read, lifeline_write = os.pipe()
     except OSError as error:
         raise WorkerDied(
             f"worker of rank {rank} cannot be started ({error.strerror}): raise the limit of open files"
         ) from error
-    command = [sys.executable, "-m", "lineshaft.executors.child", str(theirs.fileno()), str(lifeline_read)]
+    arguments = [str(theirs.fileno()), str(lifeline_read), str(folder)]
+    command = [sys.executable, "-m", "lineshaft.executors.child", *arguments]
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), lifeline_read), start_new_session=True

@@ -21,19 +21,21 @@ class Disconnected(Exception):
 
 
 def send(peer: socket.socket, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
-    """Send one message. Raises Disconnected."""
+    """Send one message. Raises Disconnected, and TimeoutError where the socket has a timeout."""
     described = [[array.dtype.str, list(array.shape)] for array in arrays]
     text = json.dumps({"header": header, "arrays": described}).encode()
     try:
         peer.sendall(_LENGTH.pack(len(text)) + text)
         for array in arrays:
             peer.sendall(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+    except TimeoutError:
+        raise
     except OSError as error:
         raise Disconnected(str(error)) from error
 
 
 def receive(peer: socket.socket) -> tuple[dict[str, Any], list[HostArray]]:
-    """Receive one message; blocks. Raises Disconnected."""
+    """Receive one message; blocks. Raises Disconnected, and TimeoutError where the socket has a timeout."""
     (length,) = _LENGTH.unpack(_exactly(peer, _LENGTH.size).data)
     message = json.loads(bytes(_exactly(peer, length)))
     arrays = []
@@ -49,6 +51,8 @@ def _exactly(peer: socket.socket, size: int) -> HostArray:
     while done < size:
         try:
             got = peer.recv_into(view[done:])
+        except TimeoutError:
+            raise
         except OSError as error:
             raise Disconnected(str(error)) from error
         if not got:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +43,7 @@ class LlamaConfig:
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Raises CorruptCheckpoint for a missing or absurd number, UnknownArchitecture for an unknown variant."""
-        for key in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
-            if config.get(key):
-                raise UnknownArchitecture(f"config.json sets {key}; the llama family runs without it only")
-        if config.get("hidden_act", "silu") != "silu":
-            raise UnknownArchitecture(
-                f"config.json sets hidden_act={config['hidden_act']!r}; the llama family has 'silu'"
-            )
+        _refuse_variants(config)
         hidden, q_heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
         kv_heads = _count(config, "num_key_value_heads", q_heads)
         if q_heads % kv_heads:
@@ -65,6 +60,23 @@ class LlamaConfig:
             max_position=_count(config, "max_position_embeddings", 2048),
             tied=_flag(config, "tie_word_embeddings"),
         )
+
+
+ONLY = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
+    "sliding_window": None, "quantization_config": None,
+}  # fmt: skip
+"""Keys that change what is computed, with the one value that this family computes. A key may be absent or null."""
+
+
+def _refuse_variants(config: Mapping[str, Any]) -> None:
+    for key, only in ONLY.items():
+        value = config.get(key)
+        if value is not None and value != only and (value or only):  # nothing, however it is written, is None or False
+            raise UnknownArchitecture(
+                f"config.json: {key} is {value!r:.80}; the llama family computes {key} = {json.dumps(only)} only, "
+                "another needs a family of its own"
+            )
 
 
 MOST = {"num_hidden_layers": 1000, "max_position_embeddings": 1 << 24}
@@ -99,6 +111,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise CorruptCheckpoint(f"config.json: rope_scaling is {given!r:.80}, it must be a table")
+    _refuse_variants(given)
     base = _number(config, "rope_theta", given.get("rope_theta", 10000.0))
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lineshaft.contract.backends import API_VERSION
 from lineshaft.contract.problems import Problem
 from lineshaft.contract.steps import StepShape
 from lineshaft.plan.resolve import Rejection
@@ -27,6 +28,12 @@ class PlanEntry:
     options: Mapping[str, str]
     rejected: tuple[Rejection, ...]
     calls: int  # in one step of the largest bucket that has it
+    api: int = API_VERSION  # of the contract that the kernel was written for
+
+    @property
+    def label(self) -> str:
+        """The kernel's name, with the contract's version where it was written for another."""
+        return self.kernel if self.api == API_VERSION else f"{self.kernel} (written for contract version {self.api})"
 
     def identity(self) -> list[Any]:
         return [self.op, self.problem, self.kernel, self.version, self.layout, sorted(self.options.items())]
@@ -60,8 +67,8 @@ class Plan:
         chosen: dict[str, list[str]] = {}
         for entry in self.entries:
             names = chosen.setdefault(entry.op, [])
-            if entry.kernel not in names:
-                names.append(entry.kernel)
+            if entry.label not in names:
+                names.append(entry.label)
         lines = [
             f"plan {self.hash[:16]}  backend {self.backend}  buckets {len(self.shapes)}  problems {len(self.entries)}"
         ]
@@ -88,7 +95,7 @@ def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Reject
     """An entry for a chosen kernel."""
     return PlanEntry(
         op, problem.describe(), problem.dtype, kernel.name, kernel.version, kernel.layout, dict(kernel.options),
-        tuple(rejected), calls,
+        tuple(rejected), calls, kernel.api,
     )  # fmt: skip
 
 

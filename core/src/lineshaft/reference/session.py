@@ -18,6 +18,7 @@ from lineshaft.contract.sessions import (
     Handle,
     Packing,
     PlannedOps,
+    SessionState,
     StepFunction,
     Transfer,
     Tree,
@@ -25,7 +26,7 @@ from lineshaft.contract.sessions import (
 )
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Checkpoint, Coordinate, Param, Weight
-from lineshaft.errors import MisshapenTensor, SessionClosed, SessionFrozen
+from lineshaft.errors import MisshapenTensor
 from lineshaft.weights.schemes import dequantize
 
 HostArray = np.ndarray[Any, Any]
@@ -91,7 +92,7 @@ class ReferenceProgram:
     def __call__(
         self, host: HostStep, arrays: Mapping[str, Any] | None = None, after: Sequence[Transfer] = ()
     ) -> ReferencePending:
-        self._session.check_open()
+        self._session.require_usable()
         began = time.perf_counter()
         step = StepInputs({name: ValueArray(view.copy()) for name, view in host.views.items()}, self.shape)
         session = self._session
@@ -99,7 +100,7 @@ class ReferenceProgram:
         return ReferencePending(outputs, time.perf_counter() - began)
 
 
-class ReferenceSession:
+class ReferenceSession(SessionState):
     """Owns NumPy weights and caches. See `lineshaft.contract.sessions.Session` for what each method promises."""
 
     def __init__(self) -> None:
@@ -107,13 +108,11 @@ class ReferenceSession:
         self.caches: list[Cache] = []
         self._params: dict[str, tuple[Param, Weight]] = {}
         self._shared: dict[tuple[Any, ...], dict[str, HostArray]] = {}  # keys begin with the source
-        self._frozen = self._closed = False
 
     # ---- weights and caches ------------------------------------------------------------------------------------
 
     def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
-        self.check_open()
-        self._check_thawed("load")
+        self.require_changeable("load")
         self._params, self._shared = {}, {}
         self.weights = map_tree(lambda param: self._weight(param, checkpoint), params)
         return self.weights
@@ -129,7 +128,7 @@ class ReferenceSession:
         return ValueArray(weight.arrays["data"]) if "const" in param.problems else weight
 
     def update(self, weights: Mapping[str, HostArray]) -> ReferencePending:
-        self.check_open()
+        self.require_usable()
         found = [(held, values) for name, values in weights.items() for held in self._held(name, values.shape)]
         for held, values in found:
             held[...] = values
@@ -147,8 +146,7 @@ class ReferenceSession:
         return held
 
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
-        self.check_open()
-        self._check_thawed("alloc_caches")
+        self.require_changeable("alloc_caches")
         self.caches = [Cache(i, p, layout, self._pages(p, pages[p.group])) for i, p in enumerate(problems)]
         return self.caches
 
@@ -168,8 +166,7 @@ class ReferenceSession:
         arrays: Mapping[str, ArraySpec] | None = None,
         host_outputs: frozenset[str] = frozenset(),
     ) -> ReferenceProgram:
-        self.check_open()
-        self._check_thawed("capture")
+        self.require_changeable("capture")
         began = time.perf_counter()
         program = ReferenceProgram(self, fn, shape, ops.bind(self))
         given = {name: ValueArray(np.zeros(s.shape, numpy_dtype(s.dtype))) for name, s in (arrays or {}).items()}
@@ -180,11 +177,11 @@ class ReferenceSession:
     # ---- pages -------------------------------------------------------------------------------------------------
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
-        self.check_open()
+        self.require_usable()
         return {name: pages[ids] for name, pages in self.caches[cache].arrays.items()}
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Done:
-        self.check_open()
+        self.require_usable()
         held = self.caches[cache]
         arrays = {name: array.copy() for name, array in held.arrays.items()}
         for name, values in pages.items():
@@ -193,35 +190,16 @@ class ReferenceSession:
         return Done()
 
     def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> Done:
-        self.check_open()
+        self.require_usable()
         for cache in self.caches:
             if cache.problem.group == group:
                 self.write_pages(cache.key, dst, self.read_pages(cache.key, src))
         return Done()
 
-    # ---- states ------------------------------------------------------------------------------------------------
-
-    def freeze(self) -> None:
-        self.check_open()
-        self._frozen = True
-
-    def thaw(self) -> None:
-        self.check_open()
-        self._frozen = False
-
     def close(self) -> None:
-        self._closed = True
+        self.closed = True
         self.weights, self.caches = {}, []
         self._params, self._shared = {}, {}
-
-    def check_open(self) -> None:
-        """Raises SessionClosed after `close`."""
-        if self._closed:
-            raise SessionClosed("this session is closed; make a new one")
-
-    def _check_thawed(self, call: str) -> None:
-        if self._frozen:
-            raise SessionFrozen(f"{call} between freeze and thaw: call thaw first")
 
 
 def _values(param: Param, checkpoint: Checkpoint) -> HostArray:

@@ -5,6 +5,6 @@ It knows no plugin by name; only the core's own reference backend is registered 
 
 from lineshaft.registry.discovery import discover
 from lineshaft.registry.loading import load_attribute
-from lineshaft.registry.registry import BackendStatus, Plugin, Registry, Rejected
+from lineshaft.registry.registry import BackendStatus, Plugin, Registry, Rejected, options_model
 
-__all__ = ["BackendStatus", "Plugin", "Registry", "Rejected", "discover", "load_attribute"]
+__all__ = ["BackendStatus", "Plugin", "Registry", "Rejected", "discover", "load_attribute", "options_model"]

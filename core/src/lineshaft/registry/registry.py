@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import pluggy
+from pydantic import BaseModel, ValidationError
 
 from lineshaft.contract.backends import BackendInfo, BackendKind, Probe
 from lineshaft.contract.kernels import Kernel
@@ -193,13 +194,37 @@ class Registry:
 
 
 def probe(info: BackendInfo) -> Probe:
-    """What the backend's probe finds; one that fails means "not usable", with its failure as the reason."""
+    """What the backend's probe finds; one that fails, and options that cannot be had, mean "not usable" with that
+    failure as the reason."""
     try:
         found = load_attribute(info.probe)()
+        if not isinstance(found, Probe):
+            return Probe(False, f"its probe returned {type(found).__name__}; allowed is a Probe")
+        if found.usable:
+            options_model(info)
+        return found
     except PluginError as error:
         return Probe(False, str(error))
     except (Exception, SystemExit) as error:
         return Probe(False, f"its probe raised {one_line(error)}")
-    if not isinstance(found, Probe):
-        return Probe(False, f"its probe returned {type(found).__name__}; allowed is a Probe")
-    return found
+
+
+def options_model(info: BackendInfo) -> type[BaseModel] | None:
+    """The imported options model of a backend, or None. Raises PluginError for one that cannot be imported, is not a
+    pydantic model or cannot be made; an option without a default is no mistake."""
+    if not info.options:
+        return None
+    model = load_attribute(info.options)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise PluginError(
+            f"the backend {info.name!r} registers options {info.options!r}, which is not a pydantic model"
+        )
+    try:
+        model()
+    except ValidationError:
+        pass
+    except Exception as error:
+        raise PluginError(
+            f"its options {info.options!r} cannot be made: {one_line(error)}; update the plugin"
+        ) from error
+    return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from lineshaft.config import EngineConfig, validate_options
@@ -12,6 +11,7 @@ from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.steps import StepShape
 from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import InvalidValue
+from lineshaft.host import usable_cpus
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
 from lineshaft.plan import Planned, Resolver, Workload, make_plan
@@ -105,7 +105,7 @@ def threads_for(config: EngineConfig, info: BackendInfo, world: int) -> int:
     """CPU threads of one worker: as configured, else a fair share where workers compute on the host itself."""
     if config.threads or world == 1 or info.kind is BackendKind.ACCELERATOR:
         return config.threads
-    return max(1, len(os.sched_getaffinity(0)) // world)
+    return max(1, usable_cpus() // world)
 
 
 def choose_dtype(config: EngineConfig, backend: str, capabilities: Capabilities) -> str:

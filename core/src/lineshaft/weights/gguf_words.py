@@ -133,6 +133,8 @@ def config_of(
     config["tie_word_embeddings"] = "lm_head.weight" not in names
     config["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
     config["mlp_bias"] = any(name.endswith("up_proj.bias") for name in names)
+    if (rotated := words.number("rope.dimension_count")) is not None:
+        config["partial_rotary_factor"] = rotated / max(1, config["head_dim"])
     return config | _rope(words, config["head_dim"], rope_factors)
 
 

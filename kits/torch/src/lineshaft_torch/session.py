@@ -15,17 +15,10 @@ import torch
 
 from lineshaft.contract.backends import World
 from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache, Packing, PlannedOps, StepFunction, Tree, map_tree
+from lineshaft.contract.sessions import Cache, Packing, PlannedOps, SessionState, StepFunction, Tree, map_tree
 from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
-from lineshaft.errors import (
-    ContractViolation,
-    MisshapenTensor,
-    OutOfMemory,
-    SessionClosed,
-    SessionFrozen,
-    SessionPoisoned,
-)
+from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory
 from lineshaft_torch.arrays import HostArray, from_host, to_host
 from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
 from lineshaft_torch.packing import dense_leaves, host_pack
@@ -63,7 +56,7 @@ class DoneTransfer:
         return None
 
 
-class TorchSession:
+class TorchSession(SessionState):
     """Implements `lineshaft.contract.sessions.Session`; see there for what each method promises.
 
     All programs share one arena for intermediate results, which is as large as the largest of them needs.
@@ -83,8 +76,6 @@ class TorchSession:
         self._params: dict[str, tuple[Param, Weight | torch.Tensor]] = {}
         self._shared: dict[tuple[Any, ...], tuple[Param, Packing, dict[str, torch.Tensor]]] = {}
         self._constants: dict[Hashable, Any] = {}
-        self._frozen = self._closed = False
-        self._failure: BaseException | None = None
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -92,7 +83,7 @@ class TorchSession:
     def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
         """Weights of this rank's coordinate; a `const` Param becomes a bare tensor. Params of equal `source_id` and
         packing share memory. Raises MissingTensor, MisshapenTensor, OutOfMemory."""
-        self._require_changeable("load")
+        self.require_changeable("load")
         self._params, self._shared = {}, {}
         self.generation += 1
         self.weights = map_tree(lambda param: self._place(param, checkpoint, packings), params)
@@ -156,7 +147,7 @@ class TorchSession:
     @torch.inference_mode()
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
         """Zeroed caches in the layout of this kit's kernels. Raises ContractViolation for another, OutOfMemory."""
-        self._require_changeable("alloc_caches")
+        self.require_changeable("alloc_caches")
         if layout not in ("", SLOTS_LAYOUT):
             raise ContractViolation(f"cache layout {layout!r} is not known to this session; it has {SLOTS_LAYOUT!r}")
         self.generation += 1
@@ -206,7 +197,7 @@ class TorchSession:
         arrays: Mapping[str, ArraySpec] | None = None,
         host_outputs: frozenset[str] = frozenset(),
     ) -> TapeProgram | EagerProgram:
-        self._require_changeable("capture")
+        self.require_changeable("capture")
         capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
         if self.options.program == "eager":
             return EagerProgram(self, capture)
@@ -244,44 +235,13 @@ class TorchSession:
     def _bytes(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
-    # ---- state -------------------------------------------------------------------------------------------------
-
-    def freeze(self) -> None:
-        self.require_usable()
-        self._frozen = True
-
-    def thaw(self) -> None:
-        self.require_usable()
-        self._frozen = False
-
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             self.weights, self.caches, self._params, self._shared = {}, [], {}, {}
             self._constants = {}
             self.arena = torch.empty(0, dtype=torch.uint8)
             self.groups.close()
-
-    def require_usable(self) -> None:
-        """Raises SessionClosed or SessionPoisoned."""
-        if self._closed:
-            raise SessionClosed("the session is closed; start a new one")
-        if self._failure is not None:
-            raise SessionPoisoned(f"a program failed over its caches ({self._failure!r}); rebuild the session")
-
-    def _require_changeable(self, call: str) -> None:
-        self.require_usable()
-        if self._frozen:
-            raise SessionFrozen(f"{call} on a frozen session; call thaw first")
-
-    @contextmanager
-    def poison_on_failure(self) -> Iterator[None]:
-        """Whatever escapes makes every later call raise SessionPoisoned."""
-        try:
-            yield
-        except BaseException as error:
-            self._failure = error
-            raise
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import torch
 
 from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft.contract.kernels import Kernel
+from lineshaft.host import usable_cpus
 from lineshaft_cpu.kernels import cpu_kernels
 from lineshaft_cpu.memory import HostMemory
 from lineshaft_cpu.options import CpuOptions
-from lineshaft_cpu.probe import usable_cpus
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_torch.session import SessionOptions, TorchSession
 

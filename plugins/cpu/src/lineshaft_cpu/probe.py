@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.util import find_spec
 from pathlib import Path
 
 from lineshaft.contract.backends import Probe
+from lineshaft.host import usable_cpus
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -30,8 +30,3 @@ def model_name() -> str:
 
 def machine() -> str:
     return platform.machine() or "unknown processor"
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,42 @@
+"""Which config.json the llama family reads, and that it refuses one that would be computed differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lineshaft.errors import UnknownArchitecture
+from lineshaft.models.llama import LlamaConfig
+
+PLAIN: dict[str, Any] = {
+    "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 128, "num_hidden_layers": 2,
+}  # fmt: skip
+
+NEUTRAL: dict[str, Any] = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": None, "partial_rotary_factor": 1,
+    "sliding_window": 0, "quantization_config": {}, "rope_parameters": {"partial_rotary_factor": 1.0},
+}  # fmt: skip
+
+
+def test_keys_that_change_nothing_are_read_over() -> None:
+    assert LlamaConfig.read(PLAIN | NEUTRAL) == LlamaConfig.read(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; .* = 1.0 only"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor is 0;"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5;"),
+        ({"attention_bias": True}, "attention_bias is True; .* = false only"),
+        ({"mlp_bias": True}, "mlp_bias is True;"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; .* = \"silu\" only"),
+        ({"sliding_window": 4096}, "sliding_window is 4096; .* = null only"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4};"),
+    ],
+    ids=str,
+)
+def test_a_key_that_changes_what_is_computed_is_refused(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnknownArchitecture, match=words):
+        LlamaConfig.read(PLAIN | changed)
