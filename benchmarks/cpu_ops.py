@@ -2,27 +2,33 @@
 
     python benchmarks/cpu_ops.py [threads]
 
-Weights and caches are many, so that they come from memory as in a real step; the least of several rounds is shown.
+Of every kernel that takes a problem, the one that a plan chooses first. Weights and caches are many, so that they come
+from memory as in a real step; the least of several rounds is shown.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from lineshaft.contract.backends import World
+from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
 from lineshaft.contract.steps import HostStep, StepInputs, StepShape, forward_inputs
+from lineshaft.contract.weights import Local, Param, Stored, Weight
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
+from lineshaft_torch.arrays import to_host
+from lineshaft_torch.packing import dense_leaves, host_pack
 
 HIDDEN, Q_HEADS, KV_HEADS, DIM, WIDTH, PAGE = 576, 9, 3, 64, 1536, 16
 DTYPE, COPIES, ROUNDS = "bfloat16", 24, 15
+CPU = torch.device("cpu")
 
 
 def least_us(call: Callable[[int], Any]) -> float:
@@ -36,10 +42,18 @@ def least_us(call: Callable[[int], Any]) -> float:
     return best * 1e6
 
 
-def best_kernel(kernels: Any, op: str, problem: Problem, session: Any) -> tuple[str, Callable[..., Any]]:
-    fitting = [k for k in kernels if k.op == op and not problem.features() - k.handles and not k.supports(problem)]
-    chosen = max(fitting, key=lambda k: k.priority)
-    return chosen.name, chosen.bind(problem, session)
+def fitting(kernels: Iterable[Kernel], op: str, problem: Problem) -> list[Kernel]:
+    """The kernels that take a problem, the one that a plan would choose first."""
+    found = [k for k in kernels if k.op == op and not problem.features() - k.handles and not k.supports(problem)]
+    return sorted(found, key=lambda k: -k.priority)
+
+
+def packed(kernel: Kernel, n: int, k: int) -> Weight:
+    """A random weight [n, k] in the kernel's packing."""
+    param = Param("w", "w", (n, k), DTYPE, {}, lambda checkpoint, at: local)
+    local = Local((Stored("none", (n, k), {"data": to_host(random(n, k))}),))
+    arrays = dense_leaves(param, local) if kernel.pack is None else host_pack(kernel.pack, param, local, CPU)
+    return Weight(0, "w", {}, kernel.layout, arrays)
 
 
 def decode_step(rows: int, context: int) -> StepInputs:
@@ -58,15 +72,18 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).bfloat16()
 
 
-def measure(rows: int, context: int, kernels: Any, session: Any) -> None:
+def measure(rows: int, context: int, kernels: Sequence[Kernel], session: Any) -> None:
     def show(op: str, problem: Problem, call: Callable[[Callable[..., Any], int], Any], note: str) -> None:
-        name, bound = best_kernel(kernels, op, problem, session)
-        print(f"rows {rows:3}  {op:10} {name:16} {note:14} {least_us(lambda i: call(bound, i)):9.1f} us")
+        for kernel in fitting(kernels, op, problem):
+            bound = kernel.bind(problem, session)
+            print(f"rows {rows:3}  {kernel.name:22} {note:14} {least_us(lambda i: call(bound, i)):9.1f} us")  # noqa: B023
 
     for n, k in ((HIDDEN + 2 * KV_HEADS * DIM, HIDDEN), (2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)):
-        x, weights = random(rows, k), [random(n, k) for _ in range(COPIES)]
-        problem = LinearProblem(dtype=DTYPE, m=rows, n=n, k=k)
-        show("linear", problem, lambda bound, i, x=x, w=weights: bound(x, w[i]), f"k={k} n={n}")  # type: ignore[misc]
+        x, problem = random(rows, k), LinearProblem(dtype=DTYPE, m=rows, n=n, k=k)
+        for kernel in fitting(kernels, "linear", problem):
+            bound, weights = kernel.bind(problem, session), [packed(kernel, n, k) for _ in range(COPIES)]
+            taken = least_us(lambda i: bound(x, weights[i]))  # noqa: B023
+            print(f"rows {rows:3}  {kernel.name:22} {f'k={k} n={n}':14} {taken:9.1f} us")
     x, gated, norm = random(rows, HIDDEN), random(rows, 2 * WIDTH), NormProblem(dtype=DTYPE, width=HIDDEN, eps=1e-5)
     show("rms_norm", norm, lambda bound, i: bound(x, x[0]), f"width={HIDDEN}")
     show("silu_mul", PointwiseProblem(dtype=DTYPE), lambda bound, i: bound(gated), f"width={WIDTH}")

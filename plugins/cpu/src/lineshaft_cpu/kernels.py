@@ -1,7 +1,5 @@
-"""What the CPU does better than the portable kernels with torch alone: one-row products, and experts.
-
-Packed products, attention, sampling and the compiled kernels have files of their own.
-"""
+"""All kernels of the CPU plugin: experts here, packed products, attention, sampling and the compiled ones in files of
+their own."""
 
 from __future__ import annotations
 
@@ -11,28 +9,12 @@ from typing import Any
 import torch
 
 from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import ExpertProblem, LinearProblem
+from lineshaft.contract.problems import ExpertProblem
 from lineshaft_cpu import attention, compiled, packed, sampling
 from lineshaft_cpu.priority import TORCH
-from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
+from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, with_problem
 from lineshaft_torch.kernels.experts import gated_mlp
 from lineshaft_torch.kernels.experts import supports as experts_supports
-
-
-def linear_row(x: torch.Tensor, w: Any, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x [1, I], w [O, I] -> x @ w^T [1, O]: for one row the matrix-vector product reads weights at twice the speed."""
-    weight = dense(w)
-    out = x.new_empty((1, weight.shape[0])) if out is None else out
-    torch.mv(weight, x[0], out=out[0])
-    return out
-
-
-def linear_row_supports(problem: LinearProblem) -> str | None:
-    if problem.m != 1:
-        return f"multiplies one row, not {problem.m}"
-    if problem.dtype != "bfloat16":
-        return f"gains only in bfloat16, not in {problem.dtype}"
-    return None
 
 
 def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offsets: torch.Tensor) -> torch.Tensor:
@@ -46,10 +28,6 @@ def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offs
 
 def recipes(native: str) -> list[Recipe]:
     return [
-        recipe(
-            "cpu_linear_row", "linear", stateless(linear_row), out=True, layout=DENSE, priority=TORCH,
-            supports=linear_row_supports,
-        ),
         recipe(
             "cpu_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, priority=TORCH,
             supports=experts_supports,

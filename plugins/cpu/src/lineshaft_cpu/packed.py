@@ -1,7 +1,8 @@
 """Matrix products over weights that oneDNN has put in the block order of its own kernels, once, when they are loaded.
 
 A product over dense bf16 weights reorders them at every call, which costs more than the product itself where rows are
-few. The two operators are private to torch's compiler backend, hence `available`; torch's version is pinned by the kit.
+few; a dense float32 one goes to a library that some processors are slow in. The two operators are private to torch's
+compiler backend, hence `available`; torch's version is pinned by the kit.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def linear(x: torch.Tensor, w: Any) -> torch.Tensor:
 
 
 def supports(problem: LinearProblem) -> str | None:
-    if problem.dtype != "bfloat16":
-        return f"packs bfloat16 weights, not {problem.dtype}"
+    if problem.dtype not in ("bfloat16", "float32"):
+        return f"packs bfloat16 and float32 weights, not {problem.dtype}"
     return available()
 
 
