@@ -132,9 +132,7 @@ class Recipes:
 
         def add_rms_norm(x: torch.Tensor, r: torch.Tensor, w: Any, *, out: Outs = None) -> Any:
             """x, r [T, H] -> (rms_norm(x + r), x + r); the sum is rounded before it is normed."""
-            normed, total = (
-                (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in "12") if out is None else out
-            )
+            normed, total = (whole_like(x), whole_like(x)) if out is None else out
             x, r = rows_of(x), rows_of(r)
             run(
                 x.data_ptr(), r.data_ptr(), dense(w).data_ptr(), normed.data_ptr(), total.data_ptr(), x.shape[0],
