@@ -26,6 +26,10 @@ class Checkpoint:
     oracle: Oracle
 
 
+Llama = Callable[[str], Checkpoint]
+"""The checkpoint of a variant (`checkpoints.VARIANTS`)."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """One thread, however many CPUs there are: the same sums on every machine, and no waiting on a busy one."""
@@ -46,7 +50,7 @@ def smollm2_bfloat16(smollm2: Checkpoint) -> Oracle:
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     """Random Llama checkpoints by the name of their variant, each written once."""
 
     @cache

@@ -145,6 +145,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "too long a context": (("--set", "max_model_len=129"), "InvalidValue", ("129", "128 tokens")),
     "pool too small": (("--set", "cache.pages=8"), "PoolTooSmall", ("cache.pages = 8", "at least 9")),
     "out of memory": (("--set", "cache.pages=1000000000000"), "OutOfMemory", ("KV pool",)),
+    "a step too large for memory": (
+        ("--set", "scheduler.token_budget=900000000", "--set", "scheduler.max_rows=900000000"),
+        "OutOfMemory", ("one step's results", "scheduler.token_budget"),
+    ),
     "tp that does not divide": (("--tp", "3"), "LayoutError", ("tp=3", "8 query heads")),
     "an axis that does not run yet": (("--set", "layout.pp=2"), "LayoutError", ("pp=2",)),
     "more workers than the machine runs": (("--dp", "1000000"), "LayoutError", ("1000000 workers", "'process'")),

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tests.integration.conftest import Checkpoint
+from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import Run, config, drive
 
 import lineshaft.runner.pack as pack
 from lineshaft.engine import Engine
 from lineshaft.sampling.params import SamplingParams
 
-Llama = Callable[[str], Checkpoint]
 LENGTHS = (3, 11, 20, 6)
 TOKENS = 10
 

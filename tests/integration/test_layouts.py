@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.integration.conftest import Checkpoint
+from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import config, drive, follow, greedy
 from tests.integration.oracle import check_float32
 from tests.integration.processes import SECONDS, Watch, environment, folders_of, start
@@ -28,7 +28,6 @@ from lineshaft.executors.wire import receive, send
 from lineshaft.runner.worker import Worker
 from lineshaft.sampling.params import SamplingParams
 
-Llama = Callable[[str], Checkpoint]
 LENGTHS = (1, 7, 16, 33)
 TOKENS = 8
 CRAMPED = {"max_model_len": 60, "cache.pages": 13, "cache.page_size": 5, "scheduler.token_budget": 16}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from tests.integration.checkpoints import LLAMA3, ODD
-from tests.integration.conftest import Checkpoint
+from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import config, drive, follow, greedy
 from tests.integration.oracle import Expected, check_bfloat16, check_float32, float32_tolerance, undisputed
 
 from lineshaft.engine import Engine
 
-Llama = Callable[[str], Checkpoint]
 LENGTHS = (1, 7, 16, 33)
 TOKENS = 12
 

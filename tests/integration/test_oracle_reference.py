@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from tests.integration.conftest import Checkpoint
+from tests.integration.conftest import Llama
 from tests.integration.driving import config, drive, follow, greedy
 from tests.integration.oracle import check_bfloat16, check_float32
 
 from lineshaft.engine import Engine
 
-Llama = Callable[[str], Checkpoint]
 LENGTHS = (2, 9, 30)
 TOKENS = 6
 

@@ -8,7 +8,7 @@ import pytest
 
 from lineshaft.contract.steps import ArraySpec
 from lineshaft.errors import ContractViolation
-from lineshaft.plan.trace import AbstractArray, dispatch_key
+from lineshaft.plan.trace import AbstractArray, Workspace, dispatch_key
 from lineshaft.reference.session import ValueArray
 
 
@@ -56,3 +56,17 @@ def test_calls_of_one_name_are_told_apart_by_shape_and_static_arguments() -> Non
     a, b = both((4, 6))[0], both((2, 6))[0]
     assert dispatch_key((a, "tp"), {}) == dispatch_key((both((4, 6))[1], "tp"), {})
     assert len({dispatch_key((x, axis), {}) for x in (a, b) for axis in ("tp", "dp")}) == 4
+
+
+def test_the_workspace_counts_a_result_until_its_last_view_is_gone() -> None:
+    workspace = Workspace()
+    first = workspace.hold(ArraySpec((4, 6), "bfloat16"))
+    view = first[:2].reshape(12)
+    second = workspace.hold(ArraySpec((3,), "float32"))
+    assert (workspace.now, workspace.most) == (48 + 12, 48 + 12)
+    del first
+    assert workspace.now == 48 + 12 and view.shape == (12,)
+    del view
+    assert (workspace.now, workspace.most) == (12, 48 + 12)
+    del second
+    assert workspace.now == 0

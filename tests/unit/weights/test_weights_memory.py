@@ -6,7 +6,7 @@ import pytest
 
 from lineshaft.contract.weights import Local, Param
 from lineshaft.errors import MisshapenTensor, OutOfMemory
-from lineshaft.weights import as_dtype, breakdown, check_fits, local_bytes, repacked
+from lineshaft.weights import as_dtype, check_fits, local_bytes, repacked
 
 GIB = 1 << 30
 
@@ -33,14 +33,13 @@ def test_what_differs_in_dtype_shares_no_memory() -> None:
 
 
 def test_what_fits_and_what_nobody_knows_passes() -> None:
-    check_fits(GIB, GIB, "weights")
-    check_fits(GIB, None, "weights")
+    check_fits({"weights": GIB}, GIB)
+    check_fits({"weights": GIB}, None)
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_do() -> None:
-    what = breakdown({"weights": 3 * GIB, "caches": GIB // 2})
     with pytest.raises(OutOfMemory) as caught:
-        check_fits(3 * GIB + GIB // 2, 2 * GIB, what)
+        check_fits({"weights": 3 * GIB, "caches": GIB // 2}, 2 * GIB)
     message = str(caught.value)
     assert message.startswith(
         "weights 3.00 GiB + caches 0.50 GiB need 3.50 GiB but 2.00 GiB are free: 1.50 GiB too much"
@@ -50,7 +49,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_do() -> None:
 
 def test_one_byte_too_much_is_too_much() -> None:
     with pytest.raises(OutOfMemory, match="1 bytes too much"):
-        check_fits(GIB + 1, GIB, "weights")
+        check_fits({"weights": GIB + 1}, GIB)
 
 
 def test_dtype_names() -> None:

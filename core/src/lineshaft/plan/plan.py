@@ -49,6 +49,7 @@ class Plan:
     weight_layouts: Mapping[str, str]
     cache_layout: str
     weight_bytes: int
+    workspace_bytes: int  # of intermediate results at once, in the bucket that needs most
     notes: tuple[str, ...] = ()  # what a reader should know beside the kernels, a line each
 
     @property

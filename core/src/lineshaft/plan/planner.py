@@ -121,6 +121,7 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
         weight_layouts=layouts,
         cache_layout=cache_layout,
         weight_bytes=local_bytes(params, layouts),
+        workspace_bytes=max(trace.workspace.most for trace in traces),
         notes=tuple(repacked(params, layouts)),
     )
     bound = tuple((p, BoundOps(t, chosen, specs)) for p, t in zip(work.programs, traces, strict=True))

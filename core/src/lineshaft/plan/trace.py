@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import finalize
 
 from lineshaft.contract.ops.spec import Call, OpSpec
 from lineshaft.contract.problems import Problem
@@ -16,19 +17,19 @@ from lineshaft.errors import Unsupported
 
 
 class AbstractArray(Restricted):
-    """An array with a shape and no values."""
+    """An array with a shape and no values; `base` is the one that it is a view of."""
 
-    __slots__ = ("spec",)
+    __slots__ = ("__weakref__", "base", "spec")
 
-    def __init__(self, spec: ArraySpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: ArraySpec, base: AbstractArray | None = None) -> None:
+        self.spec, self.base = spec, base
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
 
     def _reshaped(self, shape: tuple[int, ...]) -> AbstractArray:
-        return AbstractArray(ArraySpec(shape, self.spec.dtype))
+        return AbstractArray(ArraySpec(shape, self.spec.dtype), self)
 
     def _sliced(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> AbstractArray:
         return self._reshaped(shape)
@@ -47,14 +48,33 @@ class Site:
     composite: bool = False  # run by the op's default decomposition
 
 
+class Workspace:
+    """Bytes of the results that are alive at once: how many now, and the most that ever were."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def hold(self, spec: ArraySpec) -> AbstractArray:
+        """A result that counts until the forward and all its views have dropped it."""
+        self.now += spec.nbytes
+        self.most = max(self.most, self.now)
+        array = AbstractArray(spec)
+        finalize(array, self._drop, spec.nbytes).atexit = False
+        return array
+
+    def _drop(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
 @dataclass
 class Trace:
-    """All sites of one program, in first-call order, with the number of calls of each."""
+    """All sites of one program, in first-call order, with the number of calls of each, and what its results take."""
 
     shape: StepShape
     sites: dict[tuple[str, tuple[Any, ...]], Site] = field(default_factory=dict)
     calls: dict[tuple[str, tuple[Any, ...]], int] = field(default_factory=dict)
     outputs: dict[str, ArraySpec] = field(default_factory=dict)
+    workspace: Workspace = field(default_factory=Workspace)
 
 
 def dispatch_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -125,8 +145,8 @@ class Tracer:
         if out == "cache":
             return next(item for item in call.args if isinstance(item, Cache))
         if isinstance(out, ArraySpec):
-            return AbstractArray(out)
-        return tuple(AbstractArray(item) for item in out if isinstance(item, ArraySpec))
+            return self.trace.workspace.hold(out)
+        return tuple(self.trace.workspace.hold(item) for item in out if isinstance(item, ArraySpec))
 
 
 def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) -> None:

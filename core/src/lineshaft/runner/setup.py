@@ -141,7 +141,7 @@ def make_limits(config: EngineConfig, capabilities: Capabilities, model: Model) 
             "a decode step needs a token a row"
         )
     return Limits(
-        token_budget=budget,
+        token_budget=min(budget, config.scheduler.max_rows * longest),
         max_rows=config.scheduler.max_rows,
         max_model_len=longest,
         max_prefill_rows=capabilities.max_prefill_rows,

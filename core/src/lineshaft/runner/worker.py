@@ -50,10 +50,11 @@ class Worker:
         for problem in self.setup.caches:
             page_bytes[problem.group] += memory.page_bytes(problem)
         free = self._free()
-        check_fits(plan.weight_bytes, free, breakdown({"weights": plan.weight_bytes}))
-        pages = self._pages(page_bytes, None if free is None else free - plan.weight_bytes)
+        parts = {"weights": plan.weight_bytes, "one step's results": plan.workspace_bytes}
+        check_fits(parts, free)
+        pages = self._pages(page_bytes, None if free is None else free - sum(parts.values()))
         pool = sum(n * size for n, size in zip(pages, page_bytes, strict=True))
-        check_fits(plan.weight_bytes + pool, free, breakdown({"weights": plan.weight_bytes, "KV pool": pool}))
+        check_fits({**parts, "KV pool": pool}, free)
         return Sizes(
             plan, plan.weight_bytes, tuple(page_bytes), pages, self.setup.page_sizes, self.setup.limits,
             self.setup.shapes, self.setup.model.shape.vocab,

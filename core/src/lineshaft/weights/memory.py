@@ -62,14 +62,14 @@ def gib(size: int) -> str:
     return f"{size / _GIB:.2f} GiB" if size >= 1 << 20 else f"{size} bytes"
 
 
-def check_fits(need: int, free: int | None, what: str) -> None:
-    """Raise OutOfMemory if `need` bytes are more than `free`. `free` None means that nobody knows: no check.
-
-    `what` says what the bytes are for, such as `breakdown(...)`.
-    """
+def check_fits(parts: Mapping[str, int], free: int | None) -> None:
+    """Raise OutOfMemory if `parts` (bytes by name) are together more than `free`. `free` None means that nobody knows:
+    no check."""
+    need = sum(parts.values())
     if free is None or need <= free:
         return
     raise OutOfMemory(
-        f"{what} need {gib(need)} but {gib(free)} are free: {gib(need - free)} too much; use a smaller or more "
-        "strongly quantized model, more devices (tp), a shorter context or fewer pages, or free memory on the device"
+        f"{breakdown(parts)} need {gib(need)} but {gib(free)} are free: {gib(need - free)} too much; use a smaller or "
+        "more strongly quantized model, more devices (tp), a shorter context, fewer pages or tokens a step "
+        "(scheduler.token_budget), or free memory on the device"
     )

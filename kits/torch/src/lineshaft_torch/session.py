@@ -199,9 +199,8 @@ class TorchSession(SessionState):
     ) -> TapeProgram | EagerProgram:
         self.require_changeable("capture")
         capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
-        if self.options.program == "eager":
-            return EagerProgram(self, capture)
-        return TapeProgram(self, capture)
+        with _memory(f"the results of a step of {shape.tokens} tokens"):
+            return EagerProgram(self, capture) if self.options.program == "eager" else TapeProgram(self, capture)
 
     def reserve_arena(self, nbytes: int) -> None:
         """Make the arena at least this large. Its storage grows in place, so that what earlier programs recorded still
@@ -254,5 +253,5 @@ def _memory(what: str) -> Iterator[None]:
             raise
         text = " ".join(str(error).split())
         raise OutOfMemory(
-            f"no memory for {what} ({text}); use fewer pages, a smaller model or a narrower dtype"
+            f"no memory for {what} ({text}); use fewer pages, fewer tokens a step, a smaller model or a narrower dtype"
         ) from error
