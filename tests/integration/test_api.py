@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.conftest import SMOLLM2, Checkpoint
+from tests.integration.conftest import SMOLLM2, Llama
 from tests.integration.driving import config, greedy
 
 from lineshaft import LLM, RequestOutput, SamplingParams
@@ -162,7 +162,7 @@ def test_log_probabilities_are_probabilities(llm: LLM) -> None:
     assert completion.cumulative_logprob == pytest.approx(total)
 
 
-def test_all_log_probabilities_sum_to_one(llama: Callable[[str], Checkpoint]) -> None:
+def test_all_log_probabilities_sum_to_one(llama: Llama) -> None:
     path, oracle = llama("gqa1").path, llama("gqa1").oracle
     params = SamplingParams(temperature=0, max_tokens=3, logprobs=oracle.vocab)
     with Engine(config(path, max_logprobs=oracle.vocab, **{"cache.pages": 40})) as engine:
@@ -255,7 +255,7 @@ def test_a_pool_that_cannot_be_is_refused_before_anything_is_loaded(pages: int, 
         LLM(SMOLLM2, **{**SETTINGS, "cache.pages": pages})
 
 
-def test_after_close_nothing_runs(llama: Callable[[str], Checkpoint]) -> None:
+def test_after_close_nothing_runs(llama: Llama) -> None:
     engine = Engine(config(llama("gqa1").path, **{"cache.pages": 40}))
     engine.add([1, 2, 3], greedy(4))
     engine.close()
@@ -277,9 +277,7 @@ def test_closing_during_a_stream_is_an_error_for_its_reader(even_chat: Path) -> 
 
 
 @pytest.mark.parametrize("token", [-1, 300, 2.0, True], ids=str)
-def test_a_teachers_token_outside_the_vocabulary_is_refused_and_the_engine_goes_on(
-    llama: Callable[[str], Checkpoint], token: Any
-) -> None:
+def test_a_teachers_token_outside_the_vocabulary_is_refused_and_the_engine_goes_on(llama: Llama, token: Any) -> None:
     checkpoint = llama("gqa1")
     assert checkpoint.oracle.vocab <= 300
     with Engine(config(checkpoint.path, max_model_len=32, **{"cache.pages": 8})) as engine:
@@ -316,7 +314,7 @@ def test_arguments_of_wrong_types_are_refused_and_leave_nothing(llm: LLM, prompt
     assert "Paris" in one(llm.generate(FRANCE, GREEDY)).outputs[0].text
 
 
-def test_logprobs_of_an_engine_made_without_them_are_refused(llama: Callable[[str], Checkpoint]) -> None:
+def test_logprobs_of_an_engine_made_without_them_are_refused(llama: Llama) -> None:
     settings = config(llama("gqa1").path, max_logprobs=0, max_model_len=32, **{"cache.pages": 8})
     with Engine(settings) as engine, pytest.raises(InvalidSamplingParams, match="max_logprobs = 0"):
         engine.add([1, 2], SamplingParams(logprobs=0))
