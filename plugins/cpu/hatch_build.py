@@ -23,8 +23,7 @@ LEVELS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "portabl
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fPIC", "-fvisibility=hidden"]
-AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir lineshaft-cpu"
-FIX = f"install a C compiler, e.g. `apt install gcc`, then run `{AGAIN}`"
+FIX = "have a C compiler, e.g. `apt install gcc`, and install lineshaft-cpu again with `pip install --force-reinstall`"
 
 
 class BuildFailed(Exception):
@@ -117,5 +116,8 @@ def run(command: list[str], folder: Path) -> None:
         raise BuildFailed(f"{name} cannot be run: {error.strerror}") from error
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        first = next((line for line in lines if "error" in line), lines[0] if lines else f"status {done.returncode}")
+        first = next(
+            (line for line in lines if "error" in line),
+            lines[0] if lines else f"exit status {done.returncode}, no message",
+        )
         raise BuildFailed(f"{name} failed: {first}")

@@ -26,7 +26,7 @@ def entry(op: str, problem: str, kernel: str, *rejected: Rejection) -> PlanEntry
 def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     slow = Rejection("slow", "does not handle window")
     entries = (entry("add", "rows=1", "a"), entry("add", "rows=2", "a"), entry("attend", "rows=1", "b", slow))
-    made = Plan("fake", (StepShape(8, 2, (4,), 2, 1),), entries, {}, "", 0)
+    made = Plan("fake", (StepShape(8, 2, (4,), 2, 1),), entries, {}, "", 0, 0)
     module = types.ModuleType("lineshaft.explain")
     module.explain = lambda config: made  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lineshaft.explain", module)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from lineshaft.cli import backends
+from lineshaft.cli.generate import read_prompts
 from lineshaft.cli.main import main
-from lineshaft.errors import LineshaftError, OutOfMemory
+from lineshaft.errors import InvalidValue, LineshaftError, OutOfMemory
 from lineshaft.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, RunMetrics, StreamDelta
 
 
@@ -263,3 +264,11 @@ def test_a_dash_reads_the_prompt_from_stdin(
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(read=lambda: "from stdin"))
     assert run(capsys, "generate", "--prompt", "-", "--model", "m", "--quiet")[0] == 0
     assert fake["prompt"] == "from stdin"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"), [(("-", "-"), "stdin can be read once"), (("caf\udce9",), "the text is not UTF-8")]
+)
+def test_prompts_that_cannot_be_had_are_refused(prompts: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InvalidValue, match=said):
+        read_prompts(prompts)

@@ -22,6 +22,7 @@ from lineshaft.contract.problems import (
     RopeProblem,
     SampleProblem,
 )
+from lineshaft.errors import Unsupported
 from lineshaft_cpu import compiled, native
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
@@ -159,6 +160,13 @@ def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even(level: str) -> None
     small = random(1, x.shape[1], seed=9) * 2.0**-9
     _, summed = total(x.bfloat16(), small, torch.ones(x.shape[1]).bfloat16())
     assert torch.equal(summed, (x.bfloat16().float() + small.float()).bfloat16())
+
+
+def test_a_level_that_was_named_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_find", lambda wanted, package: "there are no native kernels: no C compiler was found")
+    with pytest.raises(Unsupported, match=r"no C compiler was found; .*pip install"):
+        create(CpuOptions(native="portable"), World())
+    assert create(CpuOptions(), World()).kernels()  # "auto" goes on with torch's
 
 
 def test_what_is_declined_says_why() -> None:

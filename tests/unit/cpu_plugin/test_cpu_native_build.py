@@ -142,7 +142,11 @@ def test_without_a_compiler_there_is_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("cc", "why"), [("false", "false failed: status 1"), ("no-such-cc -O1", "no-such-cc cannot be run: No such file")]
+    ("cc", "why"),
+    [
+        ("false", "false failed: exit status 1, no message"),
+        ("no-such-cc -O1", "no-such-cc cannot be run: No such file"),
+    ],
 )
 def test_a_compiler_that_does_not_work_is_named(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, cc: str, why: str

@@ -18,7 +18,11 @@ HELP = "show the plan: the kernel of every op, and why others are declined"
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--shapes", action="store_true", help="one row for every problem, and the list of buckets")
+    parser.add_argument(
+        "--shapes",
+        action="store_true",
+        help="one row for every problem, and the list of buckets (--json has both anyway)",
+    )
     add_config_arguments(parser)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lineshaft.cli.options import add_config_arguments, load_config
 from lineshaft.cli.progress import Bar
+from lineshaft.errors import InvalidValue
 
 if TYPE_CHECKING:
     from lineshaft.config import EngineConfig
@@ -26,7 +27,7 @@ SAMPLING = {
     "temperature": "divides the logits; 0 is greedy",
     "top_p": "keep the most probable tokens up to this total probability",
     "top_k": "keep this many of the most probable tokens",
-    "seed": "seed of the random draws",
+    "seed": "seed of each request's random draws: equal prompts then give equal texts",
 }
 
 
@@ -48,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     config = load_config(args, **{f"sampling.{name}": getattr(args, name) for name in SAMPLING})
     params = sampling_params(args, config)
-    prompts = [read_stdin() if prompt == "-" else prompt for prompt in args.prompt]
+    prompts = read_prompts(args.prompt)
     from lineshaft.llm import LLM
 
     with closing(Bar()) as bar:
@@ -69,9 +70,17 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def read_stdin() -> str:
-    """The prompt on stdin; empty where stdin is closed."""
-    return "" if sys.stdin is None else sys.stdin.read()
+def read_prompts(given: Sequence[str]) -> list[str]:
+    """The prompts, with stdin in the place of "-"; empty where stdin is closed. Raises InvalidValue."""
+    if given.count("-") > 1:
+        raise InvalidValue("--prompt -: stdin can be read once, as one prompt; give the others as text")
+    try:
+        prompts = [("" if sys.stdin is None else sys.stdin.read()) if prompt == "-" else prompt for prompt in given]
+        for prompt in prompts:
+            prompt.encode()  # what the terminal could not decode is in there as lone surrogates
+    except UnicodeError as error:
+        raise InvalidValue(f"--prompt: the text is not UTF-8 ({error}); convert it") from error
+    return prompts
 
 
 def sampling_params(args: Namespace, config: EngineConfig) -> SamplingParams:

@@ -90,7 +90,7 @@ class EngineConfig(Table):
     tokenizer: str | None = None
     """Reference of the tokenizer; unset: the model's own."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads of one worker; 0 leaves the choice to the backend."""
+    """CPU threads of one worker; 0 leaves the choice to the backend. Fewer are quicker where CPUs are busy."""
     executor: str = "auto"
     """Where workers run: "inproc", "process" or a plugin's; "auto": "inproc" for one worker, else "process"."""
     step_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 300.0

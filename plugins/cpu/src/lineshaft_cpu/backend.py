@@ -10,6 +10,7 @@ import torch
 from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft.contract.kernels import Kernel
 from lineshaft.host import usable_cpus
+from lineshaft_cpu import native
 from lineshaft_cpu.kernels import cpu_kernels
 from lineshaft_cpu.memory import HostMemory
 from lineshaft_cpu.options import CpuOptions
@@ -47,5 +48,8 @@ class CpuBackend:
 
 
 def create(options: CpuOptions, world: World) -> CpuBackend:
-    """The factory that the plugin registers."""
+    """The factory that the plugin registers. Raises Unsupported for a level of native kernels that cannot run here: one
+    that was named is never replaced by another."""
+    if options.native not in ("auto", "off"):
+        native.load(options.native)
     return CpuBackend(options, world)

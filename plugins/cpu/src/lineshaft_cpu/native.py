@@ -16,8 +16,8 @@ from lineshaft.errors import Unsupported
 
 LEVELS = ("avx512", "avx2", "portable")
 """Best first."""
-AGAIN = "run `pip install --force-reinstall --no-deps --no-cache-dir lineshaft-cpu`"
-FIX = f"to get them, install a C compiler, e.g. `apt install gcc`, then {AGAIN}"
+AGAIN = "install lineshaft-cpu again (from a checkout: `pip install --force-reinstall --no-deps ./plugins/cpu`)"
+FIX = f"to get them, have a C compiler, e.g. `apt install gcc`, and {AGAIN}"
 PACKAGE = Path(__file__).parent
 
 
@@ -42,16 +42,16 @@ class Native:
 def load(wanted: str = "auto", package: Path = PACKAGE) -> Native:
     """The level `wanted`, or at "auto" the best that was built and that this processor runs; cached.
 
-    `package` is the folder that holds the library. Raises `Unsupported` with what `reason` says.
+    `package` is the folder that holds the library. Raises `Unsupported` with what `reason` says, and what to do.
     """
     found = _find(wanted, package)
     if isinstance(found, str):
-        raise Unsupported(found)
+        raise Unsupported(found if wanted == "off" else f"{found}; {FIX}")
     return found
 
 
 def reason(wanted: str = "auto", package: Path = PACKAGE) -> str | None:
-    """Why `load` would refuse and what to do, or None if it would not."""
+    """Why `load` would refuse, in short, or None if it would not."""
     found = _find(wanted, package)
     return found if isinstance(found, str) else None
 
@@ -64,14 +64,14 @@ def _find(wanted: str, package: Path) -> Native | str:
         return f"native = {wanted!r} is not known; allowed are {', '.join(('auto', 'off', *LEVELS))}"
     file, notes = package / "_native.so", _notes(package)
     if not file.exists():
-        return f"there are no native kernels: {notes or f'no build has made {file}'}; {FIX}"
+        return f"there are no native kernels: {notes or f'no build has made {file}'}"
     try:
         library = ctypes.CDLL(str(file))
         library.lineshaft_levels.restype = ctypes.c_char_p
         built = library.lineshaft_levels().decode().split()
         runs = [level for level in LEVELS if level in built and library.lineshaft_supports(level.encode())]
     except (OSError, AttributeError) as error:
-        return f"the native kernels cannot be loaded: {error}; {FIX}"
+        return f"the native kernels cannot be loaded: {error}"
     if wanted == "auto":
         return Native(runs[0], library)
     if wanted not in built:
