@@ -176,8 +176,8 @@ INLINE int64_t take_keys(const Attend *a, Tile *t, int64_t position, int64_t sto
             t->position[t->keys] = position;
         }
     }
-    for (int64_t i = 0; t->keys && i < AHEAD; i++)
-        t->slot[t->keys + i] = t->slot[t->keys - 1];
+    for (int64_t i = t->keys; t->keys && i < (t->keys + 3) / 4 * 4 + AHEAD; i++) /* `score` takes keys by fours */
+        t->slot[i] = t->slot[t->keys - 1];
     return position;
 }
 
@@ -229,12 +229,15 @@ INLINE void end_tile(const Attend *a, Tile *t, int narrow) {
         float scale = 1.0f, mass = t->mass[lane];
         if (a->lse)
             a->lse[at] = t->top[lane] + logf(mass);
-        if (a->sinks) {
+        if (mass == 0) { /* no key seen: exactly 0, whatever the sink, and the values that other lanes see */
+            memset(t->sum[lane], 0, a->p.v_dim * sizeof(float));
+            mass = 1.0f;
+        } else if (a->sinks) {
             const float sink = load_one(a->sinks, head, narrow), top = fmaxf(t->top[lane], sink);
             scale = expf(t->top[lane] - top);
             mass = mass * scale + expf(sink - top);
         }
-        scale = mass == 0 ? 0.0f : scale / mass; /* no key seen: exactly 0 */
+        scale /= mass;
         for (int64_t d = 0; d < a->p.v_dim; d += 2 * WIDTH) {
             const pair value = load_pair(t->sum[lane], d, 0);
             store_pair(a->out, at * a->p.v_dim + d, (pair){value.a * scale, value.b * scale}, narrow);
@@ -325,7 +328,7 @@ EXPORT void NAME(attend)(const lineshaft_attend_problem *problem, const void *q,
                   .lens = lens, .table = table, .rows = rows, .tokens = tokens, .pages = pages, .q_stride = q_stride};
     int64_t keys = 0;
     for (int64_t row = 0; row < rows; row++)
-        keys += (starts[row + 1] - starts[row]) * lens[row];
+        keys += (int64_t)(starts[row + 1] - starts[row]) * lens[row];
     if (keys * problem->kv_heads < FEW_KEYS)
         threads = 1;
     cut(&job, threads);

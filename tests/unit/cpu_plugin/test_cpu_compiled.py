@@ -124,6 +124,40 @@ def test_a_decode_row_does_not_depend_on_the_others(level: str) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("fields", [{}, {"sinks": True}], ids=["plain", "sinks"])
+@torch.inference_mode()
+def test_a_query_without_a_visible_key_gets_exactly_0(fields: dict[str, Any], level: str) -> None:
+    """Whatever the sinks, the values that the row's other queries see, and the memory that the result is put in."""
+    paged = paged_step(np.random.default_rng(3), paging := Paging(((2, 0), (3, 1), (2, compiled.WHOLE + 9)), padding=1))
+    case = case_of(paging, paged, **fields)
+    q, cache, step, kwargs = tensors_of(case)
+    table = step.groups[0].page_table
+    cache.arrays["v"][16 * table[1, 0]] = torch.nan
+    table[2] = 0
+    for sink in kwargs.values():
+        sink[:3] = torch.tensor([-torch.inf, torch.inf, 3.0])
+    out = torch.full_like(q, torch.nan)
+    bound("attend", case.problem, level)(q, cache, step, out=out, **kwargs)
+    assert out[4].isnan().any()
+    out[4] = 0.0
+    assert not out.any()
+
+
+@torch.inference_mode()
+def test_weights_of_another_dtype_or_with_gaps_are_read_as_what_they_are(level: str) -> None:
+    x, w = random(3, 40), random(40, 2, seed=1)[:, 0]
+    norm = bound("rms_norm", NormProblem(dtype="bfloat16", width=40, eps=1e-5), level)
+    add_norm = bound("add_rms_norm", NormProblem(dtype="bfloat16", width=40, eps=1e-5), level)
+    for other in (w, w.float()):
+        assert bits(norm(x, other)) == bits(norm(x, w.contiguous()))
+        assert bits(add_norm(x, x, other)) == bits(add_norm(x, x, w.contiguous()))
+    paged = paged_step(np.random.default_rng(3), paging := Paging(((1, 20), (3, 5))))
+    case = case_of(paging, paged, sinks=True)
+    q, cache, step, kwargs = tensors_of(case)
+    attend, sinks = bound("attend", case.problem, level), kwargs["sinks"]
+    assert bits(attend(q, cache, step, sinks=sinks.float())) == bits(attend(q, cache, step, sinks=sinks))
+
+
 @torch.inference_mode()
 def test_numbers_that_are_not_finite_stay_so(level: str) -> None:
     x = torch.tensor([[1.0, 2.0] * 20, [float("nan"), 2.0] * 20, [float("inf"), 1.0] * 20]).bfloat16()

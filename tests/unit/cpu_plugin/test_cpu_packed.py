@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 
 from lineshaft.contract.backends import World
@@ -23,7 +24,7 @@ from lineshaft.plan.resolve import Resolver, joint_layout
 from lineshaft.runner.programs import all_programs
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
-from lineshaft_cpu.packed import BLOCKED, linear, pack
+from lineshaft_cpu.packed import BLOCKED, linear, pack, supports
 from lineshaft_torch.bound import DENSE
 from lineshaft_torch.session import TorchSession
 
@@ -33,6 +34,12 @@ LINEAR = LinearProblem(dtype="bfloat16", n=48, k=32)
 def param(values: Any) -> Param:
     stored = Stored("none", values.shape, {"data": values})
     return Param("w", "w", values.shape, "bfloat16", {"linear": LINEAR}, lambda checkpoint, at: Local((stored,)))
+
+
+def test_bfloat16_is_declined_on_processors_that_torch_packs_none_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert "AVX-512" in str(supports(LINEAR))
+    assert supports(replace(LINEAR, dtype="float32")) is None
 
 
 def test_an_update_reaches_packed_weights() -> None:

@@ -57,7 +57,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """All rows of a step, and whether some token belongs to none of them."""
+    """The planner's rows of a step, and whether some of its tokens belong to none of them, as they see no key."""
 
     groups: tuple[Rows, ...]
     gaps: bool
@@ -67,7 +67,7 @@ class Planner:
     """Plans a step from the host's view of its lengths: before submission where it is asked to (`prepare`), else at the
     first call that finds the lengths changed.
 
-    `elsewhere` >= 0 leaves out what another kernel attends: rows of one query, and rows of at most so many keys.
+    `elsewhere` >= 0 leaves out what another kernel attends: rows of one query, rows of at most so many keys, padding.
     """
 
     def __init__(self, problem: AttendProblem, elsewhere: int = -1) -> None:
@@ -104,17 +104,19 @@ class Planner:
         decode: list[tuple[int, int]] = []
         groups: list[Rows] = []
         begins, counts, contexts = starts[:-1].tolist(), np.diff(starts).tolist(), lens.tolist()
-        holes = self._holes(lens, table)
+        holes, ours = self._holes(lens, table), tokens
         for b, (begin, count, context) in enumerate(zip(begins, counts, contexts, strict=True)):
             if self._elsewhere >= 0 and (count == 1 or context <= self._elsewhere):
+                ours -= count
                 continue
             if count == 1 and context and not holes[b]:
                 decode.append((self._visible(context), b))
             elif count and context:
                 groups += self._chunk(begin, count, context, table[b])
         groups += [self._decode(np.asarray(rows), starts, lens, table) for rows in alike(decode)]
-        covered = sum(rows.n * rows.queries for rows in groups)
-        return StepPlan(tuple(groups), covered < tokens)
+        if self._elsewhere >= 0:
+            ours -= tokens - int(starts[-1])
+        return StepPlan(tuple(groups), sum(rows.n * rows.queries for rows in groups) < ours)
 
     def _holes(self, lens: HostArray, table: HostArray) -> list[bool]:
         """Which rows lack a page below their context: page 0 stands for keys that nobody sees."""
@@ -235,9 +237,7 @@ def attend(
     plan = planner.plan(step, q.shape[0])
     result, lse = results(problem, q, out)
     if plan.gaps:
-        result.zero_()
-        if lse is not None:
-            lse.fill_(-torch.inf)
+        clear(result, lse)
     attend_rows(problem, plan.groups, q, cache, result, lse, sinks)
     return result if lse is None else (result, lse)
 
@@ -247,6 +247,13 @@ def results(problem: AttendProblem, q: torch.Tensor, out: Any) -> tuple[torch.Te
     if problem.return_lse:
         return out or (_unset(problem, q), torch.empty(q.shape[:2], dtype=accumulator(q.dtype)))
     return _unset(problem, q) if out is None else out, None
+
+
+def clear(result: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """What tokens that see no key are given."""
+    result.zero_()
+    if lse is not None:
+        lse.fill_(-torch.inf)
 
 
 def _unset(problem: AttendProblem, q: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,12 @@ def heads_of(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
+def operand(weight: Any, like: torch.Tensor) -> torch.Tensor:
+    """A weight as the kernels read it: without gaps, in the dtype of `like`."""
+    found: torch.Tensor = dense(weight)
+    return found if found.dtype == like.dtype and found.is_contiguous() else found.to(like.dtype).contiguous()
+
+
 def whole_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -118,9 +124,9 @@ class Recipes:
         def rms_norm(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
             """x [T, H], w [H] -> x / sqrt(mean(x^2) + eps) * w, rounded once."""
             out = whole_like(x) if out is None else out
-            x = rows_of(x)
+            x, w = rows_of(x), operand(w, x)
             run(
-                x.data_ptr(), None, dense(w).data_ptr(), out.data_ptr(), None, x.shape[0], problem.width,
+                x.data_ptr(), None, w.data_ptr(), out.data_ptr(), None, x.shape[0], problem.width,
                 x.stride(0), 0, problem.eps, narrow, threads,
             )  # fmt: skip
             return out
@@ -133,9 +139,9 @@ class Recipes:
         def add_rms_norm(x: torch.Tensor, r: torch.Tensor, w: Any, *, out: Outs = None) -> Any:
             """x, r [T, H] -> (rms_norm(x + r), x + r); the sum is rounded before it is normed."""
             normed, total = (whole_like(x), whole_like(x)) if out is None else out
-            x, r = rows_of(x), rows_of(r)
+            x, r, w = rows_of(x), rows_of(r), operand(w, x)
             run(
-                x.data_ptr(), r.data_ptr(), dense(w).data_ptr(), normed.data_ptr(), total.data_ptr(), x.shape[0],
+                x.data_ptr(), r.data_ptr(), w.data_ptr(), normed.data_ptr(), total.data_ptr(), x.shape[0],
                 problem.width, x.stride(0), r.stride(0), problem.eps, narrow, threads,
             )  # fmt: skip
             return normed, total
@@ -230,15 +236,18 @@ class Recipes:
             q, group = heads_of(q), step.groups[problem.group]
             k, table = cache.arrays["k"], group.page_table
             v = k if problem.value_in_key else cache.arrays["v"]
+            sinks = None if sinks is None else operand(sinks, q)
+            plan = None if planner is None else planner.plan(step, q.shape[0])
+            if plan is not None and plan.gaps:
+                attention.clear(result, lse)
             run(
                 fields, q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr(),
-                None if lse is None else lse.data_ptr(), None if sinks is None else dense(sinks).data_ptr(),
+                None if lse is None else lse.data_ptr(), None if sinks is None else sinks.data_ptr(),
                 step.query_starts.data_ptr(), group.context_lens.data_ptr(), table.data_ptr(), table.shape[0],
                 q.shape[0], table.shape[1], q.stride(0), threads,
             )  # fmt: skip
-            if planner is not None:
-                groups = planner.plan(step, q.shape[0]).groups
-                attention.attend_rows(problem, groups, q, cache, result, lse, sinks)
+            if plan is not None:
+                attention.attend_rows(problem, plan.groups, q, cache, result, lse, sinks)
             return result if lse is None else (result, lse)
 
         return attend

@@ -1,7 +1,7 @@
 """Matrix products over weights that oneDNN has put in the block order of its own kernels, once, when they are loaded.
 
 A product over dense bf16 weights reorders them at every call, which costs more than the product itself where rows are
-few; a dense float32 one goes to a library that some processors are slow in. The two operators are private to torch's
+few; a dense float32 one goes to a library that some processors are slow in. The operators are private to torch's
 compiler backend, hence `available`; torch's version is pinned by the kit.
 """
 
@@ -26,7 +26,7 @@ def available() -> str | None:
     """None, or why this torch cannot pack weights."""
     if not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
-    for name in ("_reorder_linear_weight", "_linear_pointwise"):
+    for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"):
         if not hasattr(torch.ops.mkldnn, name):
             return f"this torch lacks the operator mkldnn.{name}"
     return None
@@ -48,7 +48,10 @@ def linear(x: torch.Tensor, w: Any) -> torch.Tensor:
 def supports(problem: LinearProblem) -> str | None:
     if problem.dtype not in ("bfloat16", "float32"):
         return f"packs bfloat16 and float32 weights, not {problem.dtype}"
-    return available()
+    reason = available()
+    if reason is None and problem.dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "torch packs bfloat16 only on processors with AVX-512 or the like"
+    return reason
 
 
 def recipes() -> list[Recipe]:
