@@ -74,7 +74,7 @@ INLINE pair load_pair(const void *from, int64_t at, int narrow) {
     return (pair){(floats)(bits << 16), (floats)(bits & 0xffff0000)};
 }
 
-/* To bfloat16: nearest, ties to even; a NaN stays one. */
+/* To bfloat16: nearest, ties to even. A NaN stays one: made of bfloat16, it has no low bits that could carry. */
 INLINE void store_one(void *to, int64_t at, float value, int narrow) {
     if (!narrow) {
         ((float *)to)[at] = value;
@@ -82,14 +82,13 @@ INLINE void store_one(void *to, int64_t at, float value, int narrow) {
     }
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    ((uint16_t *)to)[at] = value == value ? rounded : 0x7fc0;
+    ((uint16_t *)to)[at] = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 /* The bits of bfloat16 in the lower half of each word. */
 INLINE words narrowed(floats value) {
-    words bits = (words)value, number = (words)(value == value);
-    return (((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & number) | (0x7fc0 & ~number);
+    words bits = (words)value;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 INLINE void store(void *to, int64_t at, floats value, int narrow) {

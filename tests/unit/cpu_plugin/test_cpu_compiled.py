@@ -178,22 +178,26 @@ def test_numbers_that_are_not_finite_stay_so(level: str) -> None:
 
 @torch.inference_mode()
 def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even(level: str) -> None:
-    """Every number that float32 can have between two neighbours of bfloat16, at each end of the exponents."""
-    steps = torch.arange(-3, 4, dtype=torch.int32)
-    exact = torch.tensor([1.0, 1.0078125, 3.0e38, 1.2e-38, -1.0]).view(torch.int32)
-    numbers = (exact[:, None, None] + 0x8000 * torch.arange(-2, 3, dtype=torch.int32)[:, None] + steps).flatten()
-    x = numbers.view(torch.float32)[None]
-    turned = bound("rope", RopeProblem(dtype="bfloat16", dim=2, base=1e4, max_position=4), level)
-    heads = x.bfloat16()[..., None].repeat(1, 1, 2)  # position 0 turns nothing, so that store is all that happens
-    q, _ = turned(heads, heads, torch.zeros(1, dtype=torch.int32))
-    assert torch.equal(q, heads)
-    gate = torch.cat((torch.full_like(x, 100.0), x / 100.0), 1)  # silu(100) is 100
-    found = bound("silu_mul", PointwiseProblem(dtype="float32"), level)(gate)
-    assert torch.allclose(found, x, rtol=1e-6)
-    total = bound("add_rms_norm", NormProblem(dtype="bfloat16", width=x.shape[1], eps=1e-5), level)
-    small = random(1, x.shape[1], seed=9) * 2.0**-9
-    _, summed = total(x.bfloat16(), small, torch.ones(x.shape[1]).bfloat16())
-    assert torch.equal(summed, (x.bfloat16().float() + small.float()).bfloat16())
+    """Sums on both sides of the middle between two neighbours, and in it, next to an even one and to an odd one."""
+    step, middle = 2.0**-7, 2.0**-8
+    x = torch.tensor([1.0, 1.0 + step, 1.0, 1.0, -1.0, -1.0 - step, 3.0e38, 2.0**-126] * 5)[None].bfloat16()
+    added = torch.tensor([middle, middle, middle * 1.01, middle * 0.99, -middle, -middle, 0.0, 2.0**-133] * 5)
+    total = bound("add_rms_norm", NormProblem(dtype="bfloat16", width=40, eps=1e-5), level)
+    _, found = total(x, added[None].bfloat16(), torch.ones(40).bfloat16())
+    assert found[0, :6].tolist() == [1.0, 1.0 + 2 * step, 1.0 + step, 1.0, -1.0, -1.0 - 2 * step]
+    assert torch.equal(found, (x.float() + added.bfloat16().float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_keys_of_pages_that_are_gone_are_not_seen(dtype: str, level: str) -> None:
+    lengths = ((1, 40), (1, 200), (5, 60), (20, 20), (3, 300))
+    paged = paged_step(np.random.default_rng(1), Paging(lengths, dropped=1))
+    case = case_of(Paging(lengths, dropped=1), paged, dtype=dtype)
+    assert (case.args[2].arrays["page_table.0"][:, 0] == 0).any()
+    q, cache, step, _ = tensors_of(case)
+    cache.arrays["k"][: case.problem.page_size] = 9.0  # the null page, if it were read
+    assert not compare(SPEC, case, to_host(bound("attend", case.problem, level)(q, cache, step)))
 
 
 def test_a_level_that_was_named_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
