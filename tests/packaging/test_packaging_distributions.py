@@ -102,7 +102,10 @@ def test_a_wheel_with_a_library_is_for_its_platform_and_any_python(name: str, bu
 
 @pytest.mark.parametrize(
     ("variables", "reason"),
-    [({"CC": "false"}, "false failed: status 1"), ({"CC": "", "PATH": ""}, "no C compiler was found (cc, gcc, clang)")],
+    [
+        ({"CC": "false"}, "false failed: exit status 1, no message"),
+        ({"CC": "", "PATH": ""}, "no C compiler was found (cc, gcc, clang)"),
+    ],
     ids=["broken", "absent"],
 )
 @pytest.mark.parametrize("name", COMPILED)
