@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.kernels import Bound, Kernel
 from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
 from lineshaft.contract.steps import HostStep, StepInputs, StepShape, forward_inputs
 from lineshaft.contract.weights import Local, Param, Stored, Weight
+from lineshaft.plan import Resolver
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_torch.arrays import to_host
@@ -40,12 +41,6 @@ def least_us(call: Callable[[int], Any]) -> float:
             call(i)
         best = min(best, (time.perf_counter() - start) / COPIES)
     return best * 1e6
-
-
-def fitting(kernels: Iterable[Kernel], op: str, problem: Problem) -> list[Kernel]:
-    """The kernels that take a problem, the one that a plan would choose first."""
-    found = [k for k in kernels if k.op == op and not problem.features() - k.handles and not k.supports(problem)]
-    return sorted(found, key=lambda k: -k.priority)
 
 
 def packed(kernel: Kernel, n: int, k: int) -> Weight:
@@ -72,21 +67,22 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).bfloat16()
 
 
-def measure(rows: int, context: int, kernels: Sequence[Kernel], session: Any) -> None:
-    def show(op: str, problem: Problem, call: Callable[[Callable[..., Any], int], Any], note: str) -> None:
-        for kernel in fitting(kernels, op, problem):
-            bound = kernel.bind(problem, session)
-            print(f"rows {rows:3}  {kernel.name:22} {note:14} {least_us(lambda i: call(bound, i)):9.1f} us")  # noqa: B023
+def measure(rows: int, context: int, resolver: Resolver, session: Any) -> None:
+    def show(op: str, problem: Problem, calls: Callable[[Kernel, Bound], Callable[[int], Any]], note: str) -> None:
+        for kernel in resolver.candidates(op, problem).taken:
+            call = calls(kernel, kernel.bind(problem, session))
+            print(f"rows {rows:3}  {kernel.name:22} {note:14} {least_us(call):9.1f} us")
 
     for n, k in ((HIDDEN + 2 * KV_HEADS * DIM, HIDDEN), (2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)):
-        x, problem = random(rows, k), LinearProblem(dtype=DTYPE, m=rows, n=n, k=k)
-        for kernel in fitting(kernels, "linear", problem):
-            bound, weights = kernel.bind(problem, session), [packed(kernel, n, k) for _ in range(COPIES)]
-            taken = least_us(lambda i: bound(x, weights[i]))  # noqa: B023
-            print(f"rows {rows:3}  {kernel.name:22} {f'k={k} n={n}':14} {taken:9.1f} us")
+
+        def products(kernel: Kernel, bound: Bound, n: int = n, k: int = k) -> Callable[[int], Any]:
+            x, weights = random(rows, k), [packed(kernel, n, k) for _ in range(COPIES)]
+            return lambda i: bound(x, weights[i])
+
+        show("linear", LinearProblem(dtype=DTYPE, m=rows, n=n, k=k), products, f"k={k} n={n}")
     x, gated, norm = random(rows, HIDDEN), random(rows, 2 * WIDTH), NormProblem(dtype=DTYPE, width=HIDDEN, eps=1e-5)
-    show("rms_norm", norm, lambda bound, i: bound(x, x[0]), f"width={HIDDEN}")
-    show("silu_mul", PointwiseProblem(dtype=DTYPE), lambda bound, i: bound(gated), f"width={WIDTH}")
+    show("rms_norm", norm, lambda kernel, bound: lambda i: bound(x, x[0]), f"width={HIDDEN}")
+    show("silu_mul", PointwiseProblem(dtype=DTYPE), lambda kernel, bound: lambda i: bound(gated), f"width={WIDTH}")
     kv = KVProblem(dtype=DTYPE, kv_dtype=DTYPE, kv_heads=KV_HEADS, qk_dim=DIM, v_dim=DIM, page_size=PAGE)
     step, q = decode_step(rows, context), random(rows, Q_HEADS, DIM)
     caches = session.alloc_caches([kv] * COPIES, [rows * -(-context // PAGE) + 1], "slots")
@@ -94,15 +90,15 @@ def measure(rows: int, context: int, kernels: Sequence[Kernel], session: Any) ->
         dtype=DTYPE, kv_dtype=DTYPE, q_heads=Q_HEADS, kv_heads=KV_HEADS, qk_dim=DIM, v_dim=DIM, page_size=PAGE,
         scale=DIM**-0.5, tokens=rows, rows=rows, pages=step.shape.pages[0], max_query=1,
     )  # fmt: skip
-    show("attend", attend, lambda bound, i: bound(q, caches[i], step), f"context={context}")
+    show("attend", attend, lambda kernel, bound: lambda i: bound(q, caches[i], step), f"context={context}")
 
 
 @torch.inference_mode()
 def main(threads: int) -> None:
     backend = create(CpuOptions(), World(threads=threads))
-    session = backend.session(0)
+    session, resolver = backend.session(0), Resolver(backend.name, backend.kernels(), {})
     for rows, context in ((1, 128), (32, 200)):
-        measure(rows, context, backend.kernels(), session)
+        measure(rows, context, resolver, session)
     session.close()
 
 

@@ -116,8 +116,5 @@ def run(command: list[str], folder: Path) -> None:
         raise BuildFailed(f"{name} cannot be run: {error.strerror}") from error
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        first = next(
-            (line for line in lines if "error" in line),
-            lines[0] if lines else f"exit status {done.returncode}, no message",
-        )
-        raise BuildFailed(f"{name} failed: {first}")
+        errors = [line for line in lines if "error" in line] or lines or [f"exit status {done.returncode}, no message"]
+        raise BuildFailed(f"{name} failed: {errors[0]}")

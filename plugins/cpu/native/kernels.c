@@ -8,10 +8,18 @@
 #define NAME(name) EXPAND(LEVEL, name)
 #define EXPORT __attribute__((visibility("default")))
 
+/* A function whose last parameter is `narrow`, inlined once for each of its values. */
+#define EITHER(function, narrow, ...) ((narrow) ? function(__VA_ARGS__, 1) : function(__VA_ARGS__, 0))
+
 #define SMALL 32768 /* values below which a second thread costs more than it saves */
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* body(job, row) for each of `rows` rows of `width` values. */
+static void run_rows(lineshaft_body body, const void *job, int64_t rows, int64_t width, int threads) {
+    lineshaft_run(body, job, rows, rows * width < SMALL ? 1 : threads);
+}
 
 /* ---- rms_norm, add_rms_norm ------------------------------------------------------------------------------------- */
 
@@ -56,16 +64,13 @@ INLINE void norm_row(const Norm *n, int64_t row, int narrow) {
 
 static void norm_item(const void *job, int64_t row) {
     const Norm *n = job;
-    if (n->narrow)
-        norm_row(n, row, 1);
-    else
-        norm_row(n, row, 0);
+    EITHER(norm_row, n->narrow, n, row);
 }
 
 EXPORT void NAME(norm)(const void *x, const void *residual, const void *weight, void *out, void *total, int64_t rows,
                        int64_t width, int64_t x_stride, int64_t residual_stride, float eps, int narrow, int threads) {
     const Norm job = {x, residual, weight, out, total, width, x_stride, residual_stride, eps, narrow};
-    lineshaft_run(norm_item, &job, rows, rows * width < SMALL ? 1 : threads);
+    run_rows(norm_item, &job, rows, width, threads);
 }
 
 /* ---- silu_mul --------------------------------------------------------------------------------------------------- */
@@ -92,16 +97,13 @@ INLINE void gate_row(const Gate *g, int64_t row, int narrow) {
 
 static void gate_item(const void *job, int64_t row) {
     const Gate *g = job;
-    if (g->narrow)
-        gate_row(g, row, 1);
-    else
-        gate_row(g, row, 0);
+    EITHER(gate_row, g->narrow, g, row);
 }
 
 EXPORT void NAME(silu_mul)(const void *x, void *out, int64_t rows, int64_t width, int64_t stride, int narrow,
                            int threads) {
     const Gate job = {x, out, width, stride, narrow};
-    lineshaft_run(gate_item, &job, rows, rows * width < SMALL ? 1 : threads);
+    run_rows(gate_item, &job, rows, width, threads);
 }
 
 /* ---- rope ------------------------------------------------------------------------------------------------------- */
@@ -145,10 +147,7 @@ INLINE void turn_token(const Rope *r, int64_t t, int narrow) {
 
 static void rope_item(const void *job, int64_t token) {
     const Rope *r = job;
-    if (r->narrow)
-        turn_token(r, token, 1);
-    else
-        turn_token(r, token, 0);
+    EITHER(turn_token, r->narrow, r, token);
 }
 
 EXPORT void NAME(rope)(const void *q, const void *k, void *q_out, void *k_out, const float *cos, const float *sin,
@@ -156,7 +155,7 @@ EXPORT void NAME(rope)(const void *q, const void *k, void *q_out, void *k_out, c
                        int64_t dim, int64_t q_stride, int64_t k_stride, int narrow, int threads) {
     const Rope job = {q, k, q_out, k_out, cos, sin, positions, q_heads, k_heads, head_dim, dim, q_stride, k_stride,
                       narrow};
-    lineshaft_run(rope_item, &job, tokens, tokens * (q_heads + k_heads) * head_dim < SMALL ? 1 : threads);
+    run_rows(rope_item, &job, tokens, (q_heads + k_heads) * head_dim, threads);
 }
 
 /* ---- write_kv --------------------------------------------------------------------------------------------------- */
@@ -207,14 +206,14 @@ INLINE int32_t argmax_row(const Argmax *a, int64_t row, int narrow) {
 
 static void argmax_item(const void *job, int64_t row) {
     const Argmax *a = job;
-    a->out[row] = a->narrow ? argmax_row(a, row, 1) : argmax_row(a, row, 0);
+    a->out[row] = EITHER(argmax_row, a->narrow, a, row);
 }
 
 /* The first largest of each row; -1 for a row with a NaN or nothing above -inf. */
 EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t width, int64_t stride, int narrow,
                          int threads) {
     const Argmax job = {x, out, width, stride, narrow};
-    lineshaft_run(argmax_item, &job, rows, rows * width < SMALL ? 1 : threads);
+    run_rows(argmax_item, &job, rows, width, threads);
 }
 
 #include "attend.h"

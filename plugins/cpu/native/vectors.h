@@ -74,7 +74,10 @@ INLINE pair load_pair(const void *from, int64_t at, int narrow) {
     return (pair){(floats)(bits << 16), (floats)(bits & 0xffff0000)};
 }
 
-/* To bfloat16: nearest, ties to even. A NaN stays one: made of bfloat16, it has no low bits that could carry. */
+/* The bits of a float, or of a vector of them, as those of bfloat16 in the lower half: nearest, ties to even. A NaN stays
+   one: made of bfloat16, it has no low bits that could carry. */
+#define NARROWED(bits) (((bits) + 0x7fff + (((bits) >> 16) & 1)) >> 16)
+
 INLINE void store_one(void *to, int64_t at, float value, int narrow) {
     if (!narrow) {
         ((float *)to)[at] = value;
@@ -82,13 +85,7 @@ INLINE void store_one(void *to, int64_t at, float value, int narrow) {
     }
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    ((uint16_t *)to)[at] = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-/* The bits of bfloat16 in the lower half of each word. */
-INLINE words narrowed(floats value) {
-    words bits = (words)value;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    ((uint16_t *)to)[at] = NARROWED(bits);
 }
 
 INLINE void store(void *to, int64_t at, floats value, int narrow) {
@@ -96,7 +93,7 @@ INLINE void store(void *to, int64_t at, floats value, int narrow) {
         memcpy((float *)to + at, &value, sizeof value);
         return;
     }
-    halves bits = __builtin_convertvector(narrowed(value), halves);
+    halves bits = __builtin_convertvector(NARROWED((words)value), halves);
     memcpy((uint16_t *)to + at, &bits, sizeof bits);
 }
 
@@ -106,7 +103,7 @@ INLINE void store_pair(void *to, int64_t at, pair value, int narrow) {
         store(to, at + WIDTH, value.b, 0);
         return;
     }
-    words bits = narrowed(value.a) | narrowed(value.b) << 16;
+    words bits = NARROWED((words)value.a) | NARROWED((words)value.b) << 16;
     memcpy((uint16_t *)to + at, &bits, sizeof bits);
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.unit.cpu_plugin.test_cpu_attention import FEATURES, SPEC, case_of, tensors_of
+from tests.unit.cpu_plugin.test_cpu_kernels import LEVELS
 
 from lineshaft.contract.backends import World
 from lineshaft.contract.kernels import Kernel
@@ -30,7 +31,6 @@ from lineshaft_torch.arrays import to_host
 from lineshaft_torch.session import TorchSession
 from lineshaft_torch.tensors import map_tensors, tensors_in
 
-LEVELS = [level for level in native.LEVELS if native.reason(level) is None]
 Run = Callable[..., Any]
 
 

@@ -98,7 +98,7 @@ class Recipes:
         yield self._recipe("silu_mul", self._silu_mul)
         yield self._recipe("rope", self._rope, self._rope_supports)
         yield self._recipe("argmax", self._argmax)
-        yield self._recipe("write_kv", self._write_kv, self._write_supports, out=False, layout=SLOTS_LAYOUT)
+        yield self._recipe("write_kv", self._write_kv, attention.supports, out=False, layout=SLOTS_LAYOUT)
         yield self._recipe(
             "attend", self._attend, self._attend_supports, layout=SLOTS_LAYOUT, handles=attention.FEATURES,
             prepare=self._attend_prepare,
@@ -216,10 +216,6 @@ class Recipes:
             return cache
 
         return consuming(write_kv)(problem, session)
-
-    @staticmethod
-    def _write_supports(problem: KVProblem) -> str | None:
-        return attention.supports(problem)
 
     # ---- attention ---------------------------------------------------------------------------------------------
 
