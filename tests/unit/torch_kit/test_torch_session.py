@@ -146,6 +146,19 @@ def test_caches_that_do_not_fit_are_an_out_of_memory_on_one_line(kit) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_step_that_does_not_fit_is_an_out_of_memory_and_another_failure_is_itself(kit) -> None:
+    def allocate(*_: object) -> None:
+        torch.empty(10**15)
+
+    def overlap(*_: object) -> None:
+        torch.zeros(1).expand(4).add_(1)
+
+    with pytest.raises(OutOfMemory, match="results of a step of 1 tokens"):
+        kit.session().capture(allocate, SHAPE, INPUTS, kit.HandPlanned({}))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        kit.session().capture(overlap, SHAPE, INPUTS, kit.HandPlanned({}))
+
+
 def test_an_unknown_cache_layout_is_refused(kit) -> None:
     with pytest.raises(ContractViolation, match="'rows'"):
         kit.session().alloc_caches([kit.kv()], [4], "rows")

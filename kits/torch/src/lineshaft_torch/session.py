@@ -245,11 +245,11 @@ class TorchSession(SessionState):
 
 @contextmanager
 def _memory(what: str) -> Iterator[None]:
-    """Turn an allocation failure into OutOfMemory."""
+    """Turn an allocation failure into OutOfMemory; torch tells it from its other errors by its words alone."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         text = " ".join(str(error).split())
         raise OutOfMemory(
