@@ -1,0 +1,149 @@
+"""Runs small functions on a backend as the engine runs a model: traced, planned, loaded, captured, replayed.
+
+Nothing here knows an op, and nothing is called that the contract does not name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.problems import ConstProblem, KVProblem, Problem
+from lineshaft.contract.sessions import Handle, Pending, Program, Session, Transfer, Tree
+from lineshaft.contract.steps import HostStep
+from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored
+from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
+from lineshaft_conformance.subject import Subject
+
+HostArray = np.ndarray[Any, Any]
+ONE = {axis: 1 for axis in ("dp", "pp", "cp", "ep", "tp")}
+
+
+class Values:
+    """A checkpoint in memory: named host arrays."""
+
+    def __init__(self, arrays: Mapping[str, HostArray]) -> None:
+        self.arrays = arrays
+        self.config: Mapping[str, Any] = {}
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.arrays[name].shape
+
+    def stored_bytes(self, name: str) -> int:
+        return self.arrays[name].nbytes
+
+    def rows(self, name: str, start: int, stop: int) -> Stored:
+        return stored(self.arrays[name][start:stop])
+
+    def cols(self, name: str, start: int, stop: int) -> Stored:
+        return stored(self.arrays[name][:, start:stop])
+
+
+def stored(array: HostArray) -> Stored:
+    """An array as a checkpoint stores it, unquantized."""
+    return Stored("none", array.shape, {"data": array})
+
+
+def whole_param(name: str, array: HostArray, problems: Mapping[str, Problem]) -> Param:
+    """A Param that is the same at every coordinate, read from `Values` under its own name."""
+
+    def shard(checkpoint: Checkpoint, coordinate: Coordinate) -> Local:
+        return Local((checkpoint.rows(name, 0, array.shape[0]),))
+
+    return Param(name, name, array.shape, array.dtype.name, problems, shard)
+
+
+def const_param(name: str, array: HostArray) -> Param:
+    """A Param that reaches the function as a bare array."""
+    return whole_param(name, array, {"const": ConstProblem(dtype=array.dtype.name, shape=array.shape)})
+
+
+class Rig:
+    """One session of the subject with captured programs; use it as a context manager.
+
+    params    tree of Params; `values` holds the host array of each, in the Param's dtype
+    caches    problem of each cache; `pages` counts pages (with the null page) per cache group
+    uses      name in a function -> (op, base problem)
+    kernels   the kernels to choose from (default: all of the subject's)
+
+    A program without `host_outputs` brings all its outputs to the host.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        programs: Sequence[ProgramSpec],
+        *,
+        params: Tree = (),
+        values: Mapping[str, HostArray] | None = None,
+        caches: Sequence[KVProblem] = (),
+        pages: Sequence[int] = (),
+        uses: Mapping[str, tuple[str, Problem]] | None = None,
+        kernels: Iterable[Kernel] | None = None,
+        named: Mapping[str, str] | None = None,
+        degrees: Mapping[str, int] | None = None,
+        session: Session | None = None,
+        freeze: bool = True,
+    ) -> None:
+        work = Workload(list(params) if params == () else params, caches, uses or {}, programs, degrees or ONE)
+        choice = subject.kernels if kernels is None else kernels
+        self.planned: Planned = make_plan(
+            subject.info.name, work, Resolver(subject.info.name, choice, named or {}), subject.ops
+        )
+        self.session = subject.backend.session(0) if session is None else session
+        try:
+            self.weights = self.session.load(work.params, Values(values or {}), self.planned.packings)
+            self.session.alloc_caches(caches, pages, self.planned.plan.cache_layout)
+            self.programs: list[Program] = [
+                self.session.capture(
+                    spec.fn, spec.shape, spec.inputs, ops, spec.arrays, spec.host_outputs or frozenset(outputs)
+                )
+                for (spec, ops), outputs in zip(self.planned.programs, self.planned.outputs, strict=True)
+            ]
+            if freeze:
+                self.session.freeze()
+        except BaseException:
+            self.session.close()
+            raise
+        self._specs = [spec for spec, _ in self.planned.programs]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that the plan chose."""
+        return tuple(dict.fromkeys(entry.kernel for entry in self.planned.plan.entries))
+
+    def host(self, values: Mapping[str, HostArray], program: int = 0) -> HostStep:
+        """The packed host buffer of a program with these values; inputs that are not named stay zero."""
+        host = HostStep(self._specs[program].inputs)
+        for name, array in values.items():
+            host[name][...] = array
+        return host
+
+    def submit(
+        self,
+        values: Mapping[str, HostArray],
+        program: int = 0,
+        arrays: Mapping[str, Handle] | None = None,
+        after: Sequence[Transfer] = (),
+    ) -> Pending:
+        """One step of a program."""
+        return self.programs[program](self.host(values, program), arrays or {}, after)
+
+    def run(
+        self, values: Mapping[str, HostArray], program: int = 0, arrays: Mapping[str, Handle] | None = None
+    ) -> dict[str, HostArray]:
+        """One step, and all its outputs on the host."""
+        pending = self.submit(values, program, arrays)
+        return {name: pending.result(name) for name in self.planned.outputs[program]}
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()

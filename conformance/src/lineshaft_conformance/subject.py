@@ -1,0 +1,75 @@
+"""The backend under test, as one process sees it: found by name, started with its options, asked for its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from lineshaft.config import validate_options
+from lineshaft.contract.backends import Backend, BackendInfo, Capabilities, World
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.ops import OpSpec, all_ops
+from lineshaft.contract.sessions import Session
+from lineshaft.registry import Registry, discover, load_attribute
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which backend to test, as plain data: its name, its options, and the mutant to make of it ("" for none)."""
+
+    backend: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    mutant: str = ""
+
+
+class Subject:
+    """A started backend. Everything it is asked goes through the public contract.
+
+    Raises UnknownBackend, BackendUnavailable, InvalidValue, and whatever the plugin itself raises.
+    """
+
+    def __init__(self, target: Target, registry: Registry | None = None) -> None:
+        self.target = target
+        self.registry = registry or discover()
+        self.info: BackendInfo = self.registry.select(target.backend)
+        self.ops: Mapping[str, OpSpec] = {**all_ops(), **{spec.name: spec for spec in self.registry.ops()}}
+
+    @cached_property
+    def backend(self) -> Backend:
+        """The backend at world size 1."""
+        return self.start(World(threads=0))
+
+    def start(self, world: World) -> Backend:
+        """A backend of its own at another place in a mesh."""
+        options = validate_options(self.info, self.target.options)
+        made: Backend = load_attribute(self.info.factory)(options, world)
+        if self.target.mutant:
+            from lineshaft_conformance.mutants import mutate
+
+            made = mutate(self.target.mutant, made)
+        return made
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.backend.capabilities
+
+    @cached_property
+    def kernels(self) -> Sequence[Kernel]:
+        """The backend's own kernels and those that plugins contribute to it."""
+        return [*self.backend.kernels(), *self.registry.kernels(self.info.name)]
+
+    @contextmanager
+    def session(self, backend: Backend | None = None) -> Iterator[Session]:
+        """A session that is closed at the end, whatever happens."""
+        made = (backend or self.backend).session(0)
+        try:
+            yield made
+        finally:
+            made.close()
+
+    def with_options(self, **options: Any) -> Subject:
+        """The same backend with further options."""
+        return Subject(replace(self.target, options={**self.target.options, **options}), self.registry)
