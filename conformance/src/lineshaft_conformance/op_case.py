@@ -25,6 +25,9 @@ USE = "op_under_test"
 PASSED_ON = "given"
 """Prefix of outputs that are inputs handed through: a kernel that writes to its operands shows there."""
 
+NO_STEP = StepShape(tokens=1, rows=1, pages=(), logits=1, max_query=1)
+"""The shape of a program whose op takes no step."""
+
 Give = Callable[[Tree, Sequence[Cache], StepInputs], Any]
 """Fetches one argument of the op inside the captured function."""
 
@@ -38,7 +41,7 @@ class Operands:
     weights: dict[str, HostArray] = field(default_factory=dict)
     pages: dict[str, HostArray] = field(default_factory=dict)  # of cache 0, in canonical form
     cache: KVProblem | None = None
-    shape: StepShape = StepShape(tokens=1, rows=1, pages=(), logits=1, max_query=1)
+    shape: StepShape = NO_STEP
 
 
 @dataclass(frozen=True)

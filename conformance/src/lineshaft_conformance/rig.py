@@ -19,7 +19,7 @@ from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
 from lineshaft_conformance.subject import Subject
 
 HostArray = np.ndarray[Any, Any]
-ONE = {axis: 1 for axis in ("dp", "pp", "cp", "ep", "tp")}
+ONE = dict.fromkeys(("dp", "pp", "cp", "ep", "tp"), 1)
 
 
 class Values:
@@ -33,7 +33,7 @@ class Values:
         return frozenset(self.arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.arrays[name].shape
+        return tuple(self.arrays[name].shape)
 
     def stored_bytes(self, name: str) -> int:
         return self.arrays[name].nbytes

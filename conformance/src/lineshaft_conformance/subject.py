@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +36,7 @@ class Subject:
         self.registry = registry or discover()
         self.info: BackendInfo = self.registry.select(target.backend)
         self.ops: Mapping[str, OpSpec] = {**all_ops(), **{spec.name: spec for spec in self.registry.ops()}}
+        self._kept: dict[Hashable, Any] = {}
 
     @cached_property
     def backend(self) -> Backend:
@@ -69,6 +70,19 @@ class Subject:
             yield made
         finally:
             made.close()
+
+    def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned when `key` was asked for first: dear things that checks share. `close` closes them."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def close(self) -> None:
+        """Idempotent: close what was kept, latest first."""
+        while self._kept:
+            _, made = self._kept.popitem()
+            if hasattr(made, "close"):
+                made.close()
 
     def with_options(self, **options: Any) -> Subject:
         """The same backend with further options."""
