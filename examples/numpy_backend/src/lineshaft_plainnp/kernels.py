@@ -15,8 +15,10 @@ def plain_kernels(backend: str, query_block: int) -> list[Kernel]:
     """All kernels; `attend` takes at most `query_block` queries of a row at once."""
 
     def make(op: str, run: Any, layout: str = "", handles: str = "", **options: str) -> Kernel:
-        named = {"layout": layout, "handles": frozenset(handles.split()), "supports": declines, "options": options}
-        return Kernel(f"{backend}_{op}", op, backend, lambda problem, session: partial(run, problem), **named)
+        return Kernel(
+            f"{backend}_{op}", op, backend, lambda problem, session: partial(run, problem), layout=layout,
+            handles=frozenset(handles.split()), supports=declines, options=options,
+        )  # fmt: skip
 
     attends = "causal window softcap sinks value_in_key return_lse page_starts"
     return [
@@ -46,7 +48,8 @@ def declines(problem: Any) -> str | None:
 def gated(x: Array, activation: Any) -> Array:
     gate, up = np.split(x, 2, -1)
     with np.errstate(over="ignore"):  # where a power overflows, the limit is right
-        return np.multiply(activation(gate), up)
+        out: Array = activation(gate) * up
+    return out
 
 
 def embed(p: Any, ids: Array, table: Any, vocab_start: Array) -> Array:
@@ -56,7 +59,8 @@ def embed(p: Any, ids: Array, table: Any, vocab_start: Array) -> Array:
 
 
 def rms_norm(p: Any, x: Array, w: Any) -> Array:
-    return np.multiply(x / np.sqrt(np.mean(x * x, -1, keepdims=True) + p.eps), w.arrays["data"])
+    out: Array = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + p.eps) * w.arrays["data"]
+    return out
 
 
 def rope(p: Any, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:

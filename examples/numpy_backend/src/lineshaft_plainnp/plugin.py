@@ -10,10 +10,13 @@ from lineshaft.contract.hooks import hookimpl
 
 @hookimpl
 def lineshaft_backends() -> list[BackendInfo]:
-    """The backend `plainnp`; what is named by a string is imported when it is needed."""
-    here = "lineshaft_plainnp"
-    names = {"probe": f"{here}.plugin:probe", "factory": f"{here}.backend:Plain", "options": f"{here}.plugin:Options"}
-    return [BackendInfo("plainnp", **names, kind=BackendKind.HOST, summary="an example: plain NumPy, float32")]
+    """What is named by a string is imported when it is needed."""
+    return [
+        BackendInfo(
+            "plainnp", "lineshaft_plainnp.plugin:probe", "lineshaft_plainnp.backend:Plain",
+            options="lineshaft_plainnp.plugin:Options", kind=BackendKind.HOST, summary="an example: NumPy, float32",
+        )
+    ]  # fmt: skip
 
 
 def probe() -> Probe:
