@@ -77,6 +77,7 @@ class ReferenceProgram:
         self._session, self._fn, self._ops = session, fn, ops
         self.shape = shape
         self.report = CaptureReport(0.0)
+        self.replaced: list[Cache] = []  # caches of which the last run made a copy
 
     def __call__(
         self, host: HostStep, arrays: Mapping[str, Any] | None = None, after: Sequence[Transfer] = ()
@@ -84,8 +85,10 @@ class ReferenceProgram:
         self._session.require_usable()
         began = time.perf_counter()
         step = StepInputs({name: ValueArray(view.copy()) for name, view in host.views.items()}, self.shape)
-        session = self._session
-        outputs, session.caches = self._fn(self._ops, session.weights, list(session.caches), step, dict(arrays or {}))
+        session, before = self._session, self._session.caches
+        with session.poison_on_failure():
+            outputs, session.caches = self._fn(self._ops, session.weights, list(before), step, dict(arrays or {}))
+        self.replaced = [now for now, old in zip(session.caches, before, strict=True) if now is not old]
         return ReferencePending(outputs, time.perf_counter() - began)
 
 
@@ -160,7 +163,8 @@ class ReferenceSession(SessionState):
         program = ReferenceProgram(self, fn, shape, ops.bind(self))
         given = {name: ValueArray(np.zeros(s.shape, numpy_dtype(s.dtype))) for name, s in (arrays or {}).items()}
         program(HostStep(inputs), given)
-        program.report = CaptureReport(time.perf_counter() - began)
+        copied = sum(array.nbytes for cache in program.replaced for array in cache.arrays.values())
+        program.report = CaptureReport(time.perf_counter() - began, cache_copied=copied)
         return program
 
     # ---- pages -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class StepPending:
     def result(self, name: str) -> HostArray:
         """A private host copy. Raises ContractViolation for a stale or unknown output."""
         found = self._host.get(name)
-        return to_host(self.handle(name).current()) if found is None else found
+        return to_host(self.handle(name).current()) if found is None else found.copy()
 
     def handle(self, name: str) -> DeviceArray:
         """Raises ContractViolation for an unknown output."""
