@@ -28,7 +28,7 @@ class Soaked:
 
 
 Told = Callable[[Soaked], None]
-"""Told after each try."""
+"""Told after each round."""
 
 
 def soak(
@@ -52,12 +52,13 @@ def soak(
         for fresh in fresh_seeds(seed):
             if soaked.seeds >= least and time.monotonic() >= until:
                 break
-            checks = tuple(claimed(pool, checks, fresh, soaked, told))
+            checks = claimed(pool, checks, fresh, soaked)
             soaked.seeds += 1
+            told(soaked)
     return soaked
 
 
-def claimed(pool: Pool, checks: Sequence[Listed], seed: int, soaked: Soaked, told: Told) -> Iterator[Listed]:
+def claimed(pool: Pool, checks: Sequence[Listed], seed: int, soaked: Soaked) -> tuple[Listed, ...]:
     """Try every check with one seed; those that the backend does not decline."""
     declined = set()
     for _, result in pool.run([Task(check, seed) for check in checks]):
@@ -67,8 +68,7 @@ def claimed(pool: Pool, checks: Sequence[Listed], seed: int, soaked: Soaked, tol
         elif result.status is Status.NOT_CLAIMED:
             soaked.not_claimed += 1
             declined.add(result.id)
-        told(soaked)
-    return (check for check in checks if check.id not in declined)
+    return tuple(check for check in checks if check.id not in declined)
 
 
 def fresh_seeds(seed: int) -> Iterator[int]:
