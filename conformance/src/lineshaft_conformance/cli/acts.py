@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import sys
 from argparse import Namespace
@@ -25,6 +24,7 @@ from lineshaft.errors import (
 )
 from lineshaft_conformance.cli.bar import Bar
 from lineshaft_conformance.report.bundle import BundleError, verify_bundle, write_bundle
+from lineshaft_conformance.report.canonical import canonical
 from lineshaft_conformance.report.compare import compare_rerun, diff_bundles, sample_ids
 from lineshaft_conformance.report.console import diff_table, final_table, verdict_lines
 from lineshaft_conformance.report.keys import keygen, load_private, public_path
@@ -72,7 +72,7 @@ def act_run(args: Namespace) -> int:
     if args.out:
         print(f"bundle in {args.out}, signed by {write_bundle(report, args.out, args.key)}", file=sys.stderr)
     if args.json:
-        print(json.dumps(report.to_json(), indent=2))
+        print(canonical(report.to_json()).decode(), end="")
     else:
         Console().print(final_table(report))
     return WAIVER if waivers.expired(today) else verdict(report, whole=not args.case)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.runner.pool import Listed, Pool, Task
@@ -40,19 +41,21 @@ def soak(
     jobs: int | None = None,
     only: Sequence[str] = (),
     told: Told = lambda soaked: None,
+    **pool: Any,
 ) -> Soaked:
     """The smoke checks of L1 and L2 with as many fresh seeds as fit into `minutes`, at least `least`.
 
-    A check that the backend declines is tried once. Raises as `run_suite`, and LoadFailed.
+    A check that the backend declines is tried once. `pool` are further arguments of `Pool`. Raises as
+    `run_suite`, and LoadFailed.
     """
     soaked, until = Soaked(), time.monotonic() + 60 * minutes
-    with Pool(target, "smoke", max(LEVELS), jobs=jobs) as pool:
-        checks = select([check for check in pool.checks if check.level in LEVELS], only)
+    with Pool(target, "smoke", max(LEVELS), jobs=jobs, **pool) as running:
+        checks = select([check for check in running.checks if check.level in LEVELS], only)
         soaked.checks = len(checks)
         for fresh in fresh_seeds(seed):
             if soaked.seeds >= least and time.monotonic() >= until:
                 break
-            checks = claimed(pool, checks, fresh, soaked)
+            checks = claimed(running, checks, fresh, soaked)
             soaked.seeds += 1
             told(soaked)
     return soaked
