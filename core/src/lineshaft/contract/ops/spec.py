@@ -85,15 +85,23 @@ class Tolerance:
         keep = np.isfinite(exact)
         if np.isfinite(got[~keep]).any():
             return "finite values where the reference is not finite"
-        got, exact, run = got[keep], exact[keep], run[keep]
-        if not exact.size:
-            return None
-        unit = epsilon(problem.dtype) * max(self.depth(problem), 1) ** 0.5
-        for name, c, norm in (("L2", self.l2, _rms), ("Linf", self.linf, _largest)):
-            error, allowed = norm(got - exact), c * max(norm(run - exact), unit * norm(exact))
+        for name, error, allowed in self.measure(problem, got[keep], exact[keep], run[keep]):
             if error > allowed:
+                c = self.l2 if name == "L2" else self.linf
                 return f"{name} error {error:.3g} exceeds {allowed:.3g} (= {c:g} x the reference run's)"
         return None
+
+    def measure(
+        self, problem: Problem, got: HostArray, exact: HostArray, run: HostArray
+    ) -> list[tuple[Literal["L2", "Linf"], float, float]]:
+        """(norm, error, allowed error) of float64 arrays without NaN or infinities; nothing for empty ones."""
+        if not exact.size:
+            return []
+        unit = epsilon(problem.dtype) * max(self.depth(problem), 1) ** 0.5
+        return [
+            ("L2", _rms(got - exact), self.l2 * max(_rms(run - exact), unit * _rms(exact))),
+            ("Linf", _largest(got - exact), self.linf * max(_largest(run - exact), unit * _largest(exact))),
+        ]
 
 
 def epsilon(dtype: str) -> float:
