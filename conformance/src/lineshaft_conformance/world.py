@@ -176,7 +176,7 @@ class Mesh:
             if wrong:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if waiting and not wrong:
-            wrong = {rank: f"gives no answer within {seconds:g} s" for rank in waiting.values()}
+            wrong = dict.fromkeys(waiting.values(), f"gives no answer within {seconds:g} s")
         if wrong:
             raise Failure("; ".join(f"rank {rank} {wrong[rank]}" for rank in sorted(wrong)))
         return [answers[rank] for rank in sorted(answers)]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
-from lineshaft.contract.ops import Case, Numerics, OpSpec
+from lineshaft.contract.ops import Numerics, OpSpec
 from lineshaft.contract.ops.spec import EXACT, Call, numpy_dtype
-from lineshaft.contract.problems import Problem
+from lineshaft.contract.problems import CollectiveProblem, Problem
 from lineshaft.contract.steps import ArraySpec
 from lineshaft.errors import ContractViolation
 from lineshaft.plan import Resolver, Workload, make_plan
@@ -41,6 +42,17 @@ TURNS = 2
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way to call an op, as a case of its OpSpec does; the shape is for a group of `members`."""
+
+    label: str
+    members: int
+    dtype: str
+    shape: tuple[int, ...]
+    statics: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Trial:
     """A program of collectives on a mesh. `whole` values are small integers, so that all sums are exact."""
 
@@ -55,39 +67,42 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """Every check of this file."""
     specs = [spec for spec in subject.ops.values() if spec.collective]
     for spec in specs:
-        cases = list(spec.cases(np.random.default_rng(0), size))
-        alone = [case for case in cases if case.problem.size == 2 and case.problem.src == 0]
-        for dtype in dict.fromkeys(case.problem.dtype for case in alone):
-            yield _alone_check(spec.name, [case for case in alone if case.problem.dtype == dtype])
-        trials = list(group_trials(spec.name, cases, size))
+        ways = list(ways_of(spec, size))
+        for dtype in dict.fromkeys(way.dtype for way in ways):
+            yield _alone_check(spec.name, [way for way in ways if way.dtype == dtype and way.members == 2])
+        trials = list(group_trials(spec.name, ways, size))
         yield _minimum_check(spec, trials)
         yield from (_trial_check(trial, trials, spec.name) for trial in trials)
     yield from (_refusal_check(op, statics) for op, statics in (("reduce_scatter", (1,)), ("all_to_all", (1, 0))))
-    order = list(order_trials(size))
+    order = list(order_trials())
     yield from (_trial_check(trial, order, "") for trial in order)
 
 
 # ---- trials ----------------------------------------------------------------------------------------------------
 
 
-def group_trials(op: str, cases: Sequence[Case], size: Size) -> Iterator[Trial]:
+def ways_of(spec: OpSpec, size: Size) -> Iterator[Way]:
+    """The ways to call an op in its cases."""
+    for case in spec.cases(np.random.default_rng(0), size):
+        assert isinstance(case.problem, CollectiveProblem)
+        label, p = case.id.partition("-")[2], case.problem
+        yield Way(label, p.size, p.dtype, p.shape, tuple(case.args[2:]))
+
+
+def group_trials(op: str, ways: Sequence[Way], size: Size) -> Iterator[Trial]:
     """Each way to call the op in each group, small and large; large ones at smoke in the op's first way alone."""
     for group, (mesh, axes) in GROUPS.items():
-        members = math.prod(dict(mesh)[axis] for axis in axes)
-        fitting = [case for case in cases if case.problem.size == members]
         if mesh == THREE and size == "smoke":
             continue
-        seen = set()
-        for case in fitting:
-            first = case.problem.dtype not in seen
-            seen.add(case.problem.dtype)
-            collective = Collective(op, axes, tuple(case.args[2:]))
-            label = case.id.partition("-")[2]
-            rule = f"ops.{op} over {'x'.join(axes)}: each group by itself, whatever the size of the message"
-            for name in ("small", "large") if first or size == "full" else ("small",):
-                shape = case.problem.shape if name == "small" else enlarged(case.problem.shape)
-                exchange = Exchange(case.problem.dtype, shape, (collective,))
-                yield Trial(f"{op}/{group}-{name}-{label}", mesh, exchange, rule)
+        rule = f"ops.{op} over {'x'.join(axes)}: each group by itself, whatever the size of the message"
+        fitting = [way for way in ways if way.members == members_of(mesh, axes)]
+        firsts = {way.dtype: way for way in reversed(fitting)}
+        for way in fitting:
+            collective = Collective(op, axes, way.statics)
+            shapes = {"small": way.shape, "large": enlarged(way.shape)}
+            for name in ("small", "large") if size == "full" or firsts[way.dtype] == way else ("small",):
+                exchange = Exchange(way.dtype, shapes[name], (collective,))
+                yield Trial(f"{op}/{group}-{name}-{way.label}", mesh, exchange, rule)
 
 
 def enlarged(shape: Sequence[int]) -> tuple[int, ...]:
@@ -96,7 +111,7 @@ def enlarged(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(dim * factor for dim in shape)
 
 
-def order_trials(size: Size) -> Iterator[Trial]:
+def order_trials() -> Iterator[Trial]:
     """Programs of several collectives."""
     flight = (
         Collective("all_reduce", ("tp",)), Collective("all_gather", ("dp",), (0,)), Collective("all_reduce", ("dp",)),
@@ -137,12 +152,17 @@ def problems(ops: Mapping[str, OpSpec], exchange: Exchange, mesh: Axes) -> list[
     return found
 
 
+def members_of(mesh: Axes, axes: Sequence[str]) -> int:
+    """How many members a group over `axes` has."""
+    return math.prod(dict(mesh)[axis] for axis in axes)
+
+
 def groups_of(mesh: Axes, axes: Sequence[str]) -> list[list[int]]:
     """The ranks of each group over `axes`, members in row-major order of them."""
     names = [name for name, _ in mesh]
     ranks = np.arange(math.prod(degree for _, degree in mesh)).reshape([degree for _, degree in mesh])
     last = np.moveaxis(ranks, [names.index(axis) for axis in axes], range(-len(axes), 0))
-    found: list[list[int]] = last.reshape(-1, math.prod(dict(mesh)[axis] for axis in axes)).tolist()
+    found: list[list[int]] = last.reshape(-1, members_of(mesh, axes)).tolist()
     return found
 
 
@@ -153,7 +173,7 @@ def expected(
     made = [list(xs)]
     for item, problem in zip(trial.exchange.collectives, problems(ops, trial.exchange, trial.mesh), strict=True):
         spec = ops[item.op]
-        held = {}
+        held: dict[int, HostArray] = {}
         for ranks in groups_of(trial.mesh, item.axis):
             members = [made[item.source][rank] for rank in ranks]
             used = num or Numerics.of(problem.dtype, spec.accumulate)
@@ -198,13 +218,15 @@ def require_claim(subject: Subject, exchange: Exchange, mesh: Axes) -> None:
             raise NotClaimed(refusal(subject, subject.ops[item.op], problem))
 
 
-def claimed(subject: Subject, exchange: Exchange, mesh: Axes) -> bool:
-    """Whether `require_claim` holds."""
-    try:
-        require_claim(subject, exchange, mesh)
-    except NotClaimed:
-        return False
-    return True
+def claimed(subject: Subject, mesh: Axes, family: Sequence[Trial]) -> list[Exchange]:
+    """The programs of the trials on a mesh for which `require_claim` holds."""
+    found = []
+    for trial in family:
+        if trial.mesh == mesh:
+            with suppress(NotClaimed):
+                require_claim(subject, trial.exchange, mesh)
+                found.append(trial.exchange)
+    return found
 
 
 def require_collectives(subject: Subject) -> None:
@@ -220,7 +242,7 @@ def _trial_check(trial: Trial, family: Sequence[Trial], op: str) -> Check:
         require_collectives(subject)
         require_claim(subject, trial.exchange, trial.mesh)
         mesh: Mesh = subject.keep(("mesh", trial.mesh), lambda: Mesh(subject.target, trial.mesh))
-        together = [t.exchange for t in family if t.mesh == trial.mesh and claimed(subject, t.exchange, t.mesh)]
+        together = subject.keep(("exchanges", trial.mesh, op), lambda: claimed(subject, trial.mesh, family))
         program = together.index(trial.exchange)
         deviations: list[Deviation] = []
         seen: list[HostArray] = []
@@ -254,25 +276,25 @@ def _minimum_check(spec: OpSpec, trials: Sequence[Trial]) -> Check:
     return Check(f"L3/collectives/minimum/{spec.name}", run, rule=rule, op=spec.name, shape_class="minimum")
 
 
-def _alone_check(op: str, cases: Sequence[Case]) -> Check:
+def _alone_check(op: str, ways: Sequence[Way]) -> Check:
     """Groups of one member: one axis, and two."""
-    dtype, label = cases[0].problem.dtype, cases[0].id.rpartition("-")[2]
+    dtype, label = ways[0].dtype, ways[0].label.rpartition("-")[2]
     exchanges = [
-        Exchange(dtype, case.problem.shape, (Collective(op, axes, tuple(case.args[2:])),))
-        for case in cases
+        Exchange(dtype, way.shape, (Collective(op, axes, way.statics),))
+        for way in ways
         for axes in (("tp",), ("dp", "tp"))
+        if not (op == "broadcast" and way.statics != (0,))  # there is no other member
     ]
 
     def run(subject: Subject, seed: int) -> Found:
-        axes = mesh_axes()
         for exchange in exchanges:
-            require_claim(subject, exchange, axes)
+            require_claim(subject, exchange, mesh_axes())
         seen = []
         with Rig(subject, [exchange.program() for exchange in exchanges]) as rig:
             for program, exchange in enumerate(exchanges):
                 for turn in range(TURNS):
-                    x = np.random.default_rng([seed, program, turn]).standard_normal(exchange.shape)
-                    x = x.astype(numpy_dtype(dtype))
+                    rng = np.random.default_rng([seed, program, turn])
+                    x = rng.standard_normal(exchange.shape).astype(numpy_dtype(dtype))
                     given, result = outputs(rig, program, x)
                     at = f"{op} over {'x'.join(exchange.collectives[0].axis)}"
                     require(given.tobytes() == x.tobytes(), f"{at}: its input was changed; collectives are pure")
@@ -301,5 +323,3 @@ def _refusal_check(op: str, statics: tuple[int, ...]) -> Check:
 
     rule = "a dim that the axis does not divide is a typed error, raised before a step"
     return Check(f"L3/collectives/refused/{op}", run, rule=rule, op=op, dtype="float32", shape_class="refused")
-
-
