@@ -144,8 +144,10 @@ def test_the_page_tells_failures_first_and_evidence_by_row() -> None:
 def test_an_error_is_drawn_on_its_side_of_the_line() -> None:
     def colours(share: float) -> list[tuple[int, str]]:
         results = (result("L1/attend/a", op="attend", deviations=deviation(share)),)
-        found = re.findall(r'<rect x="(\d+)".*?fill="var\(--(\w+)\)"', html_page(replace(REPORT, results=results)))
-        return [((int(x) - 20) // 6, colour) for x, colour in found]
+        found = re.findall(
+            r'<rect x="(\d+)".*?fill="var\(--(\w+)\)"', html_page(replace(REPORT, results=results)), re.DOTALL
+        )
+        return [((int(x) - 20) // 8, colour) for x, colour in found]
 
     assert colours(1.0)[0][1] == "mark"
     assert colours(1.01)[0] == (colours(1.0)[0][0] + 1, "fail")

@@ -60,6 +60,9 @@ class Signature:
     signature: str
 
 
+REPORTS, SIGNATURES = TypeAdapter(Report), TypeAdapter(Signature)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What verifying found.
@@ -101,8 +104,8 @@ def verify_bundle(path: Path, public_key: Path | None = None) -> Verdict:
     """
     trusted = load_public(public_key) if public_key else None
     contents, problems = _read(path)
-    report = _parsed(Report, REPORT, contents, problems)
-    signature = _parsed(Signature, SIGNATURE, contents, problems)
+    report = _parsed(REPORTS, REPORT, contents, problems)
+    signature = _parsed(SIGNATURES, SIGNATURE, contents, problems)
     signer = _signer(signature, problems) if signature else None
     if signature:
         problems += _file_problems(signature.seal, contents)
@@ -127,7 +130,7 @@ def load_bundle(path: Path) -> Report:
 def _checked(report: Report) -> Report:
     """The report as its JSON gives it back: plain types, no second result of an id."""
     try:
-        checked = TypeAdapter(Report).validate_python(plain(report.to_json()))
+        checked = REPORTS.validate_python(plain(report.to_json()))
     except ValidationError as error:
         raise BundleError(f"the report is not of the declared types: {_shown(error)}; correct the run") from error
     twice = list(_twice(checked))
@@ -200,13 +203,15 @@ def _read(path: Path) -> tuple[dict[str, bytes], list[str]]:
     return contents, problems
 
 
-def _parsed(kind: type[Content], name: str, contents: Mapping[str, bytes], problems: list[str]) -> Content | None:
+def _parsed(
+    kind: TypeAdapter[Content], name: str, contents: Mapping[str, bytes], problems: list[str]
+) -> Content | None:
     """The file as what it must be, or None and a problem more. Only the canonical spelling is accepted."""
     if name not in contents:
         return None
     try:
         data = json.loads(contents[name].decode("ascii"))
-        value = TypeAdapter(kind).validate_python(data)
+        value = kind.validate_python(data)
         if canonical(_json(value)) == contents[name]:
             return value
         problems.append(f"{name} is not spelled as the suite writes it")
