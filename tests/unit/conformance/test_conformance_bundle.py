@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from lineshaft_conformance.report.bundle import FILES, BundleError, load_bundle, verify_bundle, write_bundle
 from lineshaft_conformance.report.canonical import canonical
 from lineshaft_conformance.report.compare import compare_rerun, diff_bundles, diff_reports, sample_ids
-from lineshaft_conformance.report.keys import KeyFileError, keygen, public_path
+from lineshaft_conformance.report.keys import KeyFileError, keygen, load_private, public_path
 from lineshaft_conformance.results import Deviation, Evidence, Report, Result, Status
 
 
@@ -99,6 +99,14 @@ def test_no_byte_of_a_file_can_change(bundle: Path, keys: tuple[Path, Path], nam
 def test_upper_case_hexadecimal_is_an_edit(bundle: Path) -> None:
     edited(bundle / "bundle.sig.json", lambda data: data.update(signature=data["signature"].upper()))
     assert "lower-case" in problems(bundle)
+
+
+def test_a_signature_of_the_same_text_for_another_purpose_is_none(bundle: Path, keys: tuple[Path, Path]) -> None:
+    def sign(data: Any) -> None:
+        data["signature"] = load_private(keys[0]).sign(canonical(data["seal"])).hex()
+
+    edited(bundle / "bundle.sig.json", sign)
+    assert "the signature does not fit" in problems(bundle)
 
 
 def test_an_edited_a_removed_and_an_added_case_are_named(bundle: Path) -> None:
