@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from lineshaft.contract.backends import Capabilities, DeterminismClaims, Probe, World
-from lineshaft.contract.kernels import Bound, Kernel
+from lineshaft.contract.kernels import Bound, Kernel, always
 from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.spec import Numerics, OpSpec, StepArg
 from lineshaft.contract.sessions import Cache, Memory, UncountedMemory
@@ -56,13 +56,16 @@ def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
 
 
 def reference_kernel(spec: OpSpec, backend: str = NAME) -> Kernel:
-    """An op's reference as a kernel of `backend` that takes every problem; for sessions that are ReferenceSessions."""
+    """An op's reference as a kernel of `backend` that takes every problem; of collectives, those of one member. It
+    wants a ReferenceSession."""
 
     def bind(problem: Any, session: Any) -> Bound:
         num = Numerics.of(problem.dtype, spec.accumulate)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = {name: bare(value) for name, value in kwargs.items()}
+            if spec.collective:  # its reference takes and returns a list of members: this one alone
+                return dress(spec.reference(problem, [bare(args[0])], *args[1:], num=num, **given)[0])
             out = spec.reference(problem, *map(bare, args), num=num, **given)
             if spec.consumes:
                 cache = next(item for item in args if isinstance(item, Cache))
@@ -72,7 +75,15 @@ def reference_kernel(spec: OpSpec, backend: str = NAME) -> Kernel:
         return call
 
     everything = frozenset(spec.problem.__dataclass_fields__)
-    return Kernel(name=f"{backend}.{spec.name}", op=spec.name, backend=backend, bind=bind, handles=everything)
+    supports = one_member if spec.collective else always
+    return Kernel(
+        name=f"{backend}.{spec.name}", op=spec.name, backend=backend, bind=bind, handles=everything, supports=supports
+    )
+
+
+def one_member(problem: Any) -> str | None:
+    """The `supports` of collectives among workers of which there is one."""
+    return None if problem.size == 1 else f"the backend runs one worker, not the {problem.size} of this group"
 
 
 def bare(item: Any) -> Any:

@@ -23,6 +23,7 @@ from lineshaft.contract.sessions import (
     StepFunction,
     Transfer,
     Tree,
+    check_handles,
     map_tree,
 )
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
@@ -73,8 +74,10 @@ class ReferencePending:
 class ReferenceProgram:
     """Runs its function anew at every call."""
 
-    def __init__(self, session: ReferenceSession, fn: StepFunction, shape: StepShape, ops: Any) -> None:
-        self._session, self._fn, self._ops = session, fn, ops
+    def __init__(
+        self, session: ReferenceSession, fn: StepFunction, shape: StepShape, ops: Any, arrays: Mapping[str, ArraySpec]
+    ) -> None:
+        self._session, self._fn, self._ops, self._arrays = session, fn, ops, arrays
         self.shape = shape
         self.report = CaptureReport(0.0)
         self.replaced: list[Cache] = []  # caches of which the last run made a copy
@@ -83,6 +86,7 @@ class ReferenceProgram:
         self, host: HostStep, arrays: Mapping[str, Any] | None = None, after: Sequence[Transfer] = ()
     ) -> ReferencePending:
         self._session.require_usable()
+        check_handles(self._arrays, arrays or {})
         began = time.perf_counter()
         step = StepInputs({name: ValueArray(view.copy()) for name, view in host.views.items()}, self.shape)
         session, before = self._session, self._session.caches
@@ -160,7 +164,7 @@ class ReferenceSession(SessionState):
     ) -> ReferenceProgram:
         self.require_changeable("capture")
         began = time.perf_counter()
-        program = ReferenceProgram(self, fn, shape, ops.bind(self))
+        program = ReferenceProgram(self, fn, shape, ops.bind(self), arrays or {})
         given = {name: ValueArray(np.zeros(s.shape, numpy_dtype(s.dtype))) for name, s in (arrays or {}).items()}
         program(HostStep(inputs), given)
         copied = sum(array.nbytes for cache in program.replaced for array in cache.arrays.values())
