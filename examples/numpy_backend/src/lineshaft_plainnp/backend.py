@@ -14,7 +14,7 @@ from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.sessions import Cache, DoneTransfer, Packing, Tree
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
-from lineshaft.errors import ContractViolation, InvalidValue, MisshapenTensor, OutOfMemory
+from lineshaft.errors import InvalidValue, MisshapenTensor, OutOfMemory
 from lineshaft.weights import dequantize
 from lineshaft_plainnp.kernels import Array, plain_kernels
 from lineshaft_plainnp.plugin import Options
@@ -137,8 +137,7 @@ class PlainProgram:
     def __call__(self, host: HostStep, arrays: Mapping[str, Any] | None = None, after: Any = ()) -> "Finished":
         session, given = self.session, dict(arrays or {})
         session.require_usable()
-        if {name: held.spec for name, held in given.items()} != self.arrays:
-            raise ContractViolation(f"the program takes the arrays {self.arrays}, it was given {given}")
+        sessions.check_handles(self.arrays, given)
         for transfer in after:
             transfer.wait()
         began, step = time.perf_counter(), StepInputs(self.inputs.views(host.buffer.copy()), self.shape)
