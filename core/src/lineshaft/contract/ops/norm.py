@@ -93,7 +93,8 @@ def _specialise_add_norm(base: Any, call: Call) -> NormProblem:
 
 _NORMS = {
     "t1-w64": "", "t5-w33": "", "heads-t3-w16": "", "zero_row-t3-w32": "eps keeps a row of zeros finite",
-    "small-t3-w32": "eps is the problem's, and inside the root", "nan_row-t3-w32": "NaN of a padding row stays in its row",
+    "small-t3-w32": "eps is the problem's, and inside the root",
+    "nan_row-t3-w32": "NaN of a padding row stays in its row",
     "t65-w1024": "", "sums-t2-w8192": "squares are summed in float32: bfloat16 stops growing after 256 of them",
 }  # fmt: skip
 _FULL = ("t65-w1024",)
