@@ -443,7 +443,8 @@ _STORED: dict[str, dict[str, Any]] = {
 
 def _pool_case(rng: np.random.Generator, dtype: str, name: str, rows: int) -> tuple[KVProblem, CacheArg]:
     problem = replace(_problem(dtype, _POOL, _STORED[name.partition("-")[2]]), rows=rows)
-    return problem, CacheArg(make_cache(rng, problem, paged_step(rng, _POOL)))
+    garbage = (np.nan, 0.1, -np.inf, 1 / 3, -2 / 3)  # moved as it is
+    return problem, CacheArg(make_cache(rng, problem, paged_step(rng, _POOL), garbage=garbage))
 
 
 def _named(names: Iterable[str]) -> list[str]:

@@ -308,8 +308,10 @@ def _router_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         rng = draw(case_id)
         fields, why = _ROUTERS[name]
         problem = RouterProblem(**{"dtype": dtype, "experts": 8, "k": 2, "rows": 5, **fields})
-        # steps of 1/4 apart: every dtype holds them, so that only equal logits tie
+        # steps of 1/4 apart: distinct in every dtype, so that only equal logits tie
         logits = np.stack([rng.permutation(problem.experts) for _ in range(5)]) / 4.0 - 1.0
+        if not name.startswith("e128"):
+            logits += rng.uniform(-0.05, 0.05, logits.shape)
         if name.startswith("ties"):
             logits[:, [1, 4, 6]] = 2.0
         if name.startswith("all_equal"):
@@ -351,23 +353,28 @@ def _weights(rng: np.random.Generator, p: ExpertProblem) -> tuple[WeightArg, Wei
 
 def _mlp_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, [*_MOE, "gelu-ep1-e4"]):
-        case_id = f"{name}-{short(dtype)}"
+    for name, dtype in [*variants(size, [*_MOE, "gelu-ep1-e4"]), ("sums-ep1-e4", "bfloat16")]:
+        case_id, table = f"{name}-{short(dtype)}", name.removeprefix("gelu-").removeprefix("sums-")
         rng = draw(case_id)
-        problem, ids, probs, mapping = _moe(rng, name.removeprefix("gelu-"), dtype)
+        problem, ids, probs, mapping = _moe(rng, table, dtype)
         if name.startswith("gelu"):
             problem = replace(problem, activation="gelu")
-        x = rng.standard_normal((5, problem.hidden))
-        why = _MOE[name.removeprefix("gelu-")][2]
-        yield Case(case_id, problem, (x, ids, probs, *_weights(rng, problem), mapping), why=why)
+        if name.startswith("sums"):
+            problem = replace(problem, hidden=512)
+        x, (w13, w2) = rng.standard_normal((5, problem.hidden)), _weights(rng, problem)
+        if name.startswith("sums"):
+            cancel(x, w13.array)
+        why = _SUMS if name.startswith("sums") else _MOE[table][2]
+        yield Case(case_id, problem, (x, ids, probs, w13, w2, mapping), why=why)
 
 
+_SUMS = "sums are made in float32: products that cancel"
 _OFFSETS = {
     "full": ([0, 3, 7, 10], ""), "empty_expert": ([0, 4, 4, 10], "an expert without rows"),
     "one_expert": ([0, 0, 10, 10], "one expert with every row"),
     "beyond_is_nan": ([0, 2, 3, 6], "rows beyond the last expert's are not read, and 0"),
     "none": ([0] * 4, "rows beyond the last expert's are not read, and 0"),
-    "sums": ([0, 3, 7, 10], "sums are made in float32: products that cancel"),
+    "sums": ([0, 3, 7, 10], _SUMS),
 }  # fmt: skip
 
 
@@ -400,11 +407,18 @@ def _dispatch_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
 
 def _combine_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, ["t5-k2", "t3-k1", "t4-k6"]):
+    for name, dtype in [*variants(size, ["t5-k2", "t3-k1", "t4-k6"]), ("sums-t3-k8", "bfloat16")]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
-        tokens, k = (int(part[1:]) for part in name.split("-"))
+        tokens, k = (int(part[1:]) for part in name.split("-")[-2:])
         problem = ExpertProblem(dtype=dtype, experts=0, local=0, hidden=12, width=0, k=k, rows=tokens)
         source = rng.permutation(tokens * k).astype(np.int32)
         probs = rng.dirichlet(np.ones(k), tokens).astype(wide(dtype))
-        yield Case(case_id, problem, (rng.standard_normal((tokens * k, 12)), source, probs))
+        rows = rng.standard_normal((tokens * k, 12))
+        if name.startswith("sums"):
+            ordered = rows[np.argsort(source)].reshape(tokens, k, 12)
+            ordered[:, :3], probs[:] = 100 * ordered[:, :3], 1 / k
+            ordered[:, 3:6] = -ordered[:, :3]
+            rows = ordered.reshape(-1, 12)[source]
+        why = "source says which assignment a row is of" if k > 1 else ""
+        yield Case(case_id, problem, (rows, source, probs), why=_SUMS if name.startswith("sums") else why)

@@ -125,6 +125,9 @@ def _case(case_id: str, rng: np.random.Generator, problem: NormProblem, residual
     x, r = rng.standard_normal((2, *shape)) * (0.1 if case_id.startswith("small") else 1.0)
     if case_id.startswith(("zero_row", "nan_row")):
         x[1] = r[1] = 0.0 if case_id.startswith("zero") else np.nan
+    if case_id.startswith("sums"):
+        x = np.sign(x) * (1 + 0.05 * np.abs(x))
+        r = 0.001 * r
     w = WeightArg(1 + 0.1 * rng.standard_normal(problem.width), "norm")
     why = _NORMS.get(case_id.rpartition("-")[0], "")
     return Case(case_id, problem, (x, r, w) if residual else (x, w), why=why)
