@@ -1,4 +1,4 @@
-"""A real engine over the subject on which a scenario is played, step by step; afterwards every step meets the reference.
+"""A real engine over the subject, on which a scenario is played; afterwards every step is held to the reference.
 
 Knows requests and steps; which scenarios there are is no business of this file.
 """
@@ -126,9 +126,7 @@ class Stage:
         found = []
         for step in self.steps:
             message = step.message
-            found.append(
-                compare_step(step, exact.logits(message), run.logits(message), self.dtype, exact.depth)
-            )
+            found.append(compare_step(step, exact.logits(message), run.logits(message), self.dtype, exact.depth))
             check_logprobs(step)
         return found
 

@@ -81,8 +81,8 @@ def write(config: Mapping[str, Any], seed: int) -> Checkpoint:
 def values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Norm weights near 1; matrices that keep the size of what they multiply."""
     drawn = rng.standard_normal(shape, np.float32)
-    drawn = 1 + drawn / 8 if len(shape) == 1 else drawn * np.float32(shape[-1] ** -0.5)
-    return drawn.astype(ml_dtypes.bfloat16).astype(np.float32)
+    kept = 1 + drawn / 8 if len(shape) == 1 else drawn * np.float32(shape[-1] ** -0.5)
+    return kept.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def llama_tensors(config: Mapping[str, Any]) -> Shapes:

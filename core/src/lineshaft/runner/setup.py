@@ -74,7 +74,7 @@ def make_setup(
 ) -> Setup:
     """Start the chosen backend and build the model at this rank's layout; loads no weights.
 
-    start: starts the chosen backend in another way than by its factory. Raises BackendError, ModelError, LayoutError, ConfigError.
+    start: makes the backend instead of its factory. Raises BackendError, ModelError, LayoutError, ConfigError.
     """
     registry = registry or discover()
     info = registry.select(config.backend)
