@@ -40,8 +40,8 @@ class Subject:
 
     @cached_property
     def backend(self) -> Backend:
-        """The backend at world size 1."""
-        return self.start(World(threads=0))
+        """The backend at world size 1, with one thread: checks run side by side in several processes."""
+        return self.start(World(threads=1))
 
     def start(self, world: World) -> Backend:
         """A backend of its own at another place in a mesh."""
