@@ -162,11 +162,11 @@ def as_tf32(x: Tensor, *rest: Any) -> tuple[Any, ...]:
 def bf16_product(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Tensor:
     """A product whose partial sums are held in bfloat16, for problems of bfloat16 with a dense weight."""
     right: Tensor = run(x, w, **kw)
-    if p.dtype != "bfloat16" or "data" not in w.arrays or kw:
+    if p.dtype != "bfloat16" or kw:
         return right
-    total = torch.zeros_like(right)
+    total, matrix = torch.zeros_like(right), next(iter(w.arrays.values())).to_dense()
     for i in range(p.k):
-        total = total + x[:, i : i + 1] * dense(w)[:, i]
+        total = total + x[:, i : i + 1] * matrix[:, i]
     return total
 
 
@@ -370,7 +370,7 @@ def params_with(**values: float) -> Make:
 
 
 def in_descending_order(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Tensor:
-    order = logits.float().nan_to_num(-torch.inf).argsort(-1, descending=True, stable=True)
+    order = logits.float().nan_to_num(-torch.inf).argsort(stable=True, dim=-1, descending=True)
     found = run(logits.gather(1, order), params, u).long()
     ids = order.gather(1, found.clamp(min=0)[:, None])[:, 0]
     return torch.where(found < 0, found, ids).int()
