@@ -10,6 +10,7 @@ from typing import Any
 
 from lineshaft.contract.backends import Backend, BackendInfo, Capabilities
 from lineshaft.contract.kernels import Bound, Kernel
+from lineshaft_conformance.checks import Size
 from lineshaft_torch.bound import BoundKernel
 
 Make = Callable[[Any], "Changed"]
@@ -20,13 +21,14 @@ Make = Callable[[Any], "Changed"]
 class Mutant:
     """One broken backend.
 
-    rule    the rule of the contract that it breaks, in a sentence
-    level   where the suite must fail it
-    checks  shell pattern of the ids of the checks that see it: "L1/attend/*"
-    make    breaks a started backend
-    size    the smallest size of the suite that has such a check
-    fatal   it ends or hangs its process, so that a check of it needs one of its own
-    info    what it registers instead of the backend's own entry
+    rule      the rule of the contract that it breaks, in a sentence
+    level     where the suite must fail it
+    checks    shell pattern of the ids of the checks that see it: "L1/attend/*"
+    make      breaks a started backend
+    size      the smallest size of the suite that has such a check
+    fatal     it ends or hangs its process, so that a check of it needs one of its own
+    anywhere  it fails below its level too; what counts is that the level asked alone fails it
+    info      what it registers instead of the backend's own entry
     """
 
     name: str
@@ -34,8 +36,9 @@ class Mutant:
     level: int
     checks: str
     make: Callable[[Backend], Backend]
-    size: str = "smoke"
+    size: Size = "smoke"
     fatal: bool = False
+    anywhere: bool = False
     info: Callable[[BackendInfo], BackendInfo] = lambda info: info
 
 
