@@ -119,7 +119,9 @@ def write_kv(
     out = {name: pages.copy() for name, pages in cache.items()}
     for index, (name, new) in enumerate((("k", k), ("v", v))):
         if new is not None:
-            for part, values in encode(problem, name, new, None if kv_scales is None else kv_scales[index]).items():
+            with np.errstate(divide="ignore", invalid="ignore"):  # padding tokens may be NaN, scales of an empty step 0
+                stored = encode(problem, name, new, None if kv_scales is None else kv_scales[index])
+            for part, values in stored.items():
                 pages = out[part]
                 flat = pages.reshape(-1, *pages.shape[2:])
                 flat[slots] = values.astype(pages.dtype, copy=False)
@@ -228,8 +230,7 @@ def to_codes(x: HostArray, kv_dtype: str) -> HostArray:
     """x rounded to `kv_dtype`, ties to even; a finite x beyond its range saturates to the largest finite value."""
     top = largest_code(kv_dtype)
     clipped = np.where(np.isfinite(x), np.clip(x, -top, top), x)
-    with np.errstate(invalid="ignore"):  # a NaN of a padding token has no code
-        out: HostArray = (np.rint(clipped) if kv_dtype == "int8" else clipped).astype(numpy_dtype(kv_dtype))
+    out: HostArray = (np.rint(clipped) if kv_dtype == "int8" else clipped).astype(numpy_dtype(kv_dtype))
     return out
 
 

@@ -208,7 +208,7 @@ def moe_combine(
     problem: ExpertProblem, rows: HostArray, source: HostArray, probs: HostArray, *, num: Numerics = EXACT
 ) -> HostArray:
     """out[t] = sum over j of probs[t, j] * (the row whose source is t * k + j)."""
-    ordered = np.empty(rows.shape, num.load(np.zeros(0)).dtype)
+    ordered = np.zeros(rows.shape, num.load(np.zeros(0)).dtype)
     ordered[source] = num.load(rows)
     parts = ordered.reshape(*probs.shape, rows.shape[1])
     return num.save((num.load(probs)[..., None] * parts).sum(1))
