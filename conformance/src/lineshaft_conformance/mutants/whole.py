@@ -80,9 +80,9 @@ MEMORY = (
     Mutant("memoizing-shape", "a program answers by the values of its inputs, not by their shapes", 1,
            "L1/add/*", remembering(shapes)),
     Mutant("memoizing-identity", "a program answers by the values of its inputs, not by where they lie", 3,
-           "L3/*", remembering(identity)),
-    Mutant("memoizing-values", "a program reads its weights and caches as they are now, not only its inputs (§8)", 2,
-           "L2/paging/*", remembering(values)),
+           "L3/graph/*", remembering(identity), anywhere=True),
+    Mutant("memoizing-values", "a program reads its weights and caches as they are now, not only its inputs (§8)", 3,
+           "L3/graph/*", remembering(values)),
 )  # fmt: skip
 
 
@@ -113,6 +113,13 @@ def only_16(kernel: Kernel) -> Kernel:
     return replace(kernel, supports=supports)
 
 
+def without_float64(kernel: Kernel) -> Kernel:
+    def supports(problem: Any) -> str | None:
+        return "no float64 here" if problem.dtype == "float64" else kernel.supports(problem)
+
+    return replace(kernel, supports=supports)
+
+
 def info(**fields: Any) -> Callable[[BackendInfo], BackendInfo]:
     return lambda entry: replace(entry, **fields)
 
@@ -125,10 +132,8 @@ CLAIMS = (
     Mutant("boasting-features", "a kernel handles the features that it lists (§7)", 2, "L2/attend/mixed/*",
            with_kernels(lambda kernel: replace(kernel, handles=kernel.handles | {"key_ranges", "kv_scheme"}),
                         "attend")),
-    Mutant("boasting-dtypes", "every dtype that the capabilities name is executed (§9)", 0, "L0/*",
-           with_capabilities(dtypes=("float32", "float16"))),
-    Mutant("boasting-graphs", "graphs are claimed by who captures them (§9)", 3, "L3/*",
-           with_capabilities(graphs=True)),
+    Mutant("boasting-dtypes", "every dtype that the capabilities name is executed (§9)", 0, "L0/load/kv_dtypes",
+           with_kernels(without_float64, "attend")),
     Mutant("boasting-page-sizes", "page_sizes lists the sizes that run; () is any (§9)", 0, "L0/load/page_size-*",
            with_kernels(only_16)),
     Mutant("boasting-kind", "an accelerator has a device that the operating system shows (§9)", 0, "L0/load/probe",
