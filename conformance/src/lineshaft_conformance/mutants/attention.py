@@ -85,19 +85,19 @@ def own_bit_is_set(self: Plain, row: Row, at: Tensor, given: Any) -> Tensor:
 VISIBLE = (
     mutant(
         "drops-page-edge", "all context_lens keys are seen, also where the last one ends a page (§3)",
-        "attend/*", attend_with(visible=drops_page_edge),
+        "attend/mixed/full_table*", attend_with(visible=drops_page_edge),
     ),
     mutant(
         "beyond-context", "no key at or after context_lens is seen (§3)", "attend/mixed/bidirectional-f32",
         attend_with(visible=sees_beyond_context),
     ),
     mutant(
-        "null-page-live", "page 0 is never read as live (§3)", "attend/mixed/page_starts*",
+        "null-page-live", "page 0 is never read as live (§3)", "attend/decode/dropped_pages*",
         attend_with(visible=sees_null_page),
     ),
     mutant(
-        "causal-by-positions", "positions are for RoPE only; causality uses context_lens alone (§3)", "attend/*",
-        attend_with(rows=by_positions),
+        "causal-by-positions", "positions are for RoPE only; causality uses context_lens alone (§3)",
+        "attend/verify/positions_shifted*", attend_with(rows=by_positions),
     ),
     mutant(
         "query-from-zero", "query j of row b sits at context_lens[b] - q_len[b] + j (§3)", "attend/chunk/*",
@@ -112,8 +112,8 @@ VISIBLE = (
         attend_with(rows=counts_rows_with_queries),
     ),
     mutant(
-        "only-512-keys", "a context may be as long as its pages", "attend/decode/*", attend_with(visible=up_to_512_keys),
-        size="full",
+        "only-512-keys", "a context may be as long as its pages", "attend/decode/long-page16-f32",
+        attend_with(visible=up_to_512_keys), size="full",
     ),
     mutant(
         "causal-ignored", "a causal query sees no key beyond its own position (§5)", "attend/prefill/*",
@@ -150,13 +150,12 @@ VISIBLE = (
         attend_with(ancestor=lambda self, bits, relative: (relative < 9999).expand(len(bits), -1)),
     ),
     mutant(
-        "own-bit-assumed", "a query sees itself only if its own bit is set (§5)", "attend/verify/ancestors*",
+        "own-bit-assumed", "a query sees itself only if its own bit is set (§5)", "attend/verify/ancestors-not_itself*",
         attend_with(visible=own_bit_is_set),
     ),
     mutant(
-        "ancestors-one-word", "ancestors has ceil(max_query / 32) words (§5)", "attend/verify/ancestors*",
+        "ancestors-one-word", "ancestors has ceil(max_query / 32) words (§5)", "attend/verify/ancestors-two_words*",
         attend_with(ancestor=lambda self, bits, relative: Plain.ancestor(self, bits[:, :1], relative)),
-        size="full",
     ),
     mutant(
         "page-starts-ignored", "page_starts gives the position at which each page starts (§3)",
@@ -194,7 +193,7 @@ PLACES = (
         attend_with(view=lambda self, step: step.groups[0]),
     ),
     mutant(
-        "last-column", "every column of the page table may hold a live page (§3)", "attend/*",
+        "last-column", "every column of the page table may hold a live page (§3)", "attend/mixed/full_table*",
         attend_with(slots=lambda self, row: Plain.slots(
             self, replace(row, pages=torch.cat([row.pages[:-1], row.pages[:1]]))
         )),
@@ -208,9 +207,9 @@ PLACES = (
         attend_with(values=lambda self, cache, row: self.keys(cache, row)[..., -self.problem.v_dim :]),
     ),
     mutant(
-        "fnuz-as-ocp", "fp8 pages hold the flavour that kv_dtype names", "attend/*fp8*",
+        "fnuz-as-ocp", "fp8 pages hold the flavour that kv_dtype names", "attend/mixed/*fnuz_pages*",
         attend_with(values=lambda self, cache, row: Plain.values(self, cache, row)
-            * (2 if "float8" in self.problem.kv_dtype else 1)),
+            * (2 if "fnuz" in self.problem.kv_dtype else 1)),
     ),
 )  # fmt: skip
 
@@ -233,6 +232,18 @@ def cap_after_mask(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tup
 
 def sinks_in_values(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tuple[Tensor, Tensor]:
     return Plain.softmax(self, scores if sinks is None else scores + sinks.to(self.wide)[:, None, None], seen, None)
+
+
+def without_peak(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tuple[Tensor, Tensor]:
+    weights = scores.masked_fill(~seen, -INF).exp()
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.to(self.wide)[:, None, None].exp())
+    return weights / total.masked_fill(total == 0, 1.0), total[..., 0].log()
+
+
+def sinks_without_peak(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tuple[Tensor, Tensor]:
+    weights, lse = Plain.softmax(self, scores, seen, None)
+    share = 1.0 if sinks is None else 1 / (1 + sinks.to(self.wide)[:, None].exp() * (-lse).exp())
+    return weights * (share if sinks is None else share[..., None]), lse
 
 
 def mean_where_nothing_seen(self: Plain, weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -291,9 +302,13 @@ RESULTS = (
     mutant("softcap-ignored", "a soft cap is applied (§5)", "attend/*softcap*",
            with_problem("attend", lambda p: {"softcap": 0.0})),
     mutant("softcap-before-scale", "the order is scale, then soft cap (§5)", "attend/*softcap*",
-           attend_with(scores=cap_before_scale), size="full"),
+           attend_with(scores=cap_before_scale)),
     mutant("softcap-after-mask", "the order is soft cap, then mask (§5)", "attend/*softcap*",
            attend_with(softmax=cap_after_mask)),
+    mutant("peak-not-subtracted", "scores as large as f32 holds them are legal", "attend/mixed/large_scores*",
+           attend_with(softmax=without_peak)),
+    mutant("sinks-overflow", "sinks take part in the peak", "attend/mixed/sinks_extreme*",
+           attend_with(softmax=sinks_without_peak)),
     mutant("sinks-twice", "sinks join the denominator once (§5)", "attend/mixed/sinks*",
            sinks_as(lambda sinks: sinks + math.log(2))),
     mutant("sinks-ignored", "sinks join the denominator (§5)", "attend/mixed/sinks*",
@@ -317,7 +332,7 @@ RESULTS = (
         with_call("attend", garbage_in_padding),
     ),
     mutant(
-        "bf16-accumulation", "attention accumulates in f32 (§5, §10)", "attend/*-bf16",
+        "bf16-accumulation", "attention accumulates in f32 (§5, §10)", "attend/sums/*-bf16",
         executed_in(torch.bfloat16, "bfloat16"),
     ),
     mutant(

@@ -428,7 +428,7 @@ LOGITS = (
     mutant("temperature-ignored", "the temperature divides the logits", "sample/hot*", params_with(temperature=1.0)),
     mutant("top-k-ignored", "top_k filters (§5)", "sample/top_k*", params_with(top_k=0)),
     mutant("top-p-ignored", "top_p filters (§5)", "sample/top_p*", params_with(top_p=0.0)),
-    mutant("min-p-ignored", "min_p filters (§5)", "sample/min_p*", params_with(min_p=0.0)),
+    mutant("min-p-ignored", "min_p filters (§5)", "sample/min_p*", params_with(min_p=0.0), size="full"),
     mutant("zero-keeps-one", "all-zero parameters keep every token (§3)", "sample/*", before(
         "sample", lambda logits, params, u: (logits, {**params, "top_k": params["top_k"].clamp(min=1)}, u))),
     mutant("top-p-first", "filters in their order: top_k, then top_p", "sample/*", with_call("sample", top_p_first)),
