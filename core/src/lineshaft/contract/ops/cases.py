@@ -16,6 +16,7 @@ Draw = Callable[[str], np.random.Generator]
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 GARBAGE = (np.nan, np.inf, -np.inf, 3e4, -3e4)
+FUZZ_DTYPES = ("float32", "bfloat16")
 LARGE = 2**20
 """Values of a pool that is made in the dtype of its pages, without random garbage, to spare time and memory."""
 
