@@ -275,6 +275,25 @@ def sinks_as(change: Any) -> Make:
     return with_call("attend", call)
 
 
+def sums_in_bf16(self: Plain, weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    right = Plain.weigh(self, weights, v, seen)
+    if self.problem.dtype != "bfloat16":
+        return right
+    total, v = torch.zeros_like(right, dtype=torch.bfloat16), v.masked_fill(~seen.any(0)[:, None, None], 0.0)
+    for n in range(len(v)):
+        total = total + (weights[:, :, n].T[..., None] * v[n]).bfloat16()
+    return total
+
+
+def scores_in_bf16(self: Plain, q: Tensor, k: Tensor) -> Tensor:
+    if self.problem.dtype != "bfloat16":
+        return Plain.scores(self, q, k)
+    total = torch.zeros(q.shape[1], q.shape[0], k.shape[0], dtype=torch.bfloat16)
+    for d in range(q.shape[2]):
+        total = total + q[:, :, d].T[..., None] * k[:, :, d].T.bfloat16()[:, None]
+    return total.to(self.wide) * self.problem.scale
+
+
 def executed_in(dtype: torch.dtype, only: str) -> Make:
     """Attention that computes in `dtype`, whatever the problem says, where the problem's dtype is `only`."""
 
@@ -331,10 +350,10 @@ RESULTS = (
         "padding-garbage", "padding tokens get exactly 0 (§5)", "attend/mixed/*padding*",
         with_call("attend", garbage_in_padding),
     ),
-    mutant(
-        "bf16-accumulation", "attention accumulates in f32 (§5, §10)", "attend/sums/*-bf16",
-        executed_in(torch.bfloat16, "bfloat16"),
-    ),
+    mutant("bf16-values", "values are summed in f32 (§5, §10)", "attend/sums/values-bf16",
+           attend_with(weigh=sums_in_bf16)),
+    mutant("bf16-scores", "scores are summed in f32 (§5, §10)", "attend/sums/scores-bf16",
+           attend_with(scores=scores_in_bf16)),
     mutant(
         "bf16-under-f32", "a kernel that computes below the problem's dtype declines (§7)", "attend/*-f32",
         executed_in(torch.bfloat16, "float32"),

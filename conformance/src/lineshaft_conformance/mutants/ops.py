@@ -226,7 +226,7 @@ ROWS = (
     mutant("last-row-of-tile", "every row of a product is right, also beyond a tile of 16", "linear/prefill/*",
            after("linear", lambda out: torch.cat([out[:16], out[16:] * 0]))),
     mutant("tf32", "f32 products are not run in a narrower dtype (§7)", "linear/*-f32", before("linear", as_tf32)),
-    mutant("bf16-accumulation", "products accumulate in f32 (§5)", "linear/*-bf16", with_call("linear", bf16_product)),
+    mutant("bf16-accumulation", "products accumulate in f32 (§5)", "linear/sums/*-bf16", with_call("linear", bf16_product)),
     mutant("bf16-under-f32", "a kernel that computes below the problem's dtype declines (§7)", "linear/*-f32",
            executed_below("linear", "float32", torch.bfloat16)),
     mutant("f32-under-f64", "a kernel that computes below the problem's dtype declines (§7)", "linear/*-f64",
