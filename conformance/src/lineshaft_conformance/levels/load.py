@@ -81,7 +81,7 @@ def _probe(subject: Subject, seed: int) -> Found:
     require(isinstance(probe, Probe), f"the probe returns {type(probe).__name__}, not a Probe")
     require(probe.reason.strip(), "the probe gives no reason for what it found")
     require(probe.usable, f"the backend runs, but its probe says it cannot: {probe.reason}")
-    boast = boasts(info, probe, {}, {}, os_devices)
+    boast = boasts(info, probe, os_devices())
     require(boast is None, boast or "")
     return Found()
 

@@ -95,6 +95,15 @@ def with_kernel(op: str, wrap: Callable[[Any, Bound], Bound], **fields: Any) -> 
     return with_kernels(broken, op)
 
 
+def portable(op: str) -> Make:
+    """Makes a backend whose only kernels of `op` are the torch kit's: those that plan nothing on the host."""
+
+    def kept(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        return [kernel for kernel in kernels if kernel.op != op or kernel.name.startswith("torch_")]
+
+    return lambda backend: changed(backend, change_kernels=kept)
+
+
 def plain(bound: Any) -> Bound:
     """A bound kernel as a function that no session records."""
     run: Bound = bound.run if isinstance(bound, BoundKernel) else bound

@@ -24,7 +24,8 @@ def attempt(check: Check, subject: Subject, seed: int) -> tuple[Result, BaseExce
     Whatever is raised is caught, SystemExit too: only `Failure` and `NotClaimed` with a reason are the check's words.
     """
     started = time.perf_counter()
-    found, error, status, reason = Found(), None, Status.PASS, ""
+    found, status, reason = Found(), Status.PASS, ""
+    error: BaseException | None = None
     try:
         found = check.run(subject, seed)
     except NotClaimed as declined:

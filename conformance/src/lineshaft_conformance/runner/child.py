@@ -34,7 +34,7 @@ class Child:
     "done", "failed" with a reason, "raised" with an error for the user, or "lost" with how the process ended."""
 
     def __init__(self, config: Mapping[str, Any], threads: int) -> None:
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115: `end` closes it
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
         read, self._requests = os.pipe()
         self._replies, write = os.pipe()
         lifeline, self._lifeline = os.pipe()

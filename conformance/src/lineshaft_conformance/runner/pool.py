@@ -162,7 +162,7 @@ class Pool:
         """Start one child and learn from it what there is to run."""
         worker = self._spawn(self.threads)
         while (said := worker.child.answer()) is None:
-            wait([worker], POLL_SECONDS)
+            wait([worker.fileno()], POLL_SECONDS)
         if "raised" in said:
             raise getattr(errors, said["raised"]["class"])(said["raised"]["message"])
         if "done" not in said:
@@ -193,7 +193,7 @@ class Pool:
             for worker in self._workers:
                 if worker.ready and not worker.task and (task := shares.next(worker)):
                     worker.begin(task, self._limit or task.check.limit)
-            wait(self._workers, POLL_SECONDS)
+            wait([worker.fileno() for worker in self._workers], POLL_SECONDS)
             for worker in list(self._workers):
                 if worker.task or not worker.ready:
                     yield from self._hear(worker, shares)

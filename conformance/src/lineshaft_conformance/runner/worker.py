@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from lineshaft.config import validate_options
 from lineshaft.errors import AmbiguousBackend, BackendUnavailable, ConfigError, UnknownBackend
 from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft.registry.loading import one_line
@@ -91,9 +92,16 @@ def facts(subject: Subject) -> Message:
         "info": dataclasses.asdict(subject.info),
         "distribution": status.distribution,
         "version": status.version,
-        "devices": status.devices,
+        "options": options_of(subject),
+        "capabilities": dataclasses.asdict(subject.capabilities),
         "environment": dict(os.environ),  # as the plugin left it: an interpreter may be switched on in there
     }
+
+
+def options_of(subject: Subject) -> Message:
+    """All options of the backend with their values, as its factory gets them."""
+    options = validate_options(subject.info, subject.target.options)
+    return {} if options is None else options.model_dump(mode="json")
 
 
 def serve(requests: int, replies: int) -> None:
