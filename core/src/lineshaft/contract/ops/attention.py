@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.cache import FNUZ, SPARSE, decode, make_cache, make_scales
-from lineshaft.contract.ops.cases import Paging, paged_step, seeded, short, variants
+from lineshaft.contract.ops.cache import FNUZ, FP8, SPARSE, decode, make_cache, make_scales
+from lineshaft.contract.ops.cases import FUZZ_DTYPES, Paging, fuzz_paging, paged_step, seeded, short, variants
 from lineshaft.contract.ops.checks import base_problem, cache_problem, expect, refuse, weight_problem, wide
 from lineshaft.contract.ops.linear import head_linear
 from lineshaft.contract.ops.spec import (
@@ -46,6 +46,7 @@ def _attend_spec() -> OpSpec:
         infer=_infer_attend,
         reference=attend,
         cases=_attend_cases,
+        fuzz=_fuzz,
         tolerance=Tolerance(depth=lambda p: p.pages * p.page_size),
         optional={"sinks": "sinks", "kv_scales": "kv_scheme", "key_ranges": "key_ranges", "ancestors": "ancestors"},
         flops=_flops,
@@ -499,11 +500,27 @@ def _attend_case(
         ranges = np.sort(rng.integers(0, 40, (paging.tokens, 2)), axis=1).astype(np.int32)
         kwargs["key_ranges"] = np.where("empty" in case_id, ranges[:, :1], ranges).astype(np.int32)
     if problem.ancestors:
-        words = -(-problem.max_query // 32)
+        words = max(-(-problem.max_query // 32), 1)
         bits = rng.integers(0, 2**32, (paging.tokens, words), dtype=np.uint32)
         own = _own_bit(paging, words)
         kwargs["ancestors"] = bits & ~own if "not_itself" in case_id else bits | own
     return Case(case_id, problem, (q, cache, paged.step), kwargs, why)
+
+
+def _fuzz(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 7])
+    dtype, kv_dtype = str(pick.choice(FUZZ_DTYPES)), str(pick.choice(["", "", "", "bfloat16", *FP8]))
+    kv_heads = int(pick.integers(1, 4))
+    chances: dict[str, Any] = {
+        "window": int(pick.integers(1, 60)), "softcap": 5.0, "sinks": True, "causal": False, "key_ranges": True,
+        "return_lse": True, "ancestors": True,
+    }  # fmt: skip
+    fields = {name: value for name, value in chances.items() if pick.random() < 0.25}
+    if "return_lse" in fields:
+        fields.pop("sinks", None)
+    heads = _heads(kv_heads * int(pick.choice([1, 2, 3, 4, 8])), kv_heads, int(pick.choice([32, 64, 80, 128])))
+    fields |= {**heads, "kv_dtype": kv_dtype or dtype}
+    return _attend_case(f"fuzz/{n}-{short(dtype)}", rng, dtype, fuzz_paging(pick), fields)
 
 
 def _cancelling(rng: np.random.Generator, name: str, case: Case) -> Case:

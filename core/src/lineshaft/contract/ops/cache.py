@@ -15,7 +15,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lineshaft.contract.ops.cases import GARBAGE, PagedStep, Paging, paged_step, seeded, short, variants
+from lineshaft.contract.ops.cases import (
+    FUZZ_DTYPES,
+    GARBAGE,
+    PagedStep,
+    Paging,
+    fuzz_paging,
+    paged_step,
+    seeded,
+    short,
+    variants,
+)
 from lineshaft.contract.ops.checks import cache_problem, expect, refuse
 from lineshaft.contract.ops.spec import (
     EXACT,
@@ -48,6 +58,7 @@ def _write_kv_spec() -> OpSpec:
         infer=lambda p, call: "cache",
         reference=write_kv,
         cases=_write_cases,
+        fuzz=_fuzz_write,
         tolerance=Tolerance(exact=True),
         consumes=("cache",),
         optional={"kv_scales": "kv_scheme"},
@@ -269,6 +280,7 @@ SPARSE = (
     "page ids above 65 535: https://github.com/ROCm/ATOM/issues/702, "
     "int32 offsets: https://github.com/vllm-project/vllm/issues/50427"
 )
+FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 INT8 = {"kv_dtype": "int8"}
 BLOCKS = {**INT8, "kv_scheme": "block", "qk_dim": 64, "v_dim": 32}
 _MIXED = Paging(((1, 20), (5, 5), (0, 7), (3, 37)), padding=3)
@@ -374,13 +386,21 @@ def _write_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
 
 
 def _write_case(
-    case_id: str, rng: np.random.Generator, dtype: str, paging: Paging, fields: Mapping[str, Any], why: str
+    case_id: str, rng: np.random.Generator, dtype: str, paging: Paging, fields: Mapping[str, Any], why: str = ""
 ) -> Case:
     problem = _problem(dtype, paging, fields)
     paged = paged_step(rng, paging)
     cache = CacheArg(make_cache(rng, problem, paged))
     k, v = (_new(rng, problem, paging, dim) for dim in (problem.qk_dim, problem.v_dim))
     return Case(case_id, problem, (cache, k, v, paged.step), make_scales(rng, problem), why)
+
+
+def _fuzz_write(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 6])
+    dtype, kv_dtype = str(pick.choice(FUZZ_DTYPES)), str(pick.choice(["", "", "bfloat16", *FP8]))
+    dims = {name: int(pick.choice([8, 32, 64, 80])) for name in ("qk_dim", "v_dim")}
+    fields = {"kv_heads": int(pick.integers(1, 5)), **dims, "kv_dtype": kv_dtype or dtype}
+    return _write_case(f"fuzz/{n}-{short(dtype)}", rng, dtype, fuzz_paging(pick), fields)
 
 
 def _problem(dtype: str, paging: Paging, fields: Mapping[str, Any]) -> KVProblem:
@@ -423,7 +443,8 @@ _STORED: dict[str, dict[str, Any]] = {
 
 def _pool_case(rng: np.random.Generator, dtype: str, name: str, rows: int) -> tuple[KVProblem, CacheArg]:
     problem = replace(_problem(dtype, _POOL, _STORED[name.partition("-")[2]]), rows=rows)
-    return problem, CacheArg(make_cache(rng, problem, paged_step(rng, _POOL)))
+    garbage = (np.nan, 0.1, -np.inf, 1 / 3, -2 / 3)  # moved as it is
+    return problem, CacheArg(make_cache(rng, problem, paged_step(rng, _POOL), garbage=garbage))
 
 
 def _named(names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft.contract.ops.checks import expect, weight_problem
 from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
 from lineshaft.contract.problems import EmbedProblem, PointwiseProblem, itemsize
@@ -28,6 +28,7 @@ def _embed_spec() -> OpSpec:
         infer=lambda p, call: ArraySpec((p.rows, p.width), p.dtype),
         reference=embed,
         cases=_embed_cases,
+        fuzz=_fuzz_embed,
         tolerance=Tolerance(exact=True),
         weight="embed",
         moved=lambda p: 2 * p.rows * p.width * itemsize(p.dtype),
@@ -43,6 +44,7 @@ def _gather_spec() -> OpSpec:
         infer=lambda p, call: ArraySpec((p.rows, p.width), p.dtype),
         reference=gather_rows,
         cases=_gather_cases,
+        fuzz=_fuzz_gather,
         tolerance=Tolerance(exact=True),
         moved=lambda p: 2 * p.rows * p.width * itemsize(p.dtype),
     )
@@ -138,6 +140,17 @@ def _embed_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         yield Case(case_id, problem, (ids, WeightArg(table, "embed"), np.array([start], np.int32)), why=why)
 
 
+def _fuzz_embed(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 4])
+    dtype = str(pick.choice(FUZZ_DTYPES))
+    vocab, width, rows = (int(size) for size in 2 ** pick.uniform(0, (8, 8, 6)))
+    problem = EmbedProblem(dtype=dtype, vocab=vocab, width=width, rows=rows)
+    start = int(rng.integers(0, 2 * vocab))
+    ids = rng.integers(0, 4 * vocab, rows).astype(np.int32)
+    table = WeightArg(rng.standard_normal((vocab, width)), "embed")
+    return Case(f"fuzz/{n}-{short(dtype)}", problem, (ids, table, np.array([start], np.int32)))
+
+
 _GATHERS = {
     "t7-r3": "", "t5-r9": "rows repeat and come in any order", "t1-r4": "",
     "padding-t9-r6": "rows of padding tokens may be NaN; logit rows are padded with 0",
@@ -156,6 +169,15 @@ def _gather_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         x = rng.standard_normal((tokens, 10))
         x[live:] = np.nan
         yield Case(case_id, PointwiseProblem(dtype=dtype, rows=rows, width=10), (x, index), why=_GATHERS[name])
+
+
+def _fuzz_gather(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 5])
+    dtype = str(pick.choice(FUZZ_DTYPES))
+    tokens, rows, width = (int(size) for size in 2 ** pick.uniform(0, (7, 6, 8)))
+    index = rng.integers(0, tokens, rows).astype(np.int32)
+    problem = PointwiseProblem(dtype=dtype, rows=rows, width=width)
+    return Case(f"fuzz/{n}-{short(dtype)}", problem, (rng.standard_normal((tokens, width)), index))
 
 
 def _merge_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
