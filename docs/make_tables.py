@@ -136,7 +136,9 @@ def default_of(field: FieldInfo) -> str:
 
 
 def mutants() -> str:
-    rows = ((m.rule, f"`{m.name}`", code(m.checks) + (" (full)" if m.size == "full" else "")) for m in gallery().values())
+    rows = (
+        (m.rule, f"`{m.name}`", code(m.checks) + (" (full)" if m.size == "full" else "")) for m in gallery().values()
+    )
     return markdown(("Rule", "Mutant that breaks it", "Checks that kill it"), rows)
 
 
