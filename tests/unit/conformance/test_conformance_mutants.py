@@ -57,7 +57,7 @@ def test_a_mutant_that_ends_hangs_or_crashes_its_process_is_killed_and_the_run_g
     names = [m.name for m in OWN if m.fatal] + ["add-subtracts"]
     kills = kill_all(names, jobs=2)
     assert [k.name for k in kills] == names
-    assert not [k for k in kills if k.survived]
+    assert not [k for k in kills if not k.killed]
 
 
 def test_names_and_rules_are_told_and_levels_fit_their_checks() -> None:

@@ -18,7 +18,8 @@ from lineshaft_conformance.mutants.mutant import (
     with_result,
 )
 from lineshaft_conformance.mutants.plain import INF, PlainAttend, Row, attend_with
-from lineshaft_torch.bound import dense, recipe, with_problem as given_problem
+from lineshaft_torch.bound import dense, recipe
+from lineshaft_torch.bound import with_problem as given_problem
 from lineshaft_torch.pages import SLOTS_LAYOUT
 
 Plain = PlainAttend
@@ -242,8 +243,10 @@ def without_peak(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tuple
 
 def sinks_without_peak(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tuple[Tensor, Tensor]:
     weights, lse = Plain.softmax(self, scores, seen, None)
-    share = 1.0 if sinks is None else 1 / (1 + sinks.to(self.wide)[:, None].exp() * (-lse).exp())
-    return weights * (share if sinks is None else share[..., None]), lse
+    if sinks is None:
+        return weights, lse
+    share = 1 / (1 + sinks.to(self.wide)[:, None].exp() * (-lse).exp())
+    return weights * share[..., None], lse
 
 
 def mean_where_nothing_seen(self: Plain, weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:

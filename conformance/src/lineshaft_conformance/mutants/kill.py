@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from rich.table import Table
 
+from lineshaft.errors import InvalidValue
 from lineshaft_conformance.checks import Check, Found, Size
 from lineshaft_conformance.levels import collect as collect_checks
 from lineshaft_conformance.mutants import gallery
@@ -25,7 +26,7 @@ from lineshaft_conformance.subject import Subject, Target
 COLLECT = "lineshaft_conformance.mutants.kill:collect"
 COLLECT_THOROUGH = "lineshaft_conformance.mutants.kill:collect_thorough"
 LIMIT = 120.0
-FATAL_LIMIT = 15.0
+FATAL_LIMIT = 8.0
 """Seconds for a mutant, and for one that is expected to crash or to hang."""
 
 
@@ -45,33 +46,44 @@ class Kill:
     seconds: float
 
     @property
-    def survived(self) -> bool:
-        return not self.by
+    def killed(self) -> bool:
+        return bool(self.by)
+
+
+Progress = Callable[[int, int, Result], None]
+"""Called with how many are done, how many there are, and the latest: a pass if it is killed."""
 
 
 def kill_all(
     names: Sequence[str] = (),
     jobs: int | None = None,
-    progress: Callable[[Kill], None] = lambda kill: None,
+    progress: Progress = lambda done, total, result: None,
     *,
     seed: int = 0,
     thorough: bool = False,
 ) -> list[Kill]:
-    """Try to kill the mutants of these names, or the whole gallery; in the gallery's order.
+    """Try to kill the mutants of these names (or shell patterns of names), or the whole gallery; in its order.
 
-    `thorough` also demands that a mutant passes everything below its level. Raises KeyError for an unknown name.
+    `thorough` also demands that a mutant passes everything below its level. Raises InvalidValue for a name or pattern
+    that no mutant has, ImportError where `lineshaft-cpu` is not installed.
     """
-    mutants = [gallery()[name] for name in names] if names else list(gallery().values())
-    kills = {}
+    wanted, kills = chosen(names), {}
     with Pool(Target("cpu"), jobs=jobs, collect=COLLECT_THOROUGH if thorough else COLLECT) as pool:
         listed = {check.id: check for check in pool.checks}
-        tasks = [Task(listed[check_id(mutant)], seed) for mutant in mutants]
-        of_id = {check_id(mutant): mutant for mutant in mutants}
-        for _, result in pool.run(tasks):
-            kill = _outcome(of_id[result.id], result)
-            kills[kill.name] = kill
-            progress(kill)
-    return [kills[mutant.name] for mutant in mutants]
+        for task, result in pool.run([Task(listed[id], seed) for id in wanted]):
+            kill = _outcome(wanted[task.check.id], result)
+            kills[task.check.id] = kill
+            progress(len(kills), len(wanted), replace(result, status=Status.PASS if kill.killed else Status.FAIL))
+    return [kills[id] for id in wanted]
+
+
+def chosen(names: Sequence[str]) -> dict[str, Mutant]:
+    """The mutants of these names or patterns, by their id as a check."""
+    for name in names:
+        if not any(fnmatchcase(known, name) for known in gallery()):
+            raise InvalidValue(f"no mutant is called {name!r}; the table of all is `lineshaft conformance mutants`")
+    found = [m for m in gallery().values() if not names or any(fnmatchcase(m.name, name) for name in names)]
+    return {check_id(mutant): mutant for mutant in found}
 
 
 def check_id(mutant: Mutant) -> str:
@@ -166,12 +178,12 @@ class Suite:
 
 def kill_table(kills: Sequence[Kill]) -> Table:
     """Mutant, rule, level, the check that killed it and what it said; survivors stand out."""
-    killed = sum(not kill.survived for kill in kills)
+    killed = sum(kill.killed for kill in kills)
     table = Table(title=f"{killed} of {len(kills)} mutants killed")
     for column in ("mutant", "rule", "level", "killed by", "reason"):
         table.add_column(column, overflow="fold")
     for kill in kills:
-        style = "bold red" if kill.survived else ""
+        style = "" if kill.killed else "bold red"
         table.add_row(kill.name, kill.rule, f"L{kill.level}", kill.by or "SURVIVED", _short(kill.reason), style=style)
     return table
 

@@ -20,6 +20,7 @@ from lineshaft_conformance.mutants.mutant import (
     Mutant,
     with_added,
     with_call,
+    with_kernel,
     with_kernels,
     with_problem,
     with_result,
@@ -183,14 +184,14 @@ def executed_below(op: str, only: str, below: torch.dtype) -> Make:
 def norm_of(scale: Callable[[Tensor, float], Tensor], center: bool = False, add: float = 0.0) -> Make:
     """Makes a mutant whose rms_norm divides by `scale(mean of squares, eps)`."""
 
-    def call(p: Any, run: Any, x: Tensor, w: Any) -> Tensor:
+    def call(p: Any, run: Any, x: Tensor, w: Any) -> Any:
         wide = x.double() - (x.double().mean(-1, keepdim=True) if center else 0)
         return (wide / scale(wide.square().mean(-1, keepdim=True), p.eps) * (dense(w).double() + add)).to(x.dtype)
 
     return with_call("rms_norm", call)
 
 
-def norm_over_all(p: Any, run: Any, x: Tensor, w: Any) -> Tensor:
+def norm_over_all(p: Any, run: Any, x: Tensor, w: Any) -> Any:
     mean = x.double().square().flatten(1).mean(-1) if x.dim() == 3 else x.double().square().mean(-1)
     shape = (-1, *[1] * (x.dim() - 1))
     return (x.double() / (mean.view(shape) + p.eps).sqrt() * dense(w).double()).to(x.dtype)
@@ -226,7 +227,8 @@ ROWS = (
     mutant("last-row-of-tile", "every row of a product is right, also beyond a tile of 16", "linear/prefill/*",
            after("linear", lambda out: torch.cat([out[:16], out[16:] * 0]))),
     mutant("tf32", "f32 products are not run in a narrower dtype (§7)", "linear/*-f32", before("linear", as_tf32)),
-    mutant("bf16-accumulation", "products accumulate in f32 (§5)", "linear/sums/*-bf16", with_call("linear", bf16_product)),
+    mutant("bf16-accumulation", "products accumulate in f32 (§5)", "linear/sums/*-bf16",
+           with_call("linear", bf16_product)),
     mutant("bf16-under-f32", "a kernel that computes below the problem's dtype declines (§7)", "linear/*-f32",
            executed_below("linear", "float32", torch.bfloat16)),
     mutant("f32-under-f64", "a kernel that computes below the problem's dtype declines (§7)", "linear/*-f64",
@@ -376,7 +378,7 @@ def in_descending_order(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor
     return torch.where(found < 0, found, ids).int()
 
 
-def top_p_first(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Tensor:
+def top_p_first(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Any:
     kept = logits.clone()
     for row, x in enumerate(logits.double().numpy()):
         if params["temperature"][row] > 0 and x.max() == x.max() > -math.inf:
@@ -386,7 +388,7 @@ def top_p_first(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Ten
     return run(kept, {**params, "top_p": params["top_p"] * 0}, u)
 
 
-def all_ties_kept(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Tensor:
+def all_ties_kept(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Any:
     k = params["top_k"].clamp(1, p.vocab).long()
     least = logits.sort(-1, descending=True).values.gather(1, (k - 1)[:, None])
     out = (params["top_k"] > 0)[:, None] & (logits < least)
@@ -466,22 +468,17 @@ LOGITS = (
 def memo(key: Callable[[Tensor], Any]) -> Make:
     """Makes a mutant whose linear answers what it answered to the first argument with the same key."""
 
-    def call_of(kernel: Kernel) -> Kernel:
-        def bind(problem: Any, session: Any) -> Any:
-            seen: dict[Any, Any] = {}
-            bound = kernel.bind(problem, session)
-            run = bound.run
+    def wrap(problem: Any, run: Any) -> Any:
+        seen: dict[Any, Tensor] = {}
 
-            def memoized(x: Tensor, *rest: Any, **kw: Any) -> Any:
-                if key(x) not in seen:
-                    seen[key(x)] = run(x, *rest, **kw)
-                return seen[key(x)].clone()
+        def call(x: Tensor, *rest: Any, **kw: Any) -> Tensor:
+            if key(x) not in seen:
+                seen[key(x)] = run(x, *rest, **kw)
+            return seen[key(x)].clone()
 
-            return type(bound)(memoized, session, False)
+        return call
 
-        return replace(kernel, bind=bind)
-
-    return with_kernels(call_of, "linear")
+    return with_kernel("linear", wrap)
 
 
 def in_place(p: Any, run: Any, x: Tensor, y: Tensor) -> Tensor:
