@@ -184,12 +184,19 @@ def repeat(args: Namespace) -> list[Result]:
 
 
 def act_mutants(args: Namespace) -> int:
-    from lineshaft_conformance.mutants.kill import kill_all, kill_table
+    from lineshaft_conformance.mutants import gallery
+    from lineshaft_conformance.mutants.kill import Kill, kill_all, kill_table
 
-    with Bar() as bar:
-        kills = kill_all(args.names, args.jobs, bar)
+    unknown = [name for name in args.names if name not in gallery()]
+    if unknown:
+        raise InvalidValue(f"no mutant is called {', '.join(unknown)}; allowed are {', '.join(gallery())}")
+
+    def told(kill: Kill) -> None:
+        print(f"{'SURVIVED' if kill.survived else 'killed'} L{kill.level} {kill.name}", file=sys.stderr)
+
+    kills = kill_all(args.names, args.jobs, told)
     Console().print(kill_table(kills))
-    return PASSED if all(kill.killed for kill in kills) else SURVIVED
+    return SURVIVED if any(kill.survived for kill in kills) else PASSED
 
 
 ACTS: Mapping[str, Callable[[Namespace], int]] = {

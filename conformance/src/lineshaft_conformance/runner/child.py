@@ -61,7 +61,7 @@ class Child:
         self._limit, self._deadline = limit, time.monotonic() + limit + GRACE_SECONDS
         self._output.seek(0)
         self._output.truncate()  # the child shares the position: its output starts anew
-        self._send(request)
+        self._send({**request, "limit": limit})
 
     def _send(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is dead; `answer` will say how
