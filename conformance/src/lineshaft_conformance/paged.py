@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Numerics
 from lineshaft.contract.ops.spec import EXACT, StepArg, numpy_dtype
 from lineshaft.contract.problems import AttendProblem, KVProblem
-from lineshaft.contract.sessions import Cache, Pending, Session, Transfer
+from lineshaft.contract.sessions import Cache, Pending, Transfer
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape, forward_inputs
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.checks import Found, NotClaimed, fail, require
@@ -51,7 +52,8 @@ class Row:
 
 @dataclass
 class Free:
-    """Pages of one group that nobody owns; the last freed is taken first, so that pages are used again soon."""
+    """Pages of one group that nobody owns, other ones first in each group; the last freed is taken first, so that pages
+    are used again soon."""
 
     ids: list[int] = field(default_factory=list)
 
@@ -70,7 +72,7 @@ class Miniature:
         layout: Layout | None = None,
         shapes: Sequence[tuple[int, int]] = ((4, 4), (16, 4)),
         seed: int = 0,
-        session: Session | None = None,
+        kernels: Sequence[Kernel] | None = None,
     ) -> None:
         self.layout = layout or Layout()
         self.dtype, self._subject = dtype, subject
@@ -88,9 +90,9 @@ class Miniature:
         self.shapes = [StepShape(tokens, rows, (at.columns,) * at.group_count, rows, tokens) for tokens, rows in shapes]
         self.rig = Rig(
             subject, [self._program(shape) for shape in self.shapes], caches=self.problems,
-            pages=[at.pages] * at.group_count, uses=self._uses(), session=session,
+            pages=[at.pages] * at.group_count, uses=self._uses(), kernels=kernels,
         )  # fmt: skip
-        self.free = [Free(list(range(at.pages - 1, 0, -1))) for _ in range(at.group_count)]
+        self.free = [Free([*range(1, g + 1), *range(at.pages - 1, g, -1)]) for g in range(at.group_count)]
         self.rows: list[Row] = []
         self.shadow: list[Pages] = [self._blank(problem) for problem in self.problems]
         self.poison()
@@ -256,7 +258,7 @@ class Miniature:
         """What a check that passed has seen."""
         return Found(self.rig.kernels)
 
-    def __enter__(self) -> Miniature:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +34,7 @@ LARGEST = 256 << 20
 PURPOSE = b"lineshaft conformance bundle\n"
 """Signed before the content, so that a signature made for something else is no signature of a bundle."""
 
-Content = TypeVar("Content")
+Content = TypeVar("Content", Report, "Signature")
 
 
 class BundleError(LineshaftError):
@@ -59,6 +58,9 @@ class Signature:
     seal: Seal
     public_key: str
     signature: str
+
+
+REPORTS, SIGNATURES = TypeAdapter(Report), TypeAdapter(Signature)
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def verify_bundle(path: Path, public_key: Path | None = None) -> Verdict:
     """
     trusted = load_public(public_key) if public_key else None
     contents, problems = _read(path)
-    report = _parsed(Report, REPORT, contents, problems)
-    signature = _parsed(Signature, SIGNATURE, contents, problems)
+    report = _parsed(REPORTS, REPORT, contents, problems)
+    signature = _parsed(SIGNATURES, SIGNATURE, contents, problems)
     signer = _signer(signature, problems) if signature else None
     if signature:
         problems += _file_problems(signature.seal, contents)
@@ -125,15 +127,10 @@ def load_bundle(path: Path) -> Report:
     return verdict.report
 
 
-@cache
-def _adapter(kind: type[Content]) -> TypeAdapter[Content]:
-    return TypeAdapter(kind)
-
-
 def _checked(report: Report) -> Report:
     """The report as its JSON gives it back: plain types, no second result of an id."""
     try:
-        checked = _adapter(Report).validate_python(plain(report.to_json()))
+        checked = REPORTS.validate_python(plain(report.to_json()))
     except ValidationError as error:
         raise BundleError(f"the report is not of the declared types: {_shown(error)}; correct the run") from error
     twice = list(_twice(checked))
@@ -158,7 +155,7 @@ def _digests(report: Report) -> dict[str, str]:
     return {result.id: sha256(canonical(result.to_json())) for result in report.results}
 
 
-def _json(value: Seal | Signature | Report) -> Any:
+def _json(value: Report | Signature | Seal) -> Any:
     if isinstance(value, Report):
         return value.to_json()
     return {name: _json(part) if isinstance(part, Seal) else part for name, part in vars(value).items()}
@@ -206,14 +203,16 @@ def _read(path: Path) -> tuple[dict[str, bytes], list[str]]:
     return contents, problems
 
 
-def _parsed(kind: type[Content], name: str, contents: Mapping[str, bytes], problems: list[str]) -> Content | None:
+def _parsed(
+    kind: TypeAdapter[Content], name: str, contents: Mapping[str, bytes], problems: list[str]
+) -> Content | None:
     """The file as what it must be, or None and a problem more. Only the canonical spelling is accepted."""
     if name not in contents:
         return None
     try:
         data = json.loads(contents[name].decode("ascii"))
-        value = _adapter(kind).validate_python(data)
-        if canonical(_json(value)) == contents[name]:  # type: ignore[arg-type]
+        value = kind.validate_python(data)
+        if canonical(_json(value)) == contents[name]:
             return value
         problems.append(f"{name} is not spelled as the suite writes it")
     except ValidationError as error:

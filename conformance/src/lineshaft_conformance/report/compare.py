@@ -69,9 +69,9 @@ def _result_changes(a: Result, b: Result) -> Iterator[Change]:
         if before != after:
             shown = [", ".join(value) if isinstance(value, tuple) else str(value) for value in (before, after)]
             yield Change(a.id, name, *shown)
-    errors = worst_error(a), worst_error(b)
-    if errors[0] is not None and errors[1] is not None and max(errors) > ERROR_FACTOR * min(errors):
-        yield Change(a.id, "error", f"{errors[0]:.3g}", f"{errors[1]:.3g}")
+    before, after = worst_error(a), worst_error(b)
+    if before is not None and after is not None and max(before, after) > ERROR_FACTOR * min(before, after):
+        yield Change(a.id, "error", f"{before:.3g}", f"{after:.3g}")
 
 
 def sample_ids(report: Report, count: int, seed: int) -> tuple[str, ...]:

@@ -18,9 +18,9 @@ VERDICTS = {"verified": "bold green", "consistent": "yellow", "invalid": "bold r
 
 def final_table(report: Report) -> RenderableType:
     """A row per level, then what failed or is waived with its reason, then what the run certifies."""
-    table = Table("level", *(Text(status, style=STYLES[status], justify="right") for status in Status), "seconds")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("level")
+    for name in (*map(str, Status), "seconds"):
+        table.add_column(name, justify="right")
     for level in levels(report):
         found, results = counts(report.of_level(level)), report.of_level(level)
         cells = (Text(str(found[status]), style=STYLES[status] if found[status] else "dim") for status in Status)

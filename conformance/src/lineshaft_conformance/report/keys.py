@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -20,8 +19,6 @@ from cryptography.hazmat.primitives.serialization import (
 
 from lineshaft.errors import LineshaftError
 from lineshaft_conformance.report.canonical import sha256
-
-Key = TypeVar("Key")
 
 
 class KeyFileError(LineshaftError):
@@ -73,20 +70,26 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 
 def load_private(path: Path) -> Ed25519PrivateKey:
     """Raises KeyFileError."""
-    return _load(path, lambda pem: load_pem_private_key(pem, password=None), Ed25519PrivateKey, "private")
+    key = _load(path, lambda pem: load_pem_private_key(pem, password=None), "private")
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(f"the key {path} is of another kind; {_wanted('private')}")
+    return key
 
 
 def load_public(path: Path) -> Ed25519PublicKey:
     """Raises KeyFileError."""
-    return _load(path, load_pem_public_key, Ed25519PublicKey, "public")
-
-
-def _load(path: Path, parse: Callable[[bytes], object], kind: type[Key], word: str) -> Key:
-    wanted = f"give a {word} Ed25519 key in PEM, as `lineshaft conformance keygen` writes it"
-    try:
-        key = parse(path.read_bytes())
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KeyFileError(f"the key {path} cannot be read: {error}; {wanted}") from error
-    if not isinstance(key, kind):
-        raise KeyFileError(f"the key {path} is of another kind; {wanted}")
+    key = _load(path, load_pem_public_key, "public")
+    if not isinstance(key, Ed25519PublicKey):
+        raise KeyFileError(f"the key {path} is of another kind; {_wanted('public')}")
     return key
+
+
+def _load(path: Path, parse: Callable[[bytes], object], word: str) -> object:
+    try:
+        return parse(path.read_bytes())
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise KeyFileError(f"the key {path} cannot be read: {error}; {_wanted(word)}") from error
+
+
+def _wanted(word: str) -> str:
+    return f"give a {word} Ed25519 key in PEM, as `lineshaft conformance keygen` writes it"

@@ -17,8 +17,17 @@ from statistics import median
 from jinja2 import Environment, StrictUndefined, Template
 
 from lineshaft_conformance.report.canonical import visible
-from lineshaft_conformance.report.summary import counts, facts, headline, level_title, levels, not_passed, worst_error
-from lineshaft_conformance.results import Report, Result, Status
+from lineshaft_conformance.report.summary import (
+    counts,
+    evidence,
+    facts,
+    headline,
+    level_title,
+    levels,
+    not_passed,
+    worst_error,
+)
+from lineshaft_conformance.results import Evidence, Report, Result, Status
 
 DECADES = range(-6, 3)
 """Powers of ten of error over allowed that the plots show; what lies outside is drawn at the ends."""
@@ -45,7 +54,7 @@ class Row:
     chips: tuple[Chip, ...]
     worst: float | None
     kernels: tuple[str, ...]
-    evidence: tuple[str, ...]
+    evidence: tuple[Evidence, ...]
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,8 @@ def html_page(report: Report) -> str:
     """The page; all of the run's text is escaped."""
     return _template().render(
         report=report, headline=headline(report), certified=report.certified, facts=list(facts(report)),
-        counts=counts(report.results), evidence=Counter(str(result.evidence) for result in report.results),
-        levels=[(level_title(level), counts(report.of_level(level)), _seconds(report, level)) for level in levels(report)],
+        counts=counts(report.results), evidence=evidence(report.results),
+        levels=[_level(report, level) for level in levels(report)],
         not_passed=not_passed(report), rows=list(_rows(report.results)), plots=list(_plots(report.results)),
         results=report.results, decades=DECADES, bins=BINS,
     )  # fmt: skip
@@ -93,8 +102,9 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _seconds(report: Report, level: int) -> float:
-    return sum(result.seconds for result in report.of_level(level))
+def _level(report: Report, level: int) -> tuple[str, Counter[Status], float]:
+    results = report.of_level(level)
+    return level_title(level), counts(results), sum(result.seconds for result in results)
 
 
 def _worst(statuses: Iterable[Status]) -> Status:
@@ -110,7 +120,7 @@ def _rows(results: Iterable[Result]) -> Iterator[Row]:
         yield Row(
             op, dtype, tuple(_chips(found)), max(errors, default=None),
             kernels=tuple(sorted({kernel for result in found for kernel in result.kernels})),
-            evidence=tuple(sorted({str(r.evidence) for r in found if r.status is not Status.NOT_CLAIMED})),
+            evidence=tuple(evidence(found)),
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lineshaft_conformance.results import Report, Result, Status
+from lineshaft_conformance.results import Evidence, Report, Result, Status
 
 LEVEL_NAMES = (
     "loads and tells the truth",
@@ -34,10 +34,18 @@ def counts(results: Iterable[Result]) -> Counter[Status]:
 
 
 def headline(report: Report) -> str:
-    """What the run certifies, in words; the same in every format."""
-    if report.certified is None:
+    """What the run certifies and on which evidence, in words; the same in every format."""
+    certified = report.certified
+    if certified is None:
         return f"{report.backend} is not certified at any level"
-    return f"{report.backend} is certified at {level_title(report.certified)}"
+    seen = evidence(result for result in report.results if result.level <= certified)
+    return f"{report.backend} is certified at {level_title(certified)} ({', '.join(seen)})"
+
+
+def evidence(results: Iterable[Result]) -> Counter[Evidence]:
+    """How many checks hold how far, the best word first; a check that is not claimed shows nothing."""
+    found = Counter(result.evidence for result in results if result.status is not Status.NOT_CLAIMED)
+    return Counter({word: found[word] for word in Evidence if found[word]})
 
 
 def not_passed(report: Report) -> list[Result]:
