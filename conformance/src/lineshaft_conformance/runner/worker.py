@@ -40,8 +40,8 @@ class Server:
         self.checks: dict[str, Check] = {}
 
     def answer(self, request: Message) -> Message:
-        """A message of one key: "done", "failed" or "raised". At its limit the process writes where it is."""
-        faulthandler.dump_traceback_later(request["limit"], file=sys.stderr)
+        """A message of one key: "done", "failed" or "raised". At its limit the process writes where it is and ends."""
+        faulthandler.dump_traceback_later(request["limit"], file=sys.stderr, exit=True)
         try:
             return self._start() if request["do"] == "start" else self._run(request)
         finally:
