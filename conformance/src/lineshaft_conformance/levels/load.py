@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def _probe(subject: Subject, seed: int) -> Found:
     require(isinstance(probe, Probe), f"the probe returns {type(probe).__name__}, not a Probe")
     require(probe.reason.strip(), "the probe gives no reason for what it found")
     require(probe.usable, f"the backend runs, but its probe says it cannot: {probe.reason}")
-    boast = boasts(info, probe, os_devices())
+    boast = boasts(info, probe, subject.target.options, os.environ, os_devices)
     require(boast is None, boast or "")
     return Found()
 
