@@ -38,6 +38,10 @@ class Toy:
         self.base, self.does = base, does
     def __getattr__(self, name):
         return getattr(self.base, name)
+    @property
+    def capabilities(self):
+        claimed = self.base.capabilities
+        return replace(claimed, dtypes=("bfloat16",)) if self.does == "no f32" else claimed
     def kernels(self):
         if self.does == "kernels raise":
             refuse()
