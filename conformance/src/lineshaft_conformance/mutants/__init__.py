@@ -12,7 +12,7 @@ from importlib import import_module
 from lineshaft.contract.backends import Backend
 from lineshaft_conformance.mutants.mutant import Mutant
 
-THEMES = ("ops", "paging", "graphs", "collectives", "engine", "whole")
+THEMES = ("ops", "paging", "graphs", "weights", "collectives", "engine", "whole")
 """Files of this folder, each with `MUTANTS: tuple[Mutant, ...]`."""
 
 
