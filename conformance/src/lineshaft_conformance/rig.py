@@ -13,7 +13,7 @@ import numpy as np
 
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import ConstProblem, KVProblem, Problem
-from lineshaft.contract.sessions import Handle, Pending, Program, Session, Transfer, Tree
+from lineshaft.contract.sessions import Handle, Pending, Program, Session, Transfer, Tree, map_tree
 from lineshaft.contract.steps import HostStep
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
@@ -123,6 +123,17 @@ class Rig:
         self._work = replace(self._work, programs=[*self._work.programs, *programs])
         self.planned = make_plan(self._subject.info.name, self._work, self._resolver, self._subject.ops)
         self._capture(first)
+
+    def reload(self, parts: Mapping[str, Stored]) -> None:
+        """Load other values into the same parameters and capture every program anew; the session must be thawed."""
+
+        def moved(param: Param) -> Param:
+            return replace(param, shard=lambda checkpoint, coordinate: Local((parts[param.name],)))
+
+        params = map_tree(moved, self._work.params)
+        self.weights = self.session.load(params, self.checkpoint, self.planned.packings)
+        self.programs.clear()
+        self._capture(0)
 
     @property
     def kernels(self) -> tuple[str, ...]:

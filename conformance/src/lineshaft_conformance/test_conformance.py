@@ -34,11 +34,7 @@ class Run:
         options = dict(pairs("--backend-option", config.getoption("--backend-option")))
         self.subject = Subject(Target(config.getoption("--backend"), options))
         level = int(config.getoption("--conformance-level")[1])
-        self.checks = tuple(
-            collect(
-                self.subject, config.getoption("--conformance-size"), int(config.getoption("--conformance-level")[1])
-            )
-        )
+        self.checks = tuple(collect(self.subject, config.getoption("--conformance-size"), level))
         config.add_cleanup(self.subject.close)
 
     def result(self, check: Check) -> tuple[Result, BaseException | None]:

@@ -100,19 +100,19 @@ def verdict(report: Report, *, whole: bool) -> int:
 
 def act_list(args: Namespace) -> int:
     size, _ = parse_size(args.size, 0)
-    with loaded(args), Pool(target(args), size, args.level, jobs=1) as pool:
+    with loaded(args.backend), Pool(target(args), size, args.level, jobs=1) as pool:
         for check in select(pool.checks, args.case):
             print(f"{check.id}  {check.rule}".rstrip())
     return PASSED
 
 
 @contextmanager
-def loaded(args: Namespace) -> Iterator[None]:
+def loaded(backend: str) -> Iterator[None]:
     """Turns a backend that does not start into an error for the user."""
     try:
         yield
     except LoadFailed as error:
-        raise BackendUnavailable(f"the backend {args.backend!r} does not load: {error}; mend its plugin") from error
+        raise BackendUnavailable(f"the backend {backend!r} does not load: {error}; mend its plugin") from error
 
 
 def act_verify(args: Namespace) -> int:
@@ -149,7 +149,7 @@ def act_keygen(args: Namespace) -> int:
 
 
 def act_soak(args: Namespace) -> int:
-    with loaded(args):
+    with loaded(args.backend):
         failures = repeat(args) if args.repeat else soak_seeds(args)
     for result in failures:
         print(f"{result.id} seed {result.seed}: {result.reason}")
@@ -184,12 +184,24 @@ def repeat(args: Namespace) -> list[Result]:
 
 
 def act_mutants(args: Namespace) -> int:
-    from lineshaft_conformance.mutants.kill import kill_all, kill_table
+    try:
+        from lineshaft_conformance.mutants import gallery
+        from lineshaft_conformance.mutants.kill import Kill, kill_all, kill_table
 
-    with Bar() as bar:
-        kills = kill_all(args.names, args.jobs, bar)
+        mutants = gallery()
+    except ImportError as error:
+        raise BackendUnavailable(f"mutants are made of the CPU backend ({error}); install lineshaft-cpu") from error
+    unknown = [name for name in args.names if name not in mutants]
+    if unknown:
+        raise InvalidValue(f"no mutant is called {', '.join(unknown)}; allowed are {', '.join(mutants)}")
+
+    def told(kill: Kill) -> None:
+        print(f"{'SURVIVED' if kill.survived else 'killed'} L{kill.level} {kill.name}", file=sys.stderr)
+
+    with loaded("cpu"):
+        kills = kill_all(args.names, args.jobs, told)
     Console().print(kill_table(kills))
-    return PASSED if all(kill.killed for kill in kills) else SURVIVED
+    return SURVIVED if any(kill.survived for kill in kills) else PASSED
 
 
 ACTS: Mapping[str, Callable[[Namespace], int]] = {

@@ -23,7 +23,7 @@ from lineshaft.contract.sessions import Cache, Pending, Session
 from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
 from lineshaft.errors import ContractViolation, MisshapenTensor, SessionClosed, SessionFrozen, SessionPoisoned
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, require
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require
 from lineshaft_conformance.paged import Layout, Miniature
 from lineshaft_conformance.rig import HostArray, Rig, const_param, whole_param
 from lineshaft_conformance.subject import Subject
@@ -65,11 +65,12 @@ class Product:
         """Whole numbers from -2 to 2, so that products and sums are exact in every dtype."""
         return self.rng.integers(-2, 3, (rows, self.width)).astype(numpy_dtype(self.dtype))
 
-    def spec(self, rows: int, *, handled: bool = False) -> ProgramSpec:
-        """The program for that many rows."""
+    def spec(self, rows: int, *, handled: bool = False, among: int = 0) -> ProgramSpec:
+        """The program for that many rows; `among`: x is one of so many further inputs, and not the first."""
         shape = StepShape(rows, rows, (), rows, 1)
         x = ArraySpec((rows, self.width), self.dtype)
-        fields = [] if handled else [InputField("x", self.dtype, x.shape)]
+        fields = [InputField(f"unused{i}", self.dtype, x.shape) for i in range(among)]
+        fields[among // 2 : 0] = [] if handled else [InputField("x", self.dtype, x.shape)]
         return ProgramSpec("product", self._forward, shape, InputLayout(fields), {"x": x} if handled else {})
 
     @staticmethod
@@ -115,6 +116,19 @@ def _new_inputs(subject: Subject, seed: int) -> Found:
         return Found(product.rig.kernels)
 
 
+def _named_inputs(subject: Subject, seed: int) -> Found:
+    """Inputs are read by name, wherever they lie in the host buffer, and further ones do no harm."""
+    with Product(subject) as product:
+        product.rig.session.thaw()
+        product.programs += [product.spec(4, among=count) for count in (2, 5)]
+        product.rig.capture_more(*product.programs[1:])
+        product.rig.session.freeze()
+        for program in (1, 2, 0, 1):
+            x = product.values(4)
+            product.check(product.submit(x, program), x, f"x at byte {product.programs[program].inputs.offsets['x']}")
+        return Found(product.rig.kernels)
+
+
 def _new_weights(subject: Subject, seed: int) -> Found:
     """Session.update changes a weight for all programs at once, between steps and without dropping one; a wrong
     update is a typed error and changes nothing."""
@@ -127,8 +141,8 @@ def _new_weights(subject: Subject, seed: int) -> Found:
             product.check(product.submit(x), x, "after the update")
             product.check(product.submit(one, 1), one, "another program after the update")
         other = product.values(product.width)
-        _expect(MisshapenTensor, lambda: session.update({"w": other, "no_such": other}), "update of an unknown name")
-        _expect(MisshapenTensor, lambda: session.update({"w": other[:-1]}), "update with another shape")
+        expect(MisshapenTensor, lambda: session.update({"w": other, "no_such": other}), "update of an unknown name")
+        expect(MisshapenTensor, lambda: session.update({"w": other[:-1]}), "update with another shape")
         product.check(product.submit(x), x, "after updates that were refused")
         return Found(product.rig.kernels)
 
@@ -239,9 +253,9 @@ def _wrong_handles(subject: Subject, seed: int) -> Found:
         x = product.values(1)
         pending = product.submit(x, 1)
         program, host = product.rig.programs[2], product.rig.host({}, 2)
-        _expect(ContractViolation, lambda: program(host, {}), "a program called without its handle")
+        expect(ContractViolation, lambda: program(host, {}), "a program called without its handle")
         wrong = {"x": pending.handle("product")}
-        _expect(ContractViolation, lambda: program(host, wrong), "a program called with a handle of another shape")
+        expect(ContractViolation, lambda: program(host, wrong), "a program called with a handle of another shape")
         x = product.values(4)
         product.check(product.submit(x), x, "after calls that were refused")
         return Found(product.rig.kernels)
@@ -278,8 +292,8 @@ def _poisoned(subject: Subject, seed: int) -> Found:
         except Exception:
             model.fails = False
             ids = np.zeros(1, np.int32)
-            _expect(SessionPoisoned, lambda: model.rig.run({}), "a step of a poisoned session")
-            _expect(SessionPoisoned, lambda: model.rig.session.read_pages(0, ids), "read_pages of a poisoned session")
+            expect(SessionPoisoned, lambda: model.rig.run({}), "a step of a poisoned session")
+            expect(SessionPoisoned, lambda: model.rig.session.read_pages(0, ids), "read_pages of a poisoned session")
             return model.found
     raise NotClaimed("a replay runs no kernel's Python, so that none can be made to fail there")
 
@@ -318,7 +332,7 @@ def _frozen(subject: Subject, seed: int) -> Found:
     with Product(subject) as product:
         x = product.values(4)
         for name, call in _changes(product):
-            _expect(SessionFrozen, call, f"{name} of a frozen session")
+            expect(SessionFrozen, call, f"{name} of a frozen session")
         product.check(product.submit(x), x, "after calls that were refused")
         return Found(product.rig.kernels)
 
@@ -404,7 +418,7 @@ def _close(subject: Subject, seed: int) -> Found:
             ("a program", lambda: product.submit(x)),
         ]
         for name, call in calls:
-            _expect(SessionClosed, call, f"{name} after close")
+            expect(SessionClosed, call, f"{name} after close")
         return Found(product.rig.kernels)
 
 
@@ -458,17 +472,6 @@ def _changes(product: Product) -> list[tuple[str, Callable[[], object]]]:
     ]
 
 
-def _expect(kind: type[Exception], call: Callable[[], object], what: str) -> None:
-    """Raises Failure unless `call` raises that kind of error."""
-    try:
-        call()
-    except kind:
-        return
-    except Exception as error:
-        fail(f"{what} raises {type(error).__name__} ({error}), not {kind.__name__}")
-    fail(f"{what} raises nothing; the contract asks for {kind.__name__}")
-
-
 def resident_bytes() -> int:
     """The memory that this process holds, after giving back what it can; where the system does not say, the most that
     it ever held."""
@@ -483,6 +486,7 @@ def resident_bytes() -> int:
 
 CHECKS: dict[str, Callable[[Subject, int], Found]] = {
     "new_inputs": _new_inputs,
+    "named_inputs": _named_inputs,
     "new_weights": _new_weights,
     "metadata": _metadata,
     "constants": _constants,

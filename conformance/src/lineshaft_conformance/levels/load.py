@@ -15,7 +15,15 @@ import numpy as np
 from pydantic import BaseModel
 
 from lineshaft.config import validate_options
-from lineshaft.contract.backends import API_VERSION, BackendKind, Capabilities, DeterminismClaims, Probe
+from lineshaft.contract.backends import (
+    API_VERSION,
+    Backend,
+    BackendKind,
+    Capabilities,
+    DeterminismClaims,
+    Probe,
+    World,
+)
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Case, OpSpec
 from lineshaft.contract.ops.spec import numpy_dtype
@@ -51,6 +59,7 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
         ("load/capabilities", _capabilities, "every field of Capabilities has a value that the contract allows"),
         ("load/memory", _memory, "Memory counts in bytes: a page takes at least its canonical size"),
         ("load/kernels", _kernels, "kernels have names of their own, known ops, known features, and never tie"),
+        ("load/stable", _stable, "two starts give the same kernels, so that the plan's hash can be compared"),
         ("load/kv_dtypes", _kv_dtypes, "each dtype that pages may hold has kernels that write and read it"),
     ):
         yield Check(f"L0/{name}", run, rule=rule, shape_class="load")
@@ -168,6 +177,19 @@ def _kernel_fields(subject: Subject, kernel: Kernel) -> None:
     known = {field.name for field in dataclasses.fields(spec.problem)}
     unknown = sorted(kernel.handles - known)
     require(not unknown, f"kernel {kernel.name} handles {', '.join(unknown)}, no field of {spec.problem.__name__}")
+
+
+def _stable(subject: Subject, seed: int) -> Found:
+    def listed(backend: Backend) -> list[tuple[object, ...]]:
+        return [
+            (k.name, k.op, k.version, k.priority, k.layout, k.tunable, sorted(k.handles), sorted(k.options.items()))
+            for k in backend.kernels()
+        ]
+
+    first, second = listed(subject.backend), listed(subject.start(World(threads=1)))
+    unlike = [str(a[0]) for a, b in zip(first, second, strict=False) if a != b]
+    require(len(first) == len(second) and not unlike, f"a second start gives other kernels: {', '.join(unlike)}")
+    return Found(tuple(str(item[0]) for item in first))
 
 
 def _kv_dtypes(subject: Subject, seed: int) -> Found:

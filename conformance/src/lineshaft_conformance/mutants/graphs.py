@@ -294,12 +294,21 @@ def _baked_constants(session: Any, update: Any, weights: Any) -> Any:
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("one_copy", "a result is a private host copy", 3, "L3/graph/private_results", with_program(_one_copy)),
-    Mutant("newest_result", "each outstanding step keeps its results", 3, "L3/graph/outstanding", with_program(_newest)),
-    Mutant("static_output", "no later step changes a result", 3, "L3/graph/private_results", with_program(_static_output)),
+    Mutant(
+        "newest_result", "each outstanding step keeps its results", 3, "L3/graph/outstanding",
+        with_program(_newest),
+    ),
+    Mutant(
+        "static_output", "no later step changes a result", 3, "L3/graph/private_results",
+        with_program(_static_output),
+    ),
     Mutant("lazy", "unread steps pile up no work", 3, "L3/graph/unread", with_program(_lazy)),
     Mutant("hoards", "unread steps keep no memory", 3, "L3/graph/unread", with_program(_hoards)),
     Mutant("old_handle", "a handle holds what its step left", 3, "L3/graph/handles", with_program(_old_handle)),
-    Mutant("scribbles", "a program never writes to its host buffer", 3, "L3/graph/host_buffer", with_program(_scribbles)),
+    Mutant(
+        "scribbles", "a program never writes to its host buffer", 3, "L3/graph/host_buffer",
+        with_program(_scribbles),
+    ),
     Mutant(
         "takes_any_handle", "a missing or misshapen handle is a typed error", 3, "L3/graph/wrong_handles",
         with_program(_takes_any_handle),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from lineshaft_conformance.mutants.mutant import Mutant, all_of, portable, with_kernel, with_session
+from lineshaft.contract.kernels import Kernel
+from lineshaft_conformance.mutants.mutant import Mutant, all_of, portable, with_kernel, with_kernels, with_session
 from lineshaft_torch.arrays import host_view
 from lineshaft_torch.pages import page_view
 
@@ -157,6 +158,30 @@ def _forgets_length_zero(problem: Any, attend: Any) -> Callable[..., Any]:
     return call
 
 
+def _prepares_once(kernel: Kernel) -> Kernel:
+    def prepare(problem: Any, shape: Any, session: Any) -> Any:
+        right, calls = kernel.prepare(problem, shape, session), iter(range(3))
+        return right and (lambda host: right(host) if next(calls, None) is not None else None)
+
+    return replace(kernel, prepare=prepare)
+
+
+def _prepares_one_group(kernel: Kernel) -> Kernel:
+    def prepare(problem: Any, shape: Any, session: Any) -> Any:
+        right = kernel.prepare(problem, shape, session)
+
+        def run(host: Any) -> None:
+            if problem.group:
+                host = type(host)(host.layout, host.buffer.copy())
+                host[f"page_table.{problem.group}"][...] = host["page_table.0"]
+            if right is not None:
+                right(host)
+
+        return run
+
+    return replace(kernel, prepare=prepare)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "copies_one_by_one", "copy_pages reads all sources before it writes", 2, "L2/paging/copy_pages-*",
@@ -176,7 +201,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("ignores_after", "a program waits for the transfers it is given", 2, "L2/paging/copies_in_order-*", _hasty),
     Mutant(
-        "lends_pages", "read_pages gives a private copy", 2, "L2/paging/swap-*", with_session("read_pages", _lends_pages)
+        "lends_pages", "read_pages gives a private copy", 2, "L2/paging/swap-*",
+        with_session("read_pages", _lends_pages),
     ),
     Mutant(
         "drops_last_page", "write_pages writes every page", 2, "L2/paging/*", with_session("write_pages", _drops_last)
@@ -185,9 +211,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "quiet_nan", "pages are moved bit by bit", 2, "L2/paging/bits-*", with_session("write_pages", _quiet_nan)
     ),
     Mutant("null_is_one", "padding is written to page 0", 2, "L2/paging/*", with_kernel("write_kv", _null_is_one)),
-    Mutant("first_table", "a cache is read through its own group's table", 2, "L2/paging/*", all_of(portable("attend"), with_kernel("attend", _first_table))),
+    Mutant(
+        "first_table", "a cache is read through its own group's table", 2, "L2/paging/*",
+        all_of(portable("attend"), with_kernel("attend", _first_table)),
+    ),
     Mutant("one_cache", "each cache has arrays of its own", 2, "L2/paging/*", with_kernel("write_kv", _one_cache)),
     Mutant("reads_null", "page 0 is never read as live", 2, "L2/paging/*", with_kernel("attend", _reads_null)),
+    Mutant(
+        "prepares_once", "host planning runs before every step", 2, "L2/*",
+        with_kernels(_prepares_once, "attend"),
+    ),
+    Mutant(
+        "prepares_one_group", "host planning runs for each group", 2, "L2/paging/*",
+        with_kernels(_prepares_one_group, "attend"),
+    ),
     Mutant(
         "forgets_length_zero", "a row of query length 0 is legal", 2, "L2/paging/cached_prompt-*",
         all_of(portable("attend"), with_kernel("attend", _forgets_length_zero)),

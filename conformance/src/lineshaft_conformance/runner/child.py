@@ -20,12 +20,14 @@ from lineshaft_conformance.runner.attempt import SUITE, place
 Message = dict[str, Any]
 CLOSE_SECONDS = 5.0
 """How long a child may take to close its backend before it is killed."""
-GRACE_SECONDS = 0.5
-"""How long after its time limit a child is killed: it writes where it is first."""
+GRACE_SECONDS = 10.0
+"""How long after its time limit a child is killed; by then it should have told where it is and ended by itself."""
 TAIL = 1 << 16
 """Bytes at the end of a dead child's output that are looked at."""
 LAST_WORDS = 300
 """Characters of a dead child's output that are quoted."""
+OVERDUE = re.compile(r"^Timeout \(\d+:\d\d:\d\d", re.MULTILINE)
+"""What the interpreter writes when a request runs into its limit."""
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
@@ -49,7 +51,7 @@ class Child:
         os.set_blocking(self._replies, False)
         self._buffer = b""
         self._status: int | None = None
-        self._last_words = ""
+        self._said = ""
         self._limit, self._deadline = 0.0, math.inf
         self._send(config)
 
@@ -61,7 +63,7 @@ class Child:
         self._limit, self._deadline = limit, time.monotonic() + limit + GRACE_SECONDS
         self._output.seek(0)
         self._output.truncate()  # the child shares the position: its output starts anew
-        self._send(request)
+        self._send({**request, "limit": limit})
 
     def _send(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is dead; `answer` will say how
@@ -81,11 +83,16 @@ class Child:
             self._buffer = rest
             return self._parsed(line)
         if ended:
-            return self._lost(how(self.end(GRACE_SECONDS)))
+            status = self.end(CLOSE_SECONDS)
+            return self._lost(self._overdue if OVERDUE.search(self._said) else how(status))
         if time.monotonic() > self._deadline:
             self.end()
-            return self._lost(f"still running after {self._limit:g} s")
+            return self._lost(self._overdue)
         return None
+
+    @property
+    def _overdue(self) -> str:
+        return f"still running after {self._limit:g} s"
 
     def _parsed(self, line: bytes) -> Message:
         try:
@@ -102,7 +109,7 @@ class Child:
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _lost(self, reason: str) -> Message:
-        return {"lost": f"{reason}{self._last_words}"}
+        return {"lost": f"{reason}{last_words(self._said)}"}
 
     def close(self) -> None:
         """Let it close its backend, then end it and all processes that it started."""
@@ -122,7 +129,7 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         self._status = self.process.wait()
         start = max(0, os.fstat(self._output.fileno()).st_size - TAIL)
-        self._last_words = last_words(os.pread(self._output.fileno(), TAIL, start).decode(errors="replace"))
+        self._said = os.pread(self._output.fileno(), TAIL, start).decode(errors="replace")
         for number in (self._requests, self._replies, self._lifeline):
             os.close(number)
         self._output.close()
@@ -145,7 +152,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def last_words(output: str) -> str:
     """Where a child was and what it printed, from its output; "" if that says nothing."""
-    printed, blocks = re.split(r"^(?:Fatal Python error|Timeout \()", output, maxsplit=1, flags=re.MULTILINE), []
+    printed, blocks = re.split(r"^(?:Fatal Python error:|Timeout \(\d)", output, maxsplit=1, flags=re.MULTILINE), []
     if len(printed) > 1:
         blocks = [block for block in printed[1].split("\n\n") if "most recent call first" in block]
     stack = max(blocks, key=lambda block: ("Current thread" in block, "runner/worker.py" in block), default="")

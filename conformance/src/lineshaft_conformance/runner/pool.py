@@ -111,7 +111,7 @@ class Worker:
 
     def begin(self, task: Task, limit: float) -> None:
         self.task, self.since = task, time.monotonic()
-        self.child.ask({"do": "run", "id": task.check.id, "seed": task.seed, "limit": limit}, limit)
+        self.child.ask({"do": "run", "id": task.check.id, "seed": task.seed}, limit)
 
 
 class Pool:

@@ -40,17 +40,18 @@ class Server:
         self.checks: dict[str, Check] = {}
 
     def answer(self, request: Message) -> Message:
-        return self._start() if request["do"] == "start" else self._run(request)
+        """A message of one key: "done", "failed" or "raised". At its limit the process writes where it is and ends."""
+        faulthandler.dump_traceback_later(request["limit"], file=sys.stderr, exit=True)
+        try:
+            return self._start() if request["do"] == "start" else self._run(request)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _run(self, request: Message) -> Message:
         check = self.checks.get(request["id"])
         if check is None:
             return {"failed": "this check is not listed in every process: what the backend claims differs"}
-        faulthandler.dump_traceback_later(request["limit"], file=sys.stderr)
-        try:
-            return {"done": attempt(check, self.subject, request["seed"])[0].to_json()}
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        return {"done": attempt(check, self.subject, request["seed"])[0].to_json()}
 
     def _start(self) -> Message:
         try:

@@ -6,7 +6,7 @@ list with the reason, and touches no other command.
 
 from __future__ import annotations
 
-from argparse import REMAINDER, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn, Protocol
@@ -36,7 +36,8 @@ class Absent:
         self.HELP = f"not available: {reason}".replace("%", "%%")
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("arguments", nargs=REMAINDER)
+        parser.prefix_chars = "\0"  # its options are unknown: take every argument as it is
+        parser.add_argument("arguments", nargs="*")
 
     def run(self, args: Namespace) -> NoReturn:
         raise PluginError(f"the command {self.name!r} is not available: {self.reason}")
