@@ -68,7 +68,7 @@ def _named_only(session: Any, update: Any, weights: Any) -> Any:
         key: item for key, item in shared.items() if item[0].name in weights or item[0].source_id not in weights
     }
     try:
-        return update({name: array for name, array in weights.items()})
+        return update(weights)
     finally:
         session._shared = shared
 

@@ -158,9 +158,7 @@ class ReferenceSession(SessionState):
         return self.caches
 
     def _pages(self, p: KVProblem, pages: int) -> dict[str, HostArray]:
-        dtype = numpy_dtype(p.kv_dtype)
-        k = np.zeros((pages, p.page_size, p.kv_heads, p.qk_dim), dtype)
-        return {"k": k, "v": np.zeros((*k.shape[:3], p.v_dim), dtype)} if p.v_dim else {"k": k}
+        return {name: np.zeros((pages, *shape), numpy_dtype(dtype)) for name, (shape, dtype) in p.page_arrays.items()}
 
     # ---- programs ----------------------------------------------------------------------------------------------
 

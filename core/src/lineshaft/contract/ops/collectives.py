@@ -170,6 +170,11 @@ _CALLS: dict[str, list[dict[str, int]]] = {
     "broadcast": [{"src": 0}, {"src": 1}],
     "permute": [{"shift": 1}, {"shift": -1}, {"shift": 6}],
 }
+_WHY = {
+    "all_reduce": "summed in float32 and rounded once", "reduce_scatter": "member m gets tile m of the sum",
+    "all_gather": "members are joined in row-major order of the axes",
+    "all_to_all": "member m gets tile m of every member, in member order", "permute": "cyclic in both directions",
+}  # fmt: skip
 _MESHES: dict[str, tuple[tuple[str, ...], int]] = {
     "tp2": (("tp",), 2), "tp3": (("tp",), 3), "dp2xtp2": (("dp", "tp"), 4),
 }  # fmt: skip
@@ -186,4 +191,4 @@ def _cases(op: str, rng: np.random.Generator, size: Size) -> Iterable[Case]:
             xs = list(draw(case_id).standard_normal((members, *shape)))
             problem = CollectiveProblem(dtype=dtype, axis=axes, size=members, shape=shape, **statics)
             axis: Axis = axes if len(axes) > 1 else axes[0]
-            yield Case(case_id, problem, (xs, axis, *statics.values()))
+            yield Case(case_id, problem, (xs, axis, *statics.values()), why=_WHY.get(op, ""))
