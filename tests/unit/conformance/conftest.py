@@ -64,7 +64,8 @@ def object_to(*_):
     raise Odd("odd option")
 
 def factory(options, world):
-    {"factory objects": object_to, "factory raises": refuse, "factory dies": die, "factory hangs": hang}.get(options.does, lambda: 0)()
+    acts = {"factory objects": object_to, "factory raises": refuse, "factory dies": die, "factory hangs": hang}
+    acts.get(options.does, lambda: 0)()
     return Toy(create(None, world), options.does)
 """
 
