@@ -184,12 +184,13 @@ def repeat(args: Namespace) -> list[Result]:
 
 
 def act_mutants(args: Namespace) -> int:
+    from lineshaft_conformance.mutants.kill import kill_all, kill_table
+
     try:
-        from lineshaft_conformance.mutants.kill import kill_all, kill_table
+        with loaded("cpu"), Bar() as bar:
+            kills = kill_all(args.names, args.jobs, bar, thorough=args.thorough)
     except ImportError as error:
         raise BackendUnavailable(f"mutants are made of the CPU backend ({error}); install lineshaft-cpu") from error
-    with loaded("cpu"), Bar() as bar:
-        kills = kill_all(args.names, args.jobs, bar, thorough=args.thorough)
     Console().print(kill_table(kills))
     return PASSED if all(kill.killed for kill in kills) else SURVIVED
 
