@@ -524,8 +524,8 @@ def _fuzz(rng: np.random.Generator, n: int) -> Case:
 
 
 def _arranged(rng: np.random.Generator, name: str, case: Case) -> Case:
-    """The same with large scores that float32 holds exactly, or with large terms that cancel: in each sum over keys, all
-    of one weight, or in each score."""
+    """The same with large scores that float32 holds exactly, or with large terms that cancel: in each sum over keys,
+    all of one weight, or in each score."""
     q, cache, step = case.args
     k, v = cache.pages["k"], cache.pages["v"]
     if name == "mixed/large_scores":
