@@ -38,6 +38,11 @@ def reference_run(spec: OpSpec, case: Case) -> Any:
     return run_reference(spec, case, Numerics.of(case.problem.dtype, spec.accumulate))
 
 
+def widened(spec: OpSpec, case: Case) -> Any:
+    """The reference run's outputs in float64, whose NaNs compare equal."""
+    return {name: a.astype(np.float64) for name, a in named_outputs(spec, reference_run(spec, case)).items()}
+
+
 def find(op: str, case_id: str) -> Case:
     return next(case for case in OPS[op].cases(np.random.default_rng(SEED), "smoke") if case.id == case_id)
 
@@ -54,9 +59,7 @@ def test_ids_are_unique_and_values_depend_on_seed_and_id_alone(spec: OpSpec) -> 
     assert len({case.id for case in smoke}) == len(smoke) > 1
     assert all("float32" not in case.id and " " not in case.id for case in smoke)
     for case in smoke:
-        np.testing.assert_equal(
-            named_outputs(spec, reference_run(spec, case)), named_outputs(spec, reference_run(spec, full[case.id]))
-        )
+        np.testing.assert_equal(widened(spec, case), widened(spec, full[case.id]))
 
 
 @each_op
@@ -91,32 +94,6 @@ def test_one_wrong_value_is_seen(spec: OpSpec, case: Case) -> None:
         wrong[spot] = 0 if np.isnan(value) or abs(value) > 100 else value + 1 + abs(value)
         exact = named_outputs(spec, run_reference(spec, case, EXACT))[name]
         assert spec.tolerance.check(case.problem, wrong, exact, values) is not None
-
-
-@pytest.mark.parametrize(
-    "op", ["linear", "attend", "rms_norm", "rope", "add", "silu_mul", "merge_states", "expert_mlp"]
-)
-@pytest.mark.parametrize(("problem_dtype", "computed"), [("float64", "float32"), ("float32", "bfloat16")])
-def test_a_result_of_one_precision_lower_is_rejected(op: str, problem_dtype: str, computed: str) -> None:
-    spec = OPS[op]
-    cases = [c for c in spec.cases(np.random.default_rng(SEED), "full") if c.problem.dtype == problem_dtype]
-    checked = 0
-    for case in cases:
-        exact = named_outputs(spec, run_reference(spec, case, EXACT))
-        if not any(np.any(values[np.isfinite(values)]) for values in exact.values()):
-            continue  # all zeros are exact in any precision
-        if "zero_row" in case.id or getattr(case.problem, "kv_dtype", problem_dtype) != problem_dtype:
-            continue
-        below = replace(case, problem=lower(case.problem, computed))
-        low = run_reference(spec, below, Numerics.of(computed, "float32"))
-        assert compare(spec, case, low), case.id
-        checked += 1
-    assert checked >= 3
-
-
-def lower(problem: Any, dtype: str) -> Any:
-    kv = {"kv_dtype": dtype} if hasattr(problem, "kv_dtype") else {}
-    return replace(problem, dtype=dtype, **kv)
 
 
 # ---- planner and reference agree on problems and shapes ----------------------------------------------------------

@@ -129,7 +129,7 @@ def importable(name: str) -> bool:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=named)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=named)
 def test_generated_tables_are_up_to_date(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert tables().fill(text) == text, "run `python docs/make_tables.py`"

@@ -1,4 +1,4 @@
-"""What a mutant is, and how one is made of a backend by replacing kernels, its session, its capabilities or its entry."""
+"""What a mutant is, and how one is made of a backend by replacing kernels, session, capabilities or entry."""
 
 from __future__ import annotations
 

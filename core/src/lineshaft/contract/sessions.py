@@ -16,7 +16,7 @@ from lineshaft.contract.kernels import HostPrepare, Pack
 from lineshaft.contract.problems import KVProblem, StateProblem
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Array, Checkpoint, Weight
-from lineshaft.errors import SessionClosed, SessionFrozen, SessionPoisoned
+from lineshaft.errors import ContractViolation, SessionClosed, SessionFrozen, SessionPoisoned
 
 HostArray = np.ndarray[Any, Any]
 Tree = Any
@@ -213,6 +213,15 @@ class SessionState:
             raise
 
 
+def check_handles(wanted: Mapping[str, ArraySpec], given: Mapping[str, Handle]) -> None:
+    """Raises ContractViolation unless a program is given exactly the handles that it was captured with."""
+    if given.keys() != wanted.keys():
+        raise ContractViolation(f"the program takes the arrays {sorted(wanted)}, it was given {sorted(given)}")
+    for name, handle in given.items():
+        if handle.spec != wanted[name]:
+            raise ContractViolation(f"array {name!r} was captured as {wanted[name]}, given is {handle.spec}")
+
+
 class Memory(Protocol):
     """What a backend knows of its memory, in bytes."""
 
@@ -241,5 +250,5 @@ def leaves(tree: Tree) -> list[Any]:
 
 __all__ = [
     "Array", "Cache", "CaptureReport", "Handle", "HostArray", "Memory", "Packing", "Pending", "PlannedOps", "Program",
-    "Session", "SessionState", "StepFunction", "Transfer", "Tree", "Weight", "leaves", "map_tree",
+    "Session", "SessionState", "StepFunction", "Transfer", "Tree", "Weight", "check_handles", "leaves", "map_tree",
 ]  # fmt: skip

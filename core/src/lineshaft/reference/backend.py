@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from lineshaft.contract.backends import Capabilities, DeterminismClaims, Probe, World
-from lineshaft.contract.kernels import Bound, Kernel
+from lineshaft.contract.kernels import Bound, Kernel, always
 from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.spec import Numerics, OpSpec, StepArg
 from lineshaft.contract.problems import KVProblem
@@ -70,13 +70,15 @@ def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
 
 
 def reference_kernel(spec: OpSpec) -> Kernel:
-    """An op's reference as a kernel that takes every problem."""
+    """An op's reference as a kernel that takes every problem; of collectives, those of one member."""
 
     def bind(problem: Any, session: Any) -> Bound:
         num = Numerics.of(problem.dtype, spec.accumulate)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = {name: bare(value) for name, value in kwargs.items()}
+            if spec.collective:  # its reference takes and returns a list of members: this one alone
+                return dress(spec.reference(problem, [bare(args[0])], *args[1:], num=num, **given)[0])
             out = spec.reference(problem, *map(bare, args), num=num, **given)
             if spec.consumes:
                 cache = next(item for item in args if isinstance(item, Cache))
@@ -86,7 +88,15 @@ def reference_kernel(spec: OpSpec) -> Kernel:
         return call
 
     everything = frozenset(spec.problem.__dataclass_fields__)
-    return Kernel(name=f"{NAME}.{spec.name}", op=spec.name, backend=NAME, bind=bind, handles=everything)
+    supports = one_member if spec.collective else always
+    return Kernel(
+        name=f"{NAME}.{spec.name}", op=spec.name, backend=NAME, bind=bind, handles=everything, supports=supports
+    )
+
+
+def one_member(problem: Any) -> str | None:
+    """The `supports` of collectives among workers of which there is one."""
+    return None if problem.size == 1 else f"the backend runs one worker, not the {problem.size} of this group"
 
 
 def bare(item: Any) -> Any:

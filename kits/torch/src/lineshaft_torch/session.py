@@ -22,7 +22,7 @@ from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory
 from lineshaft_torch.arrays import HostArray, from_host, to_host
 from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
 from lineshaft_torch.packing import dense_leaves, host_pack
-from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, page_view
+from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, movable, page_view
 from lineshaft_torch.program import Capture, EagerProgram, StepPending, TapeProgram
 from lineshaft_torch.recording import Recorder
 
@@ -169,7 +169,7 @@ class TorchSession(SessionState):
         self.require_usable()
         rows = self._ids(ids)
         for name, array in page_view(self.caches[cache]).items():
-            array.index_copy_(0, rows, from_host(pages[name]).to(self.device))
+            movable(array).index_copy_(0, rows, movable(from_host(pages[name]).to(self.device)))
         return DoneTransfer()
 
     @torch.inference_mode()
@@ -178,7 +178,7 @@ class TorchSession(SessionState):
         source, target = self._ids(src), self._ids(dst)
         for cache in self.caches:
             if cache.problem.group == group:
-                for array in page_view(cache).values():
+                for array in map(movable, page_view(cache).values()):
                     array.index_copy_(0, target, array.index_select(0, source))
         return DoneTransfer()
 
