@@ -159,8 +159,8 @@ EXACT = np.array([[0.0, 1, 2, 3], [3, 2, 1, 0]])
     [
         (EXACT, [3, 0], ""),
         (EXACT + 1e-7, [3, 0], ""),
-        (EXACT + [[0], [1e-4]], [3, 0], "row 1: L2"),
-        (EXACT + [[0, 0, 0, np.nan], [0] * 4], [3, 0], "row 0: L2 error of the logits nan"),
+        (EXACT + np.array([[0], [1e-4]]), [3, 0], "row 1: L2"),
+        (EXACT + np.array([[0, 0, 0, np.nan], [0] * 4]), [3, 0], "row 0: L2 error of the logits nan"),
         (EXACT, [3, 1], "row 1: token 1, its own logits give 0"),
         (EXACT[::-1], [0, 3], "row 0: the likeliest token is 0, the reference's is 3"),
     ],
