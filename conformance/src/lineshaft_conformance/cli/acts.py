@@ -48,6 +48,10 @@ ERRORS: Mapping[type[LineshaftError], int] = {
 """Exit statuses of errors, the first that fits; USAGE for any other."""
 
 
+WIDE = 160
+"""Columns of the kill table where no terminal says how many there are."""
+
+
 def status_of(error: LineshaftError) -> int:
     return next((status for kind, status in ERRORS.items() if isinstance(error, kind)), USAGE)
 
@@ -191,7 +195,8 @@ def act_mutants(args: Namespace) -> int:
             kills = kill_all(args.names, args.jobs, bar, thorough=args.thorough)
     except ImportError as error:
         raise BackendUnavailable(f"mutants are made of the CPU backend ({error}); install lineshaft-cpu") from error
-    Console().print(kill_table(kills))
+    console = Console()
+    console.print(kill_table(kills), width=None if console.is_terminal else WIDE)
     return PASSED if all(kill.killed for kill in kills) else SURVIVED
 
 
