@@ -75,6 +75,8 @@ def test_reference_run_is_within_tolerance_and_finite(spec: OpSpec, case: Case) 
     assert compare(spec, case, run) == []
     if "cache" in "".join(spec.consumes) or spec.name in ("read_pages", "apply_logits", "logprobs"):
         return  # garbage pages are moved as they are, masks give -inf
+    if "nan_row" in case.id:
+        return
     for name, values in named_outputs(spec, run).items():
         lse = spec.name == "attend" and name == "1"
         assert np.isfinite(values[values > -np.inf] if lse else values).all()
@@ -211,7 +213,8 @@ def test_default_decomposition_computes_the_same(spec: OpSpec, case: Case) -> No
     args = [operand(arg, case.problem) for arg in case.args]
     assert spec.default is not None
     result = spec.default(ReferenceOps(num, problems), case.problem, *args)
-    np.testing.assert_equal(named_outputs(spec, result), named_outputs(spec, reference_run(spec, case)))
+    got = {name: array.astype(np.float64) for name, array in named_outputs(spec, result).items()}
+    np.testing.assert_equal(got, widened(spec, case))
 
 
 def test_composites_are_those_of_the_contract() -> None:
