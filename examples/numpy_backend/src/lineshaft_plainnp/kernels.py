@@ -120,13 +120,14 @@ def softmax(p: Any, q: Array, k: Array, v: Array, seen: Array, sinks: Array | No
     scores = np.where(seen, scores, np.float32(-np.inf))
     floor = np.float32(-np.inf) if sinks is None else sinks[:, None, None]
     peak = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), floor)
-    peak = np.where(peak == -np.inf, np.float32(0), peak)
+    blind = ~seen.any(-1, keepdims=True)
+    peak = np.where(blind, np.float32(0), peak)
     weights = np.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    whole = total + np.exp(floor - peak)
     out = (weights.reshape(p.kv_heads, share, n) @ v.transpose(1, 0, 2)).reshape(p.q_heads, t, p.v_dim)
-    with np.errstate(divide="ignore"):
-        return (out / np.where(whole == 0, 1, whole)).transpose(1, 0, 2), (np.log(total) + peak)[..., 0].T
+    with np.errstate(divide="ignore", over="ignore"):  # where no key is seen
+        whole = np.where(blind, 1, total + np.exp(floor - peak))
+        return (out / whole).transpose(1, 0, 2), (np.log(total) + peak)[..., 0].T
 
 
 def argmax(p: Any, logits: Array) -> Array:
