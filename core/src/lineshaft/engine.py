@@ -14,7 +14,7 @@ from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
 from lineshaft.contract.steps import StepShape
 from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
-from lineshaft.executors import agree, make_executor
+from lineshaft.executors import Executor, agree, make_executor
 from lineshaft.meter import Clock, Meter, median, now
 from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
@@ -62,15 +62,23 @@ class Token:
 class Engine:
     """Runs requests of token ids to the end. Use `add`, then `step` while `has_work`; `close` at the end.
 
-    `teacher`, if set, sees the logits of every sampled row and may overrule the token.
+    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor`, if given, runs the
+    steps in the place of the configured one, and is closed with the engine.
     """
 
-    def __init__(self, config: EngineConfig, *, registry: Registry | None = None, progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        registry: Registry | None = None,
+        progress: Progress = silent,
+        executor: Executor | None = None,
+    ) -> None:
         registry = registry or discover()
         self.config = config
         self.teacher: Teacher | None = None
         self.meter = Meter()
-        self._executor = make_executor(config, registry)
+        self._executor = executor or make_executor(config, registry)
         try:
             sizes = self._executor.size()
             self.pages = agree(sizes)
