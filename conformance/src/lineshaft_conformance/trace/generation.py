@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.steps import StepShape
 from lineshaft.engine import Engine
 from lineshaft.executors import Executor, make_executor
 from lineshaft.registry import Registry
@@ -21,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Keeping:
-    """An executor that keeps what it was told and what came out. `page_bytes` sums up over the caches of each group."""
+    """An executor that keeps what it was told and the token ids that came out."""
 
     def __init__(self, inner: Executor) -> None:
         self._inner = inner
@@ -82,11 +83,6 @@ def pages_used(steps: Sequence[StepMessage]) -> tuple[int, ...]:
     return tuple(used)
 
 
-def shapes_of(steps: Sequence[StepMessage]) -> list[object]:
+def shapes_of(steps: Sequence[StepMessage]) -> list[StepShape]:
     """The distinct buckets, largest first."""
     return sorted({step.shape for step in steps}, key=lambda shape: -shape.tokens)
-
-
-def same_ids(kept: HostArray, again: HostArray) -> bool:
-    """Whether a rerun chose the ids that the generation chose, as far as both go."""
-    return bool(np.array_equal(kept[: len(again)], again))

@@ -134,7 +134,7 @@ class Result:
 
     index: int  # of the call in its program
     call: Call
-    outputs: tuple[HostArray, ...]  # of a cache's writer: the written slots of each of its arrays
+    outputs: Mapping[str, HostArray]  # "0", "1", ...; of a cache's writer "k", "v": its arrays at the written slots
     given: HostArray | None  # an argmax's own input
 
 
@@ -207,20 +207,22 @@ class Rerun:
         live = {"tokens": live_tokens(step.forward), "logits": live_logits(step.forward)}
         for index, call in enumerate(self.calls[step.shape]):
             noted = call.noted
-            outputs = [pending.result(name)[: live.get(rows)] for name, rows in noted.outputs.items()]
+            outputs = {
+                name.rpartition(".")[2]: pending.result(name)[: live.get(rows)] for name, rows in noted.outputs.items()
+            }
             if noted.written is not None:
                 outputs = self._written(noted.written, step.forward, live["tokens"])
             given = pending.result(noted.given)[: live["logits"]] if noted.given else None
-            yield Result(index, call, tuple(outputs), given)
+            yield Result(index, call, outputs, given)
 
-    def _written(self, cache: int, host: HostStep, tokens: int) -> list[HostArray]:
+    def _written(self, cache: int, host: HostStep, tokens: int) -> dict[str, HostArray]:
         """What a cache holds at the slots that the step wrote, [tokens, Hkv, D] of each of its arrays."""
         problem = self._setup.caches[cache]
         slots = host[f"slots.{problem.group}"][:tokens]
         pages, offsets = slots // problem.page_size, slots % problem.page_size
         ids, where = np.unique(pages[pages > 0], return_inverse=True)
         held = self.session.read_pages(cache, ids.astype(np.int32))
-        return [held[name][where, offsets[pages > 0]] for name in sorted(held)]
+        return {name: held[name][where, offsets[pages > 0]] for name in sorted(held)}
 
     def close(self) -> None:
         self.session.close()
@@ -240,8 +242,3 @@ def live_tokens(host: HostStep) -> int:
 def live_logits(host: HostStep) -> int:
     """How many rows of logits a step asks for, at least 1: the row of a padding entry is that of token 0."""
     return 1 + int(np.count_nonzero(host["logit_rows"][1:]))
-
-
-def token_ids(results: Sequence[Result]) -> HostArray:
-    """The ids that the forward's own argmax, its last call, chose."""
-    return results[-1].outputs[0]
