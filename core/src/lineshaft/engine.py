@@ -62,8 +62,8 @@ class Token:
 class Engine:
     """Runs requests of token ids to the end. Use `add`, then `step` while `has_work`; `close` at the end.
 
-    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor`, if given, runs the
-    steps in the place of the configured one, and is closed with the engine.
+    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor` runs the steps
+    instead of the configured one, and is closed with the engine: one that wraps another sees every step.
     """
 
     def __init__(

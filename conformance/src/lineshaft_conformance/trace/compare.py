@@ -1,8 +1,9 @@
 """How far a replay may be from its recording at each op, and how far it is.
 
-Both run the same steps with the same token ids, so they differ by roundings alone, which pile up from op to op. Rounding
-to nearest is off by eps / sqrt(12) of a value in the RMS, where eps is that of the executed dtype, and a reduction of
-length K adds up to sqrt(K) roundings of the accumulation dtype. Roundings are independent, so that their squares add:
+Both run the same steps with the same token ids, so they differ by roundings alone, which pile up from op to op.
+Rounding to nearest is off by eps / sqrt(12) of a value in the RMS, where eps is that of the executed dtype, and a
+reduction of length K adds up to sqrt(K) roundings of the accumulation dtype. Roundings are independent, so that their
+squares add:
 
     unit_i   = sqrt(sum over calls j <= i of the step of (eps(executed)^2 + K_j eps(accumulation)^2) / 12)
     L2 (RMS) differ by at most 2 * 3 * unit_i * RMS of the recorded output

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from lineshaft.config import EngineConfig
 from lineshaft.contract.steps import StepShape
 from lineshaft.engine import Engine

@@ -15,12 +15,13 @@ import numpy as np
 from lineshaft.config import EngineConfig
 from lineshaft.contract.weights import Checkpoint
 from lineshaft.registry import Registry, discover
+from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.setup import Setup, make_setup
 from lineshaft.runner.worker import silent
 from lineshaft_conformance.trace.digests import digest
 from lineshaft_conformance.trace.generation import Progress, generate, pages_used, shapes_of
 from lineshaft_conformance.trace.store import Kept, Writer, writing
-from lineshaft_conformance.trace.watch import Call, HostArray, Rerun, Result, StepMessage, live_logits
+from lineshaft_conformance.trace.watch import Call, HostArray, Rerun, Result, live_logits
 
 EDGE_ROWS = 4
 

@@ -43,9 +43,9 @@ class Replayed:
 
     def worst(self, count: int) -> list[Compared]:
         """Of each call of the forward its worst output over all steps; the `count` largest ratios."""
-        calls: dict[tuple[str, int | None, str, str], Compared] = {}
+        calls: dict[tuple[int, str], Compared] = {}
         for found in self.compared:
-            key = (found.name, found.layer, found.output, found.problem.partition(" ")[0])
+            key = (found.call, found.output)
             if key not in calls or found.ratio > calls[key].ratio:
                 calls[key] = found
         return sorted(calls.values(), key=lambda found: -found.ratio)[:count]

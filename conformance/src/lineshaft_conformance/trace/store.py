@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.steps import HostStep, StepShape, aligned_zeros, forward_inputs
@@ -138,7 +138,7 @@ def writing(folder: Path, *, full: bool) -> Iterator[Writer]:
 
 
 def write_tensors(path: Path, arrays: Mapping[str, HostArray]) -> None:
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def one_kept(line: Mapping[str, Any], row: HostArray) -> Kept:
 def read_tensors(path: Path) -> dict[str, HostArray]:
     """The arrays of a safetensors file. Raises TraceError for a damaged one."""
     try:
-        found = safetensors.deserialize(path.read_bytes())
+        found = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
         return {name: tensor(item) for name, item in found}
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
         raise TraceError(f"{path} cannot be read ({error}); record the trace anew") from error
