@@ -18,12 +18,15 @@ from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.setup import Setup, make_setup
 from lineshaft.runner.worker import silent
-from lineshaft_conformance.trace.digests import digest
+from lineshaft_conformance.trace.digests import digest, estimate
 from lineshaft_conformance.trace.generation import Progress, generate, pages_used, shapes_of
+from lineshaft_conformance.trace.shaken import Shaken
 from lineshaft_conformance.trace.store import Kept, Writer, writing
 from lineshaft_conformance.trace.watch import Call, HostArray, Rerun, Result, live_logits
 
 EDGE_ROWS = 4
+SHAKES = 2
+"""Runs with other roundings, of which the one that moves an output most says how sensitive it is."""
 
 
 def record(
@@ -47,17 +50,27 @@ def record(
         made = generate(config, registry, prompts, max_tokens, eos_ids, progress)
         setup = make_setup(config, registry=registry)
         shapes, pages, changed = shapes_of(made.steps), pages_used(made.steps), 0
-        with Rerun(setup, config, registry, shapes, pages, progress) as rerun:
+
+        def rerun_of(checkpoint: Checkpoint) -> Rerun:
+            shaken = dataclasses.replace(setup, checkpoint=checkpoint)
+            return Rerun(shaken, config, registry, shapes, pages, progress)
+
+        with rerun_of(setup.checkpoint) as rerun:
             for index, (step, ids) in enumerate(zip(made.steps, made.token_ids, strict=True)):
                 progress("digesting", index, len(made.steps))
                 chosen = keep_step(writer, index, step, rerun.run(step))
                 changed += not np.array_equal(chosen, ids[: len(chosen)])
-            header = {
-                **facts(config, setup), "pages": pages, "changed_by_watching": changed,
-                "shapes": [dataclasses.asdict(shape) for shape in shapes],
-                "steps": [shapes.index(step.shape) for step in made.steps],
-                "calls": [[described(call) for call in rerun.calls[shape]] for shape in shapes],
-            }  # fmt: skip
+            calls = [[described(call) for call in rerun.calls[shape]] for shape in shapes]
+        for seed in range(SHAKES):
+            with rerun_of(Shaken(setup.checkpoint, setup.dtype, seed)) as rerun:
+                for index, step in enumerate(made.steps):
+                    progress(f"shaking {seed + 1} of {SHAKES}", index, len(made.steps))
+                    feel_step(writer, index, rerun.run(step))
+        header = {
+            **facts(config, setup), "pages": pages, "changed_by_watching": changed, "calls": calls,
+            "shapes": [dataclasses.asdict(shape) for shape in shapes],
+            "steps": [shapes.index(step.shape) for step in made.steps],
+        }  # fmt: skip
         writer.finish(json.loads(json.dumps(header)))
     return changed
 
@@ -68,7 +81,7 @@ def keep_step(writer: Writer, index: int, step: StepMessage, results: Iterator[R
     chosen: HostArray = np.zeros(0, np.int32)
     for result in results:
         for name, array in result.outputs.items():
-            writer.add_output(Kept(index, result.index, name, digest(array)))
+            writer.kept[index, result.index, name] = Kept(digest(array))
             if writer.full:
                 outputs[f"{result.index}.{name}"] = array
         if result.given is not None:
@@ -76,6 +89,14 @@ def keep_step(writer: Writer, index: int, step: StepMessage, results: Iterator[R
     assert len(chosen) == live_logits(step.forward), "every forward ends with an argmax over its logits"
     writer.add_step(index, step, chosen, outputs)
     return chosen
+
+
+def feel_step(writer: Writer, index: int, results: Iterator[Result]) -> None:
+    """Note how far a shaken run moved each output of a step."""
+    for result in results:
+        for name, array in result.outputs.items():
+            kept = writer.kept[index, result.index, name]
+            kept.sensitivity = max(kept.sensitivity, estimate(kept.digest, digest(array)).rms)
 
 
 def facts(config: EngineConfig, setup: Setup) -> dict[str, Any]:

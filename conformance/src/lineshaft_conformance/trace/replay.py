@@ -17,11 +17,10 @@ from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.setup import Setup, make_setup
 from lineshaft.runner.worker import silent
 from lineshaft_conformance.trace.compare import Allowance, Compared, compare
-from lineshaft_conformance.trace.digests import Digest
 from lineshaft_conformance.trace.errors import TraceError
 from lineshaft_conformance.trace.generation import Progress
 from lineshaft_conformance.trace.record import described, fingerprint
-from lineshaft_conformance.trace.store import Trace, read
+from lineshaft_conformance.trace.store import Kept, Trace, read
 from lineshaft_conformance.trace.watch import HostArray, Rerun, live_tokens
 
 Change = Callable[[Backend], Backend]
@@ -86,19 +85,19 @@ def replay(
 
 def compare_step(trace: Trace, index: int, rerun: Rerun) -> Iterator[Compared]:
     """Every output of one step, in order."""
-    step, allowance, tensors = trace.steps[index], Allowance(), trace.outputs(index)
+    step, allowance, full = trace.steps[index], Allowance(), trace.outputs(index)
     calls = trace.calls(step.shape)
     for result in rerun.run(step):
-        recorded: dict[str, Digest] = {}
-        kept: dict[str, HostArray] = {}
+        recorded: dict[str, Kept] = {}
+        tensors: dict[str, HostArray] = {}
         for output in result.outputs:
             key = (index, result.index, output)
             if key in trace.kept:
-                recorded[output] = trace.kept[key].digest
-            if (name := f"{result.index}.{output}") in tensors:
-                kept[output] = tensors[name]
+                recorded[output] = trace.kept[key]
+            if (name := f"{result.index}.{output}") in full:
+                tensors[output] = full[name]
         unit = allowance.add(result.call)
-        yield from compare(index, result, unit, recorded, kept, calls[result.index], trace.chosen[index])
+        yield from compare(index, result, unit, recorded, tensors, calls[result.index], trace.chosen[index])
 
 
 def config_of(

@@ -32,6 +32,7 @@ from lineshaft_conformance.trace.errors import TraceError
 
 VERSION: Final = 1
 HEADER, STEPS, DIGESTS, SKETCHES = "trace.json", "steps.safetensors", "digests.jsonl", "sketches.safetensors"
+PLAIN_FIELDS: Final = ("dtype", "sha256", "l2", "top", "nan", "inf")
 DTYPES: Final = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
     "F32": "float32", "F64": "float64",
@@ -39,14 +40,16 @@ DTYPES: Final = {
 """The contract's dtypes as safetensors names them; its own NumPy reader knows no bfloat16."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """One output of one call, as recorded."""
+Key = tuple[int, int, str]
+"""Of an output: its step, its call and its name."""
 
-    step: int
-    call: int
-    output: str
+
+@dataclass
+class Kept:
+    """One output of one call as recorded. `sensitivity`: the RMS by which random roundings of the weights moved it."""
+
     digest: Digest
+    sensitivity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Trace:
     header: Mapping[str, Any]
     steps: Sequence[StepMessage]
     chosen: Sequence[HostArray]
-    kept: Mapping[tuple[int, int, str], Kept]
+    kept: Mapping[Key, Kept]
 
     @property
     def full(self) -> bool:
@@ -90,17 +93,7 @@ class Writer:
     def __init__(self, folder: Path, *, full: bool) -> None:
         self.folder, self.full = folder, full
         self._steps: dict[str, HostArray] = {}
-        self._lines: list[str] = []
-        self._sketches: list[HostArray] = []
-
-    def add_output(self, kept: Kept) -> None:
-        found = kept.digest
-        self._sketches.append(found.sketch)
-        line = {
-            "step": kept.step, "call": kept.call, "output": kept.output, "dtype": found.dtype, "shape": found.shape,
-            "sha256": found.sha256, "l2": found.l2, "top": found.top, "nan": found.nan, "inf": found.inf,
-        }  # fmt: skip
-        self._lines.append(json.dumps(line))
+        self.kept: dict[Key, Kept] = {}
 
     def add_step(self, index: int, step: StepMessage, chosen: HostArray, outputs: Mapping[str, HostArray]) -> None:
         """The step's inputs and the ids it chose; `outputs` are kept where the trace is full."""
@@ -111,10 +104,11 @@ class Writer:
 
     def finish(self, header: Mapping[str, Any]) -> None:
         write_tensors(self.folder / STEPS, self._steps)
-        write_tensors(self.folder / SKETCHES, {"sketches": np.stack(self._sketches)})
-        (self.folder / DIGESTS).write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
+        write_tensors(self.folder / SKETCHES, {"sketches": np.stack([k.digest.sketch for k in self.kept.values()])})
+        lines = (json.dumps(as_line(key, kept)) for key, kept in self.kept.items())
+        (self.folder / DIGESTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         files = {path.name: sha256(path) for path in sorted(self.folder.iterdir())}
-        content = {"version": VERSION, "full": self.full, "count": len(self._lines), **header, "files": files}
+        content = {"version": VERSION, "full": self.full, "count": len(self.kept), **header, "files": files}
         text = json.dumps({**content, "sha256": sha256_of(content)}, indent=1)
         (self.folder / HEADER).write_text(text, encoding="utf-8")
 
@@ -189,8 +183,8 @@ def assemble(folder: Path, header: Mapping[str, Any]) -> Trace:
     lines = (folder / DIGESTS).read_text(encoding="utf-8").splitlines()
     if not (len(lines) == header["count"] == len(sketches)) or sketches.shape[1:] != (BUCKETS,):
         raise ValueError(f"{len(lines)} digests and {sketches.shape} sketches")
-    kept = [one_kept(json.loads(line), row) for line, row in zip(lines, sketches, strict=True)]
-    return Trace(folder, header, steps, chosen, {(k.step, k.call, k.output): k for k in kept})
+    kept = dict(from_line(json.loads(line), row) for line, row in zip(lines, sketches, strict=True))
+    return Trace(folder, header, steps, chosen, kept)
 
 
 def message(shape: StepShape, tensors: Mapping[str, HostArray], index: int) -> StepMessage:
@@ -200,10 +194,17 @@ def message(shape: StepShape, tensors: Mapping[str, HostArray], index: int) -> S
     return StepMessage(shape, HostStep(layout, buffer), tensors[f"{index}.copies"])
 
 
-def one_kept(line: Mapping[str, Any], row: HostArray) -> Kept:
-    names = ("dtype", "sha256", "l2", "top", "nan", "inf")
-    found = Digest(shape=tuple(line["shape"]), sketch=row, **{name: line[name] for name in names})
-    return Kept(line["step"], line["call"], line["output"], found)
+def as_line(key: Key, kept: Kept) -> dict[str, Any]:
+    """What stands in a line of the digests; the sketch goes elsewhere."""
+    place = dict(zip(("step", "call", "output"), key, strict=True))
+    fields = {name: getattr(kept.digest, name) for name in ("shape", *PLAIN_FIELDS)}
+    return {**place, **fields, "sensitivity": kept.sensitivity}
+
+
+def from_line(line: Mapping[str, Any], row: HostArray) -> tuple[Key, Kept]:
+    """The inverse of `as_line`."""
+    found = Digest(shape=tuple(line["shape"]), sketch=row, **{name: line[name] for name in PLAIN_FIELDS})
+    return (line["step"], line["call"], line["output"]), Kept(found, line["sensitivity"])
 
 
 def read_tensors(path: Path) -> dict[str, HostArray]:
