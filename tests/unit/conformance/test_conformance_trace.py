@@ -14,11 +14,13 @@ from lineshaft.cli.main import Parser
 from lineshaft.config import EngineConfig, make_config
 from lineshaft.errors import InvalidValue
 from lineshaft_conformance.cli import trace as command
-from lineshaft_conformance.mutants.mutant import with_kernel
+from lineshaft_conformance.mutants.mutant import changed, with_capabilities, with_kernel
+from lineshaft_conformance.rig import Values
 from lineshaft_conformance.trace import TraceError
 from lineshaft_conformance.trace.digests import SPREAD, digest, estimate, exact
 from lineshaft_conformance.trace.record import record
 from lineshaft_conformance.trace.replay import replay
+from lineshaft_conformance.trace.shaken import Shaken
 
 HIDDEN, HEADS, KV_HEADS, DIM, WIDTH, VOCAB, LAYERS = 48, 6, 2, 8, 80, 67, 3
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 60, 7, 9, 32]
@@ -130,6 +132,16 @@ def test_every_op_of_every_layer_is_there(lone: Path) -> None:
     assert {item.step for item in found.compared} == set(range(14))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_backend_without_a_composites_kernel_agrees(traces: Traces, dtype: str) -> None:
+    def without(backend: Any) -> Any:
+        return changed(backend, change_kernels=lambda kernels: [k for k in kernels if k.op != "add_rms_norm"])
+
+    found = replay(traces(dtype, False), "cpu", change=without)
+    assert found.first is None
+    assert {item.kernel for item in found.compared if item.op == "add_rms_norm"} == {"default decomposition"}
+
+
 # ---- broken backends -------------------------------------------------------------------------------------------
 
 
@@ -225,6 +237,15 @@ def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
     assert np.array_equal(found.sketch, digest(np.array([[1.0, 0.0], [0.0, -2.0]])).sketch)
 
 
+def test_shaken_weights_are_off_by_a_rounding_each() -> None:
+    values = np.random.default_rng(3).standard_normal((64, 96)).astype(np.float32)
+    one, again, other = (Shaken(Values({"w": values}), "bfloat16", seed) for seed in (0, 0, 1))
+    off = one.rows("w", 0, 64).arrays["data"] / values - 1
+    assert np.abs(off).max() <= 2**-8 * 1.0001 and 0.9 < off.std() / (2**-7 / 12**0.5) < 1.1
+    assert np.array_equal(one.cols("w", 3, 9).arrays["data"], again.cols("w", 3, 9).arrays["data"])
+    assert not np.array_equal(one.rows("w", 0, 64).arrays["data"], other.rows("w", 0, 64).arrays["data"])
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +298,20 @@ def test_a_folder_with_something_in_it_is_not_touched(llama: Path, tmp_path: Pat
     with pytest.raises(TraceError, match="not an empty folder"):
         record(tmp_path, config_of(llama), [PROMPT], 1)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_is_filled(llama: Path, tmp_path: Path) -> None:
+    record(tmp_path, config_of(llama), [PROMPT], 1)
+    assert (tmp_path / "trace.json").is_file()
+
+
+CLAIMS = [{"max_query": 4}, {"row_buckets": (2,)}, {"token_buckets": (8,)}]
+
+
+@pytest.mark.parametrize("claims", CLAIMS, ids=str)
+def test_steps_beyond_what_a_backend_claims_are_refused(lone: Path, claims: dict[str, Any]) -> None:
+    with pytest.raises(TraceError, match="does not claim to take"):
+        replay(lone, "cpu", change=with_capabilities(**claims))
 
 
 def test_a_recording_that_fails_leaves_nothing(llama: Path, tmp_path: Path) -> None:

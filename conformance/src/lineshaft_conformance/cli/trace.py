@@ -29,8 +29,16 @@ WORST = 8
 def add_arguments(parser: ArgumentParser) -> None:
     parser.epilog = "Exit status: 0 done, or all within tolerance; 1 something beyond tolerance; 2 an error."
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add_record(commands.add_parser("record", help="run a greedy generation and keep what every op returned"))
-    add_replay(commands.add_parser("replay", help="run the recorded steps on a backend and compare every op"))
+    add_record(
+        commands.add_parser(
+            "record", help="run a greedy generation and keep what every op returned", allow_abbrev=False
+        )
+    )
+    add_replay(
+        commands.add_parser(
+            "replay", help="run the recorded steps on a backend and compare every op", allow_abbrev=False
+        )
+    )
 
 
 def add_record(parser: ArgumentParser) -> None:
