@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 LLAMA: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48, "intermediate_size": 80,
-    "num_hidden_layers": 2, "vocab_size": 131, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "num_hidden_layers": 2, "vocab_size": 131, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
 }  # fmt: skip
 
