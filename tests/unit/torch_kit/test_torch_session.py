@@ -46,12 +46,13 @@ def test_parts_are_joined_along_dim_0_and_dequantized(kit) -> None:
     assert data.tolist() == [[1.0] * 32, [2.0] * 32]
 
 
-def test_parts_that_do_not_make_up_the_shape_are_refused(kit) -> None:
+@pytest.mark.parametrize("pack", [None, lambda param, local: {"own": local.parts[0].arrays["data"]}])
+def test_parts_that_do_not_make_up_the_shape_are_refused(kit, pack) -> None:
     stored = Stored("none", (2, 3), {"data": np.zeros((2, 3), np.float32)})
     problem = LinearProblem(dtype="float32", n=3, k=3)
     param = Param("w", "w", (3, 3), "float32", {"linear": problem}, lambda checkpoint, at: Local((stored,)))
     with pytest.raises(MisshapenTensor, match=r"weight w: .*\[2, 3\].*\[3, 3\]"):
-        kit.session().load(param, None, {})
+        kit.session().load(param, None, {"w": Packing("own", pack)})
 
 
 def test_tied_params_share_memory_and_a_const_is_a_bare_tensor(kit) -> None:

@@ -204,7 +204,9 @@ def _minimum_check(spec: OpSpec, level: int, cases: Book) -> Check:
         names: dict[str, None] = {}
         for case in cases(spec.name, 0).values():
             for problem in (dataclasses.replace(case.problem, dtype=dtype) for dtype in dtypes):
-                if case.problem.dtype == problem.dtype and not problem.features():
+                pages = getattr(problem, "kv_dtype", problem.dtype)  # no kv_dtypes: pages hold the executed dtype
+                plain = not problem.features() and pages in (problem.dtype, *subject.capabilities.kv_dtypes)
+                if case.problem.dtype == problem.dtype and plain:
                     taken = claims(subject, spec, problem).taken
                     require(taken, f"no kernel for {problem.describe()}: {refusal(subject, spec, problem)}")
                     names.update(dict.fromkeys(kernel.name for kernel in taken))
