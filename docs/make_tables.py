@@ -21,6 +21,7 @@ from lineshaft.config import EngineConfig
 from lineshaft.contract.hooks import HookSpecs
 from lineshaft.contract.ops import OpSpec, all_ops
 from lineshaft.contract.problems import Problem
+from lineshaft_conformance.mutants import gallery
 
 DOCS = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -131,10 +132,20 @@ def default_of(field: FieldInfo) -> str:
     return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
+# ---- conformance -----------------------------------------------------------------------------------------------------
+
+
+def mutants() -> str:
+    rows = (
+        (m.rule, f"`{m.name}`", code(m.checks) + (" (full)" if m.size == "full" else "")) for m in gallery().values()
+    )
+    return markdown(("Rule", "Mutant that breaks it", "Checks that kill it"), rows)
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
-    "ops": ops, "problems": problems, "hooks": hooks, "config": config,
+    "ops": ops, "problems": problems, "hooks": hooks, "config": config, "mutants": mutants,
 }  # fmt: skip
 
 
@@ -144,7 +155,7 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    for path in sorted(DOCS.glob("*.md")):
+    for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text(encoding="utf-8")
         path.write_text(fill(text), encoding="utf-8")
 

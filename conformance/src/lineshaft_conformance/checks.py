@@ -37,6 +37,17 @@ def require(condition: object, message: str) -> None:
         raise Failure(message)
 
 
+def expect(kind: type[Exception], call: Callable[[], object], what: str) -> None:
+    """Raises Failure unless `call` raises that kind of error."""
+    try:
+        call()
+    except kind:
+        return
+    except Exception as error:
+        fail(f"{what} raises {type(error).__name__} ({error}), not {kind.__name__}")
+    fail(f"{what} raises nothing; the contract asks for {kind.__name__}")
+
+
 @dataclass(frozen=True)
 class Found:
     """What a check that passed has seen: the kernels it ran, how far off they were, and the outputs (for a digest)."""

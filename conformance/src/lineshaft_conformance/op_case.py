@@ -22,7 +22,7 @@ from lineshaft_conformance.rig import HostArray, Rig, whole_param
 from lineshaft_conformance.subject import Subject
 
 USE = "op_under_test"
-PASSED_ON = "given"
+PASSED_ON = "given."
 """Prefix of outputs that are inputs handed through: a kernel that writes to its operands shows there."""
 
 NO_STEP = StepShape(tokens=1, rows=1, pages=(), logits=1, max_query=1)
@@ -30,6 +30,19 @@ NO_STEP = StepShape(tokens=1, rows=1, pages=(), logits=1, max_query=1)
 
 Give = Callable[[Tree, Sequence[Cache], StepInputs], Any]
 """Fetches one argument of the op inside the captured function."""
+
+
+MARGIN = 4
+"""Values on each side of a row whose operand is given as a slice."""
+
+
+@dataclass(frozen=True)
+class OpRun:
+    """One run: `result` is a tuple of outputs, or the cache's pages by name; `operands` are the inputs as it left
+    them."""
+
+    result: Any
+    operands: dict[str, HostArray]
 
 
 @dataclass
@@ -42,6 +55,7 @@ class Operands:
     pages: dict[str, HostArray] = field(default_factory=dict)  # of cache 0, in canonical form
     cache: KVProblem | None = None
     shape: StepShape = NO_STEP
+    spread: bool = False  # whether some inputs reach the op as slices of wider rows
 
 
 @dataclass(frozen=True)
@@ -54,17 +68,24 @@ class OpCase:
     args: tuple[Give, ...]
     kwargs: Mapping[str, Give]
 
+    @property
+    def strided(self) -> bool:
+        """Whether the op sees any operand with a row stride."""
+        return self.operands.spread
+
     def function(self, ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: Any) -> Any:
         """The one call, as a StepFunction."""
         args = [give(weights, caches, step) for give in self.args]
         out = getattr(ops, USE)(*args, **{name: give(weights, caches, step) for name, give in self.kwargs.items()})
+        given = {f"{PASSED_ON}{name}": step.arrays[name] for name in self.operands.inputs}
         if self.spec.consumes:
-            return {}, [out]
+            return given, [out]
         outputs = out if isinstance(out, tuple) else (out,)
-        return {str(i): array for i, array in enumerate(outputs)}, caches
+        return {str(i): array for i, array in enumerate(outputs)} | given, caches
 
     def program(self) -> ProgramSpec:
-        fields = [InputField(name, array.dtype.name, array.shape) for name, array in self.operands.inputs.items()]
+        inputs = self.operands.inputs
+        fields = [InputField(name, array.dtype.name, array.shape) for name, array in inputs.items()]
         return ProgramSpec("op", self.function, self.operands.shape, InputLayout(fields))
 
     def rig(self, subject: Subject, kernels: Sequence[Kernel]) -> Rig:
@@ -74,65 +95,99 @@ class OpCase:
         rig = Rig(
             subject, [self.program()], params=held.params, values=held.weights, kernels=kernels,
             caches=[held.cache] if held.cache else [], pages=[pages] * (held.cache.group + 1 if held.cache else 0),
-            uses={USE: (self.spec.name, self.case.problem)},
+            uses={USE: (self.spec.name, self.case.problem), **self._parts(subject)},
         )  # fmt: skip
         self.fill(rig)
         return rig
 
+    def _parts(self, subject: Subject) -> dict[str, tuple[str, Problem]]:
+        """What a composite's decomposition may call under its own problem, as a model would declare it."""
+        same = [spec.name for spec in subject.ops.values() if spec.problem is type(self.case.problem)]
+        return {name: (name, self.case.problem) for name in same} if self.spec.default else {}
+
     def fill(self, rig: Rig) -> None:
         """Put this case's pages into the cache, null page included."""
         if self.operands.pages:
-            count = len(next(iter(self.operands.pages.values())))
-            rig.session.write_pages(0, np.arange(count, dtype=np.int32), self.operands.pages).wait()
+            rig.session.write_pages(0, self._page_ids, self.operands.pages).wait()
 
-    def result(self, rig: Rig) -> Any:
-        """Run once; the outputs as the op's reference returns them."""
+    def refill(self, rig: Rig) -> None:
+        """Put this case's weights and pages in the place of those of another case of the same id."""
+        if self.operands.weights:
+            rig.session.update(self.operands.weights)
+        self.fill(rig)
+
+    def run(self, rig: Rig) -> OpRun:
+        """Run once."""
         out = rig.run(self.operands.inputs)
+        start = len(PASSED_ON)
+        after = {name[start:]: array for name, array in out.items() if name.startswith(PASSED_ON)}
         if self.spec.consumes:
-            count = len(next(iter(self.operands.pages.values())))
-            return rig.session.read_pages(0, np.arange(count, dtype=np.int32))
-        return tuple(out[str(i)] for i in range(len(out))) if len(out) > 1 else out["0"]
+            return OpRun(rig.session.read_pages(0, self._page_ids), after)
+        return OpRun(tuple(array for name, array in out.items() if not name.startswith(PASSED_ON)), after)
+
+    @property
+    def _page_ids(self) -> HostArray:
+        return np.arange(len(next(iter(self.operands.pages.values()))), dtype=np.int32)
 
 
-def prepare(spec: OpSpec, case: Case) -> OpCase:
-    """Sort a case's arguments; float64 operands are rounded to the executed dtype, as the contract says."""
+def prepare(spec: OpSpec, case: Case, *, strided: bool = False) -> OpCase:
+    """Sort a case's arguments; float64 operands are rounded to the executed dtype, as the contract says.
+
+    strided: give float operands of two or more dims as slices of wider rows, with NaN beside them.
+    """
     held = Operands()
-    args = tuple(_give(held, spec, case, f"arg{i}", value) for i, value in enumerate(case.args))
-    kwargs = {name: _give(held, spec, case, name, value) for name, value in case.kwargs.items()}
-    return OpCase(spec, case, held, args, kwargs)
+    give = Giving(held, spec, case, strided)
+    args = tuple(give(f"arg{i}", value) for i, value in enumerate(case.args))
+    return OpCase(spec, case, held, args, {name: give(name, value) for name, value in case.kwargs.items()})
 
 
-def _give(held: Operands, spec: OpSpec, case: Case, name: str, value: Any) -> Give:
-    host = operand(value, case.problem)
-    if isinstance(value, WeightArg):
-        held.params[name] = whole_param(name, host, {value.kind: _weight_problem(spec, case.problem, host)})
-        held.weights[name] = host
-        return lambda weights, caches, step: weights[name]
-    if isinstance(value, CacheArg) and held.cache is None:
-        held.cache, held.pages = cache_problem(case.problem), dict(host)
-        return lambda weights, caches, step: caches[0]
-    if isinstance(value, StepArg):
-        held.inputs.update(value.arrays)
-        held.shape = value.shape
-        return lambda weights, caches, step: step
-    if isinstance(value, (Mapping, CacheArg)):
-        return _named(held, {key: key if isinstance(value, Mapping) else f"{name}.{key}" for key in host}, host)
-    if isinstance(value, list):
-        items = [_give(held, spec, case, f"{name}.{i}", item) for i, item in enumerate(value)]
-        return lambda weights, caches, step: [give(weights, caches, step) for give in items]
-    if isinstance(host, np.ndarray):
-        held.inputs[name] = host
-        return lambda weights, caches, step: step.arrays[name]
-    return lambda weights, caches, step: host
+class Giving:
+    """Sorts the arguments of one case into its operands; a call returns how the function gets the argument."""
 
+    def __init__(self, held: Operands, spec: OpSpec, case: Case, strided: bool) -> None:
+        self._held, self._spec, self._problem, self._strided = held, spec, case.problem, strided
 
-def _named(held: Operands, names: Mapping[str, str], host: Mapping[str, HostArray]) -> Give:
-    held.inputs.update({names[key]: array for key, array in host.items()})
+    def __call__(self, name: str, value: Any) -> Give:
+        held, host = self._held, operand(value, self._problem)
+        if isinstance(value, WeightArg):
+            held.params[name] = whole_param(name, host, {value.kind: _weight_problem(self._spec, self._problem, host)})
+            held.weights[name] = host
+            return lambda weights, caches, step: weights[name]
+        if isinstance(value, CacheArg) and held.cache is None:
+            held.cache, held.pages = cache_problem(self._problem), dict(host)
+            return lambda weights, caches, step: caches[0]
+        if isinstance(value, StepArg):
+            held.inputs.update(value.arrays)
+            held.shape = value.shape
+            return lambda weights, caches, step: step
+        if isinstance(value, (Mapping, CacheArg)):
+            return self._named({key: key if isinstance(value, Mapping) else f"{name}.{key}" for key in host}, host)
+        if isinstance(value, list):
+            items = [self(f"{name}.{i}", item) for i, item in enumerate(value)]
+            return lambda weights, caches, step: [give(weights, caches, step) for give in items]
+        if isinstance(host, np.ndarray):
+            return self._array(name, host)
+        return lambda weights, caches, step: host
 
-    def give(weights: Tree, caches: Sequence[Cache], step: StepInputs) -> dict[str, Array]:
-        return {key: step.arrays[name] for key, name in names.items()}
+    def _named(self, names: Mapping[str, str], host: Mapping[str, HostArray]) -> Give:
+        self._held.inputs.update({names[key]: array for key, array in host.items()})
 
-    return give
+        def give(weights: Tree, caches: Sequence[Cache], step: StepInputs) -> dict[str, Array]:
+            return {key: step.arrays[name] for key, name in names.items()}
+
+        return give
+
+    def _array(self, name: str, host: HostArray) -> Give:
+        if not self._strided or host.ndim < 2 or host.dtype.kind in "iu":
+            self._held.inputs[name] = host
+            return lambda weights, caches, step: step.arrays[name]
+        rows, shape = host.reshape(host.shape[0], -1), host.shape
+        width = rows.shape[1]
+        wide = np.full((len(rows), width + 2 * MARGIN), np.nan, host.dtype)
+        wide[:, MARGIN:-MARGIN] = rows
+        self._held.inputs[name] = wide
+        self._held.spread = True
+        return lambda weights, caches, step: step.arrays[name][:, MARGIN : MARGIN + width].reshape(*shape)
 
 
 def _weight_problem(spec: OpSpec, problem: Problem, array: HostArray) -> Problem:

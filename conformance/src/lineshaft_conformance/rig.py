@@ -6,13 +6,14 @@ Nothing here knows an op, and nothing is called that the contract does not name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import ConstProblem, KVProblem, Problem
-from lineshaft.contract.sessions import Handle, Pending, Program, Session, Transfer, Tree
+from lineshaft.contract.sessions import Handle, Pending, Program, Session, Transfer, Tree, map_tree
 from lineshaft.contract.steps import HostStep
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
@@ -93,25 +94,46 @@ class Rig:
     ) -> None:
         work = Workload(list(params) if params == () else params, caches, uses or {}, programs, degrees or ONE)
         choice = subject.kernels if kernels is None else kernels
-        self.planned: Planned = make_plan(
-            subject.info.name, work, Resolver(subject.info.name, choice, named or {}), subject.ops
-        )
+        self._resolver = Resolver(subject.info.name, choice, named or {})
+        self._subject, self._work = subject, work
+        self.planned: Planned = make_plan(subject.info.name, work, self._resolver, subject.ops)
+        self.checkpoint = Values(values or {})
         self.session = subject.backend.session(0) if session is None else session
+        self.programs: list[Program] = []
         try:
-            self.weights = self.session.load(work.params, Values(values or {}), self.planned.packings)
+            self.weights = self.session.load(work.params, self.checkpoint, self.planned.packings)
             self.session.alloc_caches(caches, pages, self.planned.plan.cache_layout)
-            self.programs: list[Program] = [
-                self.session.capture(
-                    spec.fn, spec.shape, spec.inputs, ops, spec.arrays, spec.host_outputs or frozenset(outputs)
-                )
-                for (spec, ops), outputs in zip(self.planned.programs, self.planned.outputs, strict=True)
-            ]
+            self._capture(0)
             if freeze:
                 self.session.freeze()
         except BaseException:
             self.session.close()
             raise
-        self._specs = [spec for spec, _ in self.planned.programs]
+
+    def _capture(self, first: int) -> None:
+        """Capture the planned programs from `first` on."""
+        outputs = self.planned.outputs[first:]
+        for (spec, ops), names in zip(self.planned.programs[first:], outputs, strict=True):
+            host = spec.host_outputs or frozenset(names)
+            self.programs.append(self.session.capture(spec.fn, spec.shape, spec.inputs, ops, spec.arrays, host))
+
+    def capture_more(self, *programs: ProgramSpec) -> None:
+        """Plan and capture further programs of the same weights and caches; the session must be thawed."""
+        first = len(self.programs)
+        self._work = replace(self._work, programs=[*self._work.programs, *programs])
+        self.planned = make_plan(self._subject.info.name, self._work, self._resolver, self._subject.ops)
+        self._capture(first)
+
+    def reload(self, parts: Mapping[str, Stored]) -> None:
+        """Load other values into the same parameters and capture every program anew; the session must be thawed."""
+
+        def moved(param: Param) -> Param:
+            return replace(param, shard=lambda checkpoint, coordinate: Local((parts[param.name],)))
+
+        params = map_tree(moved, self._work.params)
+        self.weights = self.session.load(params, self.checkpoint, self.planned.packings)
+        self.programs.clear()
+        self._capture(0)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -120,7 +142,7 @@ class Rig:
 
     def host(self, values: Mapping[str, HostArray], program: int = 0) -> HostStep:
         """The packed host buffer of a program with these values; inputs that are not named stay zero."""
-        host = HostStep(self._specs[program].inputs)
+        host = HostStep(self.planned.programs[program][0].inputs)
         for name, array in values.items():
             host[name][...] = array
         return host

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lineshaft.config import validate_options
 from lineshaft.contract.backends import Backend, BackendInfo, Capabilities, World
@@ -14,6 +14,9 @@ from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import OpSpec, all_ops
 from lineshaft.contract.sessions import Session
 from lineshaft.registry import Registry, discover, load_attribute
+
+if TYPE_CHECKING:
+    from lineshaft_conformance.mutants.mutant import Mutant
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,27 @@ class Subject:
         self.target = target
         self.registry = registry or discover()
         self.info: BackendInfo = self.registry.select(target.backend)
+        if target.mutant:
+            self.info = self._mutant.info(self.info)
         self.ops: Mapping[str, OpSpec] = {**all_ops(), **{spec.name: spec for spec in self.registry.ops()}}
         self._kept: dict[Hashable, Any] = {}
 
     @cached_property
     def backend(self) -> Backend:
-        """The backend at world size 1."""
-        return self.start(World(threads=0))
+        """The backend at world size 1, with one thread: checks run side by side in several processes."""
+        return self.start(World(threads=1))
 
     def start(self, world: World) -> Backend:
         """A backend of its own at another place in a mesh."""
         options = validate_options(self.info, self.target.options)
         made: Backend = load_attribute(self.info.factory)(options, world)
-        if self.target.mutant:
-            from lineshaft_conformance.mutants import mutate
+        return self._mutant.make(made) if self.target.mutant else made
 
-            made = mutate(self.target.mutant, made)
-        return made
+    @property
+    def _mutant(self) -> Mutant:
+        from lineshaft_conformance.mutants import gallery
+
+        return gallery()[self.target.mutant]
 
     @property
     def capabilities(self) -> Capabilities:

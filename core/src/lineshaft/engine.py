@@ -62,8 +62,8 @@ class Token:
 class Engine:
     """Runs requests of token ids to the end. Use `add`, then `step` while `has_work`; `close` at the end.
 
-    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor` runs the steps
-    instead of the configured one, and is closed with the engine: one that wraps another sees every step.
+    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor`, if given, runs the
+    steps in the place of the configured one, and is closed with the engine.
     """
 
     def __init__(
@@ -109,6 +109,11 @@ class Engine:
     def plan(self) -> Plan:
         """The frozen choice of kernels, the same on every rank."""
         return self._facts.plan
+
+    @property
+    def caches(self) -> list[CacheManager]:
+        """The cache manager of each dp replica, to be read only."""
+        return [replica.cache for replica in self._replicas]
 
     def requests(self) -> list[Live]:
         """The unfinished requests, oldest first."""

@@ -1,7 +1,7 @@
 """Every error that lineshaft raises on purpose, in one tree.
 
 Catch `LineshaftError` to catch them all. Each message says what was given, what is allowed and what to do;
-the command line prints it on one line and exits with status 2.
+the command line prints it on one line and exits with status 2, unless a command documents another.
 
 ```
 LineshaftError
@@ -47,7 +47,9 @@ from __future__ import annotations
 
 
 class LineshaftError(Exception):
-    """Base of all errors that lineshaft raises on purpose."""
+    """Base of all errors that lineshaft raises on purpose. `status` is the exit status of the command line."""
+
+    status = 2
 
 
 class ConfigError(LineshaftError):

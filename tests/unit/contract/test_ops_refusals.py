@@ -120,6 +120,23 @@ WRONG: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("all_gather", r"dim 2", (array(4, 6), "tp", 2), {}),
     ("all_gather", r"ints for dim", (array(4, 6), "tp"), {}),
     ("broadcast", r"src 2", (array(4, 6), "tp", 2), {}),
+    ("broadcast", r"src -1", (array(4, 6), "tp", -1), {}),
+    ("all_reduce", r"axis 1; expected one or more", (array(4, 6), 1), {}),
+    ("all_reduce", r"axis \(\)", (array(4, 6), ()), {}),
+    ("all_reduce", r"axis \(\('tp',\),\)", (array(4, 6), (("tp",),)), {}),
+    ("all_reduce", r"1 positional arguments; expected x and axis", (array(4, 6),), {}),
+    ("all_reduce", r"3 after axis; expected ints for nothing more", (array(4, 6), "tp", 3), {}),
+    ("all_gather", r"0, dim=1 after axis", (array(4, 6), "tp", 0), {"dim": 1}),
+    ("all_gather", r"dim -1", (array(4, 6), "tp", -1), {}),
+    ("all_gather", r"dim 0; expected a dim of \[\]", (array(), "tp", 0), {}),
+    ("reduce_scatter", r"dim 1 of \[4, 5\]", (array(4, 5), "tp", 1), {}),
+    (
+        "all_to_all",
+        r"dim=0, concat_dim=1 after axis; expected ints for split_dim, concat_dim",
+        (array(4, 6), "tp"),
+        {"dim": 0, "concat_dim": 1},
+    ),
+    ("permute", r"1.0 after axis; expected ints for shift", (array(4, 6), "tp", 1.0), {}),
 ]
 
 

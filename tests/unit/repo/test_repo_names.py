@@ -17,7 +17,9 @@ from lineshaft.config import load_config
 
 ROOT = Path(__file__).parents[3]
 DISTRIBUTIONS = sorted(
-    path.parent for pattern in ("core", "kits/*", "plugins/*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
+    path.parent
+    for pattern in ("core", "conformance", "kits/*", "plugins/*")
+    for path in ROOT.glob(f"{pattern}/pyproject.toml")
 )
 
 
@@ -78,7 +80,9 @@ def test_an_example_is_a_configuration(example: Path) -> None:
 
 def test_the_distributions_agree() -> None:
     projects = [tomllib.loads((folder / "pyproject.toml").read_text())["project"] for folder in DISTRIBUTIONS]
-    assert {"lineshaft", "lineshaft-torch", "lineshaft-cpu"} <= {project["name"] for project in projects}
+    assert {"lineshaft", "lineshaft-torch", "lineshaft-cpu", "lineshaft-conformance"} <= {
+        project["name"] for project in projects
+    }
     assert len({(project["version"], project["requires-python"], project["license"]) for project in projects}) == 1
     assert len({(folder / "LICENSE").read_text() for folder in [ROOT, *DISTRIBUTIONS]}) == 1
     assert "project" not in tomllib.loads((ROOT / "pyproject.toml").read_text())

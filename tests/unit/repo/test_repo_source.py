@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 CORE = ROOT / "core" / "src" / "lineshaft"
-SOURCES = [ROOT / "core" / "src", *sorted((ROOT / "kits").glob("*/src")), *sorted((ROOT / "plugins").glob("*/src"))]
+SUITE = ROOT / "conformance" / "src"
+SOURCES = [
+    ROOT / "core" / "src", SUITE, *sorted((ROOT / "kits").glob("*/src")), *sorted((ROOT / "plugins").glob("*/src")),
+]  # fmt: skip
 MODULES = sorted(CORE.rglob("*.py"))
 ALL_MODULES = sorted(path for source in SOURCES for path in source.rglob("*.py"))
 
@@ -111,6 +114,13 @@ def test_host_logic_uses_no_array_library(folder: str) -> None:
 def test_core_imports_no_tensor_library_nor_plugin_even_lazily() -> None:
     roots = {(name(path), module.partition(".")[0]) for path in MODULES for module in imports(path)}
     assert {found for found in roots if found[1] in TENSOR_LIBRARIES or found[1].startswith("lineshaft_")} == set()
+
+
+def test_the_suite_imports_a_tensor_library_and_plugins_for_its_mutants_only() -> None:
+    for path in SUITE.rglob("*.py"):
+        roots = {module.partition(".")[0] for module in imports(path)} - {"lineshaft_conformance"}
+        if "mutants" not in path.parts:
+            assert not {root for root in roots if root in TENSOR_LIBRARIES or root.startswith("lineshaft_")}, path
 
 
 IMPORT_ALL = """

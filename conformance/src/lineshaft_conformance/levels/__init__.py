@@ -8,7 +8,7 @@ from importlib import import_module
 from lineshaft_conformance.checks import Check, Size
 from lineshaft_conformance.subject import Subject
 
-THEMES = ("load", "ops", "paging", "graphs", "collectives", "engine", "determinism", "speed")
+THEMES = ("load", "ops", "paging", "graphs", "weights", "collectives", "engine", "determinism", "speed")
 """Files of this folder, in the order in which their checks run, each with `checks(subject, size)`."""
 
 

@@ -1,13 +1,146 @@
-"""Checks to come."""
+"""L5: speed against a roofline that is measured through the backend, and as ratios of sizes; both in one process.
+
+Times are the least of interleaved runs on one host thread, in the backend's preferred dtype; only ratios are judged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
 
-from lineshaft_conformance.checks import Check, Size
+from lineshaft.engine import Engine
+from lineshaft.runner.messages import StepMessage
+from lineshaft.sampling.params import SamplingParams
+from lineshaft_conformance.checks import Check, Found, Size, require
+from lineshaft_conformance.stage import engine_config
 from lineshaft_conformance.subject import Subject
+from lineshaft_conformance.timed import WIDTH, Timed, Timer, page_size_of
+from lineshaft_conformance.timing import TOO_MUCH, paired_ratio
+from lineshaft_conformance.tiny import LLAMA, checkpoint
+from lineshaft_conformance.watched import WatchedExecutor
+
+GROWTH = 8
+LEAST = 1 / 8
+"""Share of its own roofline that a decode step reaches at least, and what it is made of: attend and linear. Engines
+reach a half and more; what is near an order of magnitude from what the backend itself shows is no matter of tuning."""
+LEAST_OTHER = 1 / 20
+"""The same for an op that is of little weight in a step."""
+
+Make = Callable[[Timer, int], Timed]
+
+
+def attend(timer: Timer, scale: int) -> Timed:
+    """Decode rows whose keys are as many bytes as the roofline's own programs read, or `scale` eighths of that."""
+    size = page_size_of(timer.subject)
+    token = 2 * 8 * 64 * timer.element.itemsize
+    pages = max(1, timer.nbytes * scale // (8 * 8 * token * size))
+    return timer.decode(8, pages * size, pages, 1 + 8 * pages, size)
+
+
+OPS: dict[str, Make] = {
+    "attend": attend,
+    "rms_norm": lambda timer, scale: timer.norm(timer.rows * scale // 8),
+    "add": lambda timer, scale: timer.pointwise("add", 2, timer.rows * scale // 8),
+    "silu_mul": lambda timer, scale: timer.pointwise("silu_mul", 1, timer.rows * scale // 8),
+    "argmax": lambda timer, scale: timer.pointwise("argmax", 1, timer.rows * scale // 8),
+    "linear": lambda timer, scale: timer.linear(32 * scale, WIDTH, WIDTH // 2),
+}
+"""Large problems by op; scale 8 is the whole, 1 an eighth."""
+
+
+def more_pages(timer: Timer, scale: int) -> Timed:
+    """A step's time does not depend on how many pages the cache has."""
+    size = page_size_of(timer.subject)
+    return timer.decode(4, size, 1, scale * timer.nbytes // (8 * 2 * 8 * 64 * timer.element.itemsize * size), size)
+
+
+def more_columns(timer: Timer, scale: int) -> Timed:
+    """Nor on how long a context the page table has room for."""
+    size = page_size_of(timer.subject)
+    return timer.decode(8, size, 32 * scale, 9, size)
+
+
+def more_vocabulary(timer: Timer, scale: int) -> Timed:
+    """Nor does looking up tokens depend on how many others there are."""
+    return timer.embed(max(16, timer.rows * scale // 8))
+
+
+UNUSED: dict[str, Make] = {"pages": more_pages, "columns": more_columns, "vocabulary": more_vocabulary}
 
 
 def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """Every check of this file."""
-    yield from ()
+    yield Check("L5/speed/roofline/decode", decode_step, "A decode step comes near its roofline.", limit=180.0)
+    for op, make in OPS.items():
+        rule = f"{op} comes near its roofline."
+        run = partial(near, make, LEAST if op in ("attend", "linear") else LEAST_OTHER)
+        yield Check(f"L5/speed/roofline/{op}", run, rule, op, shape_class="roofline", limit=180.0)
+    for op, make in OPS.items():
+        rule = f"Eight times the work takes less than {TOO_MUCH:g} x 8 times as long."
+        run = partial(grows, make, TOO_MUCH * GROWTH)
+        yield Check(f"L5/speed/growth/{op}", run, rule, op, shape_class="growth", limit=180.0)
+    for what, make in UNUSED.items():
+        rule = (make.__doc__ or "").strip()
+        yield Check(f"L5/speed/unused/{what}", partial(grows, make, TOO_MUCH), rule, shape_class="unused", limit=180.0)
+
+
+def timer_of(subject: Subject) -> Timer:
+    """One timer for all checks of a subject."""
+    kept: Timer = subject.keep("timer", lambda: Timer(subject, subject.capabilities.dtypes[0]))
+    return kept
+
+
+def near(make: Make, least: float, subject: Subject, seed: int) -> Found:
+    """An op's time beside its roofline."""
+    timer = timer_of(subject)
+    with closing(make(timer, 8)) as timed:
+        return judged(timer, timed, least)
+
+
+def judged(timer: Timer, timed: Timed, least: float) -> Found:
+    bound, taken = timer.bound(timed)
+    share = bound / taken
+    require(
+        share >= least,
+        f"it takes {taken * 1e3:.3g} ms, {1 / share:.3g} times the {bound * 1e3:.3g} ms that this backend's own "
+        f"copy_pages and linear allow; at most {1 / least:g} times is",
+    )
+    return Found(timed.kernels, notes=(f"{timer.dtype}: {taken * 1e3:.3g} ms, {share:.2f} of the roofline",))
+
+
+def grows(make: Make, limit: float, subject: Subject, seed: int) -> Found:
+    """The same at one and at eight times the size."""
+    timer = timer_of(subject)
+    with closing(make(timer, 1)) as small, closing(make(timer, 8)) as large:
+        ratio = paired_ratio(small.run, large.run)
+        require(ratio < limit, f"eight times the size takes {ratio:.3g} times as long; less than {limit:g} is allowed")
+        return Found(large.kernels, notes=(f"{timer.dtype}: eight times the size takes {ratio:.2f} times as long",))
+
+
+def decode_step(subject: Subject, seed: int) -> Found:
+    """A decode step of one row of a model whose weights are far more than a step's other costs: it reads each once."""
+    timer = timer_of(subject)
+    model = checkpoint(subject, "large model", large_model(timer), seed)
+    config = engine_config(subject, model, timer.dtype, page_size_of(subject), max_model_len=64, **{"cache.pages": 70})
+    watched = WatchedExecutor(subject, config)
+    with Engine(config, registry=subject.registry, executor=watched) as engine:
+        engine.add([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+        while engine.has_work:
+            engine.step()
+        step: StepMessage = watched.steps[-1].message
+        kernels = tuple(dict.fromkeys(entry.kernel for entry in engine.plan.entries))
+        timed = Timed(timer.empty.rig, lambda: watched.worker.execute(step), engine.plan.weight_bytes, 0, kernels)
+        return judged(timer, timed, LEAST)
+
+
+def large_model(timer: Timer) -> dict[str, Any]:
+    """A Llama of at least as many bytes as the roofline's own programs move, in few layers."""
+    hidden = 512
+    while 26 * hidden * hidden * timer.element.itemsize < timer.nbytes and hidden < 4096:
+        hidden *= 2
+    return {
+        **LLAMA, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 2, "vocab_size": 1024,
+        "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "head_dim": 64,
+    }  # fmt: skip

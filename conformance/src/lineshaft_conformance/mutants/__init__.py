@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from lineshaft.contract.backends import Backend
-from lineshaft_conformance.mutants.mutant import Mutant
+if TYPE_CHECKING:
+    from lineshaft_conformance.mutants.mutant import Mutant
 
-THEMES = ("ops", "paging", "graphs", "collectives", "engine", "whole")
+THEMES = ("attention", "schemes", "ops", "paging", "graphs", "weights", "collectives", "engine", "whole")
 """Files of this folder, each with `MUTANTS: tuple[Mutant, ...]`."""
 
 
@@ -23,8 +24,3 @@ def gallery() -> Mapping[str, Mutant]:
     names = [mutant.name for mutant in found]
     assert len(set(names)) == len(names), "two mutants share a name"
     return {mutant.name: mutant for mutant in found}
-
-
-def mutate(name: str, backend: Backend) -> Backend:
-    """The backend, broken as the mutant of that name is."""
-    return gallery()[name].make(backend)

@@ -1,24 +1,34 @@
-"""What a mutant is, and how one is made of a backend by replacing kernels, its session or its capabilities."""
+"""What a mutant is, and how one is made of a backend by replacing kernels, session, capabilities or entry."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from lineshaft.contract.backends import Backend, Capabilities
+from lineshaft.contract.backends import Backend, BackendInfo, Capabilities
 from lineshaft.contract.kernels import Bound, Kernel
+from lineshaft_conformance.checks import Size
+from lineshaft_torch.bound import BoundKernel
+
+Make = Callable[[Any], "Changed"]
+"""Breaks a started backend."""
 
 
 @dataclass(frozen=True)
 class Mutant:
     """One broken backend.
 
-    rule    the rule of the contract that it breaks, in a sentence
-    level   where the suite must fail it
-    checks  shell pattern of the ids of the checks that see it: "L1/attend/*"
-    make    breaks a started backend
+    rule      the rule of the contract that it breaks, in a sentence
+    level     where the suite must fail it
+    checks    shell pattern of the ids of the checks that see it: "L1/attend/*"
+    make      breaks a started backend
+    size      the smallest size of the suite that has such a check
+    fatal     it ends or hangs its process, so that a check of it needs one of its own
+    anywhere  it fails below its level too; what counts is that the level asked alone fails it
+    info      what it registers instead of the backend's own entry
     """
 
     name: str
@@ -26,6 +36,10 @@ class Mutant:
     level: int
     checks: str
     make: Callable[[Backend], Backend]
+    size: Size = "smoke"
+    fatal: bool = False
+    anywhere: bool = False
+    info: Callable[[BackendInfo], BackendInfo] = lambda info: info
 
 
 @dataclass(frozen=True)
@@ -57,22 +71,70 @@ def changed(backend: Any, **changes: Any) -> Changed:
     return Changed(backend, **{"capabilities": backend.capabilities, **changes})
 
 
-def with_kernel(op: str, wrap: Callable[[Any, Bound], Bound], **fields: Any) -> Callable[[Any], Changed]:
-    """Makes a mutant whose kernels of `op` are `wrap(problem, bound kernel)`; `fields` replace fields of the Kernel."""
+def with_kernels(change: Callable[[Kernel], Kernel], op: str = "") -> Make:
+    """Makes a mutant with `change(kernel)` for each kernel of `op`, or of all ops."""
+
+    def change_all(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        return [change(kernel) if op in ("", kernel.op) else kernel for kernel in kernels]
+
+    return lambda backend: changed(backend, change_kernels=change_all)
+
+
+def with_kernel(op: str, wrap: Callable[[Any, Bound], Bound], **fields: Any) -> Make:
+    """Makes a mutant whose kernels of `op` are `wrap(problem, bound kernel)`; `fields` replace fields of the Kernel.
+
+    The wrapped function allocates its results, and is recorded as one call: a replay runs all of it.
+    """
 
     def broken(kernel: Kernel) -> Kernel:
         def bind(problem: Any, session: Any) -> Bound:
-            return wrap(problem, kernel.bind(problem, session))
+            return BoundKernel(wrap(problem, plain(kernel.bind(problem, session))), session, out=False)
 
         return replace(kernel, bind=bind, **fields)
 
-    def make(backend: Any) -> Changed:
-        return changed(backend, change_kernels=lambda kernels: [broken(k) if k.op == op else k for k in kernels])
-
-    return make
+    return with_kernels(broken, op)
 
 
-def with_session(method: str, wrap: Callable[..., Any]) -> Callable[[Any], Changed]:
+def portable(op: str) -> Make:
+    """Makes a backend whose only kernels of `op` are the torch kit's: those that plan nothing on the host."""
+
+    def kept(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        return [kernel for kernel in kernels if kernel.op != op or kernel.name.startswith("torch_")]
+
+    return lambda backend: changed(backend, change_kernels=kept)
+
+
+def plain(bound: Any) -> Bound:
+    """A bound kernel as a function that no session records."""
+    run: Bound = bound.run if isinstance(bound, BoundKernel) else bound
+    return run
+
+
+def with_call(op: str, call: Callable[..., Any], **fields: Any) -> Make:
+    """Makes a mutant whose kernels of `op` are `call(problem, run, *args, **kwargs)`; `run` is the right kernel."""
+    return with_kernel(op, lambda problem, run: partial(call, problem, run), **fields)
+
+
+def with_result(op: str, change: Callable[[Any, Any], Any]) -> Make:
+    """Makes a mutant whose kernels of `op` return `change(problem, result)`."""
+    return with_call(op, lambda problem, run, *args, **kwargs: change(problem, run(*args, **kwargs)))
+
+
+def with_problem(op: str, change: Callable[[Any], dict[str, Any]]) -> Make:
+    """Makes a mutant whose kernels of `op` solve the problem with `change(problem)` as other fields."""
+
+    def broken(kernel: Kernel) -> Kernel:
+        return replace(kernel, bind=lambda problem, session: kernel.bind(replace(problem, **change(problem)), session))
+
+    return with_kernels(broken, op)
+
+
+def with_added(kernel: Callable[[str], Kernel]) -> Make:
+    """Makes a mutant with one more kernel, given the backend's name."""
+    return lambda backend: changed(backend, change_kernels=lambda kernels: [*kernels, kernel(backend.name)])
+
+
+def with_session(method: str, wrap: Callable[..., Any]) -> Make:
     """Makes a mutant whose sessions call `wrap(session, original, *args, **kwargs)` for one of their methods."""
 
     def broken(session: Any) -> Any:
@@ -83,6 +145,17 @@ def with_session(method: str, wrap: Callable[..., Any]) -> Callable[[Any], Chang
     return lambda backend: changed(backend, change_session=broken)
 
 
-def with_capabilities(**fields: Any) -> Callable[[Any], Changed]:
+def with_capabilities(**fields: Any) -> Make:
     """Makes a mutant that claims something else."""
     return lambda backend: changed(backend, capabilities=dataclasses.replace(backend.capabilities, **fields))
+
+
+def all_of(*makes: Make) -> Make:
+    """Makes a mutant that is broken in several ways at once."""
+
+    def make(backend: Any) -> Any:
+        for each in makes:
+            backend = each(backend)
+        return backend
+
+    return make

@@ -1,7 +1,543 @@
-"""Mutants to come."""
+"""Mutants of every op but attention and collectives, and kernels that break what holds for all ops."""
 
 from __future__ import annotations
 
-from lineshaft_conformance.mutants.mutant import Mutant
+import ctypes
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-MUTANTS: tuple[Mutant, ...] = ()
+import torch
+
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.ops.logits import kept_tokens
+from lineshaft.contract.problems import RopeScaling
+from lineshaft_conformance.mutants.mutant import (
+    Make,
+    Mutant,
+    with_added,
+    with_call,
+    with_kernel,
+    with_kernels,
+    with_problem,
+    with_result,
+)
+from lineshaft_torch.bound import DENSE, dense, recipe
+from lineshaft_torch.bound import with_problem as given_problem
+from lineshaft_torch.pages import movable, page_view
+
+Tensor = torch.Tensor
+
+
+def mutant(name: str, rule: str, cases: str, make: Make, level: int = 1, **fields: Any) -> Mutant:
+    op = cases.partition("/")[0].rstrip("*").replace("_", "-")
+    return Mutant(f"{op}-{name}".strip("-"), rule, level, f"L{level}/{cases}", make, **fields)
+
+
+def before(op: str, change: Callable[..., tuple[Any, ...]]) -> Make:
+    """Makes a mutant whose kernels of `op` get `change(*args)` as arguments."""
+    return with_call(op, lambda problem, run, *args, **kwargs: run(*change(*args), **kwargs))
+
+
+def after(op: str, change: Callable[[Any], Any]) -> Make:
+    """Makes a mutant whose kernels of `op` return `change(result)`."""
+    return with_result(op, lambda problem, result: change(result))
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------
+
+
+def write(store: Callable[..., None]) -> Make:
+    """Makes a mutant whose write_kv is `store(flat, slots, new)` for keys and for values."""
+
+    def call(p: Any, run: Any, cache: Any, k: Tensor, v: Any, step: Any, **kw: Any) -> Any:
+        for name, new in (("k", k), ("v", v)):
+            if new is not None:
+                store(cache.arrays[name], step.groups[p.group].slots.long(), new)
+        return cache
+
+    return with_call("write_kv", call)
+
+
+def plain_store(flat: Tensor, slots: Tensor, new: Tensor) -> None:
+    top = torch.finfo(flat.dtype).max
+    movable(flat).index_copy_(0, slots, movable(new.clamp(-top, top).to(flat.dtype)))
+
+
+def store_one_too_many(flat: Tensor, slots: Tensor, new: Tensor) -> None:
+    plain_store(flat, (slots + 1).clamp(max=len(flat) - 1), new)
+    plain_store(flat, slots, new)
+
+
+def store_toward_zero(flat: Tensor, slots: Tensor, new: Tensor) -> None:
+    rounded = new.to(flat.dtype).to(new.dtype)
+    smaller = torch.where(rounded.abs() > new.abs(), new * (1 - torch.finfo(flat.dtype).eps / 2), new)
+    plain_store(flat, slots, smaller)
+
+
+def store_unsaturated(flat: Tensor, slots: Tensor, new: Tensor) -> None:
+    top = torch.finfo(flat.dtype).max
+    codes = torch.where(new.abs() > top, torch.nan, new).to(flat.dtype)
+    movable(flat).index_copy_(0, slots, movable(codes))
+
+
+def one_by_one(kind: str) -> Make:
+    """Makes a mutant whose copy reads what it has just written."""
+
+    def call(p: Any, run: Any, cache: Any, src: Tensor, dst: Tensor) -> Any:
+        arrays = page_view(cache) if kind == "copy_pages" else cache.arrays
+        for array in arrays.values():
+            for a, b in zip(src.tolist(), dst.tolist(), strict=True):
+                array[b] = array[a]
+        return cache
+
+    return with_call(kind, call)
+
+
+CACHE = (
+    mutant("one-slot-too-many", "write_kv writes a token's slot and no other (§3)", "write_kv/*",
+           write(store_one_too_many), level=2),
+    mutant("in-order", "slots give each token's place, in any order (§3)", "write_kv/*",
+           write(lambda flat, slots, new: plain_store(flat, slots.sort().values, new)), level=2),
+    mutant("group-0", "the cache's group comes from its problem (§5)", "write_kv/*group1*",
+           with_problem("write_kv", lambda p: {"group": 0}), level=2),
+    mutant("skips-slot-0-of-page", "slots = page * page_size + offset, from offset 0 (§3)", "write_kv/prefill/*",
+           write(lambda flat, slots, new: plain_store(flat, slots * (slots % 20 > 0), new)), level=2),
+    mutant("forgets-v", "write_kv stores keys and values (§5)", "write_kv/mixed/page16*",
+           with_call("write_kv", lambda p, run, cache, k, v, step: run(
+               cache, k, None if v is None else v * 0, step)), level=2),
+    mutant("slots-16-bits", "ids are int32 (§3)", "write_kv/high_ids/*",
+           write(lambda flat, slots, new: plain_store(flat, slots % 65536, new)), level=2),
+    mutant("overflow-is-nan", "a value beyond fp8's range saturates", "write_kv/fp8_saturates/*",
+           write(store_unsaturated), level=2),
+    mutant("rounds-toward-zero", "values are rounded to even", "write_kv/fp8_saturates/*",
+           write(store_toward_zero), level=2),
+    mutant("keeps-first-tokens", "write_kv writes every token of a step (§5)", "write_kv/prefill/*",
+           write(lambda flat, slots, new: plain_store(flat, slots[:16], new[:16])), level=2),
+    mutant("reversed", "page i of the result is page ids[i] (§5)", "read_pages/*",
+           before("read_pages", lambda cache, ids: (cache, ids.flip(0))), level=2),
+    mutant("clears-others", "write_pages leaves all other pages (§5)", "write_pages/*",
+           with_call("write_pages", lambda p, run, cache, ids, pages: run(clear(cache), ids, pages)), level=2),
+    mutant("overlap", "all reads of copy_pages come before all writes (§5)", "copy_pages/swap*",
+           one_by_one("copy_pages"), level=2),
+    mutant("overlap", "all reads of copy_slots come before all writes (§5)", "copy_slots/swap*",
+           one_by_one("copy_slots"), level=2),
+    mutant("keys-only", "every array of the cache is copied (§5)", "copy_pages/*",
+           with_call("copy_pages", lambda p, run, cache, src, dst: (run(
+               replace(cache, arrays={"k": cache.arrays["k"]}), src, dst), cache)[1]), level=2),
+)  # fmt: skip
+
+
+def clear(cache: Any) -> Any:
+    for array in cache.arrays.values():
+        array.zero_()
+    return cache
+
+
+# ---- rows, products, norms -------------------------------------------------------------------------------------
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    gate, up = x.double().chunk(2, -1)
+    return (torch.nn.functional.gelu(gate) * up).to(x.dtype)
+
+
+def silu_overflow(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, -1)
+    return (gate * gate.exp() / (1 + gate.exp()) * up).to(x.dtype)
+
+
+def drop_odd_column(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    even = torch.arange(x.shape[-1]) < x.shape[-1] // 2 * 2
+    return x * even, *rest
+
+
+def as_tf32(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    kept = (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
+    return kept, *rest
+
+
+def bf16_product(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Tensor:
+    """A product whose partial sums are held in bfloat16, for problems of bfloat16 with a dense weight."""
+    right: Tensor = run(x, w, **kw)
+    if p.dtype != "bfloat16" or kw:
+        return right
+    total, matrix = torch.zeros_like(right), next(iter(w.arrays.values())).to_dense()
+    for i in range(p.k):
+        total = total + x[:, i : i + 1] * matrix[:, i]
+    return total
+
+
+def executed_below(op: str, only: str, below: torch.dtype) -> Make:
+    """Makes a mutant whose kernels of `op` round operands of dtype `only` to a narrower one."""
+
+    def narrow(item: Any) -> Any:
+        same = isinstance(item, Tensor) and item.dtype == getattr(torch, only)
+        return item.to(below).to(item.dtype) if same else item
+
+    return with_call(op, lambda p, run, *args, **kw: run(*map(narrow, args), **kw))
+
+
+def norm_of(scale: Callable[[Tensor, float], Tensor], center: bool = False, add: float = 0.0) -> Make:
+    """Makes a mutant whose rms_norm divides by `scale(mean of squares, eps)`."""
+
+    def call(p: Any, run: Any, x: Tensor, w: Any) -> Any:
+        wide = x.double() - (x.double().mean(-1, keepdim=True) if center else 0)
+        return (wide / scale(wide.square().mean(-1, keepdim=True), p.eps) * (dense(w).double() + add)).to(x.dtype)
+
+    return with_call("rms_norm", call)
+
+
+def norm_over_all(p: Any, run: Any, x: Tensor, w: Any) -> Any:
+    mean = x.double().square().flatten(1).mean(-1) if x.dim() == 3 else x.double().square().mean(-1)
+    shape = (-1, *[1] * (x.dim() - 1))
+    return (x.double() / (mean.view(shape) + p.eps).sqrt() * dense(w).double()).to(x.dtype)
+
+
+ROWS = (
+    mutant("vocab-start-ignored", "embed looks up ids - vocab_start (§4, §5)", "embed/middle_shard*",
+           before("embed", lambda ids, table, start: (ids, table, start * 0))),
+    mutant("clamps-outside", "embed gives 0 outside the shard (§5)", "embed/first_shard*",
+           with_call("embed", lambda p, run, ids, table, start: run(
+               ids.clamp(int(start), int(start) + p.vocab - 1), table, start))),
+    mutant("last-row-of-shard", "the shard's last row is inside (§5)", "embed/*",
+           with_call("embed", lambda p, run, ids, table, start: run(
+               torch.where(ids == start + p.vocab - 1, start - 1, ids).int(), table, start))),
+    mutant("reversed", "row i of the result is row rows[i] (§5)", "gather_rows/*",
+           before("gather_rows", lambda x, rows: (x, rows.flip(0)))),
+    mutant("minus-one-is-row-0", "merge_rows keeps the row of x where source is -1 (§5)", "merge_rows/*",
+           before("merge_rows", lambda x, embeds, source: (x, embeds, source.clamp(min=0)))),
+    mutant("order", "concat joins in the order given (§5)", "concat/*",
+           before("concat", lambda xs, dim: (xs[::-1], dim))),
+    mutant("last-dim", "concat joins along `dim` (§5)", "concat/*", with_call(
+        "concat", lambda p, run, xs, dim: torch.cat([x.flatten() for x in xs]).view(run(xs, dim).shape))),
+    mutant("subtracts", "add adds (§5)", "add/*", before("add", lambda x, y: (x, -y))),
+    mutant("gate-second", "the gate is the first half (§5)", "silu_mul/*",
+           before("silu_mul", lambda x: (x.roll(x.shape[-1] // 2, -1),))),
+    mutant("overflows", "silu has its limits where exp overflows", "silu_mul/*large*",
+           with_call("silu_mul", lambda p, run, x: silu_overflow(x))),
+    mutant("erf", "gelu_mul is the tanh approximation", "gelu_mul/*",
+           with_call("gelu_mul", lambda p, run, x: gelu_erf(x))),
+    mutant("drops-odd-column", "any k and n are products (§5)", "linear/*k67*", before("linear", drop_odd_column)),
+    mutant("bias-ignored", "a bias is passed exactly when the problem has one, and is added (§5)", "linear/bias/*",
+           with_call("linear", lambda p, run, x, w, **kw: run(x, w, **{k: v * 0 for k, v in kw.items()}))),
+    mutant("last-row-of-tile", "every row of a product is right, also beyond a tile of 16", "linear/prefill/*",
+           after("linear", lambda out: torch.cat([out[:16], out[16:] * 0]))),
+    mutant("tf32", "f32 products are not run in a narrower dtype (§7)", "linear/*-f32", before("linear", as_tf32)),
+    mutant("bf16-accumulation", "products accumulate in f32 (§5)", "linear/sums/*-bf16",
+           with_call("linear", bf16_product)),
+    mutant("bf16-under-f32", "a kernel that computes below the problem's dtype declines (§7)", "linear/*-f32",
+           executed_below("linear", "float32", torch.bfloat16)),
+    mutant("f32-under-f64", "a kernel that computes below the problem's dtype declines (§7)", "linear/*-f64",
+           executed_below("linear", "float64", torch.float32), size="full"),
+    mutant("one-head-for-all", "head_linear has a weight per head (§5)", "head_linear/*",
+           before("head_linear", lambda x, w: (x, replace(w, arrays={
+               key: leaf[:1].expand_as(leaf) for key, leaf in w.arrays.items()})))),
+    mutant("eps-missing", "eps is in the problem, and added to the mean (§5)", "rms_norm/zero_row*",
+           with_problem("rms_norm", lambda p: {"eps": 0.0})),
+    mutant("eps-outside", "eps is added before the square root (§5)", "rms_norm/*-f32",
+           norm_of(lambda mean, eps: mean.sqrt() + eps)),
+    mutant("eps-fixed", "eps is the problem's (§5)", "rms_norm/*", with_problem("rms_norm", lambda p: {"eps": 1e-6})),
+    mutant("subtracts-mean", "an RMS norm does not centre", "rms_norm/*",
+           norm_of(lambda mean, eps: (mean + eps).sqrt(), center=True)),
+    mutant("one-plus-weight", "the weight is stored as it multiplies", "rms_norm/*",
+           norm_of(lambda mean, eps: (mean + eps).sqrt(), add=1.0)),
+    mutant("over-heads", "a norm is over the last dim alone (§5)", "rms_norm/heads*",
+           with_call("rms_norm", norm_over_all)),
+    mutant("returns-r", "add_rms_norm returns x + r (§5)", "add_rms_norm/*",
+           with_call("add_rms_norm", lambda p, run, x, r, w: (run(x, r, w)[0], r.clone()))),
+    mutant("norms-x", "add_rms_norm norms the sum (§5)", "add_rms_norm/*",
+           with_call("add_rms_norm", lambda p, run, x, r, w: (run(x, r * 0, w)[0], x + r))),
+)  # fmt: skip
+
+
+# ---- rope ------------------------------------------------------------------------------------------------------
+
+
+ROPE = (
+    mutant("pairs-swapped", "interleaved chooses the pairs (§5)", "rope/*",
+           with_problem("rope", lambda p: {"interleaved": not p.interleaved})),
+    mutant("base-ignored", "the base is the problem's (§5)", "rope/neox-d64-long*",
+           with_problem("rope", lambda p: {"base": 10000.0})),
+    mutant("scaling-ignored", "scaling is the problem's (§5)", "rope/l*",
+           with_problem("rope", lambda p: {"scaling": replace(RopeScaling(), freq_factors=p.scaling.freq_factors)})),
+    mutant("llama3-as-linear", "llama3 scaling blends by wavelength", "rope/llama3*",
+           with_problem("rope", lambda p: {"scaling": replace(p.scaling, kind=p.scaling.kind.replace(
+               "llama3", "linear"))})),
+    mutant("factors-ignored", "freq_factors divide the frequencies", "rope/freq_factors*",
+           with_problem("rope", lambda p: {"scaling": replace(p.scaling, freq_factors=())})),
+    mutant("narrow-angles", "angles are computed in f32 (§5)", "rope/*",
+           before("rope", lambda q, k, positions: (q, k, positions.bfloat16().int()))),
+    mutant("whole-head", "only the first dim values of a head turn (§5)", "rope/partial*",
+           with_result("rope", lambda p, pair: tuple(torch.cat([x[..., : p.dim], x[..., p.dim :] * 0], -1)
+                                                     for x in pair))),
+    mutant("k-unturned", "queries and keys turn (§5)", "rope/*",
+           with_call("rope", lambda p, run, q, k, positions: (run(q, k, positions)[0], k.clone()))),
+    mutant("positions-from-1", "position 0 does not turn (§5)", "rope/*",
+           before("rope", lambda q, k, positions: (q, k, (positions + 1).clamp(max=255)))),
+)  # fmt: skip
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------
+
+
+def ties_to_highest(p: Any, run: Any, logits: Tensor) -> Any:
+    ids, probs = run(logits.flip(-1).contiguous())
+    return (p.experts - 1 - ids).int(), probs
+
+
+def drops_overflow(p: Any, run: Any, x: Tensor, ids: Tensor, mapping: Tensor, local: int) -> Any:
+    rows, offsets, source = run(x, ids, mapping, local)
+    at = torch.arange(len(rows))
+    expert = torch.searchsorted(offsets[1:].contiguous(), at, right=True).clamp(max=local - 1)
+    return torch.where((at - offsets[expert] < 2)[:, None], rows, 0), offsets, source
+
+
+def backwards_within(p: Any, run: Any, x: Tensor, ids: Tensor, mapping: Tensor, local: int) -> Any:
+    rows, offsets, source = run(x.flip(0).contiguous(), ids.flip(0).flip(1).contiguous(), mapping, local)
+    return rows, offsets, (ids.numel() - 1 - source).int()
+
+
+def skips_empty_experts(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor) -> Any:
+    counts = offsets.diff()
+    packed = torch.cat([counts[counts > 0], counts[counts == 0]])
+    return run(x, w13, w2, torch.cat([offsets[:1], packed.cumsum(0)]).int())
+
+
+def reads_beyond(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor) -> Any:
+    return run(x, w13, w2, torch.cat([offsets[:-1], offsets[-1:] * 0 + len(x)]).int())
+
+
+def whole_mlp(p: Any, x: Tensor, ids: Tensor, probs: Tensor, w13: Any, w2: Any, expert_map: Tensor) -> Tensor:
+    """The composite as one kernel that takes an expert elsewhere for local expert 0."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for j in range(ids.shape[1]):
+        e = expert_map[ids[:, j].long()].clamp(min=0).long()
+        gate, up = torch.einsum("th,tfh->tf", x.double(), dense(w13)[e].double()).chunk(2, -1)
+        hidden = torch.nn.functional.silu(gate) * up if p.activation == "silu" else gate * up
+        out += probs[:, j, None].double() * torch.einsum("tf,thf->th", hidden, dense(w2)[e].double())
+    return out.to(x.dtype)
+
+
+EXPERTS = (
+    mutant("ties-to-highest", "ties go to the lowest index (§5)", "router_topk/ties*",
+           with_call("router_topk", ties_to_highest)),
+    mutant("unsorted", "the chosen experts are ordered (§5)", "router_topk/*",
+           after("router_topk", lambda pair: tuple(x.flip(-1).contiguous() for x in pair))),
+    mutant("softmax-other-side", "softmax before or after the choice is the problem's (§5)", "router_topk/*-k2-*",
+           with_problem("router_topk", lambda p: {"softmax": {"before": "after", "after": "before"}[p.softmax]})),
+    mutant("not-renormalised", "renormalise makes the weights sum to 1 (§5)", "router_topk/before-renormalise*",
+           with_problem("router_topk", lambda p: {"renormalise": False})),
+    mutant("scale-ignored", "scale multiplies the weights (§5)", "router_topk/before-renormalise*",
+           with_problem("router_topk", lambda p: {"scale": 1.0})),
+    mutant("groups-ignored", "only the best groups are eligible (§5)", "router_topk/groups*",
+           with_problem("router_topk", lambda p: {"groups": 0})),
+    mutant("narrow-weights", "router weights are f32 (§5)", "router_topk/*-bf16",
+           after("router_topk", lambda pair: (pair[0], pair[1].bfloat16().float()))),
+    mutant("elsewhere-is-0", "expert_map -1 is an expert elsewhere (§5)", "moe_dispatch/ep2*",
+           before("moe_dispatch", lambda x, ids, mapping, local: (x, ids, mapping.clamp(min=0), local))),
+    mutant("map-ignored", "expert_map gives the local index (§4)", "moe_dispatch/ep2_second*",
+           before("moe_dispatch", lambda x, ids, mapping, local: (
+               x, ids, torch.where(torch.arange(len(mapping)) < local, torch.arange(len(mapping)), -1).int(), local))),
+    mutant("drops-overflow", "capacity is lossless: T * k (§5)", "moe_dispatch/*",
+           with_call("moe_dispatch", drops_overflow)),
+    mutant("backwards-within", "rows of an expert are in the order of their assignments", "moe_dispatch/*",
+           with_call("moe_dispatch", backwards_within)),
+    mutant("skips-empty", "an expert without rows is legal (§5)", "grouped_mlp/empty_expert*",
+           with_call("grouped_mlp", skips_empty_experts)),
+    mutant("reads-beyond", "rows after the last offset are 0 and not read", "grouped_mlp/beyond_is_nan*",
+           with_call("grouped_mlp", reads_beyond)),
+    mutant("always-silu", "the activation is the problem's", "expert_mlp/gelu*",
+           with_problem("grouped_mlp", lambda p: {"activation": "silu"})),
+    mutant("unweighted", "moe_combine multiplies by probs (§5)", "moe_combine/*",
+           before("moe_combine", lambda rows, source, probs: (rows, source, probs * 0 + 1))),
+    mutant("source-ignored", "source names the assignment of each row", "moe_combine/*",
+           before("moe_combine", lambda rows, source, probs: (rows, torch.arange(len(source)).int(), probs))),
+    mutant("whole-elsewhere-is-0", "a kernel for a whole composite keeps the rules of its parts (§5)",
+           "expert_mlp/ep2*", with_added(recipe("whole_expert_mlp", "expert_mlp", given_problem(whole_mlp),
+                                                layout=DENSE))),
+)  # fmt: skip
+
+
+# ---- logits and sampling ---------------------------------------------------------------------------------------
+
+
+def params_with(**values: float) -> Make:
+    """Makes a mutant whose sample takes these parameters for what they are not."""
+    return before("sample", lambda logits, params, u: (
+        logits, {**params, **{k: torch.full_like(params[k], v) for k, v in values.items()}}, u))  # fmt: skip
+
+
+def in_descending_order(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Tensor:
+    order = logits.float().nan_to_num(-torch.inf).argsort(stable=True, dim=-1, descending=True)
+    found = run(logits.gather(1, order), params, u).long()
+    ids = order.gather(1, found.clamp(min=0)[:, None])[:, 0]
+    return torch.where(found < 0, found, ids).int()
+
+
+def top_p_first(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Any:
+    kept = logits.clone()
+    for row, x in enumerate(logits.double().numpy()):
+        if params["temperature"][row] > 0 and x.max() == x.max() > -math.inf:
+            ids, _ = kept_tokens(x / float(params["temperature"][row]), 0, float(params["top_p"][row]), 0.0)
+            kept[row] = -torch.inf
+            kept[row, ids.copy()] = logits[row, ids.copy()]
+    return run(kept, {**params, "top_p": params["top_p"] * 0}, u)
+
+
+def all_ties_kept(p: Any, run: Any, logits: Tensor, params: Any, u: Tensor) -> Any:
+    k = params["top_k"].clamp(1, p.vocab).long()
+    least = logits.sort(-1, descending=True).values.gather(1, (k - 1)[:, None])
+    out = (params["top_k"] > 0)[:, None] & (logits < least)
+    return run(logits.masked_fill(out, -torch.inf), {**params, "top_k": params["top_k"] * 0}, u)
+
+
+def first_row_for_all(logits: Tensor, params: Any, u: Tensor) -> tuple[Any, ...]:
+    return logits, {key: value[:1].expand_as(value).contiguous() for key, value in params.items()}, u
+
+
+def bits_from_the_top(p: Any, run: Any, logits: Tensor, *, mask: Any = None, **kw: Any) -> Any:
+    if mask is None:
+        return run(logits, **kw)
+    words = mask.view(torch.int32)
+    turned = sum((((words >> i) & 1) << (31 - i) for i in range(32)), torch.zeros_like(words))
+    return run(logits, mask=turned.view(torch.uint32), **kw)
+
+
+def whole_words(p: Any, run: Any, logits: Tensor, *, mask: Any = None, **kw: Any) -> Any:
+    out = run(logits, **kw) if mask is None else run(logits, mask=mask, **kw)
+    whole = p.vocab // 32 * 32
+    return torch.cat([out[:, :whole], run(logits, **kw)[:, whole:]], -1)
+
+
+LOGITS = (
+    mutant("bits-from-the-top", "bit v % 32 of word v // 32 is token v (§5)", "apply_logits/mask-*",
+           with_call("apply_logits", bits_from_the_top)),
+    mutant("whole-words", "the mask has ceil(V / 32) words (§5)", "apply_logits/mask-v40*",
+           with_call("apply_logits", whole_words)),
+    mutant("large-negative", "a masked logit is -inf (§5)", "apply_logits/mask-*",
+           after("apply_logits", lambda out: out.clamp(min=-1e4))),
+    mutant("bias-ignored", "a bias is added (§5)", "apply_logits/bias*",
+           with_call("apply_logits", lambda p, run, logits, **kw: run(logits, **{
+               key: v * 0 if key == "bias" else v for key, v in kw.items()}))),
+    mutant("always-greedy", "a temperature above 0 samples (§5)", "sample/plain*", params_with(temperature=0.0)),
+    mutant("never-greedy", "temperature 0 takes the largest logit, whatever else is set (§3)", "sample/*",
+           before("sample", lambda logits, params, u: (
+               logits, {**params, "temperature": params["temperature"].clamp(min=1.0)}, u))),
+    mutant("temperature-ignored", "the temperature divides the logits", "sample/hot*", params_with(temperature=1.0)),
+    mutant("top-k-ignored", "top_k filters (§5)", "sample/top_k*", params_with(top_k=0)),
+    mutant("top-p-ignored", "top_p filters (§5)", "sample/top_p*", params_with(top_p=0.0)),
+    mutant("min-p-ignored", "min_p filters (§5)", "sample/min_p*", params_with(min_p=0.0), size="full"),
+    mutant("zero-keeps-one", "all-zero parameters keep every token (§3)", "sample/*", before(
+        "sample", lambda logits, params, u: (logits, {**params, "top_k": params["top_k"].clamp(min=1)}, u))),
+    mutant("top-p-first", "filters in their order: top_k, then top_p", "sample/*", with_call("sample", top_p_first)),
+    mutant("all-ties-kept", "of equal logits the lowest ids are kept, exactly k", "sample/top_k_ties*",
+           with_call("sample", all_ties_kept)),
+    mutant("descending-order", "the inverse CDF runs over the kept tokens in id order (§5)", "sample/*",
+           with_call("sample", in_descending_order)),
+    mutant("first-row-for-all", "each row has its own parameters (§3)", "sample/mixed_rows*",
+           before("sample", first_row_for_all)),
+    mutant("one-u-for-all", "each row has its own u (§5)", "sample/*",
+           before("sample", lambda logits, params, u: (logits, params, u[:1].expand_as(u).contiguous()))),
+    mutant("token-for-nan", "a row with a NaN or no kept token gives -1 (§5)", "sample/nan_and_empty_rows*",
+           after("sample", lambda ids: ids.clamp(min=0))),
+    mutant("highest-wins", "the lowest index wins (§5)", "argmax/ties*",
+           with_call("argmax", lambda p, run, logits: (p.vocab - 1 - run(logits.flip(-1).contiguous())).int())),
+    mutant("padding-wins", "all-negative logits have a largest one (§10)", "argmax/all_negative*",
+           with_call("argmax", lambda p, run, logits: run(
+               torch.cat([logits, logits[:, :1] * 0], -1)).clamp(max=p.vocab - 1))),
+    mutant("token-for-nan", "a row with a NaN or nothing above -inf gives -1 (§5)", "argmax/nan*",
+           after("argmax", lambda ids: ids.clamp(min=0))),
+    mutant("base-2", "logprobs are natural (§5)", "logprobs/*",
+           after("logprobs", lambda out: (out[0] / math.log(2), out[1], out[2] / math.log(2)))),
+    mutant("ties-to-highest", "ties go to the lowest id (§5)", "logprobs/ties*",
+           with_call("logprobs", lambda p, run, logits, ids, k: (
+               run(logits, ids, k)[0], (p.vocab - 1 - run(logits.flip(-1).contiguous(), ids, k)[1]).int(),
+               run(logits, ids, k)[2]))),
+    mutant("narrow", "logprobs are f32 (§5)", "logprobs/*-bf16",
+           after("logprobs", lambda out: (out[0].bfloat16().float(), out[1], out[2].bfloat16().float()))),
+)  # fmt: skip
+
+
+# ---- what holds for every op -----------------------------------------------------------------------------------
+
+
+def memo(key: Callable[[Tensor], Any]) -> Make:
+    """Makes a mutant whose linear answers what it answered to the first argument with the same key."""
+
+    def wrap(problem: Any, run: Any) -> Any:
+        seen: dict[Any, Tensor] = {}
+
+        def call(x: Tensor, *rest: Any, **kw: Any) -> Tensor:
+            if key(x) not in seen:
+                seen[key(x)] = run(x, *rest, **kw)
+            return seen[key(x)].clone()
+
+        return call
+
+    return with_kernel("linear", wrap)
+
+
+def in_place(p: Any, run: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x.copy_(run(x, y))
+
+
+def packed_rows(x: Tensor) -> Tensor:
+    """x as if its rows lay without gaps."""
+    strides = [math.prod(x.shape[i + 1 :]) for i in range(x.dim())]
+    return torch.as_strided(x, x.shape, strides, x.storage_offset())
+
+
+def without_reason(kernel: Kernel) -> Kernel:
+    return replace(kernel, supports=lambda p: "" if p.width >= 32 else kernel.supports(p))
+
+
+def once_live(then: Callable[[], Any]) -> Make:
+    """Makes a mutant whose add does `then` on the first step that is not all zeros: not before a replay."""
+
+    def call(p: Any, run: Any, x: Tensor, y: Tensor) -> Any:
+        if x.any():
+            then()
+        return run(x, y)
+
+    return with_call("add", call)
+
+
+def broken(message: str) -> None:
+    raise RuntimeError(message)
+
+
+def claims_all(kernel: Kernel) -> Kernel:
+    def bind(problem: Any, session: Any) -> Any:
+        assert kernel.supports(problem) is None, f"{kernel.name} cannot run {problem.describe()}"
+        return kernel.bind(problem, session)
+
+    return replace(kernel, supports=lambda problem: None, bind=bind)
+
+
+ANY_OP = (
+    mutant("memoizes-shape", "an op answers by its operands' values", "linear/decode/*", memo(lambda x: x.shape)),
+    mutant("memoizes-identity", "an op answers by its operands' values", "linear/decode/*",
+           memo(lambda x: x.data_ptr())),
+    mutant("writes-operand", "inputs are read-only, outputs fresh (§5)", "add/*", with_call("add", in_place)),
+    mutant("packed-rows-assumed", "a kernel accepts a row stride or declines (§5)", "silu_mul/strided/*",
+           before("silu_mul", lambda x: (packed_rows(x),))),
+    mutant("packed-heads-assumed", "a kernel accepts a row stride or declines (§5)", "rope/strided/*",
+           before("rope", lambda q, k, positions: (packed_rows(q), packed_rows(k), positions))),
+    mutant("wider-result", "results have the dtype of the op (§5)", "add/*-bf16",
+           after("add", lambda out: out.float())),
+    mutant("flat-result", "results have the shape of the op (§5)", "silu_mul/*",
+           after("silu_mul", lambda out: out.flatten())),
+    mutant("no-reason", "a kernel declines with a reason (§1)", "silu_mul/*", with_kernels(without_reason, "silu_mul")),
+    mutant("claims-then-raises", "a claim that then raises is a failure (§7)", "rope/*-f64",
+           with_kernels(claims_all, "rope"), size="full"),
+    mutant("raises-in-replay", "a kernel that is claimed runs (§7)", "add/*", once_live(lambda: broken("no more"))),
+    mutant("exits", "a backend that ends its process fails", "add/*", once_live(lambda: os._exit(3)), fatal=True),
+    mutant("crashes", "a backend that crashes fails", "add/*", once_live(lambda: ctypes.string_at(0)), fatal=True),
+    mutant("hangs", "a backend that hangs fails", "add/*", once_live(lambda: time.sleep(3600)), fatal=True),
+)  # fmt: skip
+
+MUTANTS: tuple[Mutant, ...] = (*CACHE, *ROWS, *ROPE, *EXPERTS, *LOGITS, *ANY_OP)

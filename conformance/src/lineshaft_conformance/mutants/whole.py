@@ -1,7 +1,200 @@
-"""Mutants to come."""
+"""Mutants of a whole backend: one that supports nothing, ones that remember, boast, or do not load as they should."""
 
 from __future__ import annotations
 
-from lineshaft_conformance.mutants.mutant import Mutant
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-MUTANTS: tuple[Mutant, ...] = ()
+from lineshaft.contract.backends import BackendInfo, BackendKind
+from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.sessions import StepFunction
+from lineshaft_conformance.mutants.mutant import (
+    Make,
+    Mutant,
+    changed,
+    with_added,
+    with_capabilities,
+    with_kernel,
+    with_kernels,
+    with_session,
+)
+
+PROBES = "lineshaft_conformance.mutants.probes"
+KEPT: Make = changed
+"""Leaves the started backend as it is: what is broken is its entry."""
+
+# ---- nothing at all --------------------------------------------------------------------------------------------
+
+NULLS = tuple(
+    Mutant(
+        f"null-{level}", f"supporting nothing is a failure at level {level} too: each names its required minimum",
+        level, f"L{level}/*", lambda backend: changed(backend, change_kernels=lambda kernels: []), anywhere=True,
+    )
+    for level in range(6)
+)  # fmt: skip
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+class Remembering:
+    """A program that answers with what it returned first for the same key."""
+
+    def __init__(self, program: Any, key: Callable[[Any, Any], Any], known: dict[Any, Any]) -> None:
+        self._program, self._key, self._known = program, key, known
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+    def __call__(self, host: Any, arrays: Any = None, after: Any = ()) -> Any:
+        key = self._key(host, arrays or {})
+        if key not in self._known:
+            self._known[key] = self._program(host, arrays or {}, after)
+        return self._known[key]
+
+
+def remembering(key: Callable[[Any, Any], Any], shared: bool = False) -> Make:
+    """Makes a mutant whose programs answer by `key(host step, arrays)`; `shared` by all programs of a session."""
+
+    def capture(session: Any, original: Any, fn: StepFunction, *args: Any, **kwargs: Any) -> Any:
+        known = session.__dict__.setdefault("remembered", {}) if shared else {}
+        return Remembering(original(fn, *args, **kwargs), key, known)
+
+    return with_session("capture", capture)
+
+
+def shapes(host: Any, arrays: Any) -> Any:
+    return tuple((item.name, item.shape) for item in host.layout.fields)
+
+
+def identity(host: Any, arrays: Any) -> Any:
+    return host.buffer.ctypes.data
+
+
+def values(host: Any, arrays: Any) -> Any:
+    return bytes(host.buffer) + bytes(str(sorted(arrays)), "utf-8")
+
+
+MEMORY = (
+    Mutant("memoizing-shape", "a program answers by the values of its inputs, not by their shapes", 1,
+           "L1/add/*", remembering(shapes)),
+    Mutant("memoizing-identity", "a program answers by the values of its inputs, not by where they lie", 3,
+           "L3/graph/*", remembering(identity), anywhere=True),
+    Mutant("memoizing-values", "a program reads its weights and caches as they are now, not only its inputs (§8)", 3,
+           "L3/graph/*", remembering(values)),
+)  # fmt: skip
+
+
+# ---- claims ----------------------------------------------------------------------------------------------------
+
+
+def narrow(item: Any) -> Any:
+    """A float64 array as float32 would hold it."""
+    import torch
+
+    wide = isinstance(item, torch.Tensor) and item.dtype == torch.float64
+    return item.float().double() if wide else item
+
+
+def computes_f32(problem: Any, run: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = run(*map(narrow, args), **{key: narrow(value) for key, value in kwargs.items()})
+        return tuple(map(narrow, result)) if isinstance(result, tuple) else narrow(result)
+
+    return call
+
+
+def only_16(kernel: Kernel) -> Kernel:
+    def supports(problem: Any) -> str | None:
+        size = getattr(problem, "page_size", 16)
+        return kernel.supports(problem) if size == 16 else f"pages of 16 tokens only, not {size}"
+
+    return replace(kernel, supports=supports)
+
+
+def without_float64(kernel: Kernel) -> Kernel:
+    def supports(problem: Any) -> str | None:
+        return "no float64 here" if problem.dtype == "float64" else kernel.supports(problem)
+
+    return replace(kernel, supports=supports)
+
+
+def info(**fields: Any) -> Callable[[BackendInfo], BackendInfo]:
+    return lambda entry: replace(entry, **fields)
+
+
+CLAIMS = (
+    Mutant("boasting-dtype", "what runs float32 under a float64 problem does not claim float64 (§7)", 1,
+           "L1/linear/*-f64", with_kernel("linear", computes_f32), size="full"),
+    Mutant("boasting-kernels", "what a kernel claims runs (§7)", 1, "L1/silu_mul/*-f64",
+           with_kernels(lambda kernel: replace(kernel, supports=lambda problem: None)), size="full"),
+    Mutant("boasting-features", "a kernel handles the features that it lists (§7)", 2, "L2/attend/mixed/*",
+           with_kernels(lambda kernel: replace(kernel, handles=kernel.handles | {"key_ranges", "kv_scheme"}),
+                        "attend")),
+    Mutant("boasting-dtypes", "every dtype that the capabilities name is executed (§9)", 0, "L0/load/kv_dtypes",
+           with_kernels(without_float64, "attend")),
+    Mutant("boasting-page-sizes", "page_sizes lists the sizes that run; () is any (§9)", 0, "L0/load/page_size-*",
+           with_kernels(only_16)),
+    Mutant("boasting-kind", "an accelerator has a device that the operating system shows (§9)", 0, "L0/load/probe",
+           KEPT, info=info(kind=BackendKind.ACCELERATOR, probe=f"{PROBES}:of_no_device")),
+)  # fmt: skip
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------
+
+
+def described(name: str, op: str, **fields: Any) -> Callable[[str], Kernel]:
+    return lambda backend: Kernel(name, op, backend, lambda problem, session: lambda *args: args[0], **fields)
+
+
+def no_compiler() -> Any:
+    raise RuntimeError("the compiler failed")
+
+
+def raising(problem: Any) -> str | None:
+    raise RuntimeError("supports failed")
+
+
+LOADING = (
+    Mutant("probe-imports", "a probe imports no vendor library (§9)", 0, "L0/load/probe", KEPT,
+           info=info(probe=f"{PROBES}:with_torch")),
+    Mutant("probe-words", "a probe returns a Probe (§9)", 0, "L0/load/probe", KEPT,
+           info=info(probe=f"{PROBES}:in_words")),
+    Mutant("probe-raises", "a probe finds or does not find, and says so (§9)", 0, "L0/load/probe", KEPT,
+           info=info(probe=f"{PROBES}:that_raises")),
+    Mutant("probe-silent", "a probe says why (§9)", 0, "L0/load/probe", KEPT,
+           info=info(probe=f"{PROBES}:without_reason")),
+    Mutant("api-of-tomorrow", "a plugin of this or the next version of the contract is accepted (§9)", 0,
+           "L0/load/manifest", KEPT, info=info(api=7)),
+    Mutant("unknown-feature", "handles lists fields of the op's problem (§7)", 0, "L0/load/kernels",
+           with_kernels(lambda kernel: replace(kernel, handles=kernel.handles | {"sliding_window"}), "attend")),
+    Mutant("unknown-op", "a kernel implements an op that is registered (§7)", 0, "L0/load/kernels",
+           with_added(described("fast_flash", "flash_attention"))),
+    Mutant("tie", "a tie between kernels that are not tunable is an error (§1)", 0, "L0/load/kernels",
+           with_added(described("another_add", "add"))),
+    Mutant("one-name-twice", "a kernel's name is its own (§7)", 0, "L0/load/kernels",
+           with_added(described("torch_add", "add", priority=-5))),
+    Mutant("another-backend", "a backend's kernels bear its name (§7)", 0, "L0/load/kernels",
+           with_kernels(lambda kernel: replace(kernel, backend="another"), "add")),
+    Mutant("supports-raises", "supports returns None or a reason (§7)", 0, "L0/load/kernels",
+           with_kernels(lambda kernel: replace(kernel, supports=raising), "silu_mul")),
+    Mutant("unknown-dtype", "capabilities name dtypes that exist (§9)", 0, "L0/load/capabilities",
+           with_capabilities(dtypes=("float32", "float42"))),
+    Mutant("no-dtype", "a backend executes at least one dtype (§9)", 0, "L0/load/capabilities",
+           with_capabilities(dtypes=())),
+    Mutant("page-size-0", "page sizes are positive (§9)", 0, "L0/load/capabilities",
+           with_capabilities(page_sizes=(0, 16))),
+    Mutant("default-page-size", "the default page size is one of page_sizes (§9)", 0, "L0/load/capabilities",
+           with_capabilities(page_sizes=(32,), default_page_size=16)),
+    Mutant("negative-bucket", "buckets are counts (§9)", 0, "L0/load/capabilities",
+           with_capabilities(token_buckets=(64, 8, -1))),
+    Mutant("does-not-compile", "every declared kernel compiles for some problem (§7)", 0, "L0/compiles/rms_norm",
+           with_kernel("rms_norm", lambda problem, run: no_compiler())),
+    Mutant("takes-nothing", "every declared kernel takes some problem (§7)", 0, "L0/compiles/rope",
+           with_kernels(lambda kernel: replace(kernel, supports=lambda problem: "not on this machine"), "rope")),
+    Mutant("without-embed", "every required op has a kernel (§5)", 0, "L0/compiles/embed",
+           lambda backend: changed(backend, change_kernels=lambda kernels: [k for k in kernels if k.op != "embed"])),
+)  # fmt: skip
+
+MUTANTS: tuple[Mutant, ...] = (*NULLS, *MEMORY, *CLAIMS, *LOADING)

@@ -77,6 +77,10 @@ class CacheManager:
         """Return how many pages sequences hold."""
         return self.groups[group].pages - 1 - self.free_pages(group)
 
+    def unused_pages(self, group: int = 0) -> Sequence[int]:
+        """Return the pages that hold nothing of worth: neither held nor kept for their prefix; never the null page."""
+        return self._pools[group].unused
+
     def hashes(self, salt: bytes = b"") -> PrefixHashes:
         """Return hashes for a sequence that may be tried, opened and closed several times: each page is hashed once."""
         return PrefixHashes(self._sizes, salt)

@@ -6,7 +6,7 @@ Knows pages and their hashes, not sequences or tokens.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lineshaft.errors import IntegrityError, InvalidValue, PoolTooSmall
@@ -54,6 +54,11 @@ class PagePool:
     def available(self) -> int:
         """How many pages `allocate` can hand out."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def unused(self) -> Sequence[int]:
+        """The free pages: held by nobody and kept for nothing."""
+        return tuple(self._free)
 
     def holders(self, page: int) -> int:
         """Return how many sequences hold the page."""

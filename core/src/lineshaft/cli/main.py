@@ -12,13 +12,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from lineshaft.cli import backends, explain, generate
+from lineshaft.cli.plugins import Command, further_commands
 from lineshaft.errors import LineshaftError
 
-COMMANDS = {"generate": generate, "backends": backends, "explain": explain}
+COMMANDS: Mapping[str, Command] = {"generate": generate, "backends": backends, "explain": explain}
+"""Core's own commands; another distribution cannot replace them."""
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 
@@ -40,8 +42,10 @@ class Version(argparse.Action):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 after an error, 130 when interrupted, 141 when the reader of stdout went away."""
-    args = parser().parse_args(arguments)
+    """Run one command. Returns 0, 2 after an error (or the status that the error carries, see `LineshaftError`), 130
+    when interrupted, 141 when the reader of stdout went away; a command may return statuses of its own."""
+    commands = {**COMMANDS, **further_commands(), **COMMANDS}
+    args = parser(commands).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="lineshaft: %(message)s")
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
-        status: int = COMMANDS[args.command].run(args)
+        status: int = commands[args.command].run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
@@ -59,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
         return PIPE_CLOSED
     except LineshaftError as error:
-        return fail(f"error: {type(error).__name__}: {error}", FAILED, verbose=args.verbose)
+        return fail(f"error: {type(error).__name__}: {error}", error.status, verbose=args.verbose)
     except OSError as error:
         return fail(f"error: {type(error).__name__}: {error}; check that file or device", FAILED, verbose=args.verbose)
     except MemoryError as error:
@@ -73,13 +77,13 @@ def stop(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def parser() -> Parser:
+def parser(commands: Mapping[str, Command]) -> Parser:
     """The parser of all commands."""
     top = Parser(prog="lineshaft", description="One inference engine for any accelerator.")
     top.add_argument("--version", action=Version, nargs=0, help="print the version")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+    choices = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in commands.items():
+        command = choices.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         command.add_argument("-v", "--verbose", action="store_true", help="log, and show tracebacks of errors")
         module.add_arguments(command)
     return top

@@ -6,8 +6,12 @@ is never chosen for a problem that sets it, so a new field with a default breaks
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+SCALE_BLOCK = 32
+"""Values of a head that share a scale under kv_scheme `block`."""
 
 
 def feature(default: Any) -> Any:
@@ -120,9 +124,22 @@ class KVProblem(Problem):
     kv_scheme: str = feature("none")
 
     @property
+    def page_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each array of one page in the canonical form, in canonical order."""
+        heads = (self.page_size, self.kv_heads)
+        dims = {name: dim for name, dim in (("k", self.qk_dim), ("v", self.v_dim)) if dim}
+        found: dict[str, tuple[tuple[int, ...], str]]
+        found = {name: ((*heads, dim), self.kv_dtype) for name, dim in dims.items()}
+        if self.kv_scheme == "token_head":
+            found |= {f"{name}_scale": (heads, "float32") for name in dims}
+        if self.kv_scheme == "block":
+            found |= {f"{name}_scale": ((*heads, dim // SCALE_BLOCK), "float32") for name, dim in dims.items()}
+        return found
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page in the canonical form."""
-        return self.page_size * self.kv_heads * (self.qk_dim + self.v_dim) * itemsize(self.kv_dtype)
+        return sum(math.prod(shape) * itemsize(dtype) for shape, dtype in self.page_arrays.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from lineshaft.contract.kernels import HostPrepare, Pack
 from lineshaft.contract.problems import KVProblem, StateProblem
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Array, Checkpoint, Weight
-from lineshaft.errors import SessionClosed, SessionFrozen, SessionPoisoned
+from lineshaft.errors import ContractViolation, SessionClosed, SessionFrozen, SessionPoisoned
 
 HostArray = np.ndarray[Any, Any]
 Tree = Any
@@ -68,6 +68,19 @@ class Transfer(Protocol):
     def done(self) -> bool: ...
 
     def wait(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DoneTransfer:
+    """A transfer that was complete when it was returned."""
+
+    error: BaseException | None = None
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
 
 
 class Handle(Protocol):
@@ -213,6 +226,15 @@ class SessionState:
             raise
 
 
+def check_handles(wanted: Mapping[str, ArraySpec], given: Mapping[str, Handle]) -> None:
+    """Raises ContractViolation unless a program is given exactly the handles that it was captured with."""
+    if given.keys() != wanted.keys():
+        raise ContractViolation(f"the program takes the arrays {sorted(wanted)}, it was given {sorted(given)}")
+    for name, handle in given.items():
+        if handle.spec != wanted[name]:
+            raise ContractViolation(f"array {name!r} was captured as {wanted[name]}, given is {handle.spec}")
+
+
 class Memory(Protocol):
     """What a backend knows of its memory, in bytes."""
 
@@ -221,6 +243,19 @@ class Memory(Protocol):
     def page_bytes(self, problem: KVProblem) -> int: ...
 
     def synchronize(self) -> None: ...
+
+
+class UncountedMemory:
+    """A Memory that nobody counts: the KV pool is sized by what the scheduler can use."""
+
+    def total_free(self) -> tuple[int, int] | None:
+        return None
+
+    def page_bytes(self, problem: KVProblem) -> int:
+        return problem.page_bytes
+
+    def synchronize(self) -> None:
+        """Everything is done when a call returns."""
 
 
 def map_tree(fn: Callable[[Any], Any], tree: Tree) -> Tree:
@@ -240,6 +275,7 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 __all__ = [
-    "Array", "Cache", "CaptureReport", "Handle", "HostArray", "Memory", "Packing", "Pending", "PlannedOps", "Program",
-    "Session", "SessionState", "StepFunction", "Transfer", "Tree", "Weight", "leaves", "map_tree",
+    "Array", "Cache", "CaptureReport", "DoneTransfer", "Handle", "HostArray", "Memory", "Packing", "Pending",
+    "PlannedOps", "Program", "Session", "SessionState", "StepFunction", "Transfer", "Tree", "UncountedMemory", "Weight",
+    "check_handles", "leaves", "map_tree",
 ]  # fmt: skip

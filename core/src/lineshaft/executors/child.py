@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lineshaft.config import EngineConfig
@@ -20,10 +21,11 @@ from lineshaft.runner.worker import Worker
 
 
 class Server:
-    """Holds the worker and answers one call after the other."""
+    """Holds the worker, which `make` makes of a configuration, a rank and a rendezvous, and answers one call after the
+    other."""
 
-    def __init__(self, peer: socket.socket) -> None:
-        self._peer = peer
+    def __init__(self, peer: socket.socket, make: Callable[[EngineConfig, int, str], Worker] = Worker) -> None:
+        self._peer, self._make = peer, make
         self._worker: Worker | None = None
 
     def run(self) -> None:
@@ -52,7 +54,7 @@ class Server:
     def _call(self, header: dict[str, Any], arrays: list[HostArray]) -> tuple[dict[str, Any], list[HostArray]]:
         if header["call"] == "make":
             config = EngineConfig.model_validate(header["config"])
-            self._worker = Worker(config, header["rank"], header["rendezvous"])
+            self._worker = self._make(config, header["rank"], header["rendezvous"])
             return {}, []
         assert self._worker is not None
         if header["call"] == "size":
@@ -73,14 +75,14 @@ def watch(lifeline: int, folder: str) -> None:
     os._exit(1)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, make: Callable[[EngineConfig, int, str], Worker] = Worker) -> None:
     """`python -m lineshaft.executors.child SOCKET_FD LIFELINE_FD FOLDER`; Ctrl-C is the engine's business. The
     folder is too, unless the engine was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    socket_fd, lifeline, folder = sys.argv[1:]
+    socket_fd, lifeline, folder = sys.argv[1:] if arguments is None else arguments
     threading.Thread(target=watch, args=(int(lifeline), folder), daemon=True).start()
     try:
-        Server(socket.socket(fileno=int(socket_fd))).run()
+        Server(socket.socket(fileno=int(socket_fd)), make).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -34,6 +34,9 @@ CLOSE_SECONDS = 5.0
 WORKERS_PER_CPU = 8
 """Most workers for each CPU that this process may use: beyond that they only wait for each other."""
 
+WORKER = ("lineshaft.executors.child",)
+"""The module that a worker process runs, and the first of its arguments."""
+
 Reply = tuple[dict[str, Any], list[HostArray]]
 
 
@@ -62,9 +65,10 @@ class Child:
 
 
 class ProcessExecutor:
-    """Ranks in processes; the engine talks to each over a socket pair."""
+    """Ranks in processes; the engine talks to each over a socket pair. `worker` is what they run instead of core's own
+    program: a module, and arguments that go before core's."""
 
-    def __init__(self, config: EngineConfig, registry: Registry) -> None:
+    def __init__(self, config: EngineConfig, registry: Registry, worker: Sequence[str] = WORKER) -> None:
         check_layout(config, registry)
         self._degrees = degrees_of(config)
         self._folder = Path(tempfile.mkdtemp(prefix="lineshaft-"))
@@ -73,7 +77,7 @@ class ProcessExecutor:
         self._timeout = config.step_timeout_s
         try:
             for rank in range(self._degrees.world):
-                self._children.append(spawn(rank, self._folder, self._timeout))
+                self._children.append(spawn(rank, self._folder, self._timeout, worker))
             rendezvous = str(self._folder / "rendezvous")
             self._ask_all({"call": "make", "config": config.model_dump(mode="json"), "rendezvous": rendezvous})
         except BaseException:
@@ -196,7 +200,7 @@ class ProcessExecutor:
         )
 
 
-def spawn(rank: int, folder: Path, timeout: float) -> Child:
+def spawn(rank: int, folder: Path, timeout: float, worker: Sequence[str] = WORKER) -> Child:
     """Start one worker process; it waits for its first message. No message may stand still for longer than `timeout`
     seconds."""
     try:
@@ -208,7 +212,7 @@ def spawn(rank: int, folder: Path, timeout: float) -> Child:
             f"worker of rank {rank} cannot be started ({error.strerror}): raise the limit of open files"
         ) from error
     arguments = [str(theirs.fileno()), str(lifeline_read), str(folder)]
-    command = [sys.executable, "-m", "lineshaft.executors.child", *arguments]
+    command = [sys.executable, "-m", *worker, *arguments]
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), lifeline_read), start_new_session=True

@@ -9,11 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from lineshaft.contract.backends import Capabilities, DeterminismClaims, Probe, World
-from lineshaft.contract.kernels import Bound, Kernel
+from lineshaft.contract.kernels import Bound, Kernel, always
 from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.spec import Numerics, OpSpec, StepArg
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache
+from lineshaft.contract.sessions import Cache, Memory, UncountedMemory
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Weight
 from lineshaft.errors import InvalidValue
@@ -39,26 +38,13 @@ class ReferenceBackend:
 
     name: str
     capabilities: Capabilities
-    memory: ReferenceMemory
+    memory: Memory
 
     def kernels(self) -> Sequence[Kernel]:
-        return [reference_kernel(spec) for spec in all_ops().values()]
+        return [reference_kernel(spec, self.name) for spec in all_ops().values()]
 
     def session(self, rank: int) -> ReferenceSession:
         return ReferenceSession()
-
-
-class ReferenceMemory:
-    """Host memory that nobody counts."""
-
-    def total_free(self) -> tuple[int, int] | None:
-        return None
-
-    def page_bytes(self, problem: KVProblem) -> int:
-        return problem.page_bytes
-
-    def synchronize(self) -> None:
-        """Everything is done when it returns."""
 
 
 def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
@@ -66,17 +52,20 @@ def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
     if world.size > 1:
         raise InvalidValue(f"backend 'numpy' runs one worker, the layout has {world.size}; set every degree to 1")
     capabilities = Capabilities(dtypes=("float64", "float32", "bfloat16"), determinism=DeterminismClaims(run=True))
-    return ReferenceBackend(NAME, capabilities, ReferenceMemory())
+    return ReferenceBackend(NAME, capabilities, UncountedMemory())
 
 
-def reference_kernel(spec: OpSpec) -> Kernel:
-    """An op's reference as a kernel that takes every problem."""
+def reference_kernel(spec: OpSpec, backend: str = NAME) -> Kernel:
+    """An op's reference as a kernel of `backend` that takes every problem; of collectives, those of one member. It
+    wants a ReferenceSession."""
 
     def bind(problem: Any, session: Any) -> Bound:
         num = Numerics.of(problem.dtype, spec.accumulate)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = {name: bare(value) for name, value in kwargs.items()}
+            if spec.collective:  # its reference takes and returns a list of members: this one alone
+                return dress(spec.reference(problem, [bare(args[0])], *args[1:], num=num, **given)[0])
             out = spec.reference(problem, *map(bare, args), num=num, **given)
             if spec.consumes:
                 cache = next(item for item in args if isinstance(item, Cache))
@@ -86,7 +75,15 @@ def reference_kernel(spec: OpSpec) -> Kernel:
         return call
 
     everything = frozenset(spec.problem.__dataclass_fields__)
-    return Kernel(name=f"{NAME}.{spec.name}", op=spec.name, backend=NAME, bind=bind, handles=everything)
+    supports = one_member if spec.collective else always
+    return Kernel(
+        name=f"{backend}.{spec.name}", op=spec.name, backend=backend, bind=bind, handles=everything, supports=supports
+    )
+
+
+def one_member(problem: Any) -> str | None:
+    """The `supports` of collectives among workers of which there is one."""
+    return None if problem.size == 1 else f"the backend runs one worker, not the {problem.size} of this group"
 
 
 def bare(item: Any) -> Any:

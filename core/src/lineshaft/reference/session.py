@@ -15,6 +15,7 @@ from lineshaft.contract.restricted import Restricted
 from lineshaft.contract.sessions import (
     Cache,
     CaptureReport,
+    DoneTransfer,
     Handle,
     Packing,
     PlannedOps,
@@ -22,6 +23,7 @@ from lineshaft.contract.sessions import (
     StepFunction,
     Transfer,
     Tree,
+    check_handles,
     map_tree,
 )
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
@@ -55,18 +57,6 @@ class ValueArray(Restricted):
         return ValueArray(self.values[index])
 
 
-class Done:
-    """A transfer that is over."""
-
-    error: BaseException | None = None
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
-
-
 @dataclass(frozen=True)
 class ReferencePending:
     """A finished step."""
@@ -84,19 +74,25 @@ class ReferencePending:
 class ReferenceProgram:
     """Runs its function anew at every call."""
 
-    def __init__(self, session: ReferenceSession, fn: StepFunction, shape: StepShape, ops: Any) -> None:
-        self._session, self._fn, self._ops = session, fn, ops
+    def __init__(
+        self, session: ReferenceSession, fn: StepFunction, shape: StepShape, ops: Any, arrays: Mapping[str, ArraySpec]
+    ) -> None:
+        self._session, self._fn, self._ops, self._arrays = session, fn, ops, arrays
         self.shape = shape
         self.report = CaptureReport(0.0)
+        self.replaced: list[Cache] = []  # caches of which the last run made a copy
 
     def __call__(
         self, host: HostStep, arrays: Mapping[str, Any] | None = None, after: Sequence[Transfer] = ()
     ) -> ReferencePending:
         self._session.require_usable()
+        check_handles(self._arrays, arrays or {})
         began = time.perf_counter()
         step = StepInputs({name: ValueArray(view.copy()) for name, view in host.views.items()}, self.shape)
-        session = self._session
-        outputs, session.caches = self._fn(self._ops, session.weights, list(session.caches), step, dict(arrays or {}))
+        session, before = self._session, self._session.caches
+        with session.poison_on_failure():
+            outputs, session.caches = self._fn(self._ops, session.weights, list(before), step, dict(arrays or {}))
+        self.replaced = [now for now, old in zip(session.caches, before, strict=True) if now is not old]
         return ReferencePending(outputs, time.perf_counter() - began)
 
 
@@ -151,9 +147,7 @@ class ReferenceSession(SessionState):
         return self.caches
 
     def _pages(self, p: KVProblem, pages: int) -> dict[str, HostArray]:
-        dtype = numpy_dtype(p.kv_dtype)
-        k = np.zeros((pages, p.page_size, p.kv_heads, p.qk_dim), dtype)
-        return {"k": k, "v": np.zeros((*k.shape[:3], p.v_dim), dtype)} if p.v_dim else {"k": k}
+        return {name: np.zeros((pages, *shape), numpy_dtype(dtype)) for name, (shape, dtype) in p.page_arrays.items()}
 
     # ---- programs ----------------------------------------------------------------------------------------------
 
@@ -168,10 +162,11 @@ class ReferenceSession(SessionState):
     ) -> ReferenceProgram:
         self.require_changeable("capture")
         began = time.perf_counter()
-        program = ReferenceProgram(self, fn, shape, ops.bind(self))
+        program = ReferenceProgram(self, fn, shape, ops.bind(self), arrays or {})
         given = {name: ValueArray(np.zeros(s.shape, numpy_dtype(s.dtype))) for name, s in (arrays or {}).items()}
         program(HostStep(inputs), given)
-        program.report = CaptureReport(time.perf_counter() - began)
+        copied = sum(array.nbytes for cache in program.replaced for array in cache.arrays.values())
+        program.report = CaptureReport(time.perf_counter() - began, cache_copied=copied)
         return program
 
     # ---- pages -------------------------------------------------------------------------------------------------
@@ -180,21 +175,21 @@ class ReferenceSession(SessionState):
         self.require_usable()
         return {name: pages[ids] for name, pages in self.caches[cache].arrays.items()}
 
-    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Done:
+    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
         held = self.caches[cache]
         arrays = {name: array.copy() for name, array in held.arrays.items()}
         for name, values in pages.items():
             arrays[name][ids] = values
         self.caches[cache] = replace(held, arrays=arrays)
-        return Done()
+        return DoneTransfer()
 
-    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> Done:
+    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
         self.require_usable()
         for cache in self.caches:
             if cache.problem.group == group:
                 self.write_pages(cache.key, dst, self.read_pages(cache.key, src))
-        return Done()
+        return DoneTransfer()
 
     def close(self) -> None:
         self.closed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lineshaft.config import EngineConfig, validate_options
@@ -64,10 +65,16 @@ def check_layout(config: EngineConfig, registry: Registry) -> None:
     family.build(checkpoint.config, BuildContext("float32", "float32", 1, degrees_of(config)))
 
 
-def make_setup(config: EngineConfig, rank: int = 0, rendezvous: str = "", registry: Registry | None = None) -> Setup:
+def make_setup(
+    config: EngineConfig,
+    rank: int = 0,
+    rendezvous: str = "",
+    registry: Registry | None = None,
+    start: Callable[[World], Backend] | None = None,
+) -> Setup:
     """Start the chosen backend and build the model at this rank's layout; loads no weights.
 
-    Raises BackendError, ModelError, LayoutError, ConfigError.
+    start: makes the backend instead of its factory. Raises BackendError, ModelError, LayoutError, ConfigError.
     """
     registry = registry or discover()
     info = registry.select(config.backend)
@@ -75,7 +82,7 @@ def make_setup(config: EngineConfig, rank: int = 0, rendezvous: str = "", regist
     checkpoint, family = open_model(config, registry)
     degrees = degrees_of(config)
     world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world))
-    backend: Backend = load_attribute(info.factory)(options, world)
+    backend: Backend = start(world) if start else load_attribute(info.factory)(options, world)
     capabilities = backend.capabilities
     dtype = choose_dtype(config, info.name, capabilities)
     page_size = choose_page_size(config, info.name, capabilities)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.backends import BackendKind
+from lineshaft.contract.backends import Backend, BackendKind, World
 from lineshaft.contract.sessions import Pending, Program, Session, Transfer
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
-from lineshaft.errors import OutOfMemory, PoolTooSmall
+from lineshaft.errors import OutOfMemory, PoolTooSmall, SessionClosed
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import Logprobs, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, SAMPLE
@@ -31,15 +31,27 @@ class Worker:
     """`size`, then `start`, then `execute` as often as wanted, then `close`."""
 
     def __init__(
-        self, config: EngineConfig, rank: int = 0, rendezvous: str = "", registry: Registry | None = None
+        self,
+        config: EngineConfig,
+        rank: int = 0,
+        rendezvous: str = "",
+        registry: Registry | None = None,
+        start: Callable[[World], Backend] | None = None,
     ) -> None:
         registry = registry or discover()
         self.config = config
-        self.setup: Setup = make_setup(config, rank, rendezvous, registry)
+        self.setup: Setup = make_setup(config, rank, rendezvous, registry, start)
         self.planned = make_planned(config, self.setup, registry)
         self._registry = registry
         self._session: Session | None = None
         self._programs: dict[tuple[str, StepShape], Program] = {}
+
+    @property
+    def session(self) -> Session:
+        """The session that `start` made. Raises SessionClosed before that and after `close`."""
+        if self._session is None:
+            raise SessionClosed("the worker has no session: start it first")
+        return self._session
 
     # ---- before steps ------------------------------------------------------------------------------------------
 
@@ -146,9 +158,8 @@ class Worker:
         return StepResult(token_ids, seconds, logprobs, logits)
 
     def _copy_pages(self, copies: Any) -> list[Transfer]:
-        assert self._session is not None
         return [
-            self._session.copy_pages(int(group), copies[copies[:, 0] == group, 1], copies[copies[:, 0] == group, 2])
+            self.session.copy_pages(int(group), copies[copies[:, 0] == group, 1], copies[copies[:, 0] == group, 2])
             for group in np.unique(copies[:, 0])
         ]
 

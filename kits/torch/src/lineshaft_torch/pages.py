@@ -12,13 +12,11 @@ SLOTS_LAYOUT = "slots"
 
 
 def cache_arrays(problem: KVProblem, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """{"k": [N * page, Hkv, D], "v": [N * page, Hkv, Dv]}, zeroed and committed; no "v" if `v_dim` is 0."""
-    slots, dtype = pages * problem.page_size, torch_dtype(problem.kv_dtype)
-    dims = {"k": problem.qk_dim, "v": problem.v_dim}
+    """The canonical arrays of a page by slot, {"k": [N * page, Hkv, D], "v": [N * page, Hkv, Dv], ...}, zeroed and
+    committed."""
     return {
-        name: torch.empty((slots, problem.kv_heads, dim), dtype=dtype, device=device).zero_()
-        for name, dim in dims.items()
-        if dim
+        name: torch.empty((pages * shape[0], *shape[1:]), dtype=torch_dtype(dtype), device=device).zero_()
+        for name, (shape, dtype) in problem.page_arrays.items()
     }
 
 

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.sessions import Cache, CaptureReport, Handle, PlannedOps, StepFunction, Transfer
+from lineshaft.contract.sessions import (
+    Cache,
+    CaptureReport,
+    Handle,
+    PlannedOps,
+    StepFunction,
+    Transfer,
+    check_handles,
+)
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.errors import ContractViolation
 from lineshaft_torch.arrays import HostArray, to_host, torch_dtype
@@ -67,7 +75,7 @@ class StepPending:
     def result(self, name: str) -> HostArray:
         """A private host copy. Raises ContractViolation for a stale or unknown output."""
         found = self._host.get(name)
-        return to_host(self.handle(name).current()) if found is None else found
+        return to_host(self.handle(name).current()) if found is None else found.copy()
 
     def handle(self, name: str) -> DeviceArray:
         """Raises ContractViolation for an unknown output."""
@@ -110,7 +118,8 @@ class ProgramBase:
         self.session.require_usable()
         if self._generation != self.session.generation:
             raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
-        given = self._check_arrays(arrays or {})
+        check_handles(self.capture.arrays, arrays or {})
+        given = {name: self._taken(handle) for name, handle in (arrays or {}).items()}
         for transfer in after:
             transfer.wait()
         with torch.inference_mode(), self.session.poison_on_failure():
@@ -131,17 +140,7 @@ class ProgramBase:
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         raise NotImplementedError
 
-    def _check_arrays(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        wanted = self.capture.arrays
-        if given.keys() != wanted.keys():
-            raise ContractViolation(f"the program takes the arrays {sorted(wanted)}, it was given {sorted(given)}")
-        tensors = {name: self._taken(handle) for name, handle in given.items()}
-        for name, tensor in tensors.items():
-            if spec_of(tensor) != wanted[name]:
-                raise ContractViolation(f"array {name!r} was captured as {wanted[name]}, given is {spec_of(tensor)}")
-        return tensors
-
-    def _taken(self, handle: DeviceArray) -> torch.Tensor:
+    def _taken(self, handle: Any) -> torch.Tensor:
         """A handle's tensor; a copy of it if this very run overwrites it."""
         tensor = handle.current()
         return tensor.clone() if handle.program is self and self.overwrites else tensor

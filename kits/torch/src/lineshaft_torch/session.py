@@ -15,14 +15,23 @@ import torch
 
 from lineshaft.contract.backends import World
 from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache, Packing, PlannedOps, SessionState, StepFunction, Tree, map_tree
+from lineshaft.contract.sessions import (
+    Cache,
+    DoneTransfer,
+    Packing,
+    PlannedOps,
+    SessionState,
+    StepFunction,
+    Tree,
+    map_tree,
+)
 from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory
 from lineshaft_torch.arrays import HostArray, from_host, to_host
 from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
 from lineshaft_torch.packing import dense_leaves, host_pack
-from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, page_view
+from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, movable, page_view
 from lineshaft_torch.program import Capture, EagerProgram, StepPending, TapeProgram
 from lineshaft_torch.recording import Recorder
 
@@ -41,19 +50,6 @@ class SessionOptions:
     functional: bool = False
     groups: GroupFactory = gloo_group
     timeout_s: float = 300.0
-
-
-@dataclass(frozen=True)
-class DoneTransfer:
-    """A transfer that was complete when it was returned."""
-
-    error: BaseException | None = None
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return None
 
 
 class TorchSession(SessionState):
@@ -169,7 +165,7 @@ class TorchSession(SessionState):
         self.require_usable()
         rows = self._ids(ids)
         for name, array in page_view(self.caches[cache]).items():
-            array.index_copy_(0, rows, from_host(pages[name]).to(self.device))
+            movable(array).index_copy_(0, rows, movable(from_host(pages[name]).to(self.device)))
         return DoneTransfer()
 
     @torch.inference_mode()
@@ -178,7 +174,7 @@ class TorchSession(SessionState):
         source, target = self._ids(src), self._ids(dst)
         for cache in self.caches:
             if cache.problem.group == group:
-                for array in page_view(cache).values():
+                for array in map(movable, page_view(cache).values()):
                     array.index_copy_(0, target, array.index_select(0, source))
         return DoneTransfer()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.cache import decode, make_cache, make_scales
-from lineshaft.contract.ops.cases import Paging, paged_step, seeded, short, variants
+from lineshaft.contract.ops.cache import FNUZ, FP8, SPARSE, decode, make_cache, make_scales
+from lineshaft.contract.ops.cases import FUZZ_DTYPES, Paging, fuzz_paging, paged_step, seeded, short, variants
 from lineshaft.contract.ops.checks import base_problem, cache_problem, expect, refuse, weight_problem, wide
 from lineshaft.contract.ops.linear import head_linear
 from lineshaft.contract.ops.spec import (
@@ -46,6 +46,7 @@ def _attend_spec() -> OpSpec:
         infer=_infer_attend,
         reference=attend,
         cases=_attend_cases,
+        fuzz=_fuzz,
         tolerance=Tolerance(depth=lambda p: p.pages * p.page_size),
         optional={"sinks": "sinks", "kv_scales": "kv_scheme", "key_ranges": "key_ranges", "ancestors": "ancestors"},
         flops=_flops,
@@ -204,13 +205,14 @@ def _softmax(
     peak = scores.max(-1, keepdims=True, initial=-np.inf)
     if sinks is not None:
         peak = np.maximum(peak, sinks[:, None, None])
-    peak = np.where(peak == -np.inf, 0, peak)
+    blind = ~visible.any(-1, keepdims=True)
+    peak = np.where(blind, 0, peak)  # whatever the sink of a query that sees no key
     weights = np.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + peak)[..., 0]
     whole = total if sinks is None else total + np.exp(sinks[:, None, None] - peak)
-    out = np.matmul(weights, values.transpose(1, 0, 2)) / np.where(whole == 0, 1, whole)
+    out = np.matmul(weights, values.transpose(1, 0, 2)) / np.where(blind, 1, whole)
     return out.transpose(1, 0, 2), lse.T
 
 
@@ -346,77 +348,201 @@ def _infer_latent(problem: AttendProblem, call: Call) -> ArraySpec:
 
 # ---- cases -----------------------------------------------------------------------------------------------------
 
+Table = Mapping[str, tuple[Paging, dict[str, Any], str]]
+
+_VLLM = "https://github.com/vllm-project/vllm/issues/"
+_TAIL = f"what lies past the context never leaks, as key or as value: {_VLLM}53856, {_VLLM}57493"
+_ROWS0 = f"a padding row has context 0 and query length 0: {_VLLM}57094"
+_CACHED = "query length 0 is legal: a fully cached prompt"
+_BLIND = "a query that sees no key gives exactly 0, not mean(V); lse -inf"
 _DECODE = Paging(((1, 20), (1, 33), (1, 1)))
 _MIXED = Paging(((1, 20), (5, 5), (0, 7), (3, 37), (0, 0)), padding=3)
-_SPARSE = Paging(((1, 9), (2, 6)), page_size=4, pool=70000)
-_MQA = {"kv_heads": 1, "qk_dim": 8, "v_dim": 8}
+_VERIFY = Paging(((5, 30), (3, 3), (1, 8)))
+_UNSEEN = Paging(((2, 0), (3, 1), (1, 4)), padding=1)
 
-_ATTENDS: dict[str, tuple[Paging, dict[str, Any]]] = {
-    "decode/gqa4-page16-garbage_tail": (_DECODE, {"q_heads": 8, "kv_heads": 2}),
-    "mixed/gqa2-page16-padding": (_MIXED, {}),
-    "prefill/mha-page16": (Paging(((19, 19), (7, 7))), {"q_heads": 2}),
-    "chunk/mqa-page16": (Paging(((9, 40),)), {"kv_heads": 1}),
-    "verify/gqa2-page16": (Paging(((4, 30), (4, 4), (4, 51))), {}),
-    "decode/page24": (Paging(((1, 25), (1, 24), (1, 70)), page_size=24), {}),
-    "chunk/page20": (Paging(((6, 41), (1, 3)), page_size=20), {}),
-    "decode/page1": (Paging(((1, 5), (1, 2)), page_size=1), {}),
-    "decode/high_ids-page4": (_SPARSE, _MQA),
-    "mixed/no_visible_key": (Paging(((2, 0), (3, 1), (1, 4)), padding=1), {}),
-    "mixed/all_padding": (Paging(((0, 0), (0, 0)), padding=4), {}),
-    "mixed/window5": (_MIXED, {"window": 5}),
-    "decode/window1": (_DECODE, {"window": 1}),
-    "decode/window9-dropped_pages": (Paging(((1, 30), (2, 44)), dropped=1), {"window": 9}),
-    "mixed/softcap": (_MIXED, {"softcap": 2.0, "scale": 1.0}),
-    "mixed/sinks": (_MIXED, {"sinks": True}),
-    "mixed/sinks-no_visible_key": (Paging(((2, 0), (3, 1), (1, 4)), padding=1), {"sinks": True}),
-    "mixed/lse": (_MIXED, {"return_lse": True}),
-    "mixed/bidirectional": (_MIXED, {"causal": False}),
-    "mixed/value_in_key": (_MIXED, {"value_in_key": True, "kv_heads": 1, "qk_dim": 64}),
-    "mixed/group1": (Paging(((1, 20), (5, 5)), group=1), {"group": 1}),
-    "mixed/page_starts": (Paging(((1, 40), (4, 50)), starts=True), {"page_starts": True}),
-    "mixed/page_starts-lse": (Paging(((1, 10), (4, 50)), starts=True), {"page_starts": True, "return_lse": True}),
-    "mixed/key_ranges": (_MIXED, {"key_ranges": True, "causal": False}),
-    "verify/ancestors": (Paging(((5, 30), (3, 3), (1, 8))), {"ancestors": True}),
-    "mixed/kv_tensor": (_MIXED, {"kv_dtype": "float8_e4m3fn", "kv_scheme": "tensor"}),
-    "mixed/kv_head": (_MIXED, {"kv_dtype": "float8_e5m2", "kv_scheme": "head"}),
-    "mixed/kv_token_head": (_MIXED, {"kv_dtype": "int8", "kv_scheme": "token_head"}),
-    "mixed/kv_block": (_MIXED, {"kv_dtype": "int8", "kv_scheme": "block", "qk_dim": 64, "v_dim": 32}),
-    "mixed/bf16_pages": (_MIXED, {"kv_dtype": "bfloat16"}),
-    "mixed/wide_values": (_MIXED, {"qk_dim": 8, "v_dim": 24}),
+
+def _heads(q_heads: int, kv_heads: int, dim: int = 32) -> dict[str, Any]:
+    return {"q_heads": q_heads, "kv_heads": kv_heads, "qk_dim": dim, "v_dim": dim, "scale": dim**-0.5}
+
+
+def _stored(kv_dtype: str, kv_scheme: str = "none", **fields: Any) -> dict[str, Any]:
+    return {"kv_dtype": kv_dtype, "kv_scheme": kv_scheme, **fields}
+
+
+_SHAPES: Table = {
+    "decode/gqa4-page16-garbage_tail": (_DECODE, _heads(8, 2), _TAIL),
+    "decode/nan_tail": (replace(_DECODE, garbage=(np.nan,)), {}, _TAIL),
+    "decode/inf_tail": (replace(_DECODE, garbage=(np.inf, -np.inf)), {}, _TAIL),
+    "decode/finite_tail": (replace(_DECODE, garbage=(3e4, -3e4)), {}, _TAIL + "; nan_to_num is no mask"),
+    "decode/context1": (Paging(((1, 1),)), {}, ""),
+    "decode/descending": (Paging(((1, 70), (1, 33), (1, 17), (1, 2))), {}, "rows come in any order of lengths"),
+    "decode/padding_rows": (Paging(((1, 20), (0, 0), (0, 0), (1, 7), (0, 0))), {}, _ROWS0),
+    "mixed/gqa2-page16-padding": (_MIXED, {}, "padding tokens, whose queries are NaN, give exactly 0"),
+    "mixed/query0": (Paging(((0, 9), (2, 20), (0, 33), (1, 5), (0, 16))), {}, _CACHED),
+    "mixed/query0-alone": (Paging(((0, 20), (0, 3)), padding=2), {}, _CACHED),
+    "prefill/mha-page16": (Paging(((19, 19), (7, 7))), _heads(2, 2), "causality"),
+    "chunk/mqa-page16": (Paging(((9, 40),)), {"kv_heads": 1}, "queries sit at the end of the context"),
+    "verify/gqa2-page16": (Paging(((4, 30), (4, 4), (4, 51))), {}, ""),
+    "verify/positions_shifted": (replace(_VERIFY, shifted=True), {}, "causality comes from lengths, not positions"),
+    "decode/gqa1-page8-d64": (Paging(((1, 9), (1, 30)), 8), _heads(2, 2, 64), ""),
+    "mixed/gqa3-page32-d80": (Paging(((1, 33), (3, 40)), 32, padding=1), _heads(6, 2, 80), ""),
+    "mixed/gqa4-page64-d96": (Paging(((1, 65), (4, 20)), 64), _heads(4, 1, 96), ""),
+    "mixed/gqa8-page128-d128": (Paging(((2, 130), (1, 128)), 128), _heads(8, 1, 128), ""),
+    "decode/gqa8-page16-d256": (Paging(((1, 40), (1, 3))), _heads(8, 1, 256), ""),
+    "decode/page24": (Paging(((1, 25), (1, 24), (1, 70)), 24), {}, "pages that 32 does not divide"),
+    "chunk/page20": (Paging(((6, 41), (1, 3)), 20), {}, "pages that 32 does not divide"),
+    "decode/page1": (Paging(((1, 5), (1, 2)), 1), {}, ""),
+    "mixed/full_table": (Paging(((1, 48), (2, 32), (3, 33)), spare=0), {}, "the last column of the page table is used"),
+    "mixed/stale_table": (
+        Paging(((1, 17), (3, 60), (0, 0), (1, 33)), stale=True), {},
+        "context_lens says which table entries count: others are in range, and may name live pages of other rows",
+    ),
+    "decode/high_ids-page4": (Paging(((1, 9), (2, 6)), 4, pool=70_000), _heads(2, 1), SPARSE),
+    "mixed/no_visible_key": (_UNSEEN, {}, _BLIND),
+    "mixed/all_padding": (Paging(((0, 0), (0, 0)), padding=4), {}, "the all-zero step is a legal empty step"),
+}  # fmt: skip
+_FEATURES: Table = {
+    "mixed/window5": (_MIXED, {"window": 5}, "window counts visible keys, the query among them"),
+    "decode/window1": (_DECODE, {"window": 1}, "window counts visible keys, the query among them"),
+    "mixed/bidirectional-window4": (_MIXED, {"causal": False, "window": 4}, "a window bounds the past alone"),
+    "decode/window9-dropped_pages": (
+        Paging(((1, 30), (2, 44)), dropped=1), {"window": 9}, "page 0 in a table holds no key, even below the context",
+    ),
+    "decode/dropped_pages": (Paging(((1, 30), (2, 44)), dropped=1), {}, "page 0 is never read as live"),
+    "mixed/softcap": (_MIXED, {"softcap": 2.0, "scale": 0.5}, "order: scale, soft cap, mask"),
+    "mixed/softcap-sinks-window": (
+        _MIXED, {"softcap": 1.0, "scale": 0.5, "sinks": True, "window": 6}, "order: scale, soft cap, mask, sinks",
+    ),
+    "mixed/large_scores": (_MIXED, {"scale": 1.0}, "the softmax subtracts the peak: exp overflows float32 above 88"),
+    "mixed/sinks": (_MIXED, {"sinks": True}, "sinks join the denominator, neither scaled nor masked"),
+    "mixed/sinks-no_visible_key": (_UNSEEN, {"sinks": True}, _BLIND),
+    "mixed/sinks_extreme-no_visible_key": (Paging(((2, 0), (1, 0)), padding=1), {"sinks": True}, _BLIND),
+    "mixed/lse": (_MIXED, {"return_lse": True}, "lse is natural and not rounded to the executed dtype"),
+    "mixed/lse-no_visible_key": (_UNSEEN, {"return_lse": True}, _BLIND),
+    "mixed/lse-softcap-window": (_MIXED, {"return_lse": True, "softcap": 2.0, "window": 4}, "lse is of capped scores"),
+    "mixed/bidirectional": (_MIXED, {"causal": False}, ""),
+    "mixed/value_in_key": (_MIXED, {"value_in_key": True, "kv_heads": 1, "qk_dim": 64}, ""),
+    "mixed/group1": (Paging(((1, 20), (5, 5)), group=1), {"group": 1}, "tables and lengths are of the problem's group"),
+    "mixed/page_starts": (
+        Paging(((1, 40), (4, 50)), starts=True), {"page_starts": True}, "page_starts says where a page's keys stand",
+    ),
+    "mixed/page_starts-lse": (Paging(((1, 10), (4, 50)), starts=True), {"page_starts": True, "return_lse": True}, ""),
+    "mixed/key_ranges": (_MIXED, {"key_ranges": True, "causal": False}, "start <= position < stop"),
+    "mixed/key_ranges-causal": (_MIXED, {"key_ranges": True}, "ranges and causality both hold"),
+    "mixed/key_ranges-empty": (_MIXED, {"key_ranges": True}, "a fully masked row has a defined result: exactly 0"),
+    "verify/ancestors": (_VERIFY, {"ancestors": True}, "bits are of the row's own queries; earlier keys are all seen"),
+    "verify/ancestors-two_words": (Paging(((40, 45), (3, 3))), {"ancestors": True}, "bit j of word j // 32"),
+    "verify/ancestors-not_itself": (Paging(((5, 5), (3, 8))), {"ancestors": True}, "itself only if its bit is set"),
+    "mixed/wide_values": (_MIXED, {"qk_dim": 8, "v_dim": 24}, ""),
+}  # fmt: skip
+_PAGES: Table = {
+    "mixed/bf16_pages": (_MIXED, _stored("bfloat16"), ""),
+    "mixed/e4m3fn_pages": (_MIXED, _stored("float8_e4m3fn"), FNUZ + "; 0x80 is -0"),
+    "mixed/e5m2_pages": (_MIXED, _stored("float8_e5m2"), FNUZ + "; 0x80 is -0"),
+    "mixed/e4m3fnuz_pages": (_MIXED, _stored("float8_e4m3fnuz"), FNUZ + "; 0x80, in the garbage, is NaN"),
+    "mixed/e5m2fnuz_pages": (_MIXED, _stored("float8_e5m2fnuz"), FNUZ + "; 0x80, in the garbage, is NaN"),
+    "mixed/kv_tensor": (_MIXED, _stored("float8_e4m3fn", "tensor"), "keys and values have scales of their own"),
+    "mixed/kv_tensor-e4m3fnuz": (_MIXED, _stored("float8_e4m3fnuz", "tensor"), FNUZ),
+    "mixed/kv_tensor-int8": (_MIXED, _stored("int8", "tensor"), "finite garbage in the tail"),
+    "mixed/kv_head": (_MIXED, _stored("float8_e5m2", "head"), "each head has scales of its own"),
+    "mixed/kv_token_head": (_MIXED, _stored("int8", "token_head"), "unused slots have NaN scales"),
+    "mixed/kv_block": (_MIXED, _stored("int8", "block", qk_dim=64), "unused slots have NaN scales"),
+    "mixed/kv_block-e4m3fnuz": (_MIXED, _stored("float8_e4m3fnuz", "block", qk_dim=64), FNUZ),
 }
-_LARGE: dict[str, tuple[Paging, dict[str, Any]]] = {
-    "decode/long-page16": (Paging(((1, 700), (1, 65), (1, 512))), {"q_heads": 8, "qk_dim": 64, "v_dim": 64}),
-    "prefill/long-page32": (Paging(((150, 150), (33, 290)), page_size=32, padding=9), {"qk_dim": 64, "v_dim": 64}),
+_SUMS: Table = {
+    "sums/values": (Paging(((1, 256), (4, 200))), {}, "sums over keys are made in float32: values that cancel"),
+    "sums/scores": (Paging(((1, 40), (2, 25))), _heads(4, 2, 128), "scores are made in float32: products that cancel"),
+}
+_ATTENDS: Table = {**_SHAPES, **_FEATURES, **_PAGES}
+_LARGE: Table = {
+    "decode/long-page16": (Paging(((1, 700), (1, 65), (1, 512))), _heads(8, 2, 64), ""),
+    "prefill/long-page32": (Paging(((150, 150), (33, 290)), 32, padding=9), _heads(4, 2, 64), ""),
     "mixed/window64-sinks-softcap": (
-        Paging(((80, 200), (1, 129), (0, 3))), {"window": 64, "sinks": True, "softcap": 20.0},
+        Paging(((80, 200), (1, 129), (0, 3))), {"window": 64, "sinks": True, "softcap": 20.0}, "",
+    ),
+    "decode/context32768-page16": (Paging(((1, 32_768), (1, 3))), _heads(4, 1), ""),
+    "verify/context32768-page128": (Paging(((16, 32_768),), 128), _heads(3, 1), ""),
+    "verify/context32768-window4096": (Paging(((4, 32_768), (1, 9)), 64, dropped=300), {"window": 4096}, ""),
+    "decode/sparse_ids-page16": (
+        Paging(((1, 100), (3, 35), (0, 9)), pool=70_000), _heads(2, 1),
+        SPARSE + "; reaches byte 2^27 of an array, as an offset of 2^31 values does not fit 512 MB",
     ),
 }  # fmt: skip
 
 
 def _attend_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    table = {**_ATTENDS, **_LARGE}
-    for name, dtype in variants(size, _ATTENDS, _LARGE):
+    table = {**_ATTENDS, **_LARGE, **_SUMS}
+    for name, dtype in [*variants(size, _ATTENDS, _LARGE), *((name, "bfloat16") for name in _SUMS)]:
+        if "sparse" in name and dtype == "float64":
+            continue  # 570 MB
         case_id = f"{name}-{short(dtype)}"
-        yield _attend_case(case_id, draw(case_id), dtype, *table[name])
+        own = draw(case_id)
+        case = _attend_case(case_id, own, dtype, *table[name])
+        yield _arranged(own, name, case) if name in _SUMS or name == "mixed/large_scores" else case
 
 
-def _attend_case(case_id: str, rng: np.random.Generator, dtype: str, paging: Paging, fields: Mapping[str, Any]) -> Case:
+def _attend_case(
+    case_id: str, rng: np.random.Generator, dtype: str, paging: Paging, fields: Mapping[str, Any], why: str = ""
+) -> Case:
     problem = attend_problem(dtype, paging, fields)
     paged = paged_step(rng, paging)
-    cache = CacheArg(make_cache(rng, problem, paged, v_dim=0 if problem.value_in_key else None))
+    v_dim = 0 if problem.value_in_key else None
+    cache = CacheArg(make_cache(rng, problem, paged, v_dim, paging.garbage))
     q = rng.standard_normal((paging.tokens, problem.q_heads, problem.qk_dim))
     q[paging.tokens - paging.padding :] = np.nan
     kwargs: dict[str, Any] = make_scales(rng, problem)
     if problem.sinks:
         kwargs["sinks"] = rng.standard_normal(problem.q_heads) * 2
+        if "extreme" in case_id:
+            kwargs["sinks"][:3] = np.inf, np.nan, -np.inf
     if problem.key_ranges:
-        kwargs["key_ranges"] = np.sort(rng.integers(0, 40, (paging.tokens, 2)), axis=1).astype(np.int32)
+        ranges = np.sort(rng.integers(0, 40, (paging.tokens, 2)), axis=1).astype(np.int32)
+        kwargs["key_ranges"] = np.where("empty" in case_id, ranges[:, :1], ranges).astype(np.int32)
     if problem.ancestors:
-        words = -(-problem.max_query // 32)
+        words = max(-(-problem.max_query // 32), 1)
         bits = rng.integers(0, 2**32, (paging.tokens, words), dtype=np.uint32)
-        kwargs["ancestors"] = bits | _own_bit(paging, words)
-    return Case(case_id, problem, (q, cache, paged.step), kwargs)
+        own = _own_bit(paging, words)
+        kwargs["ancestors"] = bits & ~own if "not_itself" in case_id else bits | own
+    return Case(case_id, problem, (q, cache, paged.step), kwargs, why)
+
+
+def _fuzz(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 7])
+    dtype, kv_dtype = str(pick.choice(FUZZ_DTYPES)), str(pick.choice(["", "", "", "bfloat16", *FP8]))
+    kv_heads = int(pick.integers(1, 4))
+    chances: dict[str, Any] = {
+        "window": int(pick.integers(1, 60)), "softcap": 5.0, "sinks": True, "causal": False, "key_ranges": True,
+        "return_lse": True, "ancestors": True,
+    }  # fmt: skip
+    fields = {name: value for name, value in chances.items() if pick.random() < 0.25}
+    if "return_lse" in fields:
+        fields.pop("sinks", None)
+    heads = _heads(kv_heads * int(pick.choice([1, 2, 3, 4, 8])), kv_heads, int(pick.choice([32, 64, 80, 128])))
+    fields |= {**heads, "kv_dtype": kv_dtype or dtype}
+    return _attend_case(f"fuzz/{n}-{short(dtype)}", rng, dtype, fuzz_paging(pick), fields)
+
+
+def _arranged(rng: np.random.Generator, name: str, case: Case) -> Case:
+    """The same with large scores that float32 holds exactly, or with large terms that cancel: in each sum over keys,
+    all of one weight, or in each score."""
+    q, cache, step = case.args
+    k, v = cache.pages["k"], cache.pages["v"]
+    if name == "mixed/large_scores":
+        q[:], k[:] = np.rint(3 * q), np.rint(3 * k)
+        return case
+    if name == "sums/scores":
+        q[..., :48], k[..., :48] = np.abs(q[..., :48]) + 1, np.abs(k[..., :48]) * 4 + 1
+        q[..., 48:96], k[..., 48:96] = q[..., :48], -k[..., :48]
+        return case
+    lengths = step.arrays["context_lens.0"], np.diff(step.arrays["query_starts"])
+    for table, keys, queries in zip(step.arrays["page_table.0"], *lengths, strict=True):
+        slots = (table[:, None] * 16 + np.arange(16)).reshape(-1)[:keys]
+        k.reshape(-1, *k.shape[2:])[slots] = 0.0
+        half = 3 * (keys - queries) // 8
+        large = rng.uniform(50, 100, (half, *v.shape[2:]))
+        v.reshape(-1, *v.shape[2:])[slots[: 2 * half]] = np.concatenate([large, -large])
+    return case
 
 
 def _own_bit(paging: Paging, words: int) -> HostArray:
@@ -439,20 +565,27 @@ def attend_problem(dtype: str, paging: Paging, fields: Mapping[str, Any]) -> Att
     )  # fmt: skip
 
 
+_MERGES = {
+    "two": "", "three-sinks": "sinks join once, not once per part", "one": "", "large_lse": "the peak is subtracted",
+    "empty_rows": "an all-empty row gives 0; parts of lse -inf are not read",
+    "empty_rows-sinks": "an all-empty row gives 0 with a sink too",
+}  # fmt: skip
+
+
 def _merge_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, ["two", "three-sinks", "one", "empty_rows", "empty_rows-sinks"]):
+    for name, dtype in variants(size, _MERGES):
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
         parts, rows, heads, dim = {"two": 2, "one": 1}.get(name, 3), 4, 3, 8
         out = rng.standard_normal((parts, rows, heads, dim))
-        lse = rng.standard_normal((parts, rows, heads)) * 3
+        lse = rng.standard_normal((parts, rows, heads)) * 3 + 300.0 * (name == "large_lse")
         if name.startswith("empty"):
             lse[:, 1], lse[0, 2] = -np.inf, -np.inf
             out[lse == -np.inf] = np.nan  # must not be read
         sinks = {"sinks": rng.standard_normal(heads)} if name.endswith("sinks") else {}
         problem = MergeProblem(dtype=dtype, parts=parts, rows=rows, heads=heads, v_dim=dim, sinks=bool(sinks))
-        yield Case(case_id, problem, (out, lse.astype(wide(dtype))), sinks)
+        yield Case(case_id, problem, (out, lse.astype(wide(dtype))), sinks, _MERGES[name])
 
 
 def _latent_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:

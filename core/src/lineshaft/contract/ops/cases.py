@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import HostArray, Size, StepArg
+from lineshaft.contract.ops.spec import HostArray, Size, StepArg, numpy_dtype
 from lineshaft.contract.steps import StepShape
 
 Draw = Callable[[str], np.random.Generator]
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
-_GARBAGE = np.array([np.nan, np.inf, -np.inf, 3e4, -3e4])
+GARBAGE = (np.nan, np.inf, -np.inf, 3e4, -3e4)
+FUZZ_DTYPES = ("float32", "bfloat16")
+LARGE = 2**20
+"""Values of a pool that is made in the dtype of its pages, without random garbage, to spare time and memory."""
 
 
 def seeded(rng: np.random.Generator) -> Draw:
@@ -50,6 +54,10 @@ class Paging:
     group     the cache group; groups below it get tables of zeros
     starts    give page_starts: each row's pages in reverse order, with its second page dropped
     dropped   leading pages of each row that a window has left behind: their table entries are 0
+    spare     page-table columns beyond the longest row's pages
+    stale     table entries beyond a row's pages name pages of other rows, not page 0
+    shifted   positions differ from the places in the context
+    garbage   what lies where no key is live
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -59,6 +67,10 @@ class Paging:
     group: int = 0
     starts: bool = False
     dropped: int = 0
+    spare: int = 1
+    stale: bool = False
+    shifted: bool = False
+    garbage: tuple[float, ...] = GARBAGE
 
     @property
     def tokens(self) -> int:
@@ -66,8 +78,8 @@ class Paging:
 
     @property
     def columns(self) -> int:
-        """Page-table columns: the longest row's pages, and one that is always padding."""
-        return 1 + max(self.pages_of(keys) for _, keys in self.lengths)
+        """Page-table columns: the longest row's pages, and those that are always padding."""
+        return self.spare + max(self.pages_of(keys) for _, keys in self.lengths)
 
     def pages_of(self, keys: int) -> int:
         return -(-keys // self.page_size)
@@ -84,13 +96,27 @@ class PagedStep:
     step: StepArg
     live: HostArray
 
-    def fill(self, rng: np.random.Generator, width: Sequence[int], garbage: bool = True) -> HostArray:
-        """float64 pages [N, page, *width]: normal where live, else NaN, infinities and large numbers."""
-        pages = rng.standard_normal((*self.live.shape, *width))
-        if garbage:
-            dead = ~self.live
-            pages[dead] = np.resize(_GARBAGE, pages[dead].shape)
-        return pages
+    def fill(
+        self, rng: np.random.Generator, width: Sequence[int], garbage: Sequence[float] = GARBAGE, dtype: str = "float64"
+    ) -> HostArray:
+        """Pages [N, page, *width]: normal where live, else `garbage` in turn; float64, or if LARGE of `dtype`."""
+        shape = (*self.live.shape, *width)
+        if math.prod(shape) > LARGE:
+            pages = np.full(shape, garbage[0], numpy_dtype(dtype))
+            pages[self.live] = rng.standard_normal((int(self.live.sum()), *width))
+            return pages
+        return np.where(self.live[..., None, None], rng.standard_normal(shape), np.resize(garbage, shape))
+
+
+def fuzz_paging(pick: np.random.Generator) -> Paging:
+    """Random rows in pages of a random size, some of them empty or without a query."""
+    lengths = []
+    for _ in range(int(pick.integers(1, 6))):
+        keys = int(pick.choice((0, 1, int(pick.integers(1, 40)), int(pick.integers(1, 300)))))
+        lengths.append((min(int(pick.choice((0, 1, 1, int(pick.integers(1, 20))))), keys), keys))
+    size = int(pick.choice([1, 3, 8, 16, 20, 32, 64, 128]))
+    padding = int(pick.integers(0, 4)) + (sum(query for query, _ in lengths) == 0)
+    return Paging(tuple(lengths), size, padding=padding, stale=bool(pick.random() < 0.3))
 
 
 def paged_step(rng: np.random.Generator, paging: Paging) -> PagedStep:
@@ -104,11 +130,14 @@ def paged_step(rng: np.random.Generator, paging: Paging) -> PagedStep:
             table[row, :count], starts[row, :count] = table[row, :count][::-1], starts[row, :count][::-1]
             table[row, 1:2] = 0
         table[row, : paging.dropped] = 0
+        if paging.stale:
+            table[row, count:] = rng.permutation(np.arange(1, paging.pages))[: paging.columns - count]
     live = np.zeros((paging.pages, paging.page_size), bool)
     slots = np.zeros(paging.tokens, np.int32)
     token = 0
     for row, (query, keys) in enumerate(paging.lengths):
-        places = _slots(table[row], starts[row], paging.page_size, keys)
+        count = paging.pages_of(keys)
+        places = _slots(table[row, :count], starts[row, :count], paging.page_size, keys)
         live.reshape(-1)[places] = True
         live[0] = False
         at = np.arange(token, token + query)
@@ -146,6 +175,8 @@ def _step_arg(paging: Paging, table: HostArray, starts: HostArray, slots: HostAr
     positions = np.zeros(paging.tokens, np.int32)
     for row, (query, keys) in enumerate(paging.lengths):
         positions[bounds[row] : bounds[row + 1]] = np.maximum(keys - query + np.arange(query), 0)
+    if paging.shifted:
+        positions = positions[::-1] * 3 + 1000
     arrays = {
         "token_ids": np.zeros(paging.tokens, np.int32),
         "positions": positions,

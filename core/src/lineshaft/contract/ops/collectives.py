@@ -6,7 +6,7 @@ References take and return a list with one array per member, in row-major order 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ Members = Sequence[HostArray]
 Axis = str | tuple[str, ...]
 
 _STATICS: dict[str, tuple[str, ...]] = {
-    "all_reduce": (), "all_gather": ("dim",), "reduce_scatter": ("dim",), "all_to_all": ("dim", "concat_dim"),
+    "all_reduce": (), "all_gather": ("dim",), "reduce_scatter": ("dim",), "all_to_all": ("split_dim", "concat_dim"),
     "broadcast": ("src",), "permute": ("shift",),
 }  # fmt: skip
 
@@ -112,26 +112,39 @@ def axis_names(axis: Any) -> tuple[str, ...]:
 
 
 def _specialise(op: str, call: Call) -> CollectiveProblem:
+    if len(call.args) < 2:
+        refuse(op, f"{len(call.args)} positional arguments", "x and axis")
     x = array_spec(op, "x", call.args[0])
-    axes = axis_names(call.args[1])
-    unknown = [name for name in axes if name not in call.degrees]
-    if unknown or not axes or len(set(axes)) != len(axes):
-        refuse(op, f"axis {call.args[1]!r}", f"one or more of {', '.join(call.degrees)}, each once")
-    statics = dict(zip(_STATICS[op], call.args[2:], strict=False))
-    keywords = {"split_dim": "dim"} if op == "all_to_all" else {}
-    statics |= {keywords.get(name, name): value for name, value in call.kwargs.items()}
-    if set(statics) != set(_STATICS[op]) or any(type(value) is not int for value in statics.values()):
-        refuse(op, f"{statics}", f"ints for {', '.join(_STATICS[op]) or 'nothing more'}")
+    axes = _axes(op, call.args[1], call.degrees)
+    statics = _statics(op, call.args[2:], call.kwargs)
     size = math.prod(call.degrees[name] for name in axes)
     problem = CollectiveProblem(dtype=x.dtype, axis=axes, size=size, shape=x.shape, **statics)
     _check(op, problem)
     return problem
 
 
+def _axes(op: str, axis: Any, degrees: Mapping[str, int]) -> tuple[str, ...]:
+    axes = axis_names(axis) if isinstance(axis, (str, tuple)) else ()
+    if not axes or any(type(name) is not str or name not in degrees for name in axes) or len(set(axes)) != len(axes):
+        refuse(op, f"axis {axis!r}", f"one or more of {', '.join(degrees)}, each once")
+    return axes
+
+
+def _statics(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """The ints of a call by the problem's field names; each is given exactly once, by position or by keyword."""
+    names, given = [*_STATICS[op][: len(args)], *kwargs], [*args, *kwargs.values()]
+    fits = len(names) == len(given) and sorted(names) == sorted(_STATICS[op])
+    if not fits or any(type(value) is not int for value in given):
+        shown = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+        refuse(op, f"{shown or 'nothing'} after axis", f"ints for {', '.join(_STATICS[op]) or 'nothing more'}")
+    return {"dim" if name == "split_dim" else name: value for name, value in zip(names, given, strict=True)}
+
+
 def _check(op: str, p: CollectiveProblem) -> None:
-    for dim in (p.dim, p.concat_dim):
-        if not 0 <= dim < max(len(p.shape), 1):
-            refuse(op, f"dim {dim}", f"a dim of {list(p.shape)}, from 0")
+    for name in _STATICS[op]:
+        dim = p.concat_dim if name == "concat_dim" else p.dim
+        if name.endswith("dim") and not 0 <= dim < len(p.shape):
+            refuse(op, f"{name} {dim}", f"a dim of {list(p.shape)}, from 0")
     if op in ("reduce_scatter", "all_to_all") and p.shape[p.dim] % p.size:
         refuse(op, f"dim {p.dim} of {list(p.shape)}", f"a size that the {p.size} members of {'x'.join(p.axis)} divide")
     if not 0 <= p.src < p.size:
@@ -155,8 +168,13 @@ _CALLS: dict[str, list[dict[str, int]]] = {
     "reduce_scatter": [{"dim": 0}, {"dim": 1}],
     "all_to_all": [{"dim": 0, "concat_dim": 1}, {"dim": 1, "concat_dim": 0}, {"dim": 1, "concat_dim": 1}],
     "broadcast": [{"src": 0}, {"src": 1}],
-    "permute": [{"shift": 1}, {"shift": -1}],
+    "permute": [{"shift": 1}, {"shift": -1}, {"shift": 6}],
 }
+_WHY = {
+    "all_reduce": "summed in float32 and rounded once", "reduce_scatter": "member m gets tile m of the sum",
+    "all_gather": "members are joined in row-major order of the axes",
+    "all_to_all": "member m gets tile m of every member, in member order", "permute": "cyclic in both directions",
+}  # fmt: skip
 _MESHES: dict[str, tuple[tuple[str, ...], int]] = {
     "tp2": (("tp",), 2), "tp3": (("tp",), 3), "dp2xtp2": (("dp", "tp"), 4),
 }  # fmt: skip
@@ -173,4 +191,4 @@ def _cases(op: str, rng: np.random.Generator, size: Size) -> Iterable[Case]:
             xs = list(draw(case_id).standard_normal((members, *shape)))
             problem = CollectiveProblem(dtype=dtype, axis=axes, size=members, shape=shape, **statics)
             axis: Axis = axes if len(axes) > 1 else axes[0]
-            yield Case(case_id, problem, (xs, axis, *statics.values()))
+            yield Case(case_id, problem, (xs, axis, *statics.values()), why=_WHY.get(op, ""))

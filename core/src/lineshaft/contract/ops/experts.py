@@ -11,6 +11,7 @@ import numpy as np
 
 from lineshaft.contract.ops.cases import seeded, short, variants
 from lineshaft.contract.ops.checks import base_problem, expect, refuse, weight_problem, wide
+from lineshaft.contract.ops.linear import cancel
 from lineshaft.contract.ops.pointwise import gelu, silu
 from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
 from lineshaft.contract.problems import ExpertProblem, RouterProblem, itemsize
@@ -208,7 +209,7 @@ def moe_combine(
     problem: ExpertProblem, rows: HostArray, source: HostArray, probs: HostArray, *, num: Numerics = EXACT
 ) -> HostArray:
     """out[t] = sum over j of probs[t, j] * (the row whose source is t * k + j)."""
-    ordered = np.empty(rows.shape, num.load(np.zeros(0)).dtype)
+    ordered = np.zeros(rows.shape, num.load(np.zeros(0)).dtype)
     ordered[source] = num.load(rows)
     parts = ordered.reshape(*probs.shape, rows.shape[1])
     return num.save((num.load(probs)[..., None] * parts).sum(1))
@@ -284,13 +285,19 @@ def _moved(p: ExpertProblem) -> int:
 
 # ---- cases -----------------------------------------------------------------------------------------------------
 
-_ROUTERS: dict[str, dict[str, Any]] = {
-    "before-k2": {},
-    "before-renormalise-k4": {"k": 4, "renormalise": True, "scale": 2.5},
-    "after-k2": {"softmax": "after"},
-    "ties-k3": {"k": 3},
-    "all-k8": {"k": 8},
-    "groups4of2-k3": {"k": 3, "groups": 4, "group_top": 2},
+_ROUTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "before-k2": ({}, "weights are of the softmax over all experts, and not rounded to the executed dtype"),
+    "before-renormalise-k4": ({"k": 4, "renormalise": True, "scale": 2.5}, "renormalise, then scale"),
+    "after-k2": ({"softmax": "after"}, "the softmax is over the chosen"),
+    "after-scale-k3": ({"softmax": "after", "k": 3, "scale": 0.5}, ""),
+    "ties-k3": ({"k": 3}, "ties go to the lowest index"),
+    "all_equal-k8": ({"k": 8}, "ties go to the lowest index, whatever the sort"),
+    "all-k8": ({"k": 8}, "in descending order"),
+    "one-k1": ({"k": 1}, ""),
+    "extreme-k3": ({"k": 3}, "the softmax subtracts the peak"),
+    "e128-k8": ({"experts": 128, "k": 8, "renormalise": True}, ""),
+    "groups4of2-k3": ({"k": 3, "groups": 4, "group_top": 2}, "only experts of the best groups"),
+    "group_ties-k2": ({"k": 2, "groups": 4, "group_top": 1}, "ties of groups go to the lowest"),
 }
 
 
@@ -299,24 +306,40 @@ def _router_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     for name, dtype in variants(size, _ROUTERS):
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
-        problem = RouterProblem(**{"dtype": dtype, "experts": 8, "k": 2, "rows": 5, **_ROUTERS[name]})
-        # steps of 1/4 apart: every dtype holds them, so that only equal logits tie
-        logits = np.stack([rng.permutation(8) for _ in range(5)]) / 4.0 - 1.0
+        fields, why = _ROUTERS[name]
+        problem = RouterProblem(**{"dtype": dtype, "experts": 8, "k": 2, "rows": 5, **fields})
+        # steps of 1/4 apart: distinct in every dtype, so that only equal logits tie
+        logits = np.stack([rng.permutation(problem.experts) for _ in range(5)]) / 4.0 - 1.0
+        if not name.startswith("e128"):
+            logits += rng.uniform(-0.05, 0.05, logits.shape)
         if name.startswith("ties"):
             logits[:, [1, 4, 6]] = 2.0
-        yield Case(case_id, problem, (logits,))
+        if name.startswith("all_equal"):
+            logits[:] = 0.5
+        if name.startswith("extreme"):
+            logits = logits * 8192 - 4096
+        if name.startswith("group_ties"):
+            logits[:, [2, 5, 7]] = 3.0
+        yield Case(case_id, problem, (logits,), why=why)
 
 
-_MOE = {
-    "ep1-e4": ([0, 1, 2, 3], 4), "ep2_first-e4": ([0, 1, -1, -1], 2), "ep2_second-e4": ([-1, -1, 0, 1], 2),
-    "none_chosen-e6": ([-1, -1, -1, -1, 1, 0], 2),
-}  # fmt: skip
+_MOE = {  # expert_map, how many are local, why
+    "ep1-e4": ([0, 1, 2, 3], 4, ""),
+    "ep2_first-e4": ([0, 1, -1, -1], 2, "expert_map -1: the expert lives elsewhere and adds nothing"),
+    "ep2_second-e4": ([-1, -1, 0, 1], 2, "expert_map gives the local index"),
+    "permuted-e4": ([2, 0, 3, 1], 4, "expert_map may permute"),
+    "ep2_permuted-e4": ([1, -1, -1, 0], 2, "expert_map may permute, and the local experts need not be neighbours"),
+    "none_chosen-e6": ([-1, -1, -1, -1, 1, 0], 2, "experts without a token"),
+    "one_expert-e4": ([0, 1, 2, 3], 4, "every token to the same experts: no token is dropped, others are empty"),
+}
 
 
 def _moe(rng: np.random.Generator, name: str, dtype: str) -> tuple[ExpertProblem, HostArray, HostArray, HostArray]:
     """(problem, ids, probs, expert_map) of 5 tokens with 2 experts each; experts 4 and up are never chosen."""
-    mapping, local = _MOE[name]
+    mapping, local, _ = _MOE[name]
     ids = np.stack([rng.permutation(4)[:2] for _ in range(5)]).astype(np.int32)
+    if name.startswith("one_expert"):
+        ids[:] = 2, 1
     probs = rng.dirichlet(np.ones(2), 5).astype(wide(dtype))
     problem = ExpertProblem(dtype=dtype, experts=len(mapping), local=local, hidden=12, width=10, k=2, rows=5)
     return problem, ids, probs, np.array(mapping, np.int32)
@@ -330,26 +353,46 @@ def _weights(rng: np.random.Generator, p: ExpertProblem) -> tuple[WeightArg, Wei
 
 def _mlp_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, [*_MOE, "gelu-ep1-e4"]):
-        case_id = f"{name}-{short(dtype)}"
+    for name, dtype in [*variants(size, [*_MOE, "gelu-ep1-e4"]), ("sums-ep1-e4", "bfloat16")]:
+        case_id, table = f"{name}-{short(dtype)}", name.removeprefix("gelu-").removeprefix("sums-")
         rng = draw(case_id)
-        problem, ids, probs, mapping = _moe(rng, name.removeprefix("gelu-"), dtype)
+        problem, ids, probs, mapping = _moe(rng, table, dtype)
         if name.startswith("gelu"):
             problem = replace(problem, activation="gelu")
-        x = rng.standard_normal((5, problem.hidden))
-        yield Case(case_id, problem, (x, ids, probs, *_weights(rng, problem), mapping))
+        if name.startswith("sums"):
+            problem = replace(problem, hidden=512)
+        x, (w13, w2) = rng.standard_normal((5, problem.hidden)), _weights(rng, problem)
+        if name.startswith("sums"):
+            cancel(x, w13.array)
+        why = _SUMS if name.startswith("sums") else _MOE[table][2]
+        yield Case(case_id, problem, (x, ids, probs, w13, w2, mapping), why=why)
+
+
+_SUMS = "sums are made in float32: products that cancel"
+_OFFSETS = {
+    "full": ([0, 3, 7, 10], ""), "empty_expert": ([0, 4, 4, 10], "an expert without rows"),
+    "one_expert": ([0, 0, 10, 10], "one expert with every row"),
+    "beyond_is_nan": ([0, 2, 3, 6], "rows beyond the last expert's are not read, and 0"),
+    "none": ([0] * 4, "rows beyond the last expert's are not read, and 0"),
+    "sums": ([0, 3, 7, 10], _SUMS),
+}  # fmt: skip
 
 
 def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    offsets = {"full": [0, 3, 7, 10], "empty_expert": [0, 4, 4, 10], "beyond_is_nan": [0, 2, 3, 6], "none": [0] * 4}
-    for name, dtype in variants(size, offsets):
+    for name, dtype in [*variants(size, [name for name in _OFFSETS if name != "sums"]), ("sums", "bfloat16")]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
+        offsets, why = _OFFSETS[name]
         problem = ExpertProblem(dtype=dtype, experts=6, local=3, hidden=12, width=10, k=1, rows=10)
-        x = rng.standard_normal((10, 12))
-        x[offsets[name][-1] :] = np.nan
-        yield Case(case_id, problem, (x, *_weights(rng, problem), np.array(offsets[name], np.int32)))
+        if name == "sums":
+            problem = replace(problem, hidden=512)
+        x = rng.standard_normal((10, problem.hidden))
+        x[offsets[-1] :] = np.nan
+        w13, w2 = _weights(rng, problem)
+        if name == "sums":
+            cancel(x, w13.array)
+        yield Case(case_id, problem, (x, w13, w2, np.array(offsets, np.int32)), why=why)
 
 
 def _dispatch_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
@@ -359,16 +402,23 @@ def _dispatch_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         rng = draw(case_id)
         problem, ids, _, mapping = _moe(rng, name, dtype)
         x = rng.standard_normal((5, problem.hidden))
-        yield Case(case_id, replace(problem, width=0), (x, ids, mapping, problem.local))
+        yield Case(case_id, replace(problem, width=0), (x, ids, mapping, problem.local), why=_MOE[name][2])
 
 
 def _combine_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, ["t5-k2", "t3-k1", "t4-k6"]):
+    for name, dtype in [*variants(size, ["t5-k2", "t3-k1", "t4-k6"]), ("sums-t3-k8", "bfloat16")]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
-        tokens, k = (int(part[1:]) for part in name.split("-"))
+        tokens, k = (int(part[1:]) for part in name.split("-")[-2:])
         problem = ExpertProblem(dtype=dtype, experts=0, local=0, hidden=12, width=0, k=k, rows=tokens)
         source = rng.permutation(tokens * k).astype(np.int32)
         probs = rng.dirichlet(np.ones(k), tokens).astype(wide(dtype))
-        yield Case(case_id, problem, (rng.standard_normal((tokens * k, 12)), source, probs))
+        rows = rng.standard_normal((tokens * k, 12))
+        if name.startswith("sums"):
+            ordered = rows[np.argsort(source)].reshape(tokens, k, 12)
+            ordered[:, :3], probs[:] = 100 * ordered[:, :3], 1 / k
+            ordered[:, 3:6] = -ordered[:, :3]
+            rows = ordered.reshape(-1, 12)[source]
+        why = "source says which assignment a row is of" if k > 1 else ""
+        yield Case(case_id, problem, (rows, source, probs), why=_SUMS if name.startswith("sums") else why)

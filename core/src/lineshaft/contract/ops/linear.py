@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft.contract.ops.checks import expect, refuse, weight_problem
 from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
 from lineshaft.contract.problems import LinearProblem, itemsize
@@ -28,6 +28,7 @@ def specs() -> tuple[OpSpec, ...]:
             tolerance=Tolerance(depth=lambda p: p.k),
             weight="linear",
             optional={"bias": "bias", "adapters": "adapters"},
+            fuzz=_fuzz,
             flops=_flops,
             moved=_moved,
         ),
@@ -102,30 +103,61 @@ def _moved(p: LinearProblem) -> int:
 
 _SIZES = {
     "decode/m1-n48-k32": (1, 48, 32), "decode/m3-n33-k67": (3, 33, 67), "prefill/m17-n64-k96": (17, 64, 96),
-    "decode/m8-n256-k512": (8, 256, 512), "prefill/m130-n192-k1024": (130, 192, 1024), "one/m1-n1-k1": (1, 1, 1),
+    "bias/m3-n33-k67": (3, 33, 67), "nan_row/m3-n33-k67": (3, 33, 67), "one/m1-n1-k1": (1, 1, 1),
+    "decode/m8-n256-k512": (8, 256, 512), "prefill/m130-n192-k1024": (130, 192, 1024),
 }  # fmt: skip
-_FULL = ("decode/m8-n256-k512", "prefill/m130-n192-k1024", "one/m1-n1-k1")
+_FULL = ("decode/m8-n256-k512", "prefill/m130-n192-k1024")
+_SUMS = "sums/m3-n40-k512"
+_WHY = {
+    "bias": "the bias is added before the one rounding", "nan_row": "NaN of a padding row stays in its row",
+    "sums": "sums are made in float32: products that cancel",
+}  # fmt: skip
 
 
 def _linear_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, [*(n for n in _SIZES if n not in _FULL), "bias/m3-n33-k67"], _FULL):
+    for name, dtype in [*variants(size, [n for n in _SIZES if n not in _FULL], _FULL), (_SUMS, "bfloat16")]:
         case_id = f"{name}-{short(dtype)}"
-        rng, with_bias = draw(case_id), name.startswith("bias")
-        m, n, k = _SIZES["decode/m3-n33-k67" if with_bias else name]
-        kwargs = {"bias": rng.standard_normal(n)} if with_bias else {}
-        problem = LinearProblem(dtype=dtype, m=m, n=n, k=k, bias=with_bias)
-        w = WeightArg(rng.standard_normal((n, k)) / np.sqrt(k), "linear")
-        yield Case(case_id, problem, (rng.standard_normal((m, k)), w), kwargs)
+        kind, _, sizes = name.partition("/")
+        m, n, k = (int(part[1:]) for part in sizes.split("-"))
+        yield _linear_case(case_id, draw(case_id), LinearProblem(dtype=dtype, m=m, n=n, k=k, bias=kind == "bias"), kind)
+
+
+def _linear_case(case_id: str, rng: np.random.Generator, problem: LinearProblem, kind: str = "") -> Case:
+    x, w = rng.standard_normal((problem.m, problem.k)), rng.standard_normal((problem.n, problem.k)) / problem.k**0.5
+    if kind == "nan_row":
+        x[1] = np.nan
+    if kind == "sums":
+        cancel(x, w)
+    kwargs = {"bias": rng.standard_normal(problem.n)} if problem.bias else {}
+    return Case(case_id, problem, (x, WeightArg(w, "linear")), kwargs, _WHY.get(kind, ""))
+
+
+def _fuzz(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 1])
+    dtype = str(pick.choice(FUZZ_DTYPES))
+    m, out, k = (int(size) for size in 2 ** pick.uniform(0, (6, 8, 10)))
+    problem = LinearProblem(dtype=dtype, m=m, n=out, k=k, bias=bool(pick.random() < 0.2))
+    return _linear_case(f"fuzz/{n}-{short(dtype)}", rng, problem)
+
+
+def cancel(x: HostArray, w: HostArray) -> None:
+    """Give x [..., k] and w [..., n, k] large terms over the first nine tenths of k, whose sum in x w^T is 0."""
+    half = x.shape[-1] * 9 // 20
+    x[..., :half], w[..., :half] = np.abs(x[..., :half]) + 1, np.abs(w[..., :half]) * x.shape[-1] ** 0.5 + 1
+    x[..., half : 2 * half], w[..., half : 2 * half] = x[..., :half], -w[..., :half]
 
 
 def _head_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
     sizes = {"m1-h4-n16-k8": (1, 4, 16, 8), "m5-h3-n7-k24": (5, 3, 7, 24), "m64-h16-n128-k64": (64, 16, 128, 64)}
-    for name, dtype in variants(size, list(sizes)[:2], list(sizes)[2:]):
+    sums = "sums-m3-h2-n7-k512"
+    for name, dtype in [*variants(size, list(sizes)[:2], list(sizes)[2:]), (sums, "bfloat16")]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
-        m, heads, n, k = sizes[name]
+        m, heads, n, k = {**sizes, sums: (3, 2, 7, 512)}[name]
         problem = LinearProblem(dtype=dtype, m=m, n=n, k=k, heads=heads)
-        w = WeightArg(rng.standard_normal((heads, n, k)) / np.sqrt(k), "linear")
-        yield Case(case_id, problem, (rng.standard_normal((m, heads, k)), w))
+        x, w = rng.standard_normal((m, heads, k)), rng.standard_normal((heads, n, k)) / np.sqrt(k)
+        if name == sums:
+            cancel(x, w)
+        yield Case(case_id, problem, (x, WeightArg(w, "linear")), why=_WHY["sums"] if name == sums else "")

@@ -250,40 +250,68 @@ def _logits(rng: np.random.Generator, dtype: str, rows: int, vocab: int, spread:
     return drawn.astype(numpy_dtype(dtype)).astype(np.float64)
 
 
+_APPLIES = {
+    "plain-v40": "",
+    "mask-v40": "bit v % 32 of word v // 32; bits beyond the vocabulary mean nothing",
+    "mask-v64": "bit v % 32 of word v // 32",
+    "bias-v40": "the bias is added before the one rounding",
+    "mask-bias-v70": "",
+    "mask_none_allowed-v33": "a row without an allowed token is all -inf; bits beyond the vocabulary allow none",
+    "mask-bias_huge-v40": "the mask gives -inf whatever the bias, and adds nothing where the bit is set",
+    "bias-masked-v40": "a bias does not bring back a logit of -inf",
+    "mask-extreme-v40": "logits up to half of what float32 holds pass unchanged",
+}
+
+
 def _apply_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
-    names = ["plain-v40", "mask-v40", "mask-v64", "bias-v40", "mask-bias-v70", "mask_none_allowed-v33"]
-    for case_id, dtype, draw in _named(rng, names):
+    for case_id, dtype, draw in _named(rng, _APPLIES):
         name, vocab = case_id.rsplit("-", 1)[0], int(case_id.split("-v")[1].split("-")[0])
         kwargs: dict[str, Any] = {}
-        if "mask" in name:
+        if "mask-" in name or "none" in name:
             kwargs["mask"] = draw.integers(0, 2**32, (3, -(-vocab // 32)), dtype=np.uint32)
         if "none" in name:
-            kwargs["mask"][1] = 0
+            kwargs["mask"][1], kwargs["mask"][1, -1] = 0, 0xFFFFFFFE  # 33 tokens: all but the first bit lie beyond them
         if "bias" in name:
             kwargs["bias"] = draw.standard_normal((3, vocab)).astype(np.float32)
+        if "huge" in name:
+            kwargs["bias"][~allowed_tokens(kwargs["mask"], vocab)] = 1e30
+        logits = _logits(draw, dtype, 3, vocab)
+        _shape_logits(name.split("-")[1], logits)
         flags = dict.fromkeys(kwargs, True)
         problem = SampleProblem(dtype=dtype, rows=3, vocab=vocab, **flags)
-        yield Case(case_id, problem, (_logits(draw, dtype, 3, vocab),), kwargs)
+        yield Case(case_id, problem, (logits,), kwargs, _APPLIES[name])
 
 
-_FILTERS: dict[str, dict[str, Any]] = {
-    "all_zero": {"temperature": 0.0},
-    "greedy_ties": {"temperature": 0.0},
-    "plain": {},
-    "hot": {"temperature": 2.0},
-    "top_k5": {"top_k": 5},
-    "top_k1": {"top_k": 1},
-    "top_k_ties": {"top_k": 3},
-    "top_k_beyond_vocab": {"top_k": 10_000},
-    "top_p": {"top_p": 0.7},
-    "top_p_tiny": {"top_p": 1e-6},
-    "top_p1": {"top_p": 1.0},
-    "min_p": {"min_p": 0.1},
-    "all_filters": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
-    "mixed_rows": {},
-    "masked": {},
-    "nan_and_empty_rows": {},
-    "u0": {},
+_FILTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "all_zero": ({"temperature": 0.0}, "all-zero parameters are legal and greedy"),
+    "greedy_ties": ({"temperature": 0.0}, "the lowest id wins a tie"),
+    "greedy_close": ({"temperature": 0.0}, "float32 logits are not rounded"),
+    "greedy_extreme": ({"temperature": 0.0}, "logits up to half of what float32 holds"),
+    "plain": ({}, "the inverse CDF runs in id order"),
+    "extreme": ({}, "logits up to half of what float32 holds"),
+    "hot": ({"temperature": 2.0}, "the temperature divides"),
+    "top_k5": ({"top_k": 5}, ""),
+    "top_k1": ({"top_k": 1}, ""),
+    "top_k_ties": ({"top_k": 3}, "exactly k are kept, of equal logits the lowest ids"),
+    "top_k_beyond_vocab": ({"top_k": 10_000}, ""),
+    "top_p": ({"top_p": 0.7}, ""),
+    "top_p_tiny": ({"top_p": 1e-6}, "the largest is always kept"),
+    "top_p1": ({"top_p": 1.0}, "1 and above keep all"),
+    "min_p": ({"min_p": 0.1}, "relative to the largest"),
+    "filter_order": ({"top_k": 4, "top_p": 0.6}, "top_p counts what top_k kept, renormalised"),
+    "min_p_ladder": ({"min_p": 0.1}, "relative to the largest"),
+    "top_p_ladder": ({"top_p": 0.8}, "tokens before which less than top_p has been gathered"),
+    "top_k_ladder": ({"top_k": 6}, ""),
+    "hot_ladder": ({"temperature": 3.0}, "the temperature divides"),
+    "all_filters": ({"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.05}, ""),
+    "mixed_rows": ({}, "each row has parameters and a u of its own"),
+    "masked": ({}, "a logit of -inf is never kept"),
+    "nan_and_empty_rows": ({}, "-1 for a row with a NaN or no kept token, and for it alone"),
+    "all_masked": ({"temperature": 0.0}, "-1 for a row whose tokens are all masked"),
+    "u0": ({}, "u = 0 takes the first kept token"),
+    "u0_masked_head": ({}, "u = 0 takes the first kept token, not token 0"),
+    "u1": ({}, "the largest u below 1 takes the last kept token"),
+    "u1_masked_tail": ({}, "the largest u below 1 takes the last kept token, not the last one"),
 }
 
 
@@ -295,21 +323,49 @@ def _sample_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         logits = _logits(draw, dtype, rows, vocab)
         _shape_logits(name, logits)
         params = _params(name, rows)
-        u = np.array([[_clear_u(draw, params, logits, r, low=name == "u0")] for r in range(rows)], np.float32)
-        yield Case(case_id, SampleProblem(dtype=dtype, rows=rows, vocab=vocab), (logits, params, u))
+        u = np.array([[_u(draw, name, params, logits, r)] for r in range(rows)], np.float32)
+        problem = SampleProblem(dtype=dtype, rows=rows, vocab=vocab)
+        yield Case(case_id, problem, (logits, params, u), why=_FILTERS[name][1])
+
+
+def _u(rng: np.random.Generator, name: str, params: Params, logits: HostArray, row: int) -> float:
+    if name.startswith("u0"):
+        return 0.0
+    if name.startswith("u1"):
+        return float(np.nextafter(np.float32(1), np.float32(0)))
+    if name.endswith("ladder"):
+        return (0.05, 0.3, 0.6, 0.8, 0.95, 0.98)[row]
+    return 0.9 if name == "filter_order" else _clear_u(rng, params, logits, row)
 
 
 def _shape_logits(name: str, logits: HostArray) -> None:
     if name.endswith("ties"):
         logits[:, 4] = logits[:, 9] = logits[:, 20] = logits[:, 30] = logits.max(-1)
-    if name == "masked":
-        logits[:, ::2] = -np.inf
+    if name.startswith(("masked", "all_masked")):
+        logits[:, :: 1 if name.startswith("all") else 2] = -np.inf
+    if name.endswith("close"):
+        logits[:, 5], logits[:, 9], logits[:, 11] = 16.0, 16.0 + 2.0**-18, 16.0 + 2.0**-19  # one value in bfloat16
+    if name.endswith("signed_zero"):
+        logits[:] = np.where(logits > 0, -0.0, -1.0)
+        logits[:, 20] = 0.0
+    if name.endswith("extreme"):
+        logits[0::3] *= 1e4
+        logits[1::3] = np.where(logits[1::3] > 1, 2.0**126, -(2.0**126))
+        logits[1::3, 7] = 2.0**127
+        logits[2::3, 1:4] = -np.inf
+    if name == "filter_order" or name.endswith("ladder"):
+        logits[:] = -np.arange(logits.shape[1]) / (64 if name == "filter_order" else 8)
+    if name.startswith("u1"):
+        logits[:] = 0.0
+        logits[:, logits.shape[1] - 5 * name.endswith("tail") :] = -np.inf
+    if name == "u0_masked_head":
+        logits[:, :6] = -np.inf
     if name == "nan_and_empty_rows":
         logits[1, 7], logits[3] = np.nan, -np.inf
 
 
 def _params(name: str, rows: int) -> dict[str, HostArray]:
-    given = {"temperature": 1.0, "top_k": 0, "top_p": 0.0, "min_p": 0.0, **_FILTERS[name]}
+    given = {"temperature": 1.0, "top_k": 0, "top_p": 0.0, "min_p": 0.0, **_FILTERS[name][0]}
     params = {key: np.full(rows, value, np.int32 if key == "top_k" else np.float32) for key, value in given.items()}
     if name == "mixed_rows":
         params["temperature"][::2] = 0.0
@@ -317,10 +373,10 @@ def _params(name: str, rows: int) -> dict[str, HostArray]:
     return params
 
 
-def _clear_u(rng: np.random.Generator, params: Params, logits: HostArray, row: int, low: bool) -> float:
+def _clear_u(rng: np.random.Generator, params: Params, logits: HostArray, row: int) -> float:
     """A u amid the share of a likely token, far from every border; nudges top_p and min_p off theirs."""
     x = logits[row]
-    if low or np.isnan(x).any() or not (x > -np.inf).any() or params["temperature"][row] == 0:
+    if np.isnan(x).any() or not (x > -np.inf).any() or params["temperature"][row] == 0:
         return 0.0
     scaled = x / np.float64(params["temperature"][row])
     _clear_filters(params, scaled, row)
@@ -344,34 +400,46 @@ def _clear_filters(params: Params, scaled: HostArray, row: int) -> None:
         params["min_p"][row] = (weights[at - 1] + (weights[at] if at < len(weights) else 0.0)) / 2
 
 
+_ARGMAXES = {
+    "v37": "", "v1": "", "ties-v37": "the lowest index wins",
+    "signed_zero-v37": "-0 and 0 are equal: the lowest index wins", "close-v37": "float32 logits are not rounded",
+    "all_negative-v50": "padding of a vocabulary does not win, as 0 would",
+    "extreme-v37": "logits up to half of what float32 holds",
+    "masked-v37": "", "all_masked-v37": "-1 for a row with nothing above -inf", "nan-v37": "-1 for a row with a NaN",
+    "large-v5000": "", "ties-v5000": "the lowest index wins across blocks of the vocabulary",
+}  # fmt: skip
+
+
 def _argmax_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
-    names = [
-        "v37",
-        "v1",
-        "ties-v37",
-        "all_negative-v50",
-        "masked-v37",
-        "nan-v37",
-        *(["large-v5000"] if size == "full" else []),
-    ]
-    for case_id, dtype, draw in _named(rng, names):
+    for case_id, dtype, draw in _named(rng, [n for n in _ARGMAXES if size == "full" or "v5000" not in n]):
         vocab = int(case_id.split("v")[-1].split("-")[0])
         logits = _logits(draw, dtype, 4, vocab)
         _shape_logits(case_id.split("-")[0], logits)
+        if case_id.startswith("ties"):
+            logits[:, [vocab // 2, vocab - 1]] = logits.max()
         if case_id.startswith("all_negative"):
             logits = -np.abs(logits) - 1
         if case_id.startswith("nan"):
             logits[1, 3], logits[2] = np.nan, -np.inf
-        yield Case(case_id, SampleProblem(dtype=dtype, rows=4, vocab=vocab), (logits,))
+        problem = SampleProblem(dtype=dtype, rows=4, vocab=vocab)
+        yield Case(case_id, problem, (logits,), why=_ARGMAXES[case_id.rpartition("-")[0]])
+
+
+_LOGPROBS = {
+    "v37-k5": "natural logarithms, not rounded to the logits' dtype", "v37-k0": "", "v6-k6": "",
+    "ties-v37-k6": "descending, ties to the lowest id", "masked-v37-k4": "a masked token has -inf",
+    "large_logits-v37-k4": "the peak is subtracted before exp", "unsampled-v37-k0": "an id of -1 is read as 0",
+    "large-v5000-k20": "",
+}  # fmt: skip
 
 
 def _logprobs_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
-    names = ["v37-k5", "v37-k0", "ties-v37-k6", "masked-v37-k4", "v6-k6", "unsampled-v37-k0"]
-    for case_id, dtype, draw in _named(rng, [*names, *(["large-v5000-k20"] if size == "full" else [])]):
+    for case_id, dtype, draw in _named(rng, [n for n in _LOGPROBS if size == "full" or "v5000" not in n]):
         vocab, k = (int(part[1:]) for part in case_id.split("-")[-3:-1])
-        logits = _logits(draw, dtype, 3, vocab)
+        logits = _logits(draw, dtype, 3, vocab, spread=1e4 if case_id.startswith("large_logits") else 3.0)
         _shape_logits(case_id.split("-")[0], logits)
         ids = (draw.integers(0, vocab // 2, 3) * 2 + 1).clip(max=vocab - 1).astype(np.int32)
         if case_id.startswith("unsampled"):
             logits[1, 3], ids[1] = np.nan, -1
-        yield Case(case_id, SampleProblem(dtype=dtype, rows=3, vocab=vocab, top=k), (logits, ids, k))
+        problem = SampleProblem(dtype=dtype, rows=3, vocab=vocab, top=k)
+        yield Case(case_id, problem, (logits, ids, k), why=_LOGPROBS[case_id.rpartition("-")[0]])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft.contract.ops.checks import array_spec, expect, matrix_rows, refuse, weight_problem
 from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
 from lineshaft.contract.problems import NormProblem, itemsize
@@ -26,6 +26,7 @@ def specs() -> tuple[OpSpec, ...]:
             infer=lambda p, call: call.spec(0),
             reference=rms_norm,
             cases=_norm_cases,
+            fuzz=lambda rng, n: _fuzz(rng, n, residual=False),
             tolerance=Tolerance(depth=lambda p: p.width),
             weight="norm",
             flops=lambda p: 4 * p.rows * p.width,
@@ -39,6 +40,7 @@ def specs() -> tuple[OpSpec, ...]:
             infer=lambda p, call: (call.spec(0), call.spec(0)),
             reference=add_rms_norm,
             cases=_add_norm_cases,
+            fuzz=lambda rng, n: _fuzz(rng, n, residual=True),
             tolerance=Tolerance(depth=lambda p: p.width),
             required=False,
             weight="norm",
@@ -89,8 +91,14 @@ def _specialise_add_norm(base: Any, call: Call) -> NormProblem:
 
 # ---- cases -----------------------------------------------------------------------------------------------------
 
-_SMOKE = ("t1-w64", "t5-w33", "heads-t3-w16", "zero_row-t3-w32")
+_NORMS = {
+    "t1-w64": "", "t5-w33": "", "heads-t3-w16": "", "zero_row-t3-w32": "eps keeps a row of zeros finite",
+    "small-t3-w32": "eps is the problem's, and inside the root",
+    "nan_row-t3-w32": "NaN of a padding row stays in its row",
+    "t65-w1024": "", "sums-t2-w1536": "squares are summed in float32: bfloat16 stops growing after 256 of them",
+}  # fmt: skip
 _FULL = ("t65-w1024",)
+_SUMS = "sums-t2-w1536"
 
 
 def _norm_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
@@ -103,14 +111,31 @@ def _add_norm_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
 
 def _cases(rng: np.random.Generator, size: Size, residual: bool) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, _SMOKE, _FULL):
+    for name, dtype in [*variants(size, [n for n in _NORMS if n not in (*_FULL, _SUMS)], _FULL), (_SUMS, "bfloat16")]:
         case_id = f"{name}-{short(dtype)}"
-        rng = draw(case_id)
         rows, width = (int(part[1:]) for part in name.split("-")[-2:])
-        shape = (rows, 2, width) if name.startswith("heads") else (rows, width)
-        x, r = rng.standard_normal((2, *shape))
-        if name.startswith("zero_row"):
-            x[1] = r[1] = 0.0  # eps alone keeps the row finite
-        problem = NormProblem(dtype=dtype, width=width, eps=1e-5, rows=x.size // width)
-        w = WeightArg(1 + 0.1 * rng.standard_normal(width), "norm")
-        yield Case(case_id, problem, (x, r, w) if residual else (x, w))
+        problem = NormProblem(dtype=dtype, width=width, eps=1e-2 if name.startswith("small") else 1e-5, rows=rows)
+        yield _case(case_id, draw(case_id), problem, residual)
+
+
+def _case(case_id: str, rng: np.random.Generator, problem: NormProblem, residual: bool) -> Case:
+    shape: tuple[int, ...] = (problem.rows, problem.width)
+    if case_id.startswith("heads"):
+        shape, problem = (problem.rows, 2, problem.width), replace(problem, rows=2 * problem.rows)
+    x, r = rng.standard_normal((2, *shape)) * (0.1 if case_id.startswith("small") else 1.0)
+    if case_id.startswith(("zero_row", "nan_row")):
+        x[1] = r[1] = 0.0 if case_id.startswith("zero") else np.nan
+    if case_id.startswith("sums"):
+        x = np.sign(x) * (1 - 0.02 * np.abs(x))
+        r = 0.001 * r
+    w = WeightArg(1 + 0.1 * rng.standard_normal(problem.width), "norm")
+    why = _NORMS.get(case_id.rpartition("-")[0], "")
+    return Case(case_id, problem, (x, r, w) if residual else (x, w), why=why)
+
+
+def _fuzz(rng: np.random.Generator, n: int, residual: bool) -> Case:
+    pick = np.random.default_rng([n, 2])
+    dtype = str(pick.choice(FUZZ_DTYPES))
+    rows, width = (int(size) for size in 2 ** pick.uniform(0, (6, 11)))
+    problem = NormProblem(dtype=dtype, width=width, eps=float(10 ** -pick.uniform(3, 7)), rows=rows)
+    return _case(f"fuzz/{n}-{short(dtype)}", rng, problem, residual)

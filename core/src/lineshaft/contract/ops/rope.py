@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft.contract.ops.checks import base_problem, expect, refuse
 from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size
 from lineshaft.contract.problems import RopeProblem, RopeScaling, itemsize
@@ -27,6 +27,7 @@ def specs() -> tuple[OpSpec, ...]:
             infer=lambda p, call: (call.spec(0), call.spec(1)),
             reference=rope,
             cases=_cases,
+            fuzz=_fuzz,
             flops=lambda p: 3 * p.rows * (p.q_heads + p.kv_heads) * p.dim,
             moved=lambda p: 2 * p.rows * (p.q_heads + p.kv_heads) * p.head_dim * itemsize(p.dtype),
         ),
@@ -108,27 +109,50 @@ def _specialise(base: Any, call: Call) -> RopeProblem:
 # ---- cases -----------------------------------------------------------------------------------------------------
 
 _LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "neox-d16": {"dim": 16},
-    "neox-d64-long": {"dim": 64, "max_position": 131072, "base": 500000.0},
-    "partial-d8of16": {"dim": 8, "head_dim": 16},
-    "interleaved-d16": {"dim": 16, "interleaved": True},
-    "linear-d16": {"dim": 16, "scaling": RopeScaling(kind="linear", factor=4.0)},
-    "llama3-d32": {"dim": 32, "max_position": 512, "scaling": _LLAMA3},
-    "freq_factors-d16": {"dim": 16, "scaling": RopeScaling(freq_factors=(1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0))},
-    "interleaved-partial-d6of10": {"dim": 6, "head_dim": 10, "interleaved": True},
-}
+_FACTORS = RopeScaling(freq_factors=(1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0))
+_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "neox-d16": ({"dim": 16}, "halves of a head turn against each other"),
+    "neox-d64-long": (
+        {"dim": 64, "max_position": 131072, "base": 500000.0}, "angles and positions are float32, not bfloat16",
+    ),
+    "unsorted-d16": ({"dim": 16}, "positions come in any order and repeat"),
+    "partial-d8of16": ({"dim": 8, "head_dim": 16}, "values beyond dim pass unchanged"),
+    "interleaved-d16": ({"dim": 16, "interleaved": True}, "value 2i turns with 2i + 1"),
+    "linear-d16": ({"dim": 16, "scaling": RopeScaling(kind="linear", factor=4.0)}, ""),
+    "llama3-d32": ({"dim": 32, "max_position": 512, "scaling": _LLAMA3}, ""),
+    "freq_factors-d16": ({"dim": 16, "scaling": _FACTORS}, "factors divide the frequencies"),
+    "interleaved-partial-d6of10": ({"dim": 6, "head_dim": 10, "interleaved": True}, ""),
+}  # fmt: skip
 
 
 def _cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
     for name, dtype in variants(size, _VARIANTS):
         case_id = f"{name}-{short(dtype)}"
-        rng = draw(case_id)
-        rows, q_heads, kv_heads = 5, 4, 2
-        fields = {"base": 10000.0, "max_position": 256, "head_dim": _VARIANTS[name]["dim"], **_VARIANTS[name]}
-        problem = RopeProblem(dtype=dtype, rows=rows, q_heads=q_heads, kv_heads=kv_heads, **fields)
-        positions = np.sort(rng.integers(0, problem.max_position, rows)).astype(np.int32)
-        positions[0], positions[-1] = 0, problem.max_position - 1
-        q, k = (rng.standard_normal((rows, heads, problem.head_dim)) for heads in (q_heads, kv_heads))
-        yield Case(case_id, problem, (q, k, positions))
+        own, why = _VARIANTS[name]
+        fields = {"base": 10000.0, "max_position": 256, "head_dim": own["dim"], **own}
+        problem = RopeProblem(dtype=dtype, rows=5, q_heads=4, kv_heads=2, **fields)
+        yield _case(case_id, draw(case_id), problem, why)
+
+
+def _case(case_id: str, rng: np.random.Generator, problem: RopeProblem, why: str = "") -> Case:
+    positions = np.sort(rng.integers(0, problem.max_position, problem.rows)).astype(np.int32)
+    positions[0], positions[-1] = 0, problem.max_position - 1
+    if case_id.startswith("unsorted"):
+        positions = positions[[3, 0, 4, 3, 1]]
+    q, k = (
+        rng.standard_normal((problem.rows, heads, problem.head_dim)) for heads in (problem.q_heads, problem.kv_heads)
+    )
+    return Case(case_id, problem, (q, k, positions), why=why)
+
+
+def _fuzz(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 3])
+    dtype, half = str(pick.choice(FUZZ_DTYPES)), int(pick.integers(1, 65))
+    kv_heads = int(pick.integers(1, 5))
+    problem = RopeProblem(
+        dtype=dtype, dim=2 * half, head_dim=2 * half + int(pick.choice([0, 6])), base=float(pick.choice([1e4, 5e5])),
+        rows=int(pick.integers(1, 20)), q_heads=kv_heads * int(pick.integers(1, 5)), kv_heads=kv_heads,
+        max_position=int(2 ** pick.uniform(0, 17)), interleaved=bool(pick.random() < 0.3),
+    )  # fmt: skip
+    return _case(f"fuzz/{n}-{short(dtype)}", rng, problem)

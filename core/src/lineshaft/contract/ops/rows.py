@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.cases import seeded, short, variants
+from lineshaft.contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft.contract.ops.checks import expect, weight_problem
 from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
 from lineshaft.contract.problems import EmbedProblem, PointwiseProblem, itemsize
@@ -28,6 +28,7 @@ def _embed_spec() -> OpSpec:
         infer=lambda p, call: ArraySpec((p.rows, p.width), p.dtype),
         reference=embed,
         cases=_embed_cases,
+        fuzz=_fuzz_embed,
         tolerance=Tolerance(exact=True),
         weight="embed",
         moved=lambda p: 2 * p.rows * p.width * itemsize(p.dtype),
@@ -43,6 +44,7 @@ def _gather_spec() -> OpSpec:
         infer=lambda p, call: ArraySpec((p.rows, p.width), p.dtype),
         reference=gather_rows,
         cases=_gather_cases,
+        fuzz=_fuzz_gather,
         tolerance=Tolerance(exact=True),
         moved=lambda p: 2 * p.rows * p.width * itemsize(p.dtype),
     )
@@ -115,39 +117,84 @@ def _specialise_merge(base: Any, call: Call) -> PointwiseProblem:
 # ---- cases -----------------------------------------------------------------------------------------------------
 
 
+_SHARDS = {  # rows of the shard, vocab_start, rows of all shards
+    "whole-v32": (32, 0, 32, ""),
+    "first_shard-v16": (16, 0, 48, "0 outside the shard"),
+    "middle_shard-v16": (16, 16, 48, "vocab_start is honoured; 0 on both sides of the shard"),
+    "last_shard-v16": (16, 32, 48, "vocab_start is honoured"),
+    "outside-v8": (8, 40, 40, "a shard that holds none of the ids gives 0, whatever its rows hold"),
+}
+
+
 def _embed_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    shards = {"whole-v32": (32, 0, 32), "first_shard-v16": (16, 0, 48), "middle_shard-v16": (16, 16, 48)}
-    for name, dtype in variants(size, shards):
+    for name, dtype in variants(size, _SHARDS):
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
-        vocab, start, total = shards[name]
+        vocab, start, total, why = _SHARDS[name]
         ids = rng.integers(0, total, 9).astype(np.int32)
-        edges = [start, start + vocab - 1, max(start - 1, 0), min(start + vocab, total - 1)]
-        ids[:4] = edges
+        if start < total:
+            ids[:4] = start, start + vocab - 1, max(start - 1, 0), min(start + vocab, total - 1)
+        table = rng.standard_normal((vocab, 12)) if start < total else np.full((vocab, 12), np.nan)
         problem = EmbedProblem(dtype=dtype, vocab=vocab, width=12, rows=9)
-        table = WeightArg(rng.standard_normal((vocab, 12)), "embed")
-        yield Case(case_id, problem, (ids, table, np.array([start], np.int32)))
+        yield Case(case_id, problem, (ids, WeightArg(table, "embed"), np.array([start], np.int32)), why=why)
+
+
+def _fuzz_embed(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 4])
+    dtype = str(pick.choice(FUZZ_DTYPES))
+    vocab, width, rows = (int(size) for size in 2 ** pick.uniform(0, (8, 8, 6)))
+    problem = EmbedProblem(dtype=dtype, vocab=vocab, width=width, rows=rows)
+    start = int(rng.integers(0, 2 * vocab))
+    ids = rng.integers(0, 4 * vocab, rows).astype(np.int32)
+    table = WeightArg(rng.standard_normal((vocab, width)), "embed")
+    return Case(f"fuzz/{n}-{short(dtype)}", problem, (ids, table, np.array([start], np.int32)))
+
+
+_GATHERS = {
+    "t7-r3": "", "t5-r9": "rows repeat and come in any order", "t1-r4": "",
+    "padding-t9-r6": "rows of padding tokens may be NaN; logit rows are padded with 0",
+}  # fmt: skip
 
 
 def _gather_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, ["t7-r3", "t5-r9", "t1-r4"]):
+    for name, dtype in variants(size, _GATHERS):
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
-        tokens, rows = (int(part[1:]) for part in name.split("-"))
-        index = rng.integers(0, tokens, rows).astype(np.int32)
-        index[0], index[-1] = tokens - 1, 0  # padding rows ask for row 0
-        problem = PointwiseProblem(dtype=dtype, rows=rows, width=10)
-        yield Case(case_id, problem, (rng.standard_normal((tokens, 10)), index))
+        tokens, rows = (int(part[1:]) for part in name.split("-")[-2:])
+        live = tokens - 4 if name.startswith("padding") else tokens
+        index = rng.integers(0, live, rows).astype(np.int32)
+        index[0], index[-1] = live - 1, 0  # padding rows ask for row 0
+        x = rng.standard_normal((tokens, 10))
+        x[live:] = np.nan
+        yield Case(case_id, PointwiseProblem(dtype=dtype, rows=rows, width=10), (x, index), why=_GATHERS[name])
+
+
+def _fuzz_gather(rng: np.random.Generator, n: int) -> Case:
+    pick = np.random.default_rng([n, 5])
+    dtype = str(pick.choice(FUZZ_DTYPES))
+    tokens, rows, width = (int(size) for size in 2 ** pick.uniform(0, (7, 6, 8)))
+    index = rng.integers(0, tokens, rows).astype(np.int32)
+    problem = PointwiseProblem(dtype=dtype, rows=rows, width=width)
+    return Case(f"fuzz/{n}-{short(dtype)}", problem, (rng.standard_normal((tokens, width)), index))
 
 
 def _merge_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in variants(size, ["mixed", "none", "all"]):
+    sources = {
+        "mixed": [-1, 2, 0, -1, 1, -1],
+        "none": [-1] * 6,
+        "all": [2, 1, 0, 2, 1, 0],
+        "nan": [-1, 2, 2, -1, 1, -1],
+    }
+    for name, dtype in variants(size, sources):
         case_id = f"{name}-{short(dtype)}"
-        rng = draw(case_id)
-        source = {"mixed": [-1, 2, 0, -1, 1, -1], "none": [-1] * 6, "all": [2, 1, 0, 2, 1, 0]}[name]
+        rng, source = draw(case_id), np.array(sources[name], np.int32)
         x, embeds = rng.standard_normal((6, 10)), rng.standard_normal((3, 10))
-        problem = PointwiseProblem(dtype=dtype, rows=6, width=10)
-        yield Case(case_id, problem, (x, embeds, np.array(source, np.int32)))
+        if name == "nan":
+            x[source >= 0], embeds[0] = np.nan, np.nan
+        why = (
+            "what is not chosen does not leak, not even as 0 * NaN" if name == "nan" else "source -1 keeps the row of x"
+        )
+        yield Case(case_id, PointwiseProblem(dtype=dtype, rows=6, width=10), (x, embeds, source), why=why)

@@ -60,16 +60,12 @@ def rounded(array: HostArray, dtype: str) -> HostArray:
 def named_outputs(spec: OpSpec, result: Any) -> dict[str, HostArray]:
     """A result as named host arrays: "0", "1", … for outputs or members, "cache.k", … for a returned cache.
 
-    The null page of a returned cache means nothing and is left out. Floats are widened to float64, integers stay.
+    The null page of a returned cache means nothing and is left out.
     """
     if spec.consumes:
-        return {f"cache.{name}": _widened(pages[1:]) for name, pages in result.items()}
+        return {f"cache.{name}": pages[1:] for name, pages in result.items()}
     outputs = result if isinstance(result, (tuple, list)) else (result,)
-    return {str(index): _widened(array) for index, array in enumerate(outputs)}
-
-
-def _widened(array: HostArray) -> HostArray:
-    return array if array.dtype.kind in "iub" else array.astype(np.float64)
+    return {str(index): array for index, array in enumerate(outputs)}
 
 
 def compare(spec: OpSpec, case: Case, result: Any) -> list[str]:

@@ -159,15 +159,16 @@ def softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> tupl
     A query without a visible key has weights 0 and lse -inf. Sinks take part in the weights, not in lse.
     """
     top = scores.amax(-1, keepdim=True)
+    blind = top == -torch.inf
     if sinks is not None:
         sinks = sinks.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1, 1)
         top = torch.maximum(top, sinks)
-    top = top.masked_fill(top == -torch.inf, 0.0)
+    top = top.masked_fill(blind, 0.0)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
     lse = (top + total.log()).squeeze(-1)
     share = total if sinks is None else total + torch.exp(sinks - top)
-    return weights / share.masked_fill(share == 0, 1.0), lse
+    return weights / share.masked_fill(blind, 1.0), lse
 
 
 def merge_states(

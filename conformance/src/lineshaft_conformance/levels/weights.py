@@ -1,0 +1,192 @@
+"""L3: what a session makes of parameters: every stored form, parts, ties, reloads; and that packings are pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.problems import EmbedProblem, LinearProblem
+from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
+from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored
+from lineshaft.errors import MisshapenTensor
+from lineshaft.plan import ProgramSpec
+from lineshaft.weights import dequantize
+from lineshaft.weights.schemes import BLOCKS
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require
+from lineshaft_conformance.rig import HostArray, Rig, const_param, stored, whole_param
+from lineshaft_conformance.subject import Subject
+
+ROWS, WIDTH = 3, 64
+PLAIN = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
+QUANTIZED = ("q8_0", "q4_0", "q4_1", "q5_0")
+
+
+def checks(subject: Subject, size: Size) -> Iterator[Check]:
+    """Every check of this file."""
+    for form in (*PLAIN, *QUANTIZED):
+        yield _check(f"stored-{form}", partial(_stored, form=form), _stored)
+    for name, run in (("parts", _parts), ("tied", _tied), ("reload", _reload), ("misshapen", _misshapen)):
+        yield _check(name, run, run)
+    rule = " ".join((_pure.__doc__ or "").split())
+    yield Check("L0/load/packings", _pure, rule=rule, op="linear", shape_class="load")
+
+
+def _check(name: str, run: Callable[[Subject, int], Found], described: Callable[..., Found]) -> Check:
+    rule = " ".join((described.__doc__ or "").split())
+    return Check(f"L3/weights/{name}", run, rule=rule, op="weights", shape_class="weights")
+
+
+def _dtype(subject: Subject) -> str:
+    dtypes = subject.capabilities.dtypes
+    return "float32" if "float32" in dtypes else dtypes[0]
+
+
+def _identity(dtype: str) -> ProgramSpec:
+    """x [WIDTH, WIDTH] @ w^T: with the identity for x, the values of w, transposed."""
+
+    def fn(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
+        return {"values": ops.linear(step.arrays["x"], weights["w"])}, caches
+
+    shape = StepShape(WIDTH, WIDTH, (), WIDTH, 1)
+    return ProgramSpec("identity", fn, shape, InputLayout([InputField("x", dtype, (WIDTH, WIDTH))]))
+
+
+def _product(subject: Subject, parts: tuple[Stored, ...]) -> Rig:
+    """A rig whose one weight, of all parts joined, is what `_identity` shows."""
+    dtype = _dtype(subject)
+    rows = sum(part.shape[0] for part in parts)
+    problem = LinearProblem(dtype=dtype, n=rows, k=WIDTH)
+    param = Param("w", "w", (rows, WIDTH), dtype, {"linear": problem}, lambda checkpoint, coordinate: Local(parts))
+    return Rig(subject, [_identity(dtype)], params={"w": param})
+
+
+def _show(rig: Rig, rows: int) -> HostArray:
+    """The weight's values [rows, WIDTH]."""
+    dtype = rig.planned.outputs[0]["values"].dtype
+    out: HostArray = rig.run({"x": np.eye(WIDTH).astype(numpy_dtype(dtype))})["values"].T
+    require(out.shape[0] == rows, f"a weight of {rows} rows gives {out.shape[0]}")
+    return out
+
+
+def _stored(subject: Subject, seed: int, *, form: str) -> Found:
+    """A weight is loaded from whatever form the checkpoint stores it in: plain numbers, or blocks of quantized ones."""
+    part, dtype = _part(form, np.random.default_rng(3)), _dtype(subject)
+    with _product(subject, (part,)) as rig:
+        exact = dequantize(part, dtype).astype(np.float64)
+        close = np.allclose(_show(rig, ROWS).astype(np.float64), exact, rtol=0.01, atol=1e-6)
+        require(close, f"a weight stored as {form} is loaded with other values")
+        return Found(rig.kernels)
+
+
+def _part(form: str, rng: np.random.Generator) -> Stored:
+    if form in PLAIN:
+        return stored(rng.standard_normal((ROWS, WIDTH)).astype(numpy_dtype(form)))
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    assert form in BLOCKS
+    data = quantize(rng.standard_normal((ROWS, WIDTH)).astype(np.float32), GGMLQuantizationType[form.upper()])
+    return Stored(form, (ROWS, WIDTH), {"data": data})
+
+
+def _parts(subject: Subject, seed: int) -> Found:
+    """A share of several parts (fused projections) is joined in their order, whatever form each is stored in."""
+    rng = np.random.default_rng(4)
+    parts = tuple(_part(form, rng) for form in ("float32", "q8_0", "bfloat16"))
+    with _product(subject, parts) as rig:
+        exact = np.concatenate([dequantize(part, "float64") for part in parts])
+        found = _show(rig, 3 * ROWS).astype(np.float64)
+        require(np.allclose(found, exact, rtol=0.01, atol=1e-6), "the parts of a weight are not joined in their order")
+        return Found(rig.kernels)
+
+
+def _tied(subject: Subject, seed: int) -> Found:
+    """Parameters of one source hold the same values, and an update of one reaches them all, in every packing."""
+    dtype, vocab = _dtype(subject), 7
+    values = np.random.default_rng(5).integers(-4, 5, (vocab, WIDTH)).astype(numpy_dtype(dtype))
+    embed = whole_param("table", values, {"embed": EmbedProblem(dtype=dtype, vocab=vocab, width=WIDTH)})
+    head = replace(
+        embed, name="head", problems={"linear": LinearProblem(dtype=dtype, n=vocab, k=WIDTH)},
+    )  # fmt: skip
+    ids = InputLayout([InputField("ids", "int32", (vocab,))])
+
+    def fn(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
+        rows = ops.embed(step.arrays["ids"], weights["embed"], weights["start"])
+        return {"rows": rows, "logits": ops.linear(rows, weights["head"])}, caches
+
+    params = {"embed": embed, "head": head, "start": const_param("start", np.zeros(1, np.int32))}
+    shared = {
+        "embed": replace(embed, shard=_of_table),
+        "head": replace(head, shard=_of_table),
+        "start": params["start"],
+    }
+    spec = ProgramSpec("tied", fn, StepShape(vocab, vocab, (), vocab, 1), ids)
+    with Rig(subject, [spec], params=shared, values={"table": values, "start": np.zeros(1, np.int32)}) as rig:
+        for name, now in (("", values), ("table", values[::-1].copy()), ("head", values * 2)):
+            if name:
+                rig.session.update({name: now})
+            out = rig.run({"ids": np.arange(vocab, dtype=np.int32)})
+            wide = now.astype(np.float64)
+            require(np.array_equal(out["rows"].astype(np.float64), wide), f"after an update of {name!r}: embed is not")
+            close = np.allclose(out["logits"].astype(np.float64), wide @ wide.T, rtol=0.01)
+            require(close, f"after an update of {name!r}, the product over the tied weight has other values")
+        return Found(rig.kernels)
+
+
+def _of_table(checkpoint: Checkpoint, coordinate: Coordinate) -> Local:
+    return Local((checkpoint.rows("table", 0, checkpoint.shape("table")[0]),))
+
+
+def _reload(subject: Subject, seed: int) -> Found:
+    """Other shapes are a reload: thaw, load, capture, freeze; programs of the old weights run no more by mistake."""
+    first, second = (_part("float32", np.random.default_rng(i)) for i in (6, 7))
+    with _product(subject, (first,)) as rig:
+        rig.session.thaw()
+        rig.reload({"w": second})
+        rig.session.freeze()
+        exact = dequantize(second, "float64")
+        found = _show(rig, ROWS).astype(np.float64)
+        require(np.allclose(found, exact, rtol=0.01, atol=1e-6), "after a reload the weight has other values")
+        return Found(rig.kernels)
+
+
+def _misshapen(subject: Subject, seed: int) -> Found:
+    """Parts that do not make up the parameter's shape are a typed error."""
+    part = _part("float32", np.random.default_rng(8))
+    dtype = _dtype(subject)
+    problem = LinearProblem(dtype=dtype, n=ROWS + 1, k=WIDTH)
+    wrong = Param(
+        "w", "w", (ROWS + 1, WIDTH), dtype, {"linear": problem}, lambda checkpoint, coordinate: Local((part,))
+    )
+    expect(MisshapenTensor, lambda: Rig(subject, [_identity(dtype)], params={"w": wrong}), "parts of another shape")
+    return Found()
+
+
+def _pure(subject: Subject, seed: int) -> Found:
+    """Packing a weight is pure: names and shapes of leaves do not depend on values, and the share stays the same."""
+    packing = [kernel for kernel in subject.kernels if kernel.pack is not None]
+    if not packing:
+        raise NotClaimed("no kernel brings a packing of its own")
+    for kernel in packing:
+        dtype = next(d for d in subject.capabilities.dtypes if d in ("float32", "bfloat16", "float64", "float16"))
+        shapes = []
+        for values in (np.zeros((ROWS, WIDTH)), np.random.default_rng(9).standard_normal((ROWS, WIDTH))):
+            array = values.astype(numpy_dtype(dtype))
+            param = whole_param("w", array, {"linear": LinearProblem(dtype=dtype, n=ROWS, k=WIDTH)})
+            before = array.copy()
+            assert kernel.pack is not None
+            leaves = [kernel.pack(param, Local((stored(array),))) for _ in range(2)]
+            require(np.array_equal(array, before), f"the packing of {kernel.name} changes the share it is given")
+            shapes += [_shapes(item) for item in leaves]
+        same = all(item == shapes[0] for item in shapes)
+        require(same, f"the packing of {kernel.name} gives leaves of different names or shapes: {shapes}")
+    return Found(tuple(kernel.name for kernel in packing))
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
