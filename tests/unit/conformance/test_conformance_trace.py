@@ -147,7 +147,7 @@ def test_a_backend_without_a_composites_kernel_agrees(traces: Traces, dtype: str
 
 def decode_attend_beyond_20_keys(problem: Any, bound: Any) -> Any:
     def run(q: Any, cache: Any, step: Any) -> Any:
-        out = bound.run(q, cache, step)
+        out = bound(q, cache, step)
         if problem.max_query > 1:
             return out
         return out * (1 - 0.1 * (step.groups[0].context_lens > 20).to(out.dtype))[:, None, None]
@@ -156,27 +156,27 @@ def decode_attend_beyond_20_keys(problem: Any, bound: Any) -> Any:
 
 
 def swapped_gate(problem: Any, bound: Any) -> Any:
-    return lambda x: bound.run(x.roll(x.shape[1] // 2, 1))
+    return lambda x: bound(x.roll(x.shape[1] // 2, 1))
 
 
 def stuck_positions(problem: Any, bound: Any) -> Any:
-    return lambda q, k, positions: bound.run(q, k, positions.clamp(max=15))
+    return lambda q, k, positions: bound(q, k, positions.clamp(max=15))
 
 
 def one_weight(problem: Any, bound: Any) -> Any:
     def run(x: Any, weight: Any) -> Any:
-        return bound.run(x, weight) * (1.01 if weight.name == "layers.2.down" else 1.0)
+        return bound(x, weight) * (1.01 if weight.name == "layers.2.down" else 1.0)
 
     return run
 
 
 def stale_values(problem: Any, bound: Any) -> Any:
-    return lambda cache, k, v, step: bound.run(cache, k, v * (step.positions < 17).to(v.dtype)[:, None, None], step)
+    return lambda cache, k, v, step: bound(cache, k, v * (step.positions < 17).to(v.dtype)[:, None, None], step)
 
 
 def nan_norm(problem: Any, bound: Any) -> Any:
     def run(x: Any, r: Any, weight: Any) -> Any:
-        h, r = bound.run(x, r, weight)
+        h, r = bound(x, r, weight)
         return h.masked_fill(h == h.max(), float("nan")), r
 
     return run
@@ -210,7 +210,7 @@ def test_a_mutant_is_found_where_it_is(
 
 
 def test_a_lower_precision_is_found_at_once(lone: Path) -> None:
-    rounded = with_kernel("linear", lambda problem, bound: lambda x, w: bound.run(x.bfloat16().float(), w))
+    rounded = with_kernel("linear", lambda problem, bound: lambda x, w: bound(x.bfloat16().float(), w))
     first = replay(lone, "cpu", change=rounded).first
     assert first is not None and (first.op, first.layer, first.step) == ("linear", 0, 0)
 
@@ -335,16 +335,14 @@ def test_the_command_says_whether_they_agree(lone: Path, capsys: pytest.CaptureF
     assert told["agrees"] and told["first"] is None and told["recorded"] == "cpu" and told["backend"] == "numpy"
 
 
-def test_the_command_prints_what_was_found_first(
-    lone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "mutation", lambda name: with_kernel("attend", decode_attend_beyond_20_keys))
-    assert call("replay", str(lone), "--backend", "cpu", "--mutant", "late") == command.DIFFERS
+def test_the_command_finds_a_mutant_of_the_gallery(lone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mutant = "attend-drops-page-edge"  # pages hold 4 tokens: the prompt's 12 end one
+    assert call("replay", str(lone), "--backend", "cpu", "--mutant", mutant) == command.DIFFERS
     told = capsys.readouterr().out
-    assert "first: step 9, layer 0, op attend" in told and "max_query=1" in told and "cpu_attend recorded" in told
+    assert "first: step 0, layer 0, op attend" in told
+    assert "max_query=16" in told and "cpu_attend recorded, cpu_attend here" in told
 
 
-def test_an_unknown_mutant_is_a_mistake(lone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lineshaft_conformance.mutants.gallery", dict)
-    with pytest.raises(InvalidValue, match="there are none"):
-        call("replay", str(lone), "--backend", "cpu", "--mutant", "none_such")
+def test_an_unknown_mutant_is_a_mistake(lone: Path) -> None:
+    with pytest.raises(InvalidValue, match="did you mean attend-drops-page-edge"):
+        call("replay", str(lone), "--backend", "cpu", "--mutant", "attend-drop-page-edge")

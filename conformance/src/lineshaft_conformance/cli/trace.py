@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import closing
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,9 @@ def mutation(name: str) -> Change:
     from lineshaft_conformance.mutants import gallery
 
     if name not in gallery():
-        raise InvalidValue(f"--mutant {name!r}: there are {', '.join(gallery()) or 'none'}")
+        near = get_close_matches(name, gallery(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InvalidValue(f"--mutant {name!r}: {hint}`lineshaft conformance mutants` lists them")
     return gallery()[name].make
 
 
