@@ -63,7 +63,7 @@ def _case_check(spec: OpSpec, case: Case, id: str, cases: Book, *, strided: bool
         values = [cases(spec.name, 2 * seed)[case.id], cases(spec.name, 2 * seed + 1)[case.id]]
         return run_case(subject, spec, [prepare(spec, item, strided=strided) for item in values])
 
-    rule = "a kernel accepts rows with a stride, or declines" if strided else f"ops.{spec.name} of the contract"
+    rule = "a kernel accepts rows with a stride, or declines" if strided else case.why or f"ops.{spec.name}"
     return Check(
         id, run, rule=rule, op=spec.name, dtype=case.problem.dtype, shape_class=case.id.partition("/")[0],
         limit=120.0,

@@ -1,1 +1,9 @@
-"""To be filled."""
+"""Differential replay: a real generation is recorded op by op, and the same steps are run on another backend.
+
+`store` keeps a trace, `digests` describes an array in a few numbers, `watch` runs steps and hands out what every op
+returned, `record` makes a trace, `replay` finds the first op, layer and step that differ.
+"""
+
+from lineshaft_conformance.trace.errors import TraceError
+
+__all__ = ["TraceError"]

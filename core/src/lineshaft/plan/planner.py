@@ -71,6 +71,12 @@ class BoundOps:
         assert default is not None
         return lambda *args, **kwargs: default(namespace, site.problem, *args, **kwargs)
 
+    def chosen(self, name: str, key: tuple[Any, ...]) -> tuple[Site, Kernel | None]:
+        """The site of the function's calls of that name and `dispatch_key`, and the kernel that runs it (None: the op's
+        default decomposition)."""
+        site = self._trace.sites[name, key]
+        return site, self._chosen.get((site.op, site.problem))
+
     def prepares(self, session: Session) -> list[HostPrepare]:
         """Host planning of each distinct (kernel, problem), in first-call order."""
         pairs = dict.fromkeys((s.op, s.problem) for s in self._trace.sites.values() if not s.composite)

@@ -1,0 +1,53 @@
+"""A checkpoint whose every weight is off by a random rounding, to see what roundings do to a generation.
+
+Monte Carlo arithmetic (Parker 1997) does so at every operation; weights are where the contract lets a harness in, and
+a product of shaken weights is off by as much, relative to its size, as one whose result was rounded once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops.spec import epsilon
+from lineshaft.contract.weights import Checkpoint, Stored
+from lineshaft.weights.schemes import PLAIN, dequantize
+
+
+@dataclass(frozen=True)
+class Shaken:
+    """`inner` with every value times 1 + u eps(dtype), u uniform in [-1/2, 1/2] and fixed by `seed`."""
+
+    inner: Checkpoint
+    dtype: str
+    seed: int
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.inner.config
+
+    def names(self) -> frozenset[str]:
+        return self.inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.inner.shape(name)
+
+    def stored_bytes(self, name: str) -> int:
+        return self.inner.stored_bytes(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Stored:
+        return self._shaken(name, start, self.inner.rows(name, start, stop))
+
+    def cols(self, name: str, start: int, stop: int) -> Stored:
+        return self._shaken(name, start, self.inner.cols(name, start, stop))
+
+    def _shaken(self, name: str, start: int, stored: Stored) -> Stored:
+        random = np.random.default_rng([self.seed, start, zlib.crc32(name.encode())])
+        values = dequantize(stored, "float64" if self.dtype == "float64" else "float32")
+        noise = random.random(values.shape, values.dtype) - values.dtype.type(0.5)
+        data = values + values * noise * values.dtype.type(epsilon(self.dtype))
+        return Stored(PLAIN, data.shape, {"data": data})
