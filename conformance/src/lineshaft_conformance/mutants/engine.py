@@ -34,13 +34,23 @@ class ChangedProgram:
         return self._program(changed, *args, **kwargs)
 
 
-def with_step(change: Change, needs: str = "token_ids") -> Make:
-    """Makes a mutant whose programs that have the input `needs` run on changed inputs."""
+def is_forward(inputs: Any) -> bool:
+    """Whether a program takes what a whole forward takes and nothing else."""
+    names = {item.name.partition(".")[0] for item in inputs.fields}
+    steps = {"token_ids", "positions", "query_starts", "logit_rows", "slots", "page_table", "context_lens"}
+    return "token_ids" in names and names <= steps
+
+
+def is_sampling(inputs: Any) -> bool:
+    return any(item.name == "u" for item in inputs.fields)
+
+
+def with_step(change: Change, which: Callable[[Any], bool] = is_forward) -> Make:
+    """Makes a mutant whose whole forwards (or what `which` says of their inputs) run on changed inputs."""
 
     def capture(session: Any, original: Any, fn: Any, shape: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         program = original(fn, shape, inputs, *args, **kwargs)
-        named = any(item.name == needs for item in inputs.fields)
-        return ChangedProgram(session, program, change) if named else program
+        return ChangedProgram(session, program, change) if which(inputs) else program
 
     return with_session("capture", capture)
 
@@ -145,7 +155,7 @@ def with_forward(call: Callable[..., Any]) -> Make:
 
     def capture(session: Any, original: Any, fn: Any, shape: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         program = original(fn, shape, inputs, *args, **kwargs)
-        return Called(program, call) if any(item.name == "token_ids" for item in inputs.fields) else program
+        return Called(program, call) if is_forward(inputs) else program
 
     return with_session("capture", capture)
 
@@ -178,7 +188,7 @@ def quadratic(problem: Any, run: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 def whole_table(problem: Any, run: Any, q: Any, cache: Any, step: Any, **kwargs: Any) -> Any:
     """Gathers the keys of every column first, those past the context too."""
     pages = step.groups[problem.group].page_table.long().reshape(-1, 1) * problem.page_size
-    cache.arrays["k"][(pages + torch.arange(problem.page_size)).reshape(-1)].sum()
+    cache.arrays["k"].view(torch.uint8)[(pages + torch.arange(problem.page_size)).reshape(-1)].clone()
     return run(q, cache, step, **kwargs)
 
 
@@ -205,7 +215,7 @@ MUTANTS = (
     Mutant("engine-prefix-positions", "positions are given, and do not begin at the step's first token", 4,
            "L4/*/prefixes-*", with_step(prefix_from_zero)),
     Mutant("engine-one-draw", "each row has a random number of its own", 4, "L4/*/sampled-*",
-           with_step(one_draw, "temperature")),
+           with_step(one_draw, is_sampling)),
     Mutant("engine-wears-out", "the n-th replay reads its inputs as the first did", 4, "L4/*/decode-*",
            with_step(wears_out)),
     Mutant("engine-keeps-cancelled", "padding tokens write to the null page alone", 4, "L4/*/cancelled-*",

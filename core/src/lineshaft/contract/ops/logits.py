@@ -334,7 +334,7 @@ def _u(rng: np.random.Generator, name: str, params: Params, logits: HostArray, r
     if name.startswith("u1"):
         return float(np.nextafter(np.float32(1), np.float32(0)))
     if name.endswith("ladder"):
-        return (0.05, 0.3, 0.6, 0.8, 0.95, 0.999)[row]
+        return (0.05, 0.3, 0.6, 0.8, 0.95, 0.98)[row]
     return 0.9 if name == "filter_order" else _clear_u(rng, params, logits, row)
 
 
