@@ -186,7 +186,7 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """Every check of this file. Smoke: all in float32 (or what the subject prefers, where it has no float32), and each
     scenario on one model in bfloat16."""
     claimed, models = subject.capabilities.dtypes, list(TINY)
-    main = "float32" if "float32" in claimed else claimed[0]
+    main = claimed[0] if claimed and "float32" not in claimed else "float32"
     for name in models:
         for i, scenario in enumerate(SCENARIOS):
             turn = i % len(models) == models.index(name)
