@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from lineshaft.contract.ops import all_ops
-from lineshaft_conformance import world
 from lineshaft_conformance.checks import Failure, NotClaimed, Size
+from lineshaft_conformance.harness import world
+from lineshaft_conformance.harness.world import Collective, Exchange, Mesh, mesh_axes
 from lineshaft_conformance.levels.collectives import FOUR, checks, groups_of
 from lineshaft_conformance.mutants import collectives as mutants
 from lineshaft_conformance.subject import Subject, Target
-from lineshaft_conformance.world import Collective, Exchange, Mesh, mesh_axes
 
 OPS = sorted(name for name, spec in all_ops().items() if spec.collective)
 PAIR = mesh_axes(tp=2)
@@ -148,7 +148,7 @@ def test_a_mesh_survives_a_rank_that_ends_or_hangs_and_says_which(mesh: Mesh, mo
 OWNER = """
 import sys, time
 from lineshaft_conformance.subject import Target
-from lineshaft_conformance.world import Mesh, mesh_axes
+from lineshaft_conformance.harness.world import Mesh, mesh_axes
 mesh = Mesh(Target("numpy"), mesh_axes(tp=2))
 mesh._start()
 print(*[child.process.pid for child in mesh._children], mesh._folder, flush=True)

@@ -15,16 +15,16 @@ from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample
 from lineshaft.models import builtin_families, find_family
 from lineshaft.runner.messages import StepMessage
 from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed
+from lineshaft_conformance.harness.rank import make_worker
+from lineshaft_conformance.harness.replay import compare_step
+from lineshaft_conformance.harness.stage import Stage
+from lineshaft_conformance.harness.timed import interleaved
+from lineshaft_conformance.harness.tiny import TENSORS, TINY, tiny
+from lineshaft_conformance.harness.watched import Step
 from lineshaft_conformance.levels import determinism, engine, speed
 from lineshaft_conformance.levels.engine import SCENARIOS, Scenario, make_check
 from lineshaft_conformance.mutants.engine import MUTANTS
-from lineshaft_conformance.rank import make_worker
-from lineshaft_conformance.replay import compare_step
-from lineshaft_conformance.stage import Stage
 from lineshaft_conformance.subject import Subject, Target
-from lineshaft_conformance.timed import interleaved
-from lineshaft_conformance.tiny import TENSORS, TINY, tiny
-from lineshaft_conformance.watched import Step
 
 SEED = 3
 KILLS = {mutant.name: mutant for mutant in MUTANTS}

@@ -30,8 +30,8 @@ from lineshaft.plan import Plan
 from lineshaft.registry import discover
 from lineshaft_conformance.checks import NotClaimed
 from lineshaft_conformance.cli.new_plugin import write
+from lineshaft_conformance.harness.rig import Values, whole_param
 from lineshaft_conformance.levels import collect
-from lineshaft_conformance.rig import Values, whole_param
 from lineshaft_conformance.scaffold import render
 from lineshaft_conformance.subject import Subject, Target
 

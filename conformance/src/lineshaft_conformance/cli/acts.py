@@ -195,8 +195,7 @@ def act_mutants(args: Namespace) -> int:
             kills = kill_all(args.names, args.jobs, bar, thorough=args.thorough)
     except ImportError as error:
         raise BackendUnavailable(f"mutants are made of the CPU backend ({error}); install lineshaft-cpu") from error
-    console = Console()
-    console.print(kill_table(kills), width=None if console.is_terminal else WIDE)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(kill_table(kills))
     return PASSED if all(kill.killed for kill in kills) else SURVIVED
 
 

@@ -21,11 +21,11 @@ from lineshaft.contract.steps import ArraySpec
 from lineshaft.errors import ContractViolation
 from lineshaft.plan import Resolver, Workload, make_plan
 from lineshaft_conformance.checks import Check, Found, HostArray, NotClaimed, Size, fail, require
+from lineshaft_conformance.harness.rig import ONE, Rig
+from lineshaft_conformance.harness.world import Axes, Collective, Exchange, Mesh, mesh_axes, outputs
 from lineshaft_conformance.levels.ops import claims, deviation, refusal
 from lineshaft_conformance.results import Deviation
-from lineshaft_conformance.rig import ONE, Rig
 from lineshaft_conformance.subject import Subject
-from lineshaft_conformance.world import Axes, Collective, Exchange, Mesh, mesh_axes, outputs
 
 FOUR = mesh_axes(dp=2, tp=2)
 THREE = mesh_axes(tp=3)

@@ -17,11 +17,11 @@ from lineshaft.executors import Executor
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Request
 from lineshaft_conformance.checks import Check, Found, HostArray, NotClaimed, Size, fail
-from lineshaft_conformance.rank import mesh_executor
-from lineshaft_conformance.stage import engine_config, smallest_page
+from lineshaft_conformance.harness.rank import mesh_executor
+from lineshaft_conformance.harness.stage import engine_config, smallest_page
+from lineshaft_conformance.harness.tiny import EVEN, checkpoint
+from lineshaft_conformance.harness.watched import WatchedExecutor
 from lineshaft_conformance.subject import Subject
-from lineshaft_conformance.tiny import EVEN, checkpoint
-from lineshaft_conformance.watched import WatchedExecutor
 
 CLASSES = ("run", "batch", "chunk", "tp", "device")
 TOKENS = 6

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lineshaft_conformance.checks import Check, Found, NotClaimed, Size
-from lineshaft_conformance.stage import Stage, smallest_page
+from lineshaft_conformance.harness.stage import Stage, smallest_page
+from lineshaft_conformance.harness.tiny import TINY, tiny
 from lineshaft_conformance.subject import Subject
-from lineshaft_conformance.tiny import TINY, tiny
 
 Play = Callable[[Stage], None]
 DTYPES = ("float32", "bfloat16", "float64", "float16")

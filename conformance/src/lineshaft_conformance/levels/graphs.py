@@ -21,13 +21,20 @@ from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.problems import EmbedProblem, LinearProblem
 from lineshaft.contract.sessions import Cache, Pending, Session
 from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
-from lineshaft.errors import ContractViolation, MisshapenTensor, SessionClosed, SessionFrozen, SessionPoisoned
+from lineshaft.errors import (
+    ContractViolation,
+    MisshapenTensor,
+    SessionClosed,
+    SessionFrozen,
+    SessionPoisoned,
+    Unsupported,
+)
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require
-from lineshaft_conformance.paged import Layout, Miniature
-from lineshaft_conformance.rig import HostArray, Rig, const_param, whole_param
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, fail, require
+from lineshaft_conformance.harness.paged import Layout, Miniature
+from lineshaft_conformance.harness.rig import HostArray, Rig, const_param, whole_param
+from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, seconds
 from lineshaft_conformance.subject import Subject
-from lineshaft_conformance.timing import TOO_MUCH, paired_ratio, seconds
 
 MIB = 2**20
 WIDTH = 64
@@ -39,6 +46,8 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
     for name, run in CHECKS.items():
         rule = " ".join((run.__doc__ or "").split())
         yield Check(f"L3/graph/{name}", run, rule=rule, op="graph", shape_class=name, limit=120.0)
+    rule = "a backend plans, captures and replays a program"
+    yield Check("L3/minimum/program", _minimum, rule=rule, op="graph", shape_class="minimum")
 
 
 # ---- a program over one weight ---------------------------------------------------------------------------------
@@ -114,6 +123,13 @@ def _new_inputs(subject: Subject, seed: int) -> Found:
         zeros = np.zeros((4, product.width), product.weight.dtype)
         product.check(product.submit(zeros), zeros, "zeros after other values")
         return Found(product.rig.kernels)
+
+
+def _minimum(subject: Subject, seed: int) -> Found:
+    try:
+        return _new_inputs(subject, seed)
+    except Unsupported as error:
+        fail(f"no program of a product and a sum can be planned: {error}")
 
 
 def _named_inputs(subject: Subject, seed: int) -> Found:

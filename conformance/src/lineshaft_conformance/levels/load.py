@@ -33,20 +33,22 @@ from lineshaft.plan.resolve import Resolver
 from lineshaft.registry import load_attribute
 from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, require
 from lineshaft_conformance.evidence import boasts, os_devices
+from lineshaft_conformance.harness.op_case import prepare
 from lineshaft_conformance.levels.ops import claims
-from lineshaft_conformance.op_case import prepare
 from lineshaft_conformance.subject import Subject
 
 PAGE_SIZES = (1, 8, 16, 24, 32, 64, 128)
 """Sizes that a backend which takes any page size must have kernels for."""
 
 _PROBE = """
-import json, sys
+import json, sys, time
+began = time.perf_counter()
 import lineshaft.config, lineshaft.contract.ops, lineshaft.host, lineshaft.registry
 from lineshaft.registry import load_attribute
-before = set(sys.modules)
+core, before = time.perf_counter(), set(sys.modules)
 load_attribute(sys.argv[1])()
-print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
+ratio = (time.perf_counter() - core) / (core - began)
+print(json.dumps([ratio, sorted({name.partition(".")[0] for name in set(sys.modules) - before})]))
 """
 
 
@@ -84,7 +86,8 @@ def _probe(subject: Subject, seed: int) -> Found:
     info, own = subject.info, subject.info.probe.partition(":")[0].partition(".")[0]
     done = subprocess.run([sys.executable, "-c", _PROBE, info.probe], capture_output=True, text=True, timeout=30)
     require(done.returncode == 0, f"the probe fails in a process of its own: {done.stderr.strip()[-300:]}")
-    imported = json.loads(done.stdout.splitlines()[-1])
+    ratio, imported = json.loads(done.stdout.splitlines()[-1])
+    require(ratio < 1, f"probing takes {ratio:.1f} times as long as importing the core; it is for a list of backends")
     foreign = [name for name in imported if name not in sys.stdlib_module_names and name.lstrip("_") != own]
     require(not foreign, f"probing imports {', '.join(foreign)}; look at files and find_spec only")
     probe = load_attribute(info.probe)()

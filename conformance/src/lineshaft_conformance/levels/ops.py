@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lineshaft.contract.backends import Capabilities
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Case, Numerics, OpSpec
 from lineshaft.contract.ops.run import named_outputs, run_reference
@@ -21,9 +22,9 @@ from lineshaft.contract.problems import Problem
 from lineshaft.errors import Unsupported
 from lineshaft.plan.resolve import Candidates, Resolver
 from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, require
-from lineshaft_conformance.op_case import PASSED_ON, OpCase, OpRun, prepare
+from lineshaft_conformance.harness.op_case import PASSED_ON, OpCase, OpRun, prepare
+from lineshaft_conformance.harness.rig import HostArray, Rig
 from lineshaft_conformance.results import Deviation
-from lineshaft_conformance.rig import HostArray, Rig
 from lineshaft_conformance.subject import Subject
 
 Book = Callable[[str, int], Mapping[str, Case]]
@@ -202,16 +203,27 @@ def _minimum_check(spec: OpSpec, level: int, cases: Book) -> Check:
         dtypes = subject.capabilities.dtypes
         require(dtypes, "Capabilities.dtypes is empty: a backend executes at least one dtype")
         names: dict[str, None] = {}
-        for case in cases(spec.name, 0).values():
-            for problem in (dataclasses.replace(case.problem, dtype=dtype) for dtype in dtypes):
-                pages = getattr(problem, "kv_dtype", problem.dtype)  # no kv_dtypes: pages hold the executed dtype
-                plain = not problem.features() and pages in (problem.dtype, *subject.capabilities.kv_dtypes)
-                if case.problem.dtype == problem.dtype and plain:
-                    taken = claims(subject, spec, problem).taken
-                    require(taken, f"no kernel for {problem.describe()}: {refusal(subject, spec, problem)}")
-                    names.update(dict.fromkeys(kernel.name for kernel in taken))
-        require(names, f"none of Capabilities.dtypes ({', '.join(dtypes)}) is one that the suite has cases of")
+        plain = [case.problem for case in cases(spec.name, 0).values() if case.problem.dtype == "float32"]
+        for problem in (in_dtype(p, dtype) for dtype in dtypes for p in plain):
+            if not is_required(problem, subject.capabilities):
+                continue
+            taken = claims(subject, spec, problem).taken
+            require(taken, f"no kernel for {problem.describe()}: {refusal(subject, spec, problem)}")
+            names.update(dict.fromkeys(kernel.name for kernel in taken))
         return Found(tuple(names))
 
     rule = f"every backend has kernels of {spec.name} for all problems without features, in each of its dtypes"
     return Check(f"L{level}/minimum/{spec.name}", run, rule=rule, op=spec.name, shape_class="minimum")
+
+
+def is_required(problem: Problem, can: Capabilities) -> bool:
+    """Whether a backend of these capabilities must take a problem: it uses no feature, and pages that are listed."""
+    pages = getattr(problem, "kv_dtype", problem.dtype) in (problem.dtype, *can.kv_dtypes)
+    sized = not can.page_sizes or getattr(problem, "page_size", can.page_sizes[0]) in can.page_sizes
+    return pages and sized and not problem.features()
+
+
+def in_dtype(problem: Problem, dtype: str) -> Problem:
+    """A float32 problem as one of another executed dtype; pages of float32 become pages of that dtype."""
+    pages = {"kv_dtype": dtype} if getattr(problem, "kv_dtype", "") == "float32" else {}
+    return dataclasses.replace(problem, dtype=dtype, **pages)

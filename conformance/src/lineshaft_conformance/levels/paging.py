@@ -8,7 +8,7 @@ import numpy as np
 
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft_conformance.checks import Check, Found, Size, require
-from lineshaft_conformance.paged import Layout, Miniature
+from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.subject import Subject
 
 Scenario = Callable[[Miniature], None]

@@ -14,12 +14,12 @@ from lineshaft.engine import Engine
 from lineshaft.runner.messages import StepMessage
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.checks import Check, Found, Size, require
-from lineshaft_conformance.stage import engine_config
+from lineshaft_conformance.harness.stage import engine_config
+from lineshaft_conformance.harness.timed import WIDTH, Timed, Timer, page_size_of
+from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio
+from lineshaft_conformance.harness.tiny import LLAMA, checkpoint
+from lineshaft_conformance.harness.watched import WatchedExecutor
 from lineshaft_conformance.subject import Subject
-from lineshaft_conformance.timed import WIDTH, Timed, Timer, page_size_of
-from lineshaft_conformance.timing import TOO_MUCH, paired_ratio
-from lineshaft_conformance.tiny import LLAMA, checkpoint
-from lineshaft_conformance.watched import WatchedExecutor
 
 GROWTH = 8
 LEAST = 1 / 8

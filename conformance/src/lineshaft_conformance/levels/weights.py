@@ -18,7 +18,7 @@ from lineshaft.plan import ProgramSpec
 from lineshaft.weights import dequantize
 from lineshaft.weights.schemes import BLOCKS
 from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require
-from lineshaft_conformance.rig import HostArray, Rig, const_param, stored, whole_param
+from lineshaft_conformance.harness.rig import HostArray, Rig, const_param, stored, whole_param
 from lineshaft_conformance.subject import Subject
 
 ROWS, WIDTH = 3, 64

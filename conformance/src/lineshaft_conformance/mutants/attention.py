@@ -85,31 +85,31 @@ def own_bit_is_set(self: Plain, row: Row, at: Tensor, given: Any) -> Tensor:
 
 VISIBLE = (
     mutant(
-        "drops-page-edge", "all context_lens keys are seen, also where the last one ends a page (§3)",
+        "drops-page-edge", "all context_lens keys are seen, also where the last one ends a page (step)",
         "attend/mixed/full_table*", attend_with(visible=drops_page_edge),
     ),
     mutant(
-        "beyond-context", "no key at or after context_lens is seen (§3)", "attend/mixed/bidirectional-f32",
+        "beyond-context", "no key at or after context_lens is seen (step)", "attend/mixed/bidirectional-f32",
         attend_with(visible=sees_beyond_context),
     ),
     mutant(
-        "null-page-live", "page 0 is never read as live (§3)", "attend/decode/dropped_pages*",
+        "null-page-live", "page 0 is never read as live (step)", "attend/decode/dropped_pages*",
         attend_with(visible=sees_null_page),
     ),
     mutant(
-        "causal-by-positions", "positions are for RoPE only; causality uses context_lens alone (§3)",
+        "causal-by-positions", "positions are for RoPE only; causality uses context_lens alone (step)",
         "attend/verify/positions_shifted*", attend_with(rows=by_positions),
     ),
     mutant(
-        "query-from-zero", "query j of row b sits at context_lens[b] - q_len[b] + j (§3)", "attend/chunk/*",
+        "query-from-zero", "query j of row b sits at context_lens[b] - q_len[b] + j (step)", "attend/chunk/*",
         attend_with(rows=from_zero),
     ),
     mutant(
-        "first-query-only", "one attend serves chunks and verification, not decode alone (§5)", "attend/verify/*",
+        "first-query-only", "one attend serves chunks and verification, not decode alone (ops)", "attend/verify/*",
         attend_with(rows=first_query_only),
     ),
     mutant(
-        "skips-empty-rows", "a row of query length 0 is legal and keeps its place (§3)", "attend/mixed/*padding-f32",
+        "skips-empty-rows", "a row of query length 0 is legal and keeps its place (step)", "attend/mixed/*padding-f32",
         attend_with(rows=counts_rows_with_queries),
     ),
     mutant(
@@ -117,49 +117,49 @@ VISIBLE = (
         attend_with(visible=up_to_512_keys), size="full",
     ),
     mutant(
-        "causal-ignored", "a causal query sees no key beyond its own position (§5)", "attend/prefill/*",
+        "causal-ignored", "a causal query sees no key beyond its own position (ops)", "attend/prefill/*",
         with_problem("attend", lambda p: {"causal": False}),
     ),
     mutant(
-        "always-causal", "causal=False sees every key of the context (§5)", "attend/mixed/bidirectional-f32",
+        "always-causal", "causal=False sees every key of the context (ops)", "attend/mixed/bidirectional-f32",
         with_problem("attend", lambda p: {"causal": True}),
     ),
     mutant(
-        "window-without-query", "window counts the query itself (§5)", "attend/*window*",
+        "window-without-query", "window counts the query itself (ops)", "attend/*window*",
         with_problem("attend", lambda p: {"window": p.window and p.window + 1}),
     ),
     mutant(
-        "window-one-short", "window counts `window` keys, the query included (§5)", "attend/mixed/window5-f32",
+        "window-one-short", "window counts `window` keys, the query included (ops)", "attend/mixed/window5-f32",
         with_problem("attend", lambda p: {"window": max(p.window - 1, 1) if p.window else 0}),
     ),
     mutant(
-        "window-ignored", "window is a field of the problem (§5)", "attend/mixed/window5-f32",
+        "window-ignored", "window is a field of the problem (ops)", "attend/mixed/window5-f32",
         with_problem("attend", lambda p: {"window": 0}),
     ),
     mutant(
-        "inclusive-ranges", "key_ranges is start <= position < stop (§5)", "attend/mixed/key_ranges-f32",
+        "inclusive-ranges", "key_ranges is start <= position < stop (ops)", "attend/mixed/key_ranges-f32",
         attend_with(visible=inclusive_stop),
     ),
     mutant(
-        "ranges-ignored", "key_ranges bounds what a query sees (§5)", "attend/mixed/key_ranges-f32",
+        "ranges-ignored", "key_ranges bounds what a query sees (ops)", "attend/mixed/key_ranges-f32",
         with_call("attend", lambda p, run, q, *rest, key_ranges=None, **kw: run(
             q, *rest, **kw, **({} if key_ranges is None else {"key_ranges": key_ranges * 0 + torch.tensor([0, 9999])})
         )),
     ),
     mutant(
-        "ancestors-ignored", "ancestors says which of the row's own queries are seen (§5)", "attend/verify/ancestors*",
+        "ancestors-ignored", "ancestors says which of the row's own queries are seen (ops)", "attend/verify/ancestors*",
         attend_with(ancestor=lambda self, bits, relative: (relative < 9999).expand(len(bits), -1)),
     ),
     mutant(
-        "own-bit-assumed", "a query sees itself only if its own bit is set (§5)", "attend/verify/ancestors-not_itself*",
+        "own-bit-assumed", "a query sees itself if its own bit is set (ops)", "attend/verify/ancestors-not_itself*",
         attend_with(visible=own_bit_is_set),
     ),
     mutant(
-        "ancestors-one-word", "ancestors has ceil(max_query / 32) words (§5)", "attend/verify/ancestors-two_words*",
+        "ancestors-one-word", "ancestors has ceil(max_query / 32) words (ops)", "attend/verify/ancestors-two_words*",
         attend_with(ancestor=lambda self, bits, relative: Plain.ancestor(self, bits[:, :1], relative)),
     ),
     mutant(
-        "page-starts-ignored", "page_starts gives the position at which each page starts (§3)",
+        "page-starts-ignored", "page_starts gives the position at which each page starts (step)",
         "attend/mixed/page_starts*", attend_with(rows=lambda self, step: [
             replace(row, starts=torch.arange(len(row.pages)) * self.problem.page_size) for row in Plain.rows(self, step)
         ]),
@@ -183,28 +183,28 @@ def interleaved_heads(self: Plain, x: Tensor) -> Tensor:
 
 PLACES = (
     mutant(
-        "page-id-16-bits", "page ids are int32 (§3)", "attend/decode/*high_ids*",
+        "page-id-16-bits", "page ids are int32 (step)", "attend/decode/*high_ids*",
         attend_with(slots=lambda self, row: Plain.slots(self, replace(row, pages=row.pages % 65536))),
     ),
     mutant(
-        "pages-of-16", "the page size is the problem's (§7)", "attend/*page24*", attend_with(slots=pages_of_16),
+        "pages-of-16", "the page size is the problem's (kernels)", "attend/*page24*", attend_with(slots=pages_of_16),
     ),
     mutant(
-        "group-0", "an attend reads the tables of its problem's group (§3)", "attend/*group1*",
+        "group-0", "an attend reads the tables of its problem's group (step)", "attend/*group1*",
         attend_with(view=lambda self, step: step.groups[0]),
     ),
     mutant(
-        "last-column", "every column of the page table may hold a live page (§3)", "attend/mixed/full_table*",
+        "last-column", "every column of the page table may hold a live page (step)", "attend/mixed/full_table*",
         attend_with(slots=lambda self, row: Plain.slots(
             self, replace(row, pages=torch.cat([row.pages[:-1], row.pages[:1]]))
         )),
     ),
     mutant(
-        "interleaved-heads", "q_heads / kv_heads neighbouring query heads share a key head (§5)", "attend/decode/gqa*",
+        "interleaved-heads", "q_heads / kv_heads neighbouring query heads share a key head (ops)", "attend/decode/gqa*",
         attend_with(spread=interleaved_heads),
     ),
     mutant(
-        "wrong-value-slice", "value_in_key takes the first v_dim values of the key (§5)", "attend/mixed/value_in_key*",
+        "wrong-value-slice", "value_in_key takes the first v_dim values of the key (ops)", "attend/mixed/value_in_key*",
         attend_with(values=lambda self, cache, row: self.keys(cache, row)[..., -self.problem.v_dim :]),
     ),
     mutant(
@@ -314,55 +314,56 @@ def executed_in(dtype: torch.dtype, only: str) -> Make:
 
 RESULTS = (
     mutant(
-        "zero-times-nan", "masking covers V as well as scores: 0 times NaN (§5)", "attend/decode/*garbage_tail*",
+        "zero-times-nan", "masking covers V as well as scores: 0 times NaN (ops)", "attend/decode/*garbage_tail*",
         attend_with(weigh=lambda self, weights, v, seen: torch.einsum("hqn,nhd->qhd", weights, v)),
     ),
     mutant(
-        "scale-by-head-size", "the scale is the problem's (§7)", "attend/mixed/*",
+        "scale-by-head-size", "the scale is the problem's (kernels)", "attend/mixed/*",
         with_problem("attend", lambda p: {"scale": p.qk_dim**-0.5}),
     ),
-    mutant("softcap-ignored", "a soft cap is applied (§5)", "attend/*softcap*",
+    mutant("softcap-ignored", "a soft cap is applied (ops)", "attend/*softcap*",
            with_problem("attend", lambda p: {"softcap": 0.0})),
-    mutant("softcap-before-scale", "the order is scale, then soft cap (§5)", "attend/*softcap*",
+    mutant("softcap-before-scale", "the order is scale, then soft cap (ops)", "attend/*softcap*",
            attend_with(scores=cap_before_scale)),
-    mutant("softcap-after-mask", "the order is soft cap, then mask (§5)", "attend/*softcap*",
+    mutant("softcap-after-mask", "the order is soft cap, then mask (ops)", "attend/*softcap*",
            attend_with(softmax=cap_after_mask)),
     mutant("peak-not-subtracted", "scores as large as f32 holds them are legal", "attend/mixed/large_scores*",
            attend_with(softmax=without_peak)),
     mutant("sinks-overflow", "sinks take part in the peak", "attend/mixed/sinks_extreme*",
            attend_with(softmax=sinks_without_peak)),
-    mutant("sinks-twice", "sinks join the denominator once (§5)", "attend/mixed/sinks*",
+    mutant("sinks-twice", "sinks join the denominator once (ops)", "attend/mixed/sinks*",
            sinks_as(lambda sinks: sinks + math.log(2))),
-    mutant("sinks-ignored", "sinks join the denominator (§5)", "attend/mixed/sinks*",
+    mutant("sinks-ignored", "sinks join the denominator (ops)", "attend/mixed/sinks*",
            sinks_as(lambda sinks: sinks - INF)),
-    mutant("sinks-as-bias", "sinks take part in the denominator only (§5)", "attend/mixed/sinks*",
+    mutant("sinks-as-bias", "sinks take part in the denominator only (ops)", "attend/mixed/sinks*",
            attend_with(softmax=sinks_in_values)),
-    mutant("lse-base-2", "lse is natural (§5)", "attend/mixed/lse*", lse_as(lambda lse: lse / math.log(2))),
-    mutant("lse-rounded", "lse is f32 (§5)", "attend/mixed/lse-bf16", lse_as(lambda lse: lse.bfloat16().to(lse.dtype))),
-    mutant("lse-of-nothing", "lse is -inf where no key is seen (§5)", "attend/mixed/*lse*",
+    mutant("lse-base-2", "lse is natural (ops)", "attend/mixed/lse*", lse_as(lambda lse: lse / math.log(2))),
+    mutant("lse-rounded", "lse is f32 (ops)", "attend/mixed/lse-bf16",
+           lse_as(lambda lse: lse.bfloat16().to(lse.dtype))),
+    mutant("lse-of-nothing", "lse is -inf where no key is seen (ops)", "attend/mixed/*lse*",
            lse_as(lambda lse: lse.clamp(min=-1e4))),
     mutant(
-        "mean-of-values", "a query that sees no key gets 0, not mean(V) (§5)", "attend/mixed/no_visible_key*",
+        "mean-of-values", "a query that sees no key gets 0, not mean(V) (ops)", "attend/mixed/no_visible_key*",
         attend_with(weigh=mean_where_nothing_seen),
     ),
     mutant(
-        "nan-without-keys", "a query that sees no key gets exactly 0 (§5)", "attend/mixed/no_visible_key*",
+        "nan-without-keys", "a query that sees no key gets exactly 0 (ops)", "attend/mixed/no_visible_key*",
         with_call("attend", nan_where_nothing_seen),
     ),
     mutant(
-        "padding-garbage", "padding tokens get exactly 0 (§5)", "attend/mixed/*padding*",
+        "padding-garbage", "padding tokens get exactly 0 (ops)", "attend/mixed/*padding*",
         with_call("attend", garbage_in_padding),
     ),
-    mutant("bf16-values", "values are summed in f32 (§5, §10)", "attend/sums/values-bf16",
+    mutant("bf16-values", "values are summed in f32 (ops)", "attend/sums/values-bf16",
            attend_with(weigh=sums_in_bf16)),
-    mutant("bf16-scores", "scores are summed in f32 (§5, §10)", "attend/sums/scores-bf16",
+    mutant("bf16-scores", "scores are summed in f32 (ops)", "attend/sums/scores-bf16",
            attend_with(scores=scores_in_bf16)),
     mutant(
-        "bf16-under-f32", "a kernel that computes below the problem's dtype declines (§7)", "attend/*-f32",
+        "bf16-under-f32", "a kernel that computes below the problem's dtype declines (kernels)", "attend/*-f32",
         executed_in(torch.bfloat16, "float32"),
     ),
     mutant(
-        "f32-under-f64", "a kernel that computes below the problem's dtype declines (§7)", "attend/*-f64",
+        "f32-under-f64", "a kernel that computes below the problem's dtype declines (kernels)", "attend/*-f64",
         executed_in(torch.float32, "float64"), size="full",
     ),
 )  # fmt: skip
@@ -402,15 +403,15 @@ def whole_latent(run: Any) -> Make:
 
 
 PARTS = (
-    mutant("reads-empty-part", "a part of lse -inf is not read (§5)", "merge_states/empty_rows*",
+    mutant("reads-empty-part", "a part of lse -inf is not read (ops)", "merge_states/empty_rows*",
            with_call("merge_states", merge_without_masking), level=1),
-    mutant("nan-of-nothing", "an all-empty row gives 0 (§5)", "merge_states/empty_rows*",
+    mutant("nan-of-nothing", "an all-empty row gives 0 (ops)", "merge_states/empty_rows*",
            with_call("merge_states", merge_nan_of_nothing), level=1),
-    mutant("sinks-per-part", "merge_states adds sinks once (§5)", "merge_states/*sinks*",
+    mutant("sinks-per-part", "merge_states adds sinks once (ops)", "merge_states/*sinks*",
            with_call("merge_states", merge_sinks_per_part), level=1),
-    mutant("unweighted", "parts are weighed by exp(lse) (§5)", "merge_states/two*",
+    mutant("unweighted", "parts are weighed by exp(lse) (ops)", "merge_states/two*",
            with_call("merge_states", lambda p, run, out, lse, **kw: run(out, lse.clamp(min=-1e9) * 0, **kw)), level=1),
-    mutant("drops-rope", "a kernel may replace a composite whole, but computes what its parts do (§5)",
+    mutant("drops-rope", "a kernel may replace a composite whole, but computes what its parts do (ops)",
            "latent_attend/*", whole_latent(latent_without_rope)),
 )  # fmt: skip
 

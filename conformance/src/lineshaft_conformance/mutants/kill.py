@@ -180,8 +180,8 @@ def kill_table(kills: Sequence[Kill]) -> Table:
     """A line each: mutant, level, the check that killed it and what it said; survivors come last, with their rule."""
     killed = sum(kill.killed for kill in kills)
     table = Table(title=f"{killed} of {len(kills)} mutants killed", box=None)
-    for column in ("mutant", "level", "killed by", "because"):
-        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    for column, least in (("mutant", 22), ("level", 5), ("killed by", 28), ("because", None)):
+        table.add_column(column, no_wrap=True, overflow="ellipsis", min_width=least)
     for kill in sorted(kills, key=lambda kill: not kill.killed):
         cells = kill.name, f"L{kill.level}", kill.by or "SURVIVED", kill.reason if kill.killed else kill.rule
         table.add_row(*cells, style="" if kill.killed else "bold red")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from lineshaft.contract.backends import Probe
@@ -17,6 +18,12 @@ def with_torch() -> Probe:
     import torch
 
     return Probe(True, f"torch {torch.__version__} imports")
+
+
+def that_takes_its_time() -> Probe:
+    """Tries the device."""
+    time.sleep(3)
+    return Probe(True, "found")
 
 
 def without_reason() -> Probe:

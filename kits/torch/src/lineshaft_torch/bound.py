@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.kernels import Kernel, always
 from lineshaft.contract.weights import Weight
 
 DENSE = "dense"
@@ -39,12 +39,21 @@ class BoundKernel:
 def recipe(
     name: str, op: str, bind: Callable[[Any, Any], Callable[..., Any]], *, out: bool = False, **fields: Any
 ) -> Recipe:
-    """A Recipe for `op`. `bind(problem, session)` returns a plain function, which is wrapped as a BoundKernel."""
+    """A Recipe for `op`. `bind(problem, session)` returns a plain function, which is wrapped as a BoundKernel.
+
+    Every kernel of a recipe declines to compute in a dtype of eight bits; `supports` says what else it declines.
+    """
+    declines = fields.pop("supports", always)
+
+    def supports(problem: Any) -> str | None:
+        if problem.dtype.startswith("float8"):
+            return f"computes in floats of 16 bits and more, not in {problem.dtype}"
+        return declines(problem)
 
     def bind_recorded(problem: Any, session: Any) -> BoundKernel:
         return BoundKernel(bind(problem, session), session, out)
 
-    return lambda backend: Kernel(name=name, op=op, backend=backend, bind=bind_recorded, **fields)
+    return lambda backend: Kernel(name=name, op=op, backend=backend, bind=bind_recorded, supports=supports, **fields)
 
 
 def stateless(run: Callable[..., Any]) -> Callable[[Any, Any], Callable[..., Any]]:

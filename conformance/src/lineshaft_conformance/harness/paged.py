@@ -19,7 +19,7 @@ from lineshaft.contract.sessions import Cache, Pending, Transfer
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape, forward_inputs
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.checks import Found, NotClaimed, fail, require
-from lineshaft_conformance.rig import HostArray, Rig
+from lineshaft_conformance.harness.rig import HostArray, Rig
 from lineshaft_conformance.subject import Subject
 
 Pages = dict[str, HostArray]

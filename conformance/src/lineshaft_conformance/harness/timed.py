@@ -26,10 +26,10 @@ from lineshaft.contract.problems import (
 from lineshaft.contract.steps import InputField, InputLayout, StepShape, forward_inputs
 from lineshaft.contract.weights import Array
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.op_case import NO_STEP
-from lineshaft_conformance.rig import HostArray, Rig, whole_param
+from lineshaft_conformance.harness.op_case import NO_STEP
+from lineshaft_conformance.harness.rig import HostArray, Rig, whole_param
+from lineshaft_conformance.harness.timing import seconds
 from lineshaft_conformance.subject import Subject
-from lineshaft_conformance.timing import seconds
 
 Run = Callable[[], object]
 WIDTH, HEADS, DIM = 2048, 8, 64

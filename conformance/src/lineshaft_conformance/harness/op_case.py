@@ -18,7 +18,7 @@ from lineshaft.contract.sessions import Cache, Tree
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Array, Param
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.rig import HostArray, Rig, whole_param
+from lineshaft_conformance.harness.rig import HostArray, Rig, whole_param
 from lineshaft_conformance.subject import Subject
 
 USE = "op_under_test"

@@ -28,9 +28,9 @@ from lineshaft.registry import Registry
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.programs import FORWARD, forward_function
 from lineshaft.runner.setup import open_model
+from lineshaft_conformance.harness.rig import ONE
+from lineshaft_conformance.harness.watched import Step
 from lineshaft_conformance.results import Deviation
-from lineshaft_conformance.rig import ONE
-from lineshaft_conformance.watched import Step
 
 HostArray = np.ndarray[Any, Any]
 RULE = Tolerance()

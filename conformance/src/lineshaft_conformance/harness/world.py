@@ -26,7 +26,7 @@ from lineshaft.contract.sessions import Cache, Tree
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.checks import Failure, HostArray
-from lineshaft_conformance.rig import ONE, Rig
+from lineshaft_conformance.harness.rig import ONE, Rig
 from lineshaft_conformance.subject import Subject, Target
 
 Axes = tuple[tuple[str, int], ...]
@@ -218,7 +218,7 @@ class Mesh:
 
 def _spawn(folder: Path) -> Child:
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "lineshaft_conformance.world", str(theirs.fileno()), str(folder)]
+    command = [sys.executable, "-m", "lineshaft_conformance.harness.world", str(theirs.fileno()), str(folder)]
     with theirs:  # what the backend prints must not mix with what this process prints to stdout
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
@@ -273,7 +273,7 @@ def _watch(folder: str) -> None:
 
 
 def main() -> None:
-    """`python -m lineshaft_conformance.world SOCKET_FD FOLDER`; Ctrl-C is the business of whoever started it."""
+    """`python -m lineshaft_conformance.harness.world SOCKET_FD FOLDER`; Ctrl-C is the starter's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor, folder = sys.argv[1:]
     threading.Thread(target=_watch, args=(folder,), daemon=True).start()

@@ -20,9 +20,9 @@ from lineshaft.contract.problems import SampleProblem
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Request
 from lineshaft_conformance.checks import Failure, Found, require
-from lineshaft_conformance.replay import Compared, Reference, compare_step
+from lineshaft_conformance.harness.replay import Compared, Reference, compare_step
+from lineshaft_conformance.harness.watched import Row, Step, watched_engine
 from lineshaft_conformance.subject import Subject
-from lineshaft_conformance.watched import Row, Step, watched_engine
 
 MOST_STEPS = 2000
 """More than any scenario needs: an engine that does not get on fails instead of hanging."""

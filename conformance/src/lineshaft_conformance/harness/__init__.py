@@ -1,0 +1,1 @@
+"""What checks stand on: rigs that run functions, op cases, caches, engines and meshes on a backend; paired times."""
