@@ -112,7 +112,7 @@ def test_a_backend_that_does_not_load(toy: Path, lineshaft: Any) -> None:
 
 def test_list_names_ids_with_their_rule(toy: Path, lineshaft: Any) -> None:
     status, out, _ = lineshaft("list", *ONE)
-    assert (status, out) == (0, "L1/add/t1-w33-f32  ops.add of the contract\n")
+    assert (status, out) == (0, "L1/add/t1-w33-f32  ops.add\n")
 
 
 def test_soak(toy: Path, lineshaft: Any) -> None:
@@ -132,13 +132,13 @@ class FakeKill:
 def test_a_mutant_that_survives(monkeypatch: pytest.MonkeyPatch, lineshaft: Any, killed: bool, status: int) -> None:
     module = types.ModuleType("lineshaft_conformance.mutants.kill")
     kills = [FakeKill(True), FakeKill(killed)]
-    vars(module).update(kill_all=lambda *given: kills, kill_table=lambda found: f"{len(found)} rows")
+    vars(module).update(kill_all=lambda *given, **more: kills, kill_table=lambda found: f"{len(found)} rows")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert lineshaft("mutants")[:2] == (status, "2 rows\n")
 
 
 def test_mutants_need_the_cpu_backend(monkeypatch: pytest.MonkeyPatch, lineshaft: Any) -> None:
-    def absent(*given: Any) -> None:
+    def absent(*given: Any, **more: Any) -> None:
         raise ImportError("No module named 'lineshaft_cpu'")
 
     module = types.ModuleType("lineshaft_conformance.mutants.kill")

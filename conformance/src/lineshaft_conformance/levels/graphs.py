@@ -378,9 +378,9 @@ def _late_compilation(subject: Subject, seed: int) -> Found:
     for i in range(steps):  # other widths, so that nothing compiled for one session serves the next
         with Product(subject, (64,), width=512 + 16 * i) as product:
             x = product.values(64)
-            times = [seconds(partial(_sum, product, x)) for _ in range(4)]
-            firsts.append(times[0])
-            laters.append(min(times[1:]))
+            first, _, later = (seconds(partial(_sum, product, x)) for _ in range(3))
+            firsts.append(first)
+            laters.append(later)
             require(product.rig.programs[0].report.seconds > 0, "CaptureReport.seconds is 0: what did capture do?")
     ratio = min(firsts) / min(laters)
     require(ratio < TOO_MUCH, f"the first step after freeze takes {ratio:.1f} times as long as a later one")
