@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,3 @@ class Subject:
             _, made = self._kept.popitem()
             if hasattr(made, "close"):
                 made.close()
-
-    def with_options(self, **options: Any) -> Subject:
-        """The same backend with further options."""
-        return Subject(replace(self.target, options={**self.target.options, **options}), self.registry)

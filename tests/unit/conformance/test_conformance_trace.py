@@ -16,8 +16,8 @@ from lineshaft.errors import InvalidValue
 from lineshaft_conformance.cli import trace as command
 from lineshaft_conformance.harness.rig import Values
 from lineshaft_conformance.mutants.mutant import changed, with_capabilities, with_kernel
-from lineshaft_conformance.trace import TraceError
 from lineshaft_conformance.trace.digests import SPREAD, digest, estimate, exact
+from lineshaft_conformance.trace.errors import TraceError
 from lineshaft_conformance.trace.record import record
 from lineshaft_conformance.trace.replay import replay
 from lineshaft_conformance.trace.shaken import Shaken

@@ -55,7 +55,7 @@ class Operands:
     pages: dict[str, HostArray] = field(default_factory=dict)  # of cache 0, in canonical form
     cache: KVProblem | None = None
     shape: StepShape = NO_STEP
-    spread: bool = False  # whether some inputs reach the op as slices of wider rows
+    strided: bool = False  # whether some inputs reach the op as slices of wider rows
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ class OpCase:
     operands: Operands
     args: tuple[Give, ...]
     kwargs: Mapping[str, Give]
-
-    @property
-    def strided(self) -> bool:
-        """Whether the op sees any operand with a row stride."""
-        return self.operands.spread
 
     def function(self, ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: Any) -> Any:
         """The one call, as a StepFunction."""
@@ -186,7 +181,7 @@ class Giving:
         wide = np.full((len(rows), width + 2 * MARGIN), np.nan, host.dtype)
         wide[:, MARGIN:-MARGIN] = rows
         self._held.inputs[name] = wide
-        self._held.spread = True
+        self._held.strided = True
         return lambda weights, caches, step: step.arrays[name][:, MARGIN : MARGIN + width].reshape(*shape)
 
 

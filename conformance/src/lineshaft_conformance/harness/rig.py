@@ -87,14 +87,12 @@ class Rig:
         pages: Sequence[int] = (),
         uses: Mapping[str, tuple[str, Problem]] | None = None,
         kernels: Iterable[Kernel] | None = None,
-        named: Mapping[str, str] | None = None,
         degrees: Mapping[str, int] | None = None,
         session: Session | None = None,
-        freeze: bool = True,
     ) -> None:
         work = Workload(list(params) if params == () else params, caches, uses or {}, programs, degrees or ONE)
         choice = subject.kernels if kernels is None else kernels
-        self._resolver = Resolver(subject.info.name, choice, named or {})
+        self._resolver = Resolver(subject.info.name, choice, {})
         self._subject, self._work = subject, work
         self.planned: Planned = make_plan(subject.info.name, work, self._resolver, subject.ops)
         self.checkpoint = Values(values or {})
@@ -104,8 +102,7 @@ class Rig:
             self.weights = self.session.load(work.params, self.checkpoint, self.planned.packings)
             self.session.alloc_caches(caches, pages, self.planned.plan.cache_layout)
             self._capture(0)
-            if freeze:
-                self.session.freeze()
+            self.session.freeze()
         except BaseException:
             self.session.close()
             raise

@@ -36,7 +36,6 @@ from lineshaft_conformance.harness.rig import HostArray, Rig, const_param, whole
 from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, seconds
 from lineshaft_conformance.subject import Subject
 
-MIB = 2**20
 WIDTH = 64
 UNREAD = 48
 

@@ -43,7 +43,7 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
         level = 2 if any(isinstance(arg, CacheArg) for case in found.values() for arg in case.args) else 1
         for case in found.values():
             yield _case_check(spec, case, f"L{level}/{spec.name}/{case.id}", cases, strided=False)
-            if case.problem.dtype == "float32" and prepare(spec, case, strided=True).strided:
+            if case.problem.dtype == "float32" and prepare(spec, case, strided=True).operands.strided:
                 yield _case_check(spec, case, f"L{level}/{spec.name}/{STRIDED}/{case.id}", cases, strided=True)
         if spec.required:
             yield _minimum_check(spec, level, cases)

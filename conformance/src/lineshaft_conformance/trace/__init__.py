@@ -3,7 +3,3 @@
 `store` keeps a trace, `digests` describes an array in a few numbers, `watch` runs steps and hands out what every op
 returned, `record` makes a trace, `replay` finds the first op, layer and step that differ.
 """
-
-from lineshaft_conformance.trace.errors import TraceError
-
-__all__ = ["TraceError"]
