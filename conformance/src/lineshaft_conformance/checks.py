@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-import numpy as np
-
+from lineshaft.contract.sessions import HostArray
 from lineshaft_conformance.results import Deviation
 
 if TYPE_CHECKING:
     from lineshaft_conformance.subject import Subject
 
-HostArray = np.ndarray[Any, Any]
 Size = Literal["smoke", "full"]
 LEVELS = range(6)
 
@@ -46,6 +44,18 @@ def expect(kind: type[Exception], call: Callable[[], object], what: str) -> None
     except Exception as error:
         fail(f"{what} raises {type(error).__name__} ({error}), not {kind.__name__}")
     fail(f"{what} raises nothing; the contract asks for {kind.__name__}")
+
+
+def require_dtype(subject: Subject, dtype: str) -> None:
+    """Raises NotClaimed where the backend does not execute a dtype."""
+    dtypes = subject.capabilities.dtypes
+    if dtype not in dtypes:
+        raise NotClaimed(f"dtype {dtype} is not among Capabilities.dtypes ({', '.join(dtypes)})")
+
+
+def rule_of(described: object) -> str:
+    """The rule that a check is for, where the docstring of its function says it."""
+    return " ".join((described.__doc__ or "").split())
 
 
 @dataclass(frozen=True)

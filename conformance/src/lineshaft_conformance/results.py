@@ -6,6 +6,7 @@ Plain data, so that results cross process borders and go into bundles; knows no 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,6 +41,18 @@ class Deviation:
     l2_allowed: float
     linf: float
     linf_allowed: float
+
+    @property
+    def share(self) -> float:
+        """The larger error over what is allowed; inf if one is not a number."""
+        return max(_share(self.l2, self.l2_allowed), _share(self.linf, self.linf_allowed))
+
+
+def _share(error: float, allowed: float) -> float:
+    if error == 0:
+        return 0.0
+    share = error / allowed if allowed > 0 else math.inf
+    return math.inf if math.isnan(share) else share
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,17 @@ class Subject:
     @cached_property
     def kernels(self) -> Sequence[Kernel]:
         """The backend's own kernels and those that plugins contribute to it."""
-        return [*self.backend.kernels(), *self.registry.kernels(self.info.name)]
+        return self.kernels_of(self.backend)
+
+    def kernels_of(self, backend: Backend) -> Sequence[Kernel]:
+        """The same for a backend at another place."""
+        return [*backend.kernels(), *self.registry.kernels(self.info.name)]
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype of checks that run in one alone: float32 where the backend executes it, else what it prefers."""
+        dtypes = self.capabilities.dtypes
+        return "float32" if "float32" in dtypes else dtypes[0]
 
     @contextmanager
     def session(self, backend: Backend | None = None) -> Iterator[Session]:

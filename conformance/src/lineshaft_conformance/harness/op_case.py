@@ -14,11 +14,11 @@ from lineshaft.contract.ops import Case, OpSpec
 from lineshaft.contract.ops.run import operand
 from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
 from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
-from lineshaft.contract.sessions import Cache, Tree
+from lineshaft.contract.sessions import Cache, HostArray, Tree
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Array, Param
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.harness.rig import HostArray, Rig, whole_param
+from lineshaft_conformance.harness.rig import Rig, whole_param
 from lineshaft_conformance.subject import Subject
 
 USE = "op_under_test"

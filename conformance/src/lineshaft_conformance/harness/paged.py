@@ -6,7 +6,7 @@ Every page that no row owns, page 0 included, is filled with NaN before every st
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -15,11 +15,11 @@ from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Numerics
 from lineshaft.contract.ops.spec import EXACT, StepArg, numpy_dtype
 from lineshaft.contract.problems import AttendProblem, KVProblem
-from lineshaft.contract.sessions import Cache, Pending, Transfer
+from lineshaft.contract.sessions import Cache, HostArray, Pending, Transfer
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape, forward_inputs
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.checks import Found, NotClaimed, fail, require
-from lineshaft_conformance.harness.rig import HostArray, Rig
+from lineshaft_conformance.checks import Found, NotClaimed, fail, require, require_dtype
+from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.subject import Subject
 
 Pages = dict[str, HostArray]
@@ -50,19 +50,12 @@ class Row:
     length: int = 0
 
 
-@dataclass
-class Free:
-    """Pages of one group that nobody owns, other ones first in each group; the last freed is taken first, so that pages
-    are used again soon."""
-
-    ids: list[int] = field(default_factory=list)
-
-
 class Miniature:
     """A rig whose programs write and attend, with a shadow of every cache; use it as a context manager.
 
-    shapes  (tokens, rows) of each program; `dtype` is executed and stored. Raises NotClaimed where the backend does
-    not list the dtype or the page size.
+    shapes  (tokens, rows) of each program; `dtype` is executed and stored
+    `free` holds the pages of each group that nobody owns, other ones first in each; the last freed is taken first, so
+    that pages are used again soon. Raises NotClaimed where the backend does not list the dtype or the page size.
     """
 
     def __init__(
@@ -92,7 +85,7 @@ class Miniature:
             subject, [self._program(shape) for shape in self.shapes], caches=self.problems,
             pages=[at.pages] * at.group_count, uses=self._uses(), kernels=kernels,
         )  # fmt: skip
-        self.free = [Free([*range(1, g + 1), *range(at.pages - 1, g, -1)]) for g in range(at.group_count)]
+        self.free = [[*range(1, g + 1), *range(at.pages - 1, g, -1)] for g in range(at.group_count)]
         self.rows: list[Row] = []
         self.shadow: list[Pages] = [self._blank(problem) for problem in self.problems]
         self.poison()
@@ -139,7 +132,7 @@ class Miniature:
         """End a sequence; pages that no other one owns are free (and poisoned before the next step)."""
         self.rows.remove(row)
         for group, table in enumerate(row.tables):
-            self.free[group].ids += [page for page in table if page not in self.owned(group)]
+            self.free[group] += [page for page in table if page not in self.owned(group)]
 
     def owned(self, group: int) -> set[int]:
         return {page for row in self.rows for page in row.tables[group]}
@@ -149,7 +142,7 @@ class Miniature:
         needed = -(-(row.length + tokens) // self.layout.page_size)
         for group, table in enumerate(row.tables):
             while len(table) < needed:
-                table.append(self.free[group].ids.pop())
+                table.append(self.free[group].pop())
 
     def each_cache(self, group: int) -> Iterable[int]:
         return (i for i, problem in enumerate(self.problems) if problem.group == group)
@@ -286,9 +279,8 @@ class Begun:
 
 
 def _require_listed(subject: Subject, dtype: str, page_size: int) -> None:
+    require_dtype(subject, dtype)
     can = subject.capabilities
-    if dtype not in can.dtypes:
-        raise NotClaimed(f"dtype {dtype} is not among Capabilities.dtypes ({', '.join(can.dtypes)})")
     if can.kv_dtypes and dtype not in can.kv_dtypes:
         raise NotClaimed(f"pages of {dtype} are not among Capabilities.kv_dtypes ({', '.join(can.kv_dtypes)})")
     if can.page_sizes and page_size not in can.page_sizes:

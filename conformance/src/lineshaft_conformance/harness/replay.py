@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.logits import argmax, sample
 from lineshaft.contract.ops.spec import Tolerance, epsilon
 from lineshaft.contract.problems import SampleProblem
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext
@@ -32,7 +32,6 @@ from lineshaft_conformance.harness.rig import ONE
 from lineshaft_conformance.harness.watched import Step
 from lineshaft_conformance.results import Deviation
 
-HostArray = np.ndarray[Any, Any]
 RULE = Tolerance()
 """The contract's rule; its K is the model's width, the reduction that makes the logits: what is lost before it shows in
 the error of the reference run."""
@@ -97,7 +96,7 @@ def compare_step(step: Step, exact: HostArray, run: HostArray, dtype: str, depth
         if own[r] != exact[r].argmax()
     ]
     wrong += wrong_tokens(step, dtype)
-    worst = max(found, key=lambda d: max(d.l2 / d.l2_allowed, d.linf / d.linf_allowed))
+    worst = max(found, key=lambda d: d.share)
     return Compared(worst, len(decided), step.live, "; ".join(wrong))
 
 

@@ -9,17 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import ConstProblem, KVProblem, Problem
-from lineshaft.contract.sessions import Handle, Pending, Program, Session, Transfer, Tree, map_tree
+from lineshaft.contract.sessions import Handle, HostArray, Pending, Program, Session, Transfer, Tree, map_tree
 from lineshaft.contract.steps import HostStep
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored
-from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
+from lineshaft.plan import Plan, Planned, ProgramSpec, Resolver, Workload, make_plan
 from lineshaft_conformance.subject import Subject
 
-HostArray = np.ndarray[Any, Any]
 ONE = dict.fromkeys(("dp", "pp", "cp", "ep", "tp"), 1)
 
 
@@ -63,6 +60,11 @@ def whole_param(name: str, array: HostArray, problems: Mapping[str, Problem]) ->
 def const_param(name: str, array: HostArray) -> Param:
     """A Param that reaches the function as a bare array."""
     return whole_param(name, array, {"const": ConstProblem(dtype=array.dtype.name, shape=array.shape)})
+
+
+def kernel_names(plan: Plan) -> tuple[str, ...]:
+    """The kernels that a plan chose, each once."""
+    return tuple(dict.fromkeys(entry.kernel for entry in plan.entries))
 
 
 class Rig:
@@ -135,7 +137,7 @@ class Rig:
     @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels that the plan chose."""
-        return tuple(dict.fromkeys(entry.kernel for entry in self.planned.plan.entries))
+        return kernel_names(self.planned.plan)
 
     def host(self, values: Mapping[str, HostArray], program: int = 0) -> HostStep:
         """The packed host buffer of a program with these values; inputs that are not named stay zero."""

@@ -21,6 +21,7 @@ from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Request
 from lineshaft_conformance.checks import Failure, Found, require
 from lineshaft_conformance.harness.replay import Compared, Reference, compare_step
+from lineshaft_conformance.harness.rig import kernel_names
 from lineshaft_conformance.harness.watched import Row, Step, watched_engine
 from lineshaft_conformance.subject import Subject
 
@@ -115,11 +116,10 @@ class Stage:
         rows, decided = sum(c.rows for c in compared), sum(c.decided for c in compared)
         if self.dtype == "float32":
             require(decided >= DECIDED * rows, f"float64 logits decide only {decided} of {rows} tokens: no evidence")
-        worst = max((c.worst for c in compared), key=lambda d: max(d.l2 / d.l2_allowed, d.linf / d.linf_allowed))
-        kernels = tuple(dict.fromkeys(entry.kernel for entry in self.engine.plan.entries))
+        worst = max((c.worst for c in compared), key=lambda d: d.share)
         outputs = [array for step in self.steps for array in (step.logits[: step.live], step.token_ids[: step.live])]
         note = f"{len(compared)} steps, {rows} rows of logits, {decided} tokens decided by float64"
-        return Found(kernels, (worst,), outputs, (note,))
+        return Found(kernel_names(self.engine.plan), (worst,), outputs, (note,))
 
     def _compare(self) -> list[Compared]:
         exact, run = self._reference("float64"), self._reference(self.dtype)

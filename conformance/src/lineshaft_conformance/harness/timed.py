@@ -23,11 +23,12 @@ from lineshaft.contract.problems import (
     Problem,
     SampleProblem,
 )
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import InputField, InputLayout, StepShape, forward_inputs
 from lineshaft.contract.weights import Array
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.op_case import NO_STEP
-from lineshaft_conformance.harness.rig import HostArray, Rig, whole_param
+from lineshaft_conformance.harness.rig import Rig, whole_param
 from lineshaft_conformance.harness.timing import seconds
 from lineshaft_conformance.subject import Subject
 
@@ -68,6 +69,7 @@ class Timer:
     def __init__(self, subject: Subject, dtype: str) -> None:
         self.subject, self.dtype = subject, dtype
         self.element = numpy_dtype(dtype)
+        self.page_size = subject.capabilities.default_page_size
         self.backend: Backend = subject.start(World(threads=1))
         self.empty = self.program({"x": self.ones(1, 8)}, lambda ops, w, step: ops.add(step["x"], step["x"]))
         self.nbytes, self.stream = self._large_stream()
@@ -139,8 +141,8 @@ class Timer:
         return int(spec.moved(problem)), int(spec.flops(problem))
 
     def _rig(self, program: ProgramSpec, **more: Any) -> Rig:
-        kernels = [*self.backend.kernels(), *self.subject.registry.kernels(self.subject.info.name)]
-        return Rig(self.subject, [program], kernels=kernels, session=self.backend.session(0), **more)
+        kernels, session = self.subject.kernels_of(self.backend), self.backend.session(0)
+        return Rig(self.subject, [program], kernels=kernels, session=session, **more)
 
     def linear(self, m: int, n: int, k: int) -> Timed:
         """x [m, k] times a weight [n, k]."""
@@ -178,10 +180,10 @@ class Timer:
             inputs, lambda ops, w, step: getattr(ops, op)(*(step[name] for name in inputs)), work=(op, problem)
         )
 
-    def decode(self, rows: int, context: int, columns: int, pages: int, page_size: int) -> Timed:
+    def decode(self, rows: int, context: int, columns: int, pages: int) -> Timed:
         """`write_kv` and `attend` of a token a row, at this context; the table has `columns` and the cache `pages`."""
         shape = StepShape(tokens=rows, rows=rows, pages=(columns,), logits=rows, max_query=1)
-        dims: dict[str, Any] = {"kv_heads": HEADS, "qk_dim": DIM, "v_dim": DIM, "page_size": page_size}
+        dims: dict[str, Any] = {"kv_heads": HEADS, "qk_dim": DIM, "v_dim": DIM, "page_size": self.page_size}
         cache = KVProblem(dtype=self.dtype, kv_dtype=self.dtype, **dims)
         attend = AttendProblem(dtype=self.dtype, q_heads=HEADS, scale=DIM**-0.5, kv_dtype=self.dtype, **dims)
 
@@ -194,19 +196,18 @@ class Timer:
         fields = (*forward_inputs(shape).fields, InputField("x", self.dtype, (rows, HEADS, DIM)))
         spec = ProgramSpec("decode", fn, shape, InputLayout(fields), host_outputs=frozenset({"corner"}))
         rig = self._rig(spec, caches=[cache], pages=[pages], uses={"attend": ("attend", attend)})
-        host, program = rig.host(decode_inputs(rows, context, columns, page_size)), rig.programs[0]
+        host, program = rig.host(decode_inputs(rows, context, columns, self.page_size)), rig.programs[0]
         host["x"][...] = 1
-        seen = replace(attend, tokens=rows, rows=rows, pages=-(-context // page_size), max_query=1)
+        seen = replace(attend, tokens=rows, rows=rows, pages=-(-context // self.page_size), max_query=1)
         return Timed(rig, lambda: program(host).result("corner"), *self._work(("attend", seen)), rig.kernels)
 
     def _copy(self) -> Timed:
         """Half of a cache copied to the other half, by `Session.copy_pages`."""
-        page_size = page_size_of(self.subject)
         cache = KVProblem(
-            dtype=self.dtype, kv_heads=HEADS, qk_dim=DIM, v_dim=DIM, page_size=page_size, kv_dtype=self.dtype
+            dtype=self.dtype, kv_heads=HEADS, qk_dim=DIM, v_dim=DIM, page_size=self.page_size, kv_dtype=self.dtype
         )
         half = self.nbytes // (2 * cache.page_bytes)
-        timed = self.decode(1, 1, 1, 1 + 2 * half, page_size)
+        timed = self.decode(1, 1, 1, 1 + 2 * half)
         ids = np.arange(1, half + 1, dtype=np.int32)
 
         def copy() -> object:
@@ -214,11 +215,6 @@ class Timer:
             return timed.rig.session.read_pages(0, ids[-1:] + half)  # whoever copies later has copied by now
 
         return Timed(timed.rig, copy, moved=2 * half * cache.page_bytes)
-
-
-def page_size_of(subject: Subject) -> int:
-    """The page size that engines use unless told otherwise."""
-    return subject.capabilities.default_page_size
 
 
 def layout_of(inputs: Mapping[str, HostArray]) -> InputLayout:

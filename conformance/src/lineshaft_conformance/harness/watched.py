@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
 from lineshaft.runner.messages import Logprobs, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.worker import Progress, Worker
 from lineshaft_conformance.subject import Subject
-
-HostArray = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

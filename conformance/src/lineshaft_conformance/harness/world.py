@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.sessions import Cache, Tree
+from lineshaft.contract.sessions import Cache, HostArray, Tree
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.checks import Failure, HostArray
+from lineshaft_conformance.checks import Failure
 from lineshaft_conformance.harness.rig import ONE, Rig
 from lineshaft_conformance.subject import Subject, Target
 
@@ -90,9 +90,10 @@ class Exchange:
 def capture(subject: Subject, exchanges: Sequence[Exchange], world: World) -> Rig:
     """A frozen session at one place of a mesh, with a program of each exchange."""
     backend = subject.start(world)
-    kernels = [*backend.kernels(), *subject.registry.kernels(subject.info.name)]
-    programs = [exchange.program() for exchange in exchanges]
-    return Rig(subject, programs, kernels=kernels, degrees=dict(world.axes), session=backend.session(world.rank))
+    return Rig(
+        subject, [exchange.program() for exchange in exchanges], kernels=subject.kernels_of(backend),
+        degrees=dict(world.axes), session=backend.session(world.rank),
+    )  # fmt: skip
 
 
 def outputs(rig: Rig, program: int, x: HostArray) -> list[HostArray]:

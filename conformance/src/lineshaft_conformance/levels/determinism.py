@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
 from lineshaft.executors import Executor
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Request
-from lineshaft_conformance.checks import Check, Found, HostArray, NotClaimed, Size, fail
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, rule_of
 from lineshaft_conformance.harness.rank import mesh_executor
 from lineshaft_conformance.harness.stage import engine_config, smallest_page
 from lineshaft_conformance.harness.tiny import EVEN, checkpoint
@@ -113,7 +114,7 @@ DEVICE = (
 def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """One check a class."""
     for name in CLASSES:
-        rule = (PAIRS[name].__doc__ or "") if name in PAIRS else "Another device gives the same bits."
+        rule = rule_of(PAIRS[name]) if name in PAIRS else "Another device gives the same bits."
         yield Check(f"L5/determinism/{name}", partial(check, name), rule, shape_class=name, limit=180.0)
 
 

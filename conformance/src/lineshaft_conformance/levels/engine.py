@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, require_dtype, rule_of
 from lineshaft_conformance.harness.stage import Stage, smallest_page
 from lineshaft_conformance.harness.tiny import TINY, tiny
 from lineshaft_conformance.subject import Subject
@@ -28,10 +28,6 @@ class Scenario:
     play: Play
     settings: Callable[[int], Mapping[str, Any]] = lambda page: {}
     page: int = 4  # tokens a page, or the next larger size that the subject takes
-
-    @property
-    def rule(self) -> str:
-        return (self.play.__doc__ or "").split("\n\n")[0]
 
 
 def one_token(stage: Stage) -> None:
@@ -185,8 +181,8 @@ def _share(rows: list[Any]) -> bool:
 def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """Every check of this file. Smoke: all in float32 (or what the subject prefers, where it has no float32), and each
     scenario on one model in bfloat16."""
-    claimed, models = subject.capabilities.dtypes, list(TINY)
-    main = claimed[0] if claimed and "float32" not in claimed else "float32"
+    models = list(TINY)
+    main = subject.main_dtype if subject.capabilities.dtypes else "float32"
     for name in models:
         for i, scenario in enumerate(SCENARIOS):
             turn = i % len(models) == models.index(name)
@@ -199,12 +195,12 @@ def make_check(name: str, scenario: Scenario, dtype: str) -> Check:
     """The check of a scenario on a tiny model in a dtype."""
 
     def run(subject: Subject, seed: int) -> Found:
-        claimed = subject.capabilities.dtypes
-        if dtype not in claimed:
-            raise NotClaimed(f"Capabilities.dtypes is {', '.join(claimed)}")
+        require_dtype(subject, dtype)
         page = smallest_page(subject, scenario.page)
         with Stage(subject, tiny(subject, name, seed), dtype, seed, page, **scenario.settings(page)) as stage:
             scenario.play(stage)
             return stage.judge()
 
-    return Check(f"L4/{name}/{scenario.name}-{dtype}", run, scenario.rule, dtype=dtype, shape_class=scenario.name)
+    return Check(
+        f"L4/{name}/{scenario.name}-{dtype}", run, rule_of(scenario.play), dtype=dtype, shape_class=scenario.name
+    )

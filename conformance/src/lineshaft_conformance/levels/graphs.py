@@ -19,7 +19,7 @@ import numpy as np
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.problems import EmbedProblem, LinearProblem
-from lineshaft.contract.sessions import Cache, Pending, Session
+from lineshaft.contract.sessions import Cache, HostArray, Pending, Session
 from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
 from lineshaft.errors import (
     ContractViolation,
@@ -30,9 +30,9 @@ from lineshaft.errors import (
     Unsupported,
 )
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, fail, require
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, fail, require, rule_of
 from lineshaft_conformance.harness.paged import Layout, Miniature
-from lineshaft_conformance.harness.rig import HostArray, Rig, const_param, whole_param
+from lineshaft_conformance.harness.rig import Rig, const_param, whole_param
 from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, seconds
 from lineshaft_conformance.subject import Subject
 
@@ -43,8 +43,7 @@ UNREAD = 48
 def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """Every check of this file."""
     for name, run in CHECKS.items():
-        rule = " ".join((run.__doc__ or "").split())
-        yield Check(f"L3/graph/{name}", run, rule=rule, op="graph", shape_class=name, limit=120.0)
+        yield Check(f"L3/graph/{name}", run, rule=rule_of(run), op="graph", shape_class=name, limit=120.0)
     rule = "a backend plans, captures and replays a program"
     yield Check("L3/minimum/program", _minimum, rule=rule, op="graph", shape_class="minimum")
 
@@ -61,8 +60,7 @@ class Product:
     def __init__(
         self, subject: Subject, rows: tuple[int, ...] = (4,), *, width: int = WIDTH, handled: tuple[int, ...] = ()
     ) -> None:
-        dtypes = subject.capabilities.dtypes
-        self.dtype = "float32" if "float32" in dtypes else dtypes[0]
+        self.dtype = subject.main_dtype
         self.width, self.rng = width, np.random.default_rng(7)
         self.weight = self.values(width)
         param = whole_param("w", self.weight, {"linear": LinearProblem(dtype=self.dtype, n=width, k=width)})
@@ -164,7 +162,7 @@ def _new_weights(subject: Subject, seed: int) -> Found:
 
 def _metadata(subject: Subject, seed: int) -> Found:
     """A replay reads lengths, page tables and slots anew, and programs of a session share its caches."""
-    with Miniature(subject, _dtype(subject), Layout(groups=(0, 1)), ((4, 4), (8, 2), (16, 4)), seed) as model:
+    with Miniature(subject, subject.main_dtype, Layout(groups=(0, 1)), ((4, 4), (8, 2), (16, 4)), seed) as model:
         rows = [model.add() for _ in range(4)]
         model.step((rows[0], 12), (rows[1], 1))
         model.step((rows[1], 1), (rows[0], 1))
@@ -179,7 +177,7 @@ def _metadata(subject: Subject, seed: int) -> Found:
 
 def _constants(subject: Subject, seed: int) -> Found:
     """What depends on the rank is a constant of the session: programs read its value, also after an update."""
-    dtype = _dtype(subject)
+    dtype = subject.main_dtype
     table = np.arange(12, dtype=np.float64).reshape(6, 2).astype(numpy_dtype(dtype))
     ids, start = np.array([5, 2, 7, 11], np.int32), np.array([4], np.int32)
 
@@ -298,7 +296,7 @@ class Failing(Miniature):
 
 def _poisoned(subject: Subject, seed: int) -> Found:
     """A step that fails after it consumed its caches poisons the session: every later call raises SessionPoisoned."""
-    with Failing(subject, _dtype(subject), seed) as model:
+    with Failing(subject, subject.main_dtype, seed) as model:
         row = model.add()
         model.step((row, 3))
         model.fails = True
@@ -354,7 +352,7 @@ def _frozen(subject: Subject, seed: int) -> Found:
 
 def _late_bucket(subject: Subject, seed: int) -> Found:
     """After thaw another program can be captured; those from before still run, and capture touches no page."""
-    with Miniature(subject, _dtype(subject), Layout(), ((4, 4),), seed) as model:
+    with Miniature(subject, subject.main_dtype, Layout(), ((4, 4),), seed) as model:
         row = model.add()
         model.step((row, 4))
         session = model.rig.session
@@ -391,7 +389,7 @@ def _cache_copies(subject: Subject, seed: int) -> Found:
 
     What a backend says in CaptureReport.cache_copied is its own word; the times are not.
     """
-    dtype = _dtype(subject)
+    dtype = subject.main_dtype
     sizes = [Layout(pages=pages, page_size=16, dim=64) for pages in (1024, 8192)]
     with (
         Miniature(subject, dtype, sizes[0], ((4, 4),), seed) as small,
@@ -439,7 +437,7 @@ def _close(subject: Subject, seed: int) -> Found:
 
 def _close_frees(subject: Subject, seed: int) -> Found:
     """close joins the session's threads and frees its memory, and a closed session is no obstacle to the next."""
-    dtype, layout = _dtype(subject), Layout(pages=4096, page_size=16, dim=32)
+    dtype, layout = subject.main_dtype, Layout(pages=4096, page_size=16, dim=32)
 
     def once() -> None:
         with Miniature(subject, dtype, layout, ((4, 4),), seed) as model:
@@ -468,11 +466,6 @@ def _sum(product: Product, x: HostArray) -> HostArray:
 
 def _attend(model: Miniature, host: HostStep) -> HostArray:
     return model.rig.programs[0](host).result("out0")
-
-
-def _dtype(subject: Subject) -> str:
-    dtypes = subject.capabilities.dtypes
-    return "float32" if "float32" in dtypes else dtypes[0]
 
 
 def _changes(product: Product) -> list[tuple[str, Callable[[], object]]]:

@@ -19,11 +19,12 @@ from lineshaft.contract.ops import Case, Numerics, OpSpec
 from lineshaft.contract.ops.run import named_outputs, run_reference
 from lineshaft.contract.ops.spec import EXACT, CacheArg, Tolerance
 from lineshaft.contract.problems import Problem
+from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import Unsupported
 from lineshaft.plan.resolve import Candidates, Resolver
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, require
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, require, require_dtype
 from lineshaft_conformance.harness.op_case import PASSED_ON, OpCase, OpRun, prepare
-from lineshaft_conformance.harness.rig import HostArray, Rig
+from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.results import Deviation
 from lineshaft_conformance.subject import Subject
 
@@ -76,9 +77,8 @@ def run_case(subject: Subject, spec: OpSpec, values: Sequence[OpCase]) -> Found:
 
     Raises NotClaimed where none does, with each kernel's reason, and Failure for one that is wrong.
     """
-    problem, dtypes = values[0].case.problem, subject.capabilities.dtypes
-    if problem.dtype not in dtypes:
-        raise NotClaimed(f"dtype {problem.dtype} is not among Capabilities.dtypes ({', '.join(dtypes)})")
+    problem = values[0].case.problem
+    require_dtype(subject, problem.dtype)
     others = [kernel for kernel in subject.kernels if kernel.op != spec.name]
     expected = [Expected(item) for item in values]
     if claimed := claims(subject, spec, problem).taken:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft_conformance.checks import Check, Found, Size, require
+from lineshaft_conformance.checks import Check, Found, Size, require, rule_of
 from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.subject import Subject
 
@@ -38,8 +38,7 @@ def _check(name: str, scenario: Scenario, layout: Layout, dtype: str) -> Check:
             model.check_pages()
             return model.found
 
-    rule = " ".join((scenario.__doc__ or "").split())
-    return Check(f"L2/paging/{name}-{dtype}", run, rule=rule, op="paging", dtype=dtype, shape_class=name)
+    return Check(f"L2/paging/{name}-{dtype}", run, rule=rule_of(scenario), op="paging", dtype=dtype, shape_class=name)
 
 
 def _minimum(subject: Subject, seed: int) -> Found:
@@ -77,7 +76,7 @@ def _copy_on_write(model: Miniature) -> None:
     model.step((first, 3))
     fork = model.add([list(table) for table in first.tables], first.length)
     for group, table in enumerate(fork.tables):
-        target = model.free[group].ids.pop()
+        target = model.free[group].pop()
         transfer = model.copy(group, [table[-1], 0, 0], [target, 0, 0])
         transfer.wait()
         table[-1] = target
@@ -93,7 +92,7 @@ def _copies_in_order(model: Miniature) -> None:
     fork = model.add([list(table) for table in first.tables], first.length)
     pending = []
     for group, table in enumerate(fork.tables):
-        target = model.free[group].ids.pop()
+        target = model.free[group].pop()
         pending.append(model.copy(group, [table[-1]], [target]))
         table[-1] = target
     model.submit((first, 1), (fork, 1), poison=False, after=pending).check()
@@ -114,7 +113,7 @@ def _swap(model: Miniature) -> None:
     for pages, before in zip(out, kept, strict=True):
         same = all(array.tobytes() == before[name].tobytes() for name, array in pages.items())
         require(same, "pages that were read out changed when the cache did; read_pages gives a private copy")
-    tables = [[model.free[group].ids.pop() for _ in table] for group, table in enumerate(row.tables)]
+    tables = [[model.free[group].pop() for _ in table] for group, table in enumerate(row.tables)]
     back = model.add(tables, row.length)
     for i, problem in enumerate(model.problems):
         model.write(i, np.array(tables[problem.group], np.int32), out[i])

@@ -13,9 +13,10 @@ from typing import Any
 from lineshaft.engine import Engine
 from lineshaft.runner.messages import StepMessage
 from lineshaft.sampling.params import SamplingParams
-from lineshaft_conformance.checks import Check, Found, Size, require
+from lineshaft_conformance.checks import Check, Found, Size, require, rule_of
+from lineshaft_conformance.harness.rig import kernel_names
 from lineshaft_conformance.harness.stage import engine_config
-from lineshaft_conformance.harness.timed import WIDTH, Timed, Timer, page_size_of
+from lineshaft_conformance.harness.timed import WIDTH, Timed, Timer
 from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio
 from lineshaft_conformance.harness.tiny import LLAMA, checkpoint
 from lineshaft_conformance.harness.watched import WatchedExecutor
@@ -33,10 +34,10 @@ Make = Callable[[Timer, int], Timed]
 
 def attend(timer: Timer, scale: int) -> Timed:
     """Decode rows whose keys are as many bytes as the roofline's own programs read, or `scale` eighths of that."""
-    size = page_size_of(timer.subject)
+    size = timer.page_size
     token = 2 * 8 * 64 * timer.element.itemsize
     pages = max(1, timer.nbytes * scale // (8 * 8 * token * size))
-    return timer.decode(8, pages * size, pages, 1 + 8 * pages, size)
+    return timer.decode(8, pages * size, pages, 1 + 8 * pages)
 
 
 OPS: dict[str, Make] = {
@@ -52,14 +53,13 @@ OPS: dict[str, Make] = {
 
 def more_pages(timer: Timer, scale: int) -> Timed:
     """A step's time does not depend on how many pages the cache has."""
-    size = page_size_of(timer.subject)
-    return timer.decode(4, size, 1, scale * timer.nbytes // (8 * 2 * 8 * 64 * timer.element.itemsize * size), size)
+    token = 2 * 8 * 64 * timer.element.itemsize
+    return timer.decode(4, timer.page_size, 1, scale * timer.nbytes // (8 * token * timer.page_size))
 
 
 def more_columns(timer: Timer, scale: int) -> Timed:
     """Nor on how long a context the page table has room for."""
-    size = page_size_of(timer.subject)
-    return timer.decode(8, size, 32 * scale, 9, size)
+    return timer.decode(8, timer.page_size, 32 * scale, 9)
 
 
 def more_vocabulary(timer: Timer, scale: int) -> Timed:
@@ -82,8 +82,8 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
         run = partial(grows, make, TOO_MUCH * GROWTH)
         yield Check(f"L5/speed/growth/{op}", run, rule, op, shape_class="growth", limit=180.0)
     for what, make in UNUSED.items():
-        rule = (make.__doc__ or "").strip()
-        yield Check(f"L5/speed/unused/{what}", partial(grows, make, TOO_MUCH), rule, shape_class="unused", limit=180.0)
+        run = partial(grows, make, TOO_MUCH)
+        yield Check(f"L5/speed/unused/{what}", run, rule_of(make), shape_class="unused", limit=180.0)
 
 
 def timer_of(subject: Subject) -> Timer:
@@ -123,15 +123,17 @@ def decode_step(subject: Subject, seed: int) -> Found:
     """A decode step of one row of a model whose weights are far more than a step's other costs: it reads each once."""
     timer = timer_of(subject)
     model = checkpoint(subject, "large model", large_model(timer), seed)
-    config = engine_config(subject, model, timer.dtype, page_size_of(subject), max_model_len=64, **{"cache.pages": 70})
+    config = engine_config(subject, model, timer.dtype, timer.page_size, max_model_len=64, **{"cache.pages": 70})
     watched = WatchedExecutor(subject, config)
     with Engine(config, registry=subject.registry, executor=watched) as engine:
         engine.add([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
         while engine.has_work:
             engine.step()
         step: StepMessage = watched.steps[-1].message
-        kernels = tuple(dict.fromkeys(entry.kernel for entry in engine.plan.entries))
-        timed = Timed(timer.empty.rig, lambda: watched.worker.execute(step), engine.plan.weight_bytes, 0, kernels)
+        timed = Timed(
+            timer.empty.rig, lambda: watched.worker.execute(step), engine.plan.weight_bytes,
+            kernels=kernel_names(engine.plan),
+        )  # fmt: skip
         return judged(timer, timed, LEAST)
 
 

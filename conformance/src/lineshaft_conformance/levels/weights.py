@@ -11,14 +11,15 @@ import numpy as np
 
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.problems import EmbedProblem, LinearProblem
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
-from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored
+from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.errors import MisshapenTensor
 from lineshaft.plan import ProgramSpec
 from lineshaft.weights import dequantize
 from lineshaft.weights.schemes import BLOCKS
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require
-from lineshaft_conformance.harness.rig import HostArray, Rig, const_param, stored, whole_param
+from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require, rule_of
+from lineshaft_conformance.harness.rig import Rig, const_param, stored, whole_param
 from lineshaft_conformance.subject import Subject
 
 ROWS, WIDTH = 3, 64
@@ -32,18 +33,11 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
         yield _check(f"stored-{form}", partial(_stored, form=form), _stored)
     for name, run in (("parts", _parts), ("tied", _tied), ("reload", _reload), ("misshapen", _misshapen)):
         yield _check(name, run, run)
-    rule = " ".join((_pure.__doc__ or "").split())
-    yield Check("L0/load/packings", _pure, rule=rule, op="linear", shape_class="load")
+    yield Check("L0/load/packings", _pure, rule=rule_of(_pure), op="linear", shape_class="load")
 
 
 def _check(name: str, run: Callable[[Subject, int], Found], described: Callable[..., Found]) -> Check:
-    rule = " ".join((described.__doc__ or "").split())
-    return Check(f"L3/weights/{name}", run, rule=rule, op="weights", shape_class="weights")
-
-
-def _dtype(subject: Subject) -> str:
-    dtypes = subject.capabilities.dtypes
-    return "float32" if "float32" in dtypes else dtypes[0]
+    return Check(f"L3/weights/{name}", run, rule=rule_of(described), op="weights", shape_class="weights")
 
 
 def _identity(dtype: str) -> ProgramSpec:
@@ -58,7 +52,7 @@ def _identity(dtype: str) -> ProgramSpec:
 
 def _product(subject: Subject, parts: tuple[Stored, ...]) -> Rig:
     """A rig whose one weight, of all parts joined, is what `_identity` shows."""
-    dtype = _dtype(subject)
+    dtype = subject.main_dtype
     rows = sum(part.shape[0] for part in parts)
     problem = LinearProblem(dtype=dtype, n=rows, k=WIDTH)
     param = Param("w", "w", (rows, WIDTH), dtype, {"linear": problem}, lambda checkpoint, coordinate: Local(parts))
@@ -75,7 +69,7 @@ def _show(rig: Rig, rows: int) -> HostArray:
 
 def _stored(subject: Subject, seed: int, *, form: str) -> Found:
     """A weight is loaded from whatever form the checkpoint stores it in: plain numbers, or blocks of quantized ones."""
-    part, dtype = _part(form, np.random.default_rng(3)), _dtype(subject)
+    part, dtype = _part(form, np.random.default_rng(3)), subject.main_dtype
     with _product(subject, (part,)) as rig:
         exact = dequantize(part, dtype).astype(np.float64)
         close = np.allclose(_show(rig, ROWS).astype(np.float64), exact, rtol=0.01, atol=1e-6)
@@ -107,12 +101,10 @@ def _parts(subject: Subject, seed: int) -> Found:
 
 def _tied(subject: Subject, seed: int) -> Found:
     """Parameters of one source hold the same values, and an update of one reaches them all, in every packing."""
-    dtype, vocab = _dtype(subject), 7
+    dtype, vocab = subject.main_dtype, 7
     values = np.random.default_rng(5).integers(-4, 5, (vocab, WIDTH)).astype(numpy_dtype(dtype))
     embed = whole_param("table", values, {"embed": EmbedProblem(dtype=dtype, vocab=vocab, width=WIDTH)})
-    head = replace(
-        embed, name="head", problems={"linear": LinearProblem(dtype=dtype, n=vocab, k=WIDTH)},
-    )  # fmt: skip
+    head = replace(embed, name="head", problems={"linear": LinearProblem(dtype=dtype, n=vocab, k=WIDTH)})
     ids = InputLayout([InputField("ids", "int32", (vocab,))])
 
     def fn(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
@@ -120,13 +112,8 @@ def _tied(subject: Subject, seed: int) -> Found:
         return {"rows": rows, "logits": ops.linear(rows, weights["head"])}, caches
 
     params = {"embed": embed, "head": head, "start": const_param("start", np.zeros(1, np.int32))}
-    shared = {
-        "embed": replace(embed, shard=_of_table),
-        "head": replace(head, shard=_of_table),
-        "start": params["start"],
-    }
     spec = ProgramSpec("tied", fn, StepShape(vocab, vocab, (), vocab, 1), ids)
-    with Rig(subject, [spec], params=shared, values={"table": values, "start": np.zeros(1, np.int32)}) as rig:
+    with Rig(subject, [spec], params=params, values={"table": values, "start": np.zeros(1, np.int32)}) as rig:
         for name, now in (("", values), ("table", values[::-1].copy()), ("head", values * 2)):
             if name:
                 rig.session.update({name: now})
@@ -136,10 +123,6 @@ def _tied(subject: Subject, seed: int) -> Found:
             close = np.allclose(out["logits"].astype(np.float64), wide @ wide.T, rtol=0.01)
             require(close, f"after an update of {name!r}, the product over the tied weight has other values")
         return Found(rig.kernels)
-
-
-def _of_table(checkpoint: Checkpoint, coordinate: Coordinate) -> Local:
-    return Local((checkpoint.rows("table", 0, checkpoint.shape("table")[0]),))
 
 
 def _reload(subject: Subject, seed: int) -> Found:
@@ -158,7 +141,7 @@ def _reload(subject: Subject, seed: int) -> Found:
 def _misshapen(subject: Subject, seed: int) -> Found:
     """Parts that do not make up the parameter's shape are a typed error."""
     part = _part("float32", np.random.default_rng(8))
-    dtype = _dtype(subject)
+    dtype = subject.main_dtype
     problem = LinearProblem(dtype=dtype, n=ROWS + 1, k=WIDTH)
     wrong = Param(
         "w", "w", (ROWS + 1, WIDTH), dtype, {"linear": problem}, lambda checkpoint, coordinate: Local((part,))
@@ -173,7 +156,7 @@ def _pure(subject: Subject, seed: int) -> Found:
     if not packing:
         raise NotClaimed("no kernel brings a packing of its own")
     for kernel in packing:
-        dtype = next(d for d in subject.capabilities.dtypes if d in ("float32", "bfloat16", "float64", "float16"))
+        dtype = subject.main_dtype
         shapes = []
         for values in (np.zeros((ROWS, WIDTH)), np.random.default_rng(9).standard_normal((ROWS, WIDTH))):
             array = values.astype(numpy_dtype(dtype))

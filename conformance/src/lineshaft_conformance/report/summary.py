@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -55,15 +54,7 @@ def not_passed(report: Report) -> list[Result]:
 
 def worst_error(result: Result) -> float | None:
     """The largest error over what is allowed, of all outputs; inf if one is not a number, None if none was taken."""
-    pairs = [pair for d in result.deviations for pair in ((d.l2, d.l2_allowed), (d.linf, d.linf_allowed))]
-    return max((_share(*pair) for pair in pairs), default=None)
-
-
-def _share(error: float, allowed: float) -> float:
-    if error == 0:
-        return 0.0
-    share = error / allowed if allowed > 0 else math.inf
-    return math.inf if math.isnan(share) else share
+    return max((deviation.share for deviation in result.deviations), default=None)
 
 
 def facts(report: Report) -> Iterator[tuple[str, str]]:

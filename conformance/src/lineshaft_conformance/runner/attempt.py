@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lineshaft.contract.sessions import HostArray
 from lineshaft.registry.loading import one_line
-from lineshaft_conformance.checks import Check, Failure, Found, HostArray, NotClaimed
+from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed
 from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.subject import Subject
 

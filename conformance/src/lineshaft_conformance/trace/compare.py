@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from lineshaft.contract.ops.spec import epsilon
-from lineshaft_conformance.trace.digests import SPREAD, Digest, Distance, HostArray, digest, estimate, exact
+from lineshaft.contract.sessions import HostArray
+from lineshaft_conformance.trace.digests import SPREAD, Digest, Distance, digest, estimate, exact
 from lineshaft_conformance.trace.store import Kept
 from lineshaft_conformance.trace.watch import Call, Result
 

@@ -9,11 +9,11 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-HostArray = np.ndarray[Any, Any]
+from lineshaft.contract.sessions import HostArray
+
 BUCKETS = 64
 BLOCK = 1 << 18
 SPREAD = 1 + 3 * math.sqrt(1 / (2 * BUCKETS))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import StepShape
 from lineshaft.engine import Engine
 from lineshaft.executors import Executor, make_executor
@@ -14,7 +15,6 @@ from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import degrees_of
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.trace.errors import TraceError
-from lineshaft_conformance.trace.watch import HostArray
 
 Progress = Callable[[str, int, int], None]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.weights import Checkpoint
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import StepMessage
@@ -22,7 +23,7 @@ from lineshaft_conformance.trace.digests import digest, estimate
 from lineshaft_conformance.trace.generation import Progress, generate, pages_used, shapes_of
 from lineshaft_conformance.trace.shaken import Shaken
 from lineshaft_conformance.trace.store import Kept, Writer, writing
-from lineshaft_conformance.trace.watch import Call, HostArray, Rerun, Result, live_logits
+from lineshaft_conformance.trace.watch import Call, Rerun, Result, live_logits
 
 EDGE_ROWS = 4
 SHAKES = 2

@@ -11,6 +11,7 @@ import numpy as np
 
 from lineshaft.config import EngineConfig, make_config
 from lineshaft.contract.backends import Backend, Capabilities
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import StepShape
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import StepMessage
@@ -21,7 +22,7 @@ from lineshaft_conformance.trace.errors import TraceError
 from lineshaft_conformance.trace.generation import Progress
 from lineshaft_conformance.trace.record import described, fingerprint
 from lineshaft_conformance.trace.store import Kept, Trace, read
-from lineshaft_conformance.trace.watch import HostArray, Rerun, live_tokens
+from lineshaft_conformance.trace.watch import Rerun, live_tokens
 
 Change = Callable[[Backend], Backend]
 

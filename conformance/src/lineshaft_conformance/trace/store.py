@@ -24,10 +24,11 @@ import safetensors
 from safetensors.numpy import save
 
 from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, StepShape, aligned_zeros, forward_inputs
 from lineshaft.plan.plan import make_shape
 from lineshaft.runner.messages import StepMessage
-from lineshaft_conformance.trace.digests import BUCKETS, Digest, HostArray
+from lineshaft_conformance.trace.digests import BUCKETS, Digest
 from lineshaft_conformance.trace.errors import TraceError
 
 VERSION: Final = 1

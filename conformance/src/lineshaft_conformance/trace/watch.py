@@ -15,7 +15,7 @@ import numpy as np
 from lineshaft.config import EngineConfig
 from lineshaft.contract.ops import OpSpec, all_ops
 from lineshaft.contract.problems import Problem
-from lineshaft.contract.sessions import Cache, Program, Session, StepFunction, Tree
+from lineshaft.contract.sessions import Cache, HostArray, Program, Session, StepFunction, Tree
 from lineshaft.contract.steps import HostStep, StepInputs, StepShape, forward_inputs
 from lineshaft.contract.weights import Array, Weight
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
@@ -25,7 +25,6 @@ from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.programs import FORWARD, forward_function
 from lineshaft.runner.setup import Setup
 
-HostArray = np.ndarray[Any, Any]
 DECOMPOSED = "default decomposition"
 """Stands for the kernel of a composite op that has none of its own."""
 
