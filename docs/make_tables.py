@@ -1,4 +1,4 @@
-"""Writes the tables of the documentation that repeat what the code says: ops, problems, hooks and configuration keys.
+"""Writes the tables of the documentation that repeat what the code says: ops, problems, hooks, keys and mutants.
 
 Run it with `python docs/make_tables.py` after a change of one of them. A table stands between `<!-- table NAME -->` and
 `<!-- end -->`; a test fails where one is not what this file would write.

@@ -12,6 +12,7 @@ import torch
 from lineshaft_conformance.mutants.mutant import (
     Make,
     Mutant,
+    mutant,
     with_added,
     with_call,
     with_problem,
@@ -24,12 +25,6 @@ from lineshaft_torch.pages import SLOTS_LAYOUT
 
 Plain = PlainAttend
 Tensor = torch.Tensor
-
-
-def mutant(name: str, rule: str, cases: str, make: Make, level: int = 2, **fields: Any) -> Mutant:
-    op = cases.partition("/")[0]
-    checks = f"L{level}/{cases}"
-    return Mutant(f"{op}-{name}".replace("_", "-"), rule, level, checks, make, **fields)
 
 
 # ---- which keys a query sees -----------------------------------------------------------------------------------
@@ -404,13 +399,13 @@ def whole_latent(run: Any) -> Make:
 
 PARTS = (
     mutant("reads-empty-part", "a part of lse -inf is not read (ops)", "merge_states/empty_rows*",
-           with_call("merge_states", merge_without_masking), level=1),
+           with_call("merge_states", merge_without_masking)),
     mutant("nan-of-nothing", "an all-empty row gives 0 (ops)", "merge_states/empty_rows*",
-           with_call("merge_states", merge_nan_of_nothing), level=1),
+           with_call("merge_states", merge_nan_of_nothing)),
     mutant("sinks-per-part", "merge_states adds sinks once (ops)", "merge_states/*sinks*",
-           with_call("merge_states", merge_sinks_per_part), level=1),
+           with_call("merge_states", merge_sinks_per_part)),
     mutant("unweighted", "parts are weighed by exp(lse) (ops)", "merge_states/two*",
-           with_call("merge_states", lambda p, run, out, lse, **kw: run(out, lse.clamp(min=-1e9) * 0, **kw)), level=1),
+           with_call("merge_states", lambda p, run, out, lse, **kw: run(out, lse.clamp(min=-1e9) * 0, **kw))),
     mutant("drops-rope", "a kernel may replace a composite whole, but computes what its parts do (ops)",
            "latent_attend/*", whole_latent(latent_without_rope)),
 )  # fmt: skip

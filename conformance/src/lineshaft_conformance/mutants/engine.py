@@ -13,25 +13,10 @@ import torch
 
 from lineshaft.contract.backends import DeterminismClaims
 from lineshaft.contract.steps import HostStep
-from lineshaft_conformance.mutants.mutant import Make, Mutant, with_call, with_capabilities, with_session
+from lineshaft_conformance.mutants.mutant import Make, Mutant, with_call, with_capabilities, with_program
 
 Change = Callable[[Any, HostStep, dict[str, Any]], None]
 """Changes the inputs of a step: (session, a copy of the step, what the program remembers)."""
-
-
-class ChangedProgram:
-    """A program that runs on changed inputs."""
-
-    def __init__(self, session: Any, program: Any, change: Change) -> None:
-        self._session, self._program, self._change = session, program, change
-        self._kept: dict[str, Any] = {}
-        self.shape, self.report = program.shape, program.report
-
-    def __call__(self, host: HostStep, *args: Any, **kwargs: Any) -> Any:
-        changed = HostStep(host.layout)
-        changed.buffer[:] = host.buffer[: len(changed.buffer)]
-        self._change(self._session, changed, self._kept)
-        return self._program(changed, *args, **kwargs)
 
 
 def is_forward(inputs: Any) -> bool:
@@ -48,11 +33,18 @@ def is_sampling(inputs: Any) -> bool:
 def with_step(change: Change, which: Callable[[Any], bool] = is_forward) -> Make:
     """Makes a mutant whose whole forwards (or what `which` says of their inputs) run on changed inputs."""
 
-    def capture(session: Any, original: Any, fn: Any, shape: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        program = original(fn, shape, inputs, *args, **kwargs)
-        return ChangedProgram(session, program, change) if which(inputs) else program
+    def make_call(session: Any) -> Callable[..., Any]:
+        kept: dict[str, Any] = {}
 
-    return with_session("capture", capture)
+        def call(program: Any, host: HostStep, arrays: Any, after: Any) -> Any:
+            changed = HostStep(host.layout)
+            changed.buffer[:] = host.buffer[: len(changed.buffer)]
+            change(session, changed, kept)
+            return program(changed, arrays, after)
+
+        return call
+
+    return with_program(make_call, which)
 
 
 def counts(host: HostStep) -> Any:
@@ -139,29 +131,13 @@ class Likely:
         return np.where(first - second < 0.5, order[:, 1], found).astype(np.int32)
 
 
-class Called:
-    """A program called as `call(program, *args)`."""
-
-    def __init__(self, program: Any, call: Callable[..., Any]) -> None:
-        self._program, self._call = program, call
-        self.shape, self.report = program.shape, program.report
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(self._program, *args, **kwargs)
-
-
 def with_forward(call: Callable[..., Any]) -> Make:
-    """Makes a mutant whose whole forwards are called in another way."""
-
-    def capture(session: Any, original: Any, fn: Any, shape: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        program = original(fn, shape, inputs, *args, **kwargs)
-        return Called(program, call) if is_forward(inputs) else program
-
-    return with_session("capture", capture)
+    """Makes a mutant whose whole forwards are called as `call(program, host, arrays, after)`."""
+    return with_program(lambda session: call, is_forward)
 
 
-def near_tokens(program: Any, *args: Any, **kwargs: Any) -> Any:
-    return Likely(program(*args, **kwargs))
+def near_tokens(program: Any, *args: Any) -> Any:
+    return Likely(program(*args))
 
 
 # ---- level 5 -----------------------------------------------------------------------------------------------------

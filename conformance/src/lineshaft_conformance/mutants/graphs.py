@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lineshaft.contract.sessions import CaptureReport
 from lineshaft.errors import ContractViolation, MisshapenTensor, SessionPoisoned
-from lineshaft_conformance.mutants.mutant import Mutant, with_kernel, with_session
-
-
-class Program:
-    """A program whose calls go through `call(program, host, arrays, after)`."""
-
-    def __init__(self, program: Any, call: Callable[..., Any]) -> None:
-        self._program, self._call = program, call
-        self.shape, self.report = program.shape, program.report
-
-    def __call__(self, host: Any, arrays: Mapping[str, Any] | None = None, after: Iterable[Any] = ()) -> Any:
-        return self._call(self._program, host, arrays or {}, after)
-
-
-def with_program(make_call: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], Any]:
-    """Makes a mutant whose programs are called through `make_call(session)`, which is made anew for each program."""
-    return with_session("capture", lambda session, capture, *given: Program(capture(*given), make_call(session)))
+from lineshaft_conformance.mutants.mutant import Mutant, with_kernel, with_program, with_session
 
 
 class Results:
@@ -97,8 +81,7 @@ def _lazy(session: Any) -> Callable[..., Any]:
                     done[i] = Results(pending, pending.result)
             return done[index]
 
-        first = queue[index]
-        return Late(get, first)
+        return Late(get)
 
     return call
 
@@ -108,7 +91,7 @@ class Late:
 
     kernel_seconds = 0.0
 
-    def __init__(self, get: Callable[[], Any], first: Any) -> None:
+    def __init__(self, get: Callable[[], Any]) -> None:
         self._get = get
 
     def result(self, name: str) -> Any:
@@ -213,17 +196,15 @@ def _dirty_capture(session: Any, capture: Any, *given: Any) -> Any:
     return program
 
 
-def _forgets_programs(session: Any, capture: Any, *given: Any) -> Any:
-    shared = session.__dict__.setdefault("_mutant_programs", {})
-    shared["latest"] = capture(*given)
-    own = shared["latest"]
+def _forgets_programs(session: Any) -> Callable[..., Any]:
+    captured = session.__dict__.setdefault("_mutant_programs", [])
+    own = object()
+    captured.append(own)
 
     def call(program: Any, host: Any, arrays: Any, after: Any) -> Any:
-        if len(host.buffer) == len(program._buffer) and shared["latest"] is not own:
-            host = type(host)(host.layout)
-        return program(host, arrays, after)
+        return program(host if captured[-1] is own else type(host)(host.layout), arrays, after)
 
-    return Program(own, call)
+    return call
 
 
 def _free_capture(session: Any, capture: Any, *given: Any) -> Any:
@@ -338,7 +319,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "forgets_programs", "a new program leaves the others as they are", 3, "L3/graph/*",
-        with_session("capture", _forgets_programs),
+        with_program(_forgets_programs),
     ),
     Mutant("close_once", "close is idempotent", 3, "L3/graph/close", with_session("close", _close_once)),
     Mutant(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,9 @@ from lineshaft_torch.bound import BoundKernel
 
 Make = Callable[[Any], "Changed"]
 """Breaks a started backend."""
+
+PAGED = frozenset({"attend", "latent_attend", "write_kv", "read_pages", "write_pages", "copy_pages", "copy_slots"})
+"""Ops over the paged cache, whose cases are of level 2."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,13 @@ class Mutant:
     fatal: bool = False
     anywhere: bool = False
     info: Callable[[BackendInfo], BackendInfo] = lambda info: info
+
+
+def mutant(name: str, rule: str, cases: str, make: Make, **fields: Any) -> Mutant:
+    """A mutant of the op that `cases`, the ids of its checks without the level, begin with."""
+    op = cases.partition("/")[0]
+    level = 2 if op in PAGED else 1
+    return Mutant(f"{op}-{name}".replace("_", "-"), rule, level, f"L{level}/{cases}", make, **fields)
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,28 @@ def with_session(method: str, wrap: Callable[..., Any]) -> Make:
         return session
 
     return lambda backend: changed(backend, change_session=broken)
+
+
+class Program:
+    """A program whose calls go through `call(program, host, arrays, after)`."""
+
+    def __init__(self, program: Any, call: Callable[..., Any]) -> None:
+        self._program, self._call = program, call
+        self.shape, self.report = program.shape, program.report
+
+    def __call__(self, host: Any, arrays: Mapping[str, Any] | None = None, after: Iterable[Any] = ()) -> Any:
+        return self._call(self._program, host, arrays or {}, after)
+
+
+def with_program(make_call: Callable[[Any], Callable[..., Any]], which: Callable[[Any], bool] = lambda _: True) -> Make:
+    """Makes a mutant whose programs are called through `make_call(session)`, which is made anew for each program; or
+    only those of which `which` says so, by their InputLayout."""
+
+    def capture(session: Any, original: Any, fn: Any, shape: Any, inputs: Any, *given: Any) -> Any:
+        program = original(fn, shape, inputs, *given)
+        return Program(program, make_call(session)) if which(inputs) else program
+
+    return with_session("capture", capture)
 
 
 def with_capabilities(**fields: Any) -> Make:

@@ -18,6 +18,7 @@ from lineshaft.contract.problems import RopeScaling
 from lineshaft_conformance.mutants.mutant import (
     Make,
     Mutant,
+    mutant,
     with_added,
     with_call,
     with_kernel,
@@ -30,11 +31,6 @@ from lineshaft_torch.bound import with_problem as given_problem
 from lineshaft_torch.pages import movable, page_view
 
 Tensor = torch.Tensor
-
-
-def mutant(name: str, rule: str, cases: str, make: Make, level: int = 1, **fields: Any) -> Mutant:
-    op = cases.partition("/")[0].rstrip("*").replace("_", "-")
-    return Mutant(f"{op}-{name}".strip("-"), rule, level, f"L{level}/{cases}", make, **fields)
 
 
 def before(op: str, change: Callable[..., tuple[Any, ...]]) -> Make:
@@ -99,35 +95,35 @@ def one_by_one(kind: str) -> Make:
 
 CACHE = (
     mutant("one-slot-too-many", "write_kv writes a token's slot and no other (step)", "write_kv/*",
-           write(store_one_too_many), level=2),
+           write(store_one_too_many)),
     mutant("in-order", "slots give each token's place, in any order (step)", "write_kv/*",
-           write(lambda flat, slots, new: plain_store(flat, slots.sort().values, new)), level=2),
+           write(lambda flat, slots, new: plain_store(flat, slots.sort().values, new))),
     mutant("group-0", "the cache's group comes from its problem (ops)", "write_kv/*group1*",
-           with_problem("write_kv", lambda p: {"group": 0}), level=2),
+           with_problem("write_kv", lambda p: {"group": 0})),
     mutant("skips-slot-0-of-page", "slots = page * page_size + offset, from offset 0 (step)", "write_kv/prefill/*",
-           write(lambda flat, slots, new: plain_store(flat, slots * (slots % 20 > 0), new)), level=2),
+           write(lambda flat, slots, new: plain_store(flat, slots * (slots % 20 > 0), new))),
     mutant("forgets-v", "write_kv stores keys and values (ops)", "write_kv/mixed/page16*",
            with_call("write_kv", lambda p, run, cache, k, v, step: run(
-               cache, k, None if v is None else v * 0, step)), level=2),
+               cache, k, None if v is None else v * 0, step))),
     mutant("slots-16-bits", "ids are int32 (step)", "write_kv/high_ids/*",
-           write(lambda flat, slots, new: plain_store(flat, slots % 65536, new)), level=2),
+           write(lambda flat, slots, new: plain_store(flat, slots % 65536, new))),
     mutant("overflow-is-nan", "a value beyond fp8's range saturates", "write_kv/fp8_saturates/*",
-           write(store_unsaturated), level=2),
+           write(store_unsaturated)),
     mutant("rounds-toward-zero", "values are rounded to even", "write_kv/fp8_saturates/*",
-           write(store_toward_zero), level=2),
+           write(store_toward_zero)),
     mutant("keeps-first-tokens", "write_kv writes every token of a step (ops)", "write_kv/prefill/*",
-           write(lambda flat, slots, new: plain_store(flat, slots[:16], new[:16])), level=2),
+           write(lambda flat, slots, new: plain_store(flat, slots[:16], new[:16]))),
     mutant("reversed", "page i of the result is page ids[i] (ops)", "read_pages/*",
-           before("read_pages", lambda cache, ids: (cache, ids.flip(0))), level=2),
+           before("read_pages", lambda cache, ids: (cache, ids.flip(0)))),
     mutant("clears-others", "write_pages leaves all other pages (ops)", "write_pages/*",
-           with_call("write_pages", lambda p, run, cache, ids, pages: run(clear(cache), ids, pages)), level=2),
+           with_call("write_pages", lambda p, run, cache, ids, pages: run(clear(cache), ids, pages))),
     mutant("overlap", "all reads of copy_pages come before all writes (ops)", "copy_pages/swap*",
-           one_by_one("copy_pages"), level=2),
+           one_by_one("copy_pages")),
     mutant("overlap", "all reads of copy_slots come before all writes (ops)", "copy_slots/swap*",
-           one_by_one("copy_slots"), level=2),
+           one_by_one("copy_slots")),
     mutant("keys-only", "every array of the cache is copied (ops)", "copy_pages/*",
            with_call("copy_pages", lambda p, run, cache, src, dst: (run(
-               replace(cache, arrays={"k": cache.arrays["k"]}), src, dst), cache)[1]), level=2),
+               replace(cache, arrays={"k": cache.arrays["k"]}), src, dst), cache)[1])),
 )  # fmt: skip
 
 

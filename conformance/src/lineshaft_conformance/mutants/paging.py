@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from lineshaft.contract.kernels import Kernel
-from lineshaft_conformance.mutants.mutant import Mutant, all_of, portable, with_kernel, with_kernels, with_session
+from lineshaft_conformance.mutants.mutant import (
+    Mutant,
+    all_of,
+    portable,
+    with_kernel,
+    with_kernels,
+    with_program,
+    with_session,
+)
 from lineshaft_torch.arrays import host_view
 from lineshaft_torch.pages import page_view
 
@@ -21,12 +29,8 @@ def _one_by_one(session: Any, copy: Any, group: int, src: Any, dst: Any) -> Any:
     return done
 
 
+@torch.inference_mode()
 def _first_cache_only(session: Any, copy: Any, group: int, src: Any, dst: Any) -> Any:
-    with torch.inference_mode():
-        return _copy_first_only(session, copy, group, src, dst)
-
-
-def _copy_first_only(session: Any, copy: Any, group: int, src: Any, dst: Any) -> Any:
     others = [c for c in session.caches if c.problem.group == group][1:]
     kept = [(view, view.clone()) for c in others for view in page_view(c).values()]
     done = copy(group, src, dst)
@@ -66,23 +70,11 @@ def _late_copy(session: Any, copy: Any, *given: Any) -> Any:
     return Deferred(lambda: copy(*given))
 
 
-def _ignores_after(session: Any, capture: Any, *given: Any) -> Any:
-    program = capture(*given)
-
-    class Hasty:
-        shape, report = program.shape, program.report
-
-        def __call__(self, host: Any, arrays: Any = None, after: Any = ()) -> Any:
-            pending = program(host, arrays or {})
-            for transfer in after:
-                transfer.wait()
-            return pending
-
-    return Hasty()
-
-
-def _hasty(backend: Any) -> Any:
-    return with_session("capture", _ignores_after)(with_session("copy_pages", _late_copy)(backend))
+def _ignores_after(program: Any, host: Any, arrays: Any, after: Any) -> Any:
+    pending = program(host, arrays)
+    for transfer in after:
+        transfer.wait()
+    return pending
 
 
 def _lends_pages(session: Any, read: Any, cache: int, ids: Any) -> Any:
@@ -108,15 +100,6 @@ def _null_is_one(problem: Any, write: Any) -> Callable[..., Any]:
         name = f"slots.{problem.group}"
         arrays[name] = arrays[name].clamp(min=problem.page_size)
         return write(cache, k, v, type(step)(arrays, step.shape), **kwargs)
-
-    return call
-
-
-def _first_table(problem: Any, attend: Any) -> Callable[..., Any]:
-    def call(q: Any, cache: Any, step: Any, **kwargs: Any) -> Any:
-        arrays = dict(step.arrays)
-        arrays[f"page_table.{problem.group}"] = arrays["page_table.0"]
-        return attend(q, cache, type(step)(arrays, step.shape), **kwargs)
 
     return call
 
@@ -199,7 +182,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "copies_padding", "ids are padded with 0, and page 0 means nothing", 2, "L2/paging/copy_on_write-*",
         with_session("copy_pages", _padding_counts),
     ),
-    Mutant("ignores_after", "a program waits for the transfers it is given", 2, "L2/paging/copies_in_order-*", _hasty),
+    Mutant(
+        "ignores_after", "a program waits for the transfers it is given", 2, "L2/paging/copies_in_order-*",
+        all_of(with_session("copy_pages", _late_copy), with_program(lambda session: _ignores_after)),
+    ),
     Mutant(
         "lends_pages", "read_pages gives a private copy", 2, "L2/paging/swap-*",
         with_session("read_pages", _lends_pages),
@@ -211,10 +197,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "quiet_nan", "pages are moved bit by bit", 2, "L2/paging/bits-*", with_session("write_pages", _quiet_nan)
     ),
     Mutant("null_is_one", "padding is written to page 0", 2, "L2/paging/*", with_kernel("write_kv", _null_is_one)),
-    Mutant(
-        "first_table", "a cache is read through its own group's table", 2, "L2/paging/*",
-        all_of(portable("attend"), with_kernel("attend", _first_table)),
-    ),
     Mutant("one_cache", "each cache has arrays of its own", 2, "L2/paging/*", with_kernel("write_kv", _one_cache)),
     Mutant("reads_null", "page 0 is never read as live", 2, "L2/paging/*", with_kernel("attend", _reads_null)),
     Mutant(

@@ -126,11 +126,6 @@ def scales_of_keys(self: SchemeAttend, cache: Any, row: Row) -> Tensor:
     return self.spread(self.decoded(cache, self.slots(row), "v", self.scales[0]))
 
 
-def fnuz_as_ocp(self: SchemeAttend, cache: Any, slots: Tensor, name: str, scale: Tensor) -> Tensor:
-    right = SchemeAttend.decoded(self, cache, slots, name, scale)
-    return right * 2 if "fnuz" in self.problem.kv_dtype else right
-
-
 def unmasked_values(self: SchemeAttend, weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.einsum("hqn,nhd->qhd", weights, v)
 
@@ -143,12 +138,8 @@ MUTANTS: tuple[Mutant, ...] = (
          decoded=with_scale(lambda scale: scale[:1])),
     read("tokens-scale-ignored", "kv_scheme token_head has a scale per token and head (ops)", "kv_token_head-*",
          stored=lambda self, scales: scales * 0 + 1),
-    read("whole-scale-ignored", "stored scales are multiplied by kv_scales (ops)", "kv_token_head-*",
-         decoded=with_scale(lambda scale: scale * 0 + 1)),
     read("first-blocks-scale", "kv_scheme block has a scale per 32 values (ops)", "kv_block-*",
          stored=lambda self, scales: scales[..., :1].expand_as(scales)),
-    read("scheme-fnuz-as-ocp", "fp8 pages hold the flavour that kv_dtype names", "kv_tensor-e4m3fnuz*",
-         decoded=fnuz_as_ocp),
     read("nan-scales", "masking covers V, also where the scale of an unused slot is NaN (ops)", "kv_token_head-*",
          weigh=unmasked_values),
     written("codes-wrap", "codes saturate (ops)", "kv_tensor/int8*",

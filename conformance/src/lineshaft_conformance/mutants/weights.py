@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,7 @@ from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.sessions import map_tree
 from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.weights import dequantize
-from lineshaft_conformance.mutants.graphs import with_program
-from lineshaft_conformance.mutants.mutant import Make, Mutant, changed, with_kernels, with_session
+from lineshaft_conformance.mutants.mutant import Make, Mutant, changed, with_kernels, with_program, with_session
 
 
 def _with_share(change: Any) -> Make:
@@ -80,39 +79,29 @@ def _old_programs(session: Any, load: Any, *given: Any) -> Any:
     return load(*given)
 
 
-def _drops_zero_rows(kernel: Kernel) -> Kernel:
-    if kernel.pack is None:
-        return kernel
-    pack = kernel.pack
+def _with_packing(change: Callable[[Local, Any], Any]) -> Make:
+    """Makes a mutant whose kernels pack a share as `change(share, right leaves)`."""
 
-    def packed(param: Param, local: Local) -> dict[str, Any]:
-        leaves = pack(param, local)
-        if not any(np.any(dequantize(part, "float32")) for part in local.parts):
-            return {}
-        return leaves
+    def changed_kernel(kernel: Kernel) -> Kernel:
+        pack = kernel.pack
+        return kernel if pack is None else replace(kernel, pack=lambda p, local: change(local, pack(p, local)))
 
-    return replace(kernel, pack=packed)
+    return with_kernels(changed_kernel)
 
 
-def _overwrites_share(kernel: Kernel) -> Kernel:
-    if kernel.pack is None:
-        return kernel
-    pack = kernel.pack
+def _drops_zero_rows(local: Local, leaves: Any) -> Any:
+    return leaves if any(np.any(dequantize(part, "float32")) for part in local.parts) else {}
 
-    def packed(param: Param, local: Local) -> dict[str, Any]:
-        leaves = pack(param, local)
-        for part in local.parts:
-            part.arrays["data"][...] = 0
-        return leaves
 
-    return replace(kernel, pack=packed)
+def _overwrites_share(local: Local, leaves: Any) -> Any:
+    for part in local.parts:
+        part.arrays["data"][...] = 0
+    return leaves
 
 
 def _new_versions(backend: Any) -> Any:
-    starts = _STARTS
-
     def renamed(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
-        return [replace(kernel, version=str(next(starts))) for kernel in kernels]
+        return [replace(kernel, version=str(next(_STARTS))) for kernel in kernels]
 
     return changed(backend, change_kernels=renamed)
 
@@ -155,11 +144,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "shapes_by_value", "shapes of packed leaves do not depend on values", 0, "L0/load/packings",
-        with_kernels(_drops_zero_rows),
+        _with_packing(_drops_zero_rows),
     ),
     Mutant(
         "overwrites_share", "a packing leaves the share as it is", 0, "L0/load/packings",
-        with_kernels(_overwrites_share),
+        _with_packing(_overwrites_share),
     ),
     Mutant("new_versions", "the plan's hash does not change from start to start", 0, "L0/load/stable", _new_versions),
     Mutant("by_place", "inputs are read by name", 3, "L3/graph/named_inputs", with_program(_by_place)),

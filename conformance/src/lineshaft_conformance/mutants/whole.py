@@ -8,7 +8,6 @@ from typing import Any
 
 from lineshaft.contract.backends import BackendInfo, BackendKind
 from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.sessions import StepFunction
 from lineshaft_conformance.mutants.mutant import (
     Make,
     Mutant,
@@ -17,7 +16,7 @@ from lineshaft_conformance.mutants.mutant import (
     with_capabilities,
     with_kernel,
     with_kernels,
-    with_session,
+    with_program,
 )
 
 PROBES = "lineshaft_conformance.mutants.probes"
@@ -38,30 +37,20 @@ NULLS = tuple(
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-class Remembering:
-    """A program that answers with what it returned first for the same key."""
+def remembering(key: Callable[[Any, Any], Any]) -> Make:
+    """Makes a mutant whose programs answer with what they returned first for the same `key(host step, arrays)`."""
 
-    def __init__(self, program: Any, key: Callable[[Any, Any], Any], known: dict[Any, Any]) -> None:
-        self._program, self._key, self._known = program, key, known
+    def make_call(session: Any) -> Callable[..., Any]:
+        known: dict[Any, Any] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._program, name)
+        def call(program: Any, host: Any, arrays: Any, after: Any) -> Any:
+            if (at := key(host, arrays)) not in known:
+                known[at] = program(host, arrays, after)
+            return known[at]
 
-    def __call__(self, host: Any, arrays: Any = None, after: Any = ()) -> Any:
-        key = self._key(host, arrays or {})
-        if key not in self._known:
-            self._known[key] = self._program(host, arrays or {}, after)
-        return self._known[key]
+        return call
 
-
-def remembering(key: Callable[[Any, Any], Any], shared: bool = False) -> Make:
-    """Makes a mutant whose programs answer by `key(host step, arrays)`; `shared` by all programs of a session."""
-
-    def capture(session: Any, original: Any, fn: StepFunction, *args: Any, **kwargs: Any) -> Any:
-        known = session.__dict__.setdefault("remembered", {}) if shared else {}
-        return Remembering(original(fn, *args, **kwargs), key, known)
-
-    return with_session("capture", capture)
+    return with_program(make_call)
 
 
 def shapes(host: Any, arrays: Any) -> Any:
@@ -89,22 +78,6 @@ MEMORY = (
 # ---- claims ----------------------------------------------------------------------------------------------------
 
 
-def narrow(item: Any) -> Any:
-    """A float64 array as float32 would hold it."""
-    import torch
-
-    wide = isinstance(item, torch.Tensor) and item.dtype == torch.float64
-    return item.float().double() if wide else item
-
-
-def computes_f32(problem: Any, run: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = run(*map(narrow, args), **{key: narrow(value) for key, value in kwargs.items()})
-        return tuple(map(narrow, result)) if isinstance(result, tuple) else narrow(result)
-
-    return call
-
-
 def only_16(kernel: Kernel) -> Kernel:
     def supports(problem: Any) -> str | None:
         size = getattr(problem, "page_size", 16)
@@ -125,10 +98,6 @@ def info(**fields: Any) -> Callable[[BackendInfo], BackendInfo]:
 
 
 CLAIMS = (
-    Mutant("boasting-dtype", "what runs float32 under a float64 problem does not claim float64 (kernels)", 1,
-           "L1/linear/*-f64", with_kernel("linear", computes_f32), size="full"),
-    Mutant("boasting-kernels", "what a kernel claims runs (kernels)", 1, "L1/silu_mul/*-f64",
-           with_kernels(lambda kernel: replace(kernel, supports=lambda problem: None)), size="full"),
     Mutant("boasting-features", "a kernel handles the features that it lists (kernels)", 2, "L2/attend/mixed/*",
            with_kernels(lambda kernel: replace(kernel, handles=kernel.handles | {"key_ranges", "kv_scheme"}),
                         "attend")),
