@@ -13,8 +13,6 @@ from itertools import product
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.backends import World
-from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.logits import argmax, sample
 from lineshaft.contract.ops.spec import Tolerance, epsilon
 from lineshaft.contract.problems import SampleProblem
@@ -22,15 +20,16 @@ from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext
-from lineshaft.plan import ProgramSpec, Resolver, Workload, make_plan
-from lineshaft.reference.backend import NAME, ReferenceOptions, create
+from lineshaft.plan import ProgramSpec
+from lineshaft.reference.backend import NAME
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.programs import FORWARD, forward_function
 from lineshaft.runner.setup import open_model
-from lineshaft_conformance.harness.rig import ONE
+from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.harness.watched import Step
 from lineshaft_conformance.results import Deviation
+from lineshaft_conformance.subject import Subject, Target
 
 RULE = Tolerance()
 """The contract's rule; its K is the model's width, the reduction that makes the logits: what is lost before it shows in
@@ -50,23 +49,21 @@ class Reference:
         shapes: Iterable[StepShape],
     ) -> None:
         checkpoint, family = open_model(config, registry)
-        backend = create(ReferenceOptions(), World())
+        subject = Subject(Target(NAME), registry)
         model = family.build(checkpoint.config, BuildContext(dtype, dtype, page_size, Degrees()))
         forward = forward_function(model)
         programs = [ProgramSpec(FORWARD, forward, shape, forward_inputs(shape)) for shape in dict.fromkeys(shapes)]
-        work = Workload(model.params(), model.caches(), model.uses(), programs, ONE)
-        planned = make_plan(NAME, work, Resolver(NAME, backend.kernels(), {}), all_ops())
         self.depth = model.shape.hidden
-        self.session = backend.session(0)
-        self.session.load(work.params, checkpoint, planned.packings)
-        self.session.alloc_caches(work.caches, pages, planned.plan.cache_layout)
-        self.programs = {spec.shape: self.session.capture(spec.fn, spec.shape, spec.inputs, ops)
-                         for spec, ops in planned.programs}  # fmt: skip
+        self.rig = Rig(
+            subject, programs, params=model.params(), checkpoint=checkpoint, caches=model.caches(), pages=pages,
+            uses=model.uses(), kernels=subject.backend.kernels(),  # its own alone, whatever plugins add
+        )  # fmt: skip
+        self.programs = {program.shape: program for program in self.rig.programs}
 
     def logits(self, message: StepMessage) -> HostArray:
         """float64 [R, V] of one step."""
         for group, src, dst in message.copies:
-            self.session.copy_pages(int(group), np.array([src]), np.array([dst]))
+            self.rig.session.copy_pages(int(group), np.array([src]), np.array([dst]))
         return self.programs[message.shape](message.forward).result("logits").astype(np.float64)
 
 

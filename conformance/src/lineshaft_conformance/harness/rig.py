@@ -70,7 +70,7 @@ def kernel_names(plan: Plan) -> tuple[str, ...]:
 class Rig:
     """One session of the subject with captured programs; use it as a context manager.
 
-    params    tree of Params; `values` holds the host array of each, in the Param's dtype
+    params    tree of Params, of which `values` holds the host array of each, in the Param's dtype, or `checkpoint` all
     caches    problem of each cache; `pages` counts pages (with the null page) per cache group
     uses      name in a function -> (op, base problem)
     kernels   the kernels to choose from (default: all of the subject's)
@@ -85,6 +85,7 @@ class Rig:
         *,
         params: Tree = (),
         values: Mapping[str, HostArray] | None = None,
+        checkpoint: Checkpoint | None = None,
         caches: Sequence[KVProblem] = (),
         pages: Sequence[int] = (),
         uses: Mapping[str, tuple[str, Problem]] | None = None,
@@ -97,7 +98,7 @@ class Rig:
         self._resolver = Resolver(subject.info.name, choice, {})
         self._subject, self._work = subject, work
         self.planned: Planned = make_plan(subject.info.name, work, self._resolver, subject.ops)
-        self.checkpoint = Values(values or {})
+        self.checkpoint: Checkpoint = checkpoint or Values(values or {})
         self.session = subject.backend.session(0) if session is None else session
         self.programs: list[Program] = []
         try:
