@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -32,6 +31,8 @@ Book = Callable[[str, int], Mapping[str, Case]]
 """(op, seed) -> the op's cases by id, with the values of that seed."""
 
 STRIDED = "strided"
+RANDOM = 4
+"""Random problems of an op for each seed, where its OpSpec makes any."""
 
 
 def checks(subject: Subject, size: Size) -> Iterator[Check]:
@@ -46,6 +47,8 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
             yield _case_check(spec, case, f"L{level}/{spec.name}/{case.id}", cases, strided=False)
             if case.problem.dtype == "float32" and prepare(spec, case, strided=True).operands.strided:
                 yield _case_check(spec, case, f"L{level}/{spec.name}/{STRIDED}/{case.id}", cases, strided=True)
+        if spec.fuzz is not None:
+            yield _random_check(spec, level, spec.fuzz)
         if spec.required:
             yield _minimum_check(spec, level, cases)
 
@@ -72,6 +75,23 @@ def _case_check(spec: OpSpec, case: Case, id: str, cases: Book, *, strided: bool
     )  # fmt: skip
 
 
+def _random_check(spec: OpSpec, level: int, fuzz: Callable[[np.random.Generator, int], Case]) -> Check:
+    def run(subject: Subject, seed: int) -> Found:
+        found, declined = [], NotClaimed()
+        for n in range(RANDOM * seed, RANDOM * (seed + 1)):
+            values = [prepare(spec, fuzz(np.random.default_rng(2 * seed + turn), n)) for turn in range(2)]
+            try:
+                found.append(run_case(subject, spec, values))
+            except NotClaimed as error:
+                declined = error
+        if not found:
+            raise declined
+        return together(found)
+
+    rule = "problems of random shapes and features; every seed has others"
+    return Check(f"L{level}/{spec.name}/random", run, rule=rule, op=spec.name, shape_class="random", limit=120.0)
+
+
 def run_case(subject: Subject, spec: OpSpec, values: Sequence[OpCase]) -> Found:
     """Run each kernel that claims the case on its values, and on the first ones again.
 
@@ -90,10 +110,15 @@ def run_case(subject: Subject, spec: OpSpec, values: Sequence[OpCase]) -> Found:
             raise NotClaimed(str(error)) from error
     else:
         raise NotClaimed(refusal(subject, spec, problem))
+    return together(trials)
+
+
+def together(found: Sequence[Found]) -> Found:
+    """What several runs have seen."""
     return Found(
-        kernels=tuple(dict.fromkeys(name for trial in trials for name in trial.kernels)),
-        deviations=tuple(item for trial in trials for item in trial.deviations),
-        outputs=[array for trial in trials for array in trial.outputs],
+        kernels=tuple(dict.fromkeys(name for one in found for name in one.kernels)),
+        deviations=tuple(item for one in found for item in one.deviations),
+        outputs=[array for one in found for array in one.outputs],
     )
 
 
@@ -156,16 +181,7 @@ def deviation(
     return Deviation(kernel, output, *found.get("L2", (0.0, 0.0)), *found.get("Linf", (0.0, 0.0)))
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What one kernel did with a case."""
-
-    kernels: tuple[str, ...]
-    deviations: list[Deviation]
-    outputs: list[HostArray]
-
-
-def run_kernel(subject: Subject, kernels: Sequence[Kernel], name: str, values: Sequence[Expected]) -> Trial:
+def run_kernel(subject: Subject, kernels: Sequence[Kernel], name: str, values: Sequence[Expected]) -> Found:
     """Capture a case's program once and replay it with every set of values, then with the first again."""
     deviations: list[Deviation] = []
     outputs: list[HostArray] = []
@@ -181,7 +197,7 @@ def run_kernel(subject: Subject, kernels: Sequence[Kernel], name: str, values: S
             check_arrays(rig, name, item.prepared, done)
             deviations += item.compare(name, done.result)
             outputs += done.result.values() if isinstance(done.result, dict) else done.result
-        return Trial(rig.kernels, deviations, outputs)
+        return Found(rig.kernels, tuple(deviations), outputs)
 
 
 def check_arrays(rig: Rig, kernel: str, prepared: OpCase, done: OpRun) -> None:
