@@ -1,4 +1,4 @@
-"""The options and markers of `pytest --pyargs lineshaft_conformance --backend NAME`.
+"""The options, markers and assertion rewriting of `pytest --pyargs lineshaft_conformance --backend NAME`.
 
 It is loaded wherever this distribution is installed, so it adds nothing unless the command line (or `addopts`) names
 the suite or a backend.
@@ -21,6 +21,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--conformance-seed": {"metavar": "N", "type": int, "default": 0, "help": "seed of all values (default 0)"},
     "--waivers": {"metavar": "FILE", "help": "TOML file of known failures"},
 }
+
+for part in ("levels", "harness"):
+    pytest.register_assert_rewrite(f"{PACKAGE}.{part}")
 
 
 @pytest.hookimpl(trylast=True)

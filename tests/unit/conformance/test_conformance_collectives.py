@@ -73,12 +73,13 @@ def test_a_backend_of_one_worker_passes_at_world_1_and_claims_no_more() -> None:
 
 
 def test_a_backend_with_collectives_passes() -> None:
-    said = ran(Target("cpu"), "*-f32") | ran(Target("cpu"), "minimum/*")
-    assert len(said) > 70
+    said = ran(Target("cpu"), "all_[rg]*-small-*f32") | ran(Target("cpu"), "minimum/*")
+    assert len(said) > 12
     assert {id: reason for id, reason in said.items() if reason} == {}
 
 
-KILLED = ("subgroup_uses_world", "collective_ends_its_rank", "alone_receives_nothing", "collectives_that_decline")
+KILLED = ("collective_ends_its_rank", "alone_receives_nothing", "collectives_that_decline")
+"""Ways in which a mutant of collectives can fail; `lineshaft conformance mutants` has them all."""
 
 
 @pytest.mark.parametrize("name", KILLED)
@@ -99,7 +100,7 @@ def test_an_op_that_plans_what_its_axis_does_not_divide_is_seen() -> None:
     gather = subject.ops["all_gather"]
     subject.ops = {**subject.ops, "all_to_all": gather, "reduce_scatter": gather}
     refusals = [check for check in checks(subject, "smoke") if check.id.endswith("refused/reduce_scatter")]
-    with pytest.raises(Failure, match="planning raised Unsupported, not ContractViolation"):
+    with pytest.raises(Failure, match=r"raises Unsupported \(.*not ContractViolation"):
         refusals[0].run(subject, 0)
 
 

@@ -77,8 +77,10 @@ def test_a_test_file_of_one_line_runs_the_suite_too(toy: Path) -> None:
 
 def test_assertions_of_the_suite_are_rewritten(toy: Path) -> None:
     (toy / "test_it.py").write_text(
-        "import lineshaft_conformance.levels.ops as ops\n"
-        "def test_it():\n    assert type(ops.__loader__).__name__ == 'AssertionRewritingHook'\n"
+        "from lineshaft_conformance.harness import rig\n"
+        "from lineshaft_conformance.levels import ops\n"
+        "def test_it():\n"
+        "    assert {type(m.__loader__).__name__ for m in (rig, ops)} == {'AssertionRewritingHook'}\n"
     )
     assert pytest(toy, "test_it.py")[0] == 0
 
