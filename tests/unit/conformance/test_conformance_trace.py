@@ -1,20 +1,21 @@
 """A trace agrees with itself and with other correct backends, and names the op, layer and step of a broken one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from lineshaft.cli.main import Parser
 from lineshaft.config import EngineConfig, make_config
 from lineshaft.errors import InvalidValue
 from lineshaft_conformance.cli import trace as command
 from lineshaft_conformance.harness.rig import Values
+from lineshaft_conformance.harness.tiny import LLAMA, write
 from lineshaft_conformance.mutants.mutant import changed, with_capabilities, with_kernel
 from lineshaft_conformance.trace.digests import SPREAD, digest, estimate, exact
 from lineshaft_conformance.trace.errors import TraceError
@@ -22,43 +23,15 @@ from lineshaft_conformance.trace.record import record
 from lineshaft_conformance.trace.replay import replay
 from lineshaft_conformance.trace.shaken import Shaken
 
-HIDDEN, HEADS, KV_HEADS, DIM, WIDTH, VOCAB, LAYERS = 48, 6, 2, 8, 80, 67, 3
+MODEL = {**LLAMA, "num_hidden_layers": 3}
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 60, 7, 9, 32]
 """Twelve tokens: step s of its generation sees 12 + s keys."""
 
 
-def write_llama(folder: Path, seed: int) -> Path:
-    """A random Llama with logits that are far enough apart to be greedy about."""
-    random = np.random.default_rng(seed)
-
-    def matrix(rows: int, cols: int) -> np.ndarray[Any, Any]:
-        return (random.standard_normal((rows, cols)) / cols**0.5).astype(np.float32)
-
-    tensors = {"model.embed_tokens.weight": 8 * matrix(VOCAB, HIDDEN), "lm_head.weight": 3 * matrix(VOCAB, HIDDEN)}
-    tensors["model.norm.weight"] = np.ones(HIDDEN, np.float32)
-    shapes = {
-        "self_attn.q_proj": (HEADS * DIM, HIDDEN), "self_attn.k_proj": (KV_HEADS * DIM, HIDDEN),
-        "self_attn.v_proj": (KV_HEADS * DIM, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * DIM),
-        "mlp.gate_proj": (WIDTH, HIDDEN), "mlp.up_proj": (WIDTH, HIDDEN), "mlp.down_proj": (HIDDEN, WIDTH),
-    }  # fmt: skip
-    for layer in range(LAYERS):
-        tensors |= {f"model.layers.{layer}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = np.ones(HIDDEN, np.float32)
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    config = {
-        "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": WIDTH,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": DIM, "vocab_size": VOCAB,
-        "num_hidden_layers": LAYERS, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("models") / "llama", seed=5)
+def llama() -> Iterator[Path]:
+    with closing(write(MODEL, 5)) as checkpoint:
+        yield checkpoint.path
 
 
 def config_of(model: Path, dtype: str = "float32", **more: Any) -> EngineConfig:
@@ -287,10 +260,9 @@ def test_a_damaged_trace_is_refused(lone: Path, tmp_path: Path, what: str) -> No
         replay(folder, "cpu")
 
 
-def test_another_model_is_refused(lone: Path, tmp_path: Path) -> None:
-    other = write_llama(tmp_path / "other", seed=6)
-    with pytest.raises(TraceError, match="not the recorded one"):
-        replay(lone, "cpu", model=str(other))
+def test_another_model_is_refused(lone: Path) -> None:
+    with closing(write(MODEL, 6)) as other, pytest.raises(TraceError, match="not the recorded one"):
+        replay(lone, "cpu", model=str(other.path))
 
 
 def test_a_folder_with_something_in_it_is_not_touched(llama: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lineshaft.config import EngineConfig
 from lineshaft.contract.sessions import HostArray
@@ -13,10 +13,9 @@ from lineshaft.executors import Executor, make_executor
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import degrees_of
+from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.trace.errors import TraceError
-
-Progress = Callable[[str, int, int], None]
 
 
 class Keeping:

@@ -18,9 +18,9 @@ from lineshaft.contract.weights import Checkpoint
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.setup import Setup, make_setup
-from lineshaft.runner.worker import silent
+from lineshaft.runner.worker import Progress, silent
 from lineshaft_conformance.trace.digests import digest, estimate
-from lineshaft_conformance.trace.generation import Progress, generate, pages_used, shapes_of
+from lineshaft_conformance.trace.generation import generate, pages_used, shapes_of
 from lineshaft_conformance.trace.shaken import Shaken
 from lineshaft_conformance.trace.store import Kept, Writer, writing
 from lineshaft_conformance.trace.watch import Call, Rerun, Result, live_logits

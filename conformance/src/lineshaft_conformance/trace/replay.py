@@ -16,10 +16,9 @@ from lineshaft.contract.steps import StepShape
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.setup import Setup, make_setup
-from lineshaft.runner.worker import silent
+from lineshaft.runner.worker import Progress, silent
 from lineshaft_conformance.trace.compare import Allowance, Compared, compare
 from lineshaft_conformance.trace.errors import TraceError
-from lineshaft_conformance.trace.generation import Progress
 from lineshaft_conformance.trace.record import described, fingerprint
 from lineshaft_conformance.trace.store import Kept, Trace, read
 from lineshaft_conformance.trace.watch import Rerun, live_tokens

@@ -24,6 +24,7 @@ from lineshaft.registry import Registry
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.programs import FORWARD, forward_function
 from lineshaft.runner.setup import Setup
+from lineshaft.runner.worker import Progress
 
 DECOMPOSED = "default decomposition"
 """Stands for the kernel of a composite op that has none of its own."""
@@ -150,7 +151,7 @@ class Rerun:
         registry: Registry,
         shapes: Sequence[StepShape],
         pages: Sequence[int],
-        progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         self._setup = setup
         watched = [Watched(forward_function(setup.model)) for _ in shapes]
@@ -179,9 +180,7 @@ class Rerun:
         work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes))
         return make_plan(setup.info.name, work, Resolver(setup.info.name, kernels, config.kernels), specs)
 
-    def _start(
-        self, planned: Planned, pages: Sequence[int], progress: Callable[[str, int, int], None]
-    ) -> dict[StepShape, Program]:
+    def _start(self, planned: Planned, pages: Sequence[int], progress: Progress) -> dict[StepShape, Program]:
         session, setup = self.session, self._setup
         progress("loading weights", 0, 1)
         session.load(setup.model.params(), setup.checkpoint, planned.packings)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import LineshaftError
-from lineshaft.executors.wire import Disconnected, HostArray, receive, send
+from lineshaft.executors.wire import Disconnected, receive, send
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.worker import Worker
 

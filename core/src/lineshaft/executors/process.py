@@ -20,8 +20,9 @@ from typing import Any
 
 from lineshaft import errors
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import LineshaftError, SessionPoisoned, WorkerDied
-from lineshaft.executors.wire import Disconnected, HostArray, receive, send
+from lineshaft.executors.wire import Disconnected, receive, send
 from lineshaft.host import usable_cpus
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult

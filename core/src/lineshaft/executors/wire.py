@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import aligned_zeros
 
-HostArray = np.ndarray[Any, Any]
 _LENGTH = struct.Struct("<Q")
 
 

@@ -17,6 +17,7 @@ from lineshaft.contract.sessions import (
     CaptureReport,
     DoneTransfer,
     Handle,
+    HostArray,
     Packing,
     PlannedOps,
     SessionState,
@@ -30,8 +31,6 @@ from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInput
 from lineshaft.contract.weights import Checkpoint, Coordinate, Param, Weight
 from lineshaft.errors import MisshapenTensor
 from lineshaft.weights.schemes import dequantize
-
-HostArray = np.ndarray[Any, Any]
 
 
 class ValueArray(Restricted):

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
 from lineshaft.scheduler import Limits
 
-HostArray = np.ndarray[Any, Any]
 Frames = tuple[dict[str, Any], list[HostArray]]
 """A JSON-able header, and arrays that follow it."""
 

@@ -121,8 +121,7 @@ def packed(param: Param, local: Local, packing: Packing) -> dict[str, Array]:
 
 def cache_pages(p: KVProblem, pages: int) -> dict[str, Array]:
     """Zeroed and committed pages in the canonical form."""
-    dims = {name: dim for name, dim in (("k", p.qk_dim), ("v", p.v_dim)) if dim}
-    return {name: np.full((pages, p.page_size, p.kv_heads, dim), 0, p.kv_dtype) for name, dim in dims.items()}
+    return {name: np.full((pages, *shape), 0, dtype) for name, (shape, dtype) in p.page_arrays.items()}
 
 
 class PlainProgram:

@@ -287,34 +287,18 @@ _MIXED = Paging(((1, 20), (5, 5), (0, 7), (3, 37)), padding=3)
 _WRITES: dict[str, tuple[Paging, dict[str, Any], str]] = {
     "mixed/page16": (_MIXED, {}, "write_kv stores at its slots alone; those of page 0 may repeat"),
     "mixed/query0": (Paging(((0, 9), (2, 20), (0, 33), (1, 5), (0, 16))), {}, "query length 0: fully cached prompts"),
-    "mixed/positions_shifted": (
-        replace(_MIXED, shifted=True),
-        {},
-        "positions are for RoPE only: slots say where to write",
-    ),
+    "mixed/positions_shifted": (replace(_MIXED, shifted=True), {}, "positions are for RoPE only: slots say where"),
     "decode/page1-d64": (Paging(((1, 3), (1, 1)), page_size=1), {"qk_dim": 64, "v_dim": 64}, ""),
     "decode/page8-d80": (Paging(((1, 9), (2, 17)), page_size=8), {"kv_heads": 1, "qk_dim": 80, "v_dim": 80}, ""),
     "decode/page24": (Paging(((1, 25), (1, 24), (1, 1)), page_size=24), {}, "pages that 32 does not divide"),
     "prefill/page128-d256": (Paging(((7, 130),), page_size=128), {"kv_heads": 1, "qk_dim": 256, "v_dim": 256}, ""),
-    "all_padding/page16": (
-        Paging(((0, 0), (0, 0)), padding=4),
-        {},
-        "the empty step is legal and writes to page 0 alone",
-    ),
-    "prefill/page20-group1": (
-        Paging(((21, 21),), page_size=20, group=1),
-        {"group": 1},
-        "the slots are of its own group",
-    ),
+    "all_padding/page16": (Paging(((0, 0), (0, 0)), padding=4), {}, "the empty step is legal, writes to page 0 alone"),
+    "prefill/page20-group1": (Paging(((21, 21),), page_size=20, group=1), {"group": 1}, "slots are of its own group"),
     "value_in_key/page16": (_MIXED, {"v_dim": 0}, ""),
     "high_ids/page4": (Paging(((1, 9), (2, 6)), 4, pool=70_000), {"kv_heads": 1, "qk_dim": 8, "v_dim": 8}, SPARSE),
     "bf16_pages/page16": (_MIXED, {"kv_dtype": "bfloat16"}, ""),
     "fp8_saturates/page16": (_MIXED, {"kv_dtype": "float8_e4m3fn"}, "a finite value beyond the range saturates"),
-    "fp8_saturates/e5m2": (
-        _MIXED,
-        {"kv_dtype": "float8_e5m2"},
-        "a finite value beyond the range saturates, not to inf",
-    ),
+    "fp8_saturates/e5m2": (_MIXED, {"kv_dtype": "float8_e5m2"}, "beyond the range a value saturates, not to inf"),
     "fnuz/e4m3fnuz": (_MIXED, {"kv_dtype": "float8_e4m3fnuz"}, FNUZ + "; 0x80 is NaN there, so that -0 is stored as 0"),
     "fnuz/e5m2fnuz": (_MIXED, {"kv_dtype": "float8_e5m2fnuz"}, FNUZ + "; 0x80 is NaN there, so that -0 is stored as 0"),
     "kv_tensor/page16": (_MIXED, {"kv_dtype": "float8_e4m3fn", "kv_scheme": "tensor"}, ""),
@@ -323,7 +307,7 @@ _WRITES: dict[str, tuple[Paging, dict[str, Any], str]] = {
     "kv_head/page16": (_MIXED, {"kv_dtype": "float8_e5m2", "kv_scheme": "head"}, ""),
     "kv_token_head/page16": (_MIXED, {**INT8, "kv_scheme": "token_head"}, "a token of zeros is stored with scale 0"),
     "kv_block/page16": (_MIXED, BLOCKS, "a token of zeros is stored with scale 0"),
-}
+}  # fmt: skip
 _LARGE_WRITES: dict[str, tuple[Paging, dict[str, Any], str]] = {
     "sparse_ids/page16": (
         Paging(((1, 40), (3, 35), (0, 9)), pool=70_000), {"kv_heads": 1, "qk_dim": 32, "v_dim": 32},
