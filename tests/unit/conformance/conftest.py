@@ -57,8 +57,15 @@ class Toy:
             return replace(kernel, supports=lambda problem: "")
         return kernel
 
+def object_to(*_):
+    from lineshaft.errors import InvalidValue
+    class Odd(InvalidValue):
+        pass
+    raise Odd("odd option")
+
 def factory(options, world):
-    {"factory raises": refuse, "factory dies": die, "factory hangs": hang}.get(options.does, lambda: 0)()
+    acts = {"factory objects": object_to, "factory raises": refuse, "factory dies": die, "factory hangs": hang}
+    acts.get(options.does, lambda: 0)()
     return Toy(create(None, world), options.does)
 """
 

@@ -125,20 +125,27 @@ def test_soak(toy: Path, lineshaft: Any) -> None:
 
 @dataclass
 class FakeKill:
-    name: str
-    level: int
-    survived: bool
+    killed: bool
 
 
-@pytest.mark.parametrize(("survived", "status"), [(False, 0), (True, 9)])
-def test_a_mutant_that_survives(monkeypatch: pytest.MonkeyPatch, lineshaft: Any, survived: bool, status: int) -> None:
+@pytest.mark.parametrize(("killed", "status"), [(True, 0), (False, 9)])
+def test_a_mutant_that_survives(monkeypatch: pytest.MonkeyPatch, lineshaft: Any, killed: bool, status: int) -> None:
     module = types.ModuleType("lineshaft_conformance.mutants.kill")
-    kills = [FakeKill("m", 1, False), FakeKill("n", 2, survived)]
-    vars(module).update(Kill=FakeKill, kill_all=lambda *given: kills, kill_table=lambda found: f"{len(found)} rows")
+    kills = [FakeKill(True), FakeKill(killed)]
+    vars(module).update(kill_all=lambda *given: kills, kill_table=lambda found: f"{len(found)} rows")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert lineshaft("mutants")[:2] == (status, "2 rows\n")
-    got, _, err = lineshaft("mutants", "nobody")
-    assert (got, "no mutant is called nobody" in err) == (2, True)
+
+
+def test_mutants_need_the_cpu_backend(monkeypatch: pytest.MonkeyPatch, lineshaft: Any) -> None:
+    def absent(*given: Any) -> None:
+        raise ImportError("No module named 'lineshaft_cpu'")
+
+    module = types.ModuleType("lineshaft_conformance.mutants.kill")
+    vars(module).update(kill_all=absent, kill_table=absent)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    status, _, err = lineshaft("mutants")
+    assert (status, "install lineshaft-cpu" in err) == (5, True)
 
 
 def test_a_level_without_a_pass_is_not_passed() -> None:

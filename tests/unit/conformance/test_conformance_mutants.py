@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("lineshaft_cpu")
 
 from lineshaft_conformance.checks import Check, Failure, Found
 from lineshaft_conformance.levels import collect
-from lineshaft_conformance.mutants import attention, gallery, kill, ops, whole
+from lineshaft_conformance.mutants import attention, gallery, kill, ops, schemes, whole
 from lineshaft_conformance.mutants.kill import Kill, Suite, kill_all, kill_table
 from lineshaft_conformance.mutants.mutant import Mutant, changed, with_call
 from lineshaft_conformance.mutants.plain import attend_with
@@ -22,7 +23,7 @@ from lineshaft_conformance.subject import Subject, Target
 LANDED = (0, 1, 2)
 """Levels whose checks this file runs; those of higher ones take too long here, and `lineshaft conformance mutants` has
 them all."""
-OWN = [m for file in (attention, ops, whole) for m in file.MUTANTS if m.level in LANDED]
+OWN = [m for file in (attention, schemes, ops, whole) for m in file.MUTANTS if m.level in LANDED]
 QUICK = [m for m in OWN if not m.fatal]
 RAISE = {"rope-claims-then-raises", "add-raises-in-replay", "boasting-features", "tie", "supports-raises",
          "does-not-compile"}  # fmt: skip
@@ -56,7 +57,7 @@ def test_a_mutant_is_killed_by_a_check_that_the_backend_passes(suite: Suite, bro
 def test_a_mutant_that_ends_hangs_or_crashes_its_process_is_killed_and_the_run_goes_on() -> None:
     names = [m.name for m in OWN if m.fatal] + ["add-subtracts"]
     kills = kill_all(names, jobs=2)
-    assert [k.name for k in kills] == names
+    assert {k.name for k in kills} == set(names)
     assert not [k for k in kills if not k.killed]
 
 
@@ -84,6 +85,14 @@ def test_a_plain_attention_and_a_wrapped_kernel_survive(suite: Suite, monkeypatc
         made = as_named(monkeypatch, Mutant("right", "none", int(checks[1]), checks, make))
         by, reason = verdict(suite.kill(made, 0))
         assert not by and reason.startswith("it survives") and " 0 checks" not in reason, reason
+
+
+def test_the_kernels_for_quantized_caches_are_right_until_they_are_broken(suite: Suite, monkeypatch: Any) -> None:
+    as_named(monkeypatch, Mutant("schemes", "none", 2, "L2/*", schemes.kernels()))
+    subject = Subject(Target("cpu", mutant="schemes"))
+    checks = [c for c in suite.checks("smoke", 2, suite.subject) if fnmatchcase(c.id, "L2/*/kv_*-f32")]
+    ran = {name for check in checks for name in check.run(subject, 0).kernels}
+    assert ran == {"scheme_attend", "scheme_write_kv"}
 
 
 def test_a_check_that_the_backend_fails_itself_kills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,8 @@ def test_what_the_user_gets_wrong_is_raised(toy: Path) -> None:
         run_suite(Target("toi"))
     with pytest.raises(UnknownKey, match="has no option"):
         run_suite(Target("toy", {"dose": "x"}))
+    with pytest.raises(InvalidValue, match="odd option"):
+        run("factory objects")
     with pytest.raises(UnknownCase, match=r"'L1/a/hold'; the nearest are L1/.*/held"):
         run_suite(Target("toy"), only=["L1/a/hold"], collect="toy_checks:collect")
     with pytest.raises(InvalidValue, match="level 6: allowed are 0 to 5"):

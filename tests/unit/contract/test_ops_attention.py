@@ -20,7 +20,7 @@ from lineshaft.errors import ContractViolation
 CASES = [
     case
     for case in all_ops()["attend"].cases(np.random.default_rng(3), "full")
-    if case.problem.dtype == "float64" and "long" not in case.id
+    if case.problem.dtype == "float64" and "long" not in case.id and "32768" not in case.id
 ]
 
 

@@ -22,6 +22,7 @@ from lineshaft.contract.ops.cases import Paging, paged_step
 from lineshaft.contract.ops.spec import EXACT, StepArg
 from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.steps import StepShape
+from lineshaft.reference.session import ReferenceSession
 
 
 def problem(**fields: Any) -> KVProblem:
@@ -149,3 +150,16 @@ def test_the_step_builder_is_a_legal_step() -> None:
     assert all(array.dtype == np.int32 for array in arrays.values())
     high = paged_step(np.random.default_rng(0), Paging(((1, 9),), page_size=4, pool=70000)).step.arrays["page_table.0"]
     assert high.max() > 65535
+
+
+def test_the_reference_session_holds_the_scales_of_a_scheme() -> None:
+    p = problem(qk_dim=64, v_dim=32, kv_scheme="block", kv_dtype="int8")
+    session = ReferenceSession()
+    session.alloc_caches([p], [3], "")
+    sent = {name: np.full((1, *shape), 3, dtype) for name, (shape, dtype) in p.page_arrays.items()}
+    session.write_pages(0, np.array([2]), sent)
+    read = session.read_pages(0, np.array([2, 1]))
+    assert list(read) == ["k", "v", "k_scale", "v_scale"]
+    assert all((array[0] == 3).all() and not array[1].any() for array in read.values())
+    assert sum(array[0].nbytes for array in read.values()) == p.page_bytes
+    session.close()

@@ -69,12 +69,38 @@ def test_another_seed_gives_other_values_under_the_same_ids(spec: OpSpec) -> Non
     assert [case.problem for case in one] == [case.problem for case in two]
 
 
+FUZZED = [spec for spec in OPS.values() if spec.fuzz]
+
+
+@pytest.mark.parametrize("spec", FUZZED, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("n", range(12))
+def test_random_problems_depend_on_their_number_and_their_values_on_the_seed(spec: OpSpec, n: int) -> None:
+    assert spec.fuzz is not None
+    one, two = (spec.fuzz(np.random.default_rng(seed), n) for seed in (1, 2))
+    assert one.id == two.id == f"fuzz/{n}-{one.id.rpartition('-')[2]}"
+    assert one.problem == two.problem
+    assert compare(spec, one, reference_run(spec, one)) == []
+
+
+def test_the_ops_with_random_problems() -> None:
+    names = "embed linear rms_norm add_rms_norm rope write_kv attend gather_rows"
+    assert {spec.name for spec in FUZZED} == set(names.split())
+
+
+def test_every_public_bug_has_cases_with_its_link() -> None:
+    links = "vllm/issues/45562 vllm/issues/53856 vllm/issues/57493 vllm/issues/57094 vllm/issues/50427 ATOM/issues/702"
+    reasons = [case.why for _, case in SMOKE]
+    assert all(any(link in why for why in reasons) for link in links.split())
+
+
 @each_case
 def test_reference_run_is_within_tolerance_and_finite(spec: OpSpec, case: Case) -> None:
     run = reference_run(spec, case)
     assert compare(spec, case, run) == []
     if "cache" in "".join(spec.consumes) or spec.name in ("read_pages", "apply_logits", "logprobs"):
         return  # garbage pages are moved as they are, masks give -inf
+    if "nan_row" in case.id:
+        return
     for name, values in named_outputs(spec, run).items():
         lse = spec.name == "attend" and name == "1"
         assert np.isfinite(values[values > -np.inf] if lse else values).all()
@@ -211,7 +237,8 @@ def test_default_decomposition_computes_the_same(spec: OpSpec, case: Case) -> No
     args = [operand(arg, case.problem) for arg in case.args]
     assert spec.default is not None
     result = spec.default(ReferenceOps(num, problems), case.problem, *args)
-    np.testing.assert_equal(named_outputs(spec, result), named_outputs(spec, reference_run(spec, case)))
+    got = {name: array.astype(np.float64) for name, array in named_outputs(spec, result).items()}
+    np.testing.assert_equal(got, widened(spec, case))
 
 
 def test_composites_are_those_of_the_contract() -> None:

@@ -1,12 +1,9 @@
-"""A model that is small enough for a unit test, and the example plugins as if they were installed."""
+"""A model that is small enough for a unit test."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,32 +62,3 @@ def tensors() -> dict[str, np.ndarray[Any, Any]]:
         shapes |= {f"{mlp}.{name}_proj": (WIDTH, HIDDEN) for name in ("gate", "up")}
         shapes |= {f"{mlp}.down_proj": (HIDDEN, WIDTH)}
     return {f"{name}.weight": rng.standard_normal(shape).astype(np.float32) / 4 for name, shape in shapes.items()}
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    """Puts a distribution on the path as an installation would: its modules, and metadata with its entry points."""
-    site = tmp_path / "site"
-    site.mkdir()
-    before = set(sys.modules)
-
-    def put(folder: Path) -> None:
-        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-        shutil.copytree(folder / "src", site, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-        )
-        lines = [
-            line
-            for group, points in project["entry-points"].items()
-            for line in (f"[{group}]", *(f"{name} = {value}" for name, value in points.items()))
-        ]
-        (info / "entry_points.txt").write_text("\n".join(lines))
-        monkeypatch.syspath_prepend(site)
-
-    yield put
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in {"lineshaft_toy", "lineshaft_exact_norm"}:
-            del sys.modules[name]

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lineshaft import LLM, SamplingParams
 from lineshaft.config import make_config
-from lineshaft.errors import AmbiguousBackend, InvalidValue, UnknownBackend, Unsupported
+from lineshaft.contract.problems import EmbedProblem, LinearProblem, Problem
+from lineshaft.contract.sessions import Packing
+from lineshaft.contract.weights import Local, Param
+from lineshaft.errors import (
+    AmbiguousBackend,
+    InvalidValue,
+    MisshapenTensor,
+    SessionClosed,
+    UnknownBackend,
+    Unsupported,
+)
 from lineshaft.explain import explain
 from lineshaft.plan import Plan
 from lineshaft.registry import discover
+from lineshaft_conformance.checks import NotClaimed
+from lineshaft_conformance.cli.new_plugin import write
+from lineshaft_conformance.levels import collect
+from lineshaft_conformance.rig import Values, whole_param
+from lineshaft_conformance.scaffold import render
+from lineshaft_conformance.subject import Subject, Target
 
 ROOT = Path(__file__).parents[3]
-TOY, KERNEL = ROOT / "examples" / "plugin", ROOT / "examples" / "kernel"
+PLAIN, KERNEL = ROOT / "examples" / "numpy_backend", ROOT / "examples" / "kernel"
 SMALL: dict[str, Any] = {
     "dtype": "float32", "max_model_len": 64, "max_logprobs": 0, "scheduler": {"max_rows": 2, "token_budget": 16},
 }  # fmt: skip
@@ -25,9 +44,11 @@ PROMPTS = ["The capital of France is", "a"]
 Install = Callable[[Path], None]
 
 
-def tokens(model: Path, **config: Any) -> list[list[int]]:
-    """Greedy continuations of the prompts."""
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+def tokens(model: Path, params: SamplingParams = GREEDY, **config: Any) -> list[list[int]]:
+    """Continuations of the prompts."""
     with LLM(str(model), **{**SMALL, **config}) as llm:
         return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, progress=False)]
 
@@ -40,46 +61,128 @@ def plan_of(model: Path, **config: Any) -> Plan:
     return explain(make_config(model=str(model), **{**SMALL, **config}))
 
 
-# ---- the backend -----------------------------------------------------------------------------------------------------
+# ---- a new plugin, on the torch kit ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def mychip(install: Install, tmp_path: Path) -> None:
+    """What `lineshaft new-plugin mychip` writes, installed."""
+    write(render("mychip", "torch"), tmp_path / "mychip")
+    install(tmp_path / "mychip")
+
+
+@pytest.mark.usefixtures("mychip")
 @pytest.mark.parametrize("program", ["tape", "eager"])
-def test_the_toy_backend_generates_what_the_reference_does(install: Install, tiny_llama: Path, program: str) -> None:
-    install(TOY)
+def test_a_new_backend_generates_what_the_reference_does(tiny_llama: Path, program: str) -> None:
     expected = tokens(tiny_llama, backend="numpy")
     assert [len(item) for item in expected] == [12, 12]
-    assert tokens(tiny_llama, backend="toy", backend_options={"program": program}) == expected
+    assert tokens(tiny_llama, backend="mychip", backend_options={"program": program}) == expected
 
 
-def test_the_toy_backend_is_listed_with_its_distribution(install: Install) -> None:
-    install(TOY)
-    (found,) = [status for status in discover().status() if status.name == "toy"]
-    assert (found.usable, found.distribution, found.version) == (True, "lineshaft-toy", "0.1.0")
+@pytest.mark.usefixtures("mychip")
+def test_a_new_backend_is_listed_with_its_distribution() -> None:
+    (found,) = [status for status in discover().status() if status.name == "mychip"]
+    assert (found.usable, found.distribution, found.version) == (True, "lineshaft-mychip", "0.1.0")
 
 
 def test_without_it_there_is_no_such_backend() -> None:
-    with pytest.raises(UnknownBackend, match="toy"):
-        discover().select("toy")
+    with pytest.raises(UnknownBackend, match="mychip"):
+        discover().select("mychip")
 
 
-def test_beside_another_host_backend_auto_is_a_tie(install: Install) -> None:
-    install(TOY)
-    with pytest.raises(AmbiguousBackend, match='backend = "cpu" or backend = "toy"'):
+@pytest.mark.usefixtures("mychip")
+def test_beside_another_host_backend_auto_is_a_tie() -> None:
+    with pytest.raises(AmbiguousBackend, match='backend = "cpu" or backend = "mychip"'):
         discover().select("auto")
 
 
-def test_its_kernel_brings_its_packing(install: Install, tiny_llama: Path) -> None:
-    install(TOY)
-    plan = plan_of(tiny_llama, backend="toy")
-    assert kernels(plan, "linear") == {"toy_linear"}
-    assert {plan.weight_layouts[name] for name in ("layers.0.qkv", "layers.1.down", "head")} == {"toy_transposed"}
+@pytest.mark.usefixtures("mychip")
+def test_its_kernel_brings_its_packing(tiny_llama: Path) -> None:
+    plan = plan_of(tiny_llama, backend="mychip")
+    assert kernels(plan, "linear") == {"mychip_linear"}
+    layouts = {plan.weight_layouts[name] for name in ("layers.0.qkv", "layers.1.down", "head")}
+    assert layouts == {"mychip_transposed"}
     assert plan.weight_layouts["embed"] == "dense"
 
 
-def test_its_options_are_checked(install: Install, tiny_llama: Path) -> None:
-    install(TOY)
+@pytest.mark.usefixtures("mychip")
+def test_its_options_are_checked(tiny_llama: Path) -> None:
     with pytest.raises(InvalidValue, match=r"backend_options\.program"):
-        plan_of(tiny_llama, backend="toy", backend_options={"program": "fast"})
+        plan_of(tiny_llama, backend="mychip", backend_options={"program": "fast"})
+
+
+# ---- a backend from scratch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query_block", [128, 3])
+def test_plain_numpy_generates_what_the_reference_does(install: Install, tiny_llama: Path, query_block: int) -> None:
+    install(PLAIN)
+    expected = tokens(tiny_llama, backend="numpy")
+    assert tokens(tiny_llama, backend="plainnp", backend_options={"query_block": query_block}) == expected
+
+
+def test_plain_numpy_samples_what_the_reference_does(install: Install, tiny_llama: Path) -> None:
+    install(PLAIN)
+    params = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02, seed=7, max_tokens=12, ignore_eos=True)
+    expected = tokens(tiny_llama, params, backend="numpy")
+    assert expected != tokens(tiny_llama, backend="numpy")
+    assert tokens(tiny_llama, params, backend="plainnp") == expected
+
+
+def test_plain_numpy_runs_one_worker_and_says_so(install: Install, tiny_llama: Path) -> None:
+    install(PLAIN)
+    with pytest.raises(InvalidValue, match="set every degree to 1"):
+        plan_of(tiny_llama, backend="plainnp", layout={"tp": 2})
+
+
+def test_plain_numpy_declines_other_dtypes_with_a_reason(install: Install, tiny_llama: Path) -> None:
+    install(PLAIN)
+    subject = Subject(Target("plainnp"))
+    for kernel in subject.kernels:
+        assert kernel.supports(Problem(dtype="float32")) is None
+        assert kernel.supports(Problem(dtype="bfloat16")) == "NumPy computes in float32 here, not in bfloat16"
+
+
+def test_plain_numpy_has_a_kernel_of_each_required_op_and_passes_the_ops(install: Install) -> None:
+    install(PLAIN)
+    subject = Subject(Target("plainnp"))
+    required = {spec.name for spec in subject.ops.values() if spec.required}
+    assert {kernel.op for kernel in subject.kernels} == required
+    for check in collect(subject, "smoke", 2):
+        if check.dtype in ("", "float32"):
+            try:
+                check.run(subject, 1)
+            except NotClaimed as reason:
+                assert str(reason), check.id
+
+
+def test_plain_numpy_updates_weights_in_every_parameter_of_their_source(install: Install) -> None:
+    install(PLAIN)
+    with Subject(Target("plainnp")).session() as session:
+        table = np.arange(6, dtype=np.float32).reshape(3, 2)
+        embed = whole_param("embed", table, {"embed": EmbedProblem(dtype="float32", vocab=3, width=2)})
+        head = replace(embed, name="head", problems={"linear": LinearProblem(dtype="float32", n=3, k=2)})
+        tree = session.load([embed, head], Values({"embed": table}), {"head": Packing("turned", turned)})
+        assert [weight.key for weight in tree] == [0, 1]
+        session.update({"head": table + 1})
+        assert np.array_equal(tree[0].arrays["data"], table + 1)
+        assert np.array_equal(tree[1].arrays["turned"], (table + 1).T)
+        with pytest.raises(MisshapenTensor):
+            session.update({"embed": table, "head": table.T})
+        assert np.array_equal(tree[0].arrays["data"], table + 1)
+    with pytest.raises(SessionClosed):
+        session.update({"head": table})
+
+
+def turned(param: Param, local: Local) -> dict[str, np.ndarray[Any, Any]]:
+    """A packing of somebody else's kernel."""
+    return {"turned": np.ascontiguousarray(local.parts[0].arrays["data"].T)}
+
+
+def test_plain_numpy_is_small_and_free_of_other_array_libraries() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (PLAIN / "src").rglob("*.py")]
+    assert sum(bool(line.strip()) for text in sources for line in text.splitlines()) <= 300
+    assert not re.search(r"^\s*(import|from) (torch|jax|lineshaft_(?!plainnp))", "\n".join(sources), re.MULTILINE)
 
 
 # ---- one kernel for another's backend --------------------------------------------------------------------------------

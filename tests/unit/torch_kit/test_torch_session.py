@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lineshaft.contract.backends import World
+from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.problems import ConstProblem, LinearProblem
 from lineshaft.contract.sessions import Packing
 from lineshaft.contract.steps import InputField, InputLayout, StepShape
@@ -45,12 +46,13 @@ def test_parts_are_joined_along_dim_0_and_dequantized(kit) -> None:
     assert data.tolist() == [[1.0] * 32, [2.0] * 32]
 
 
-def test_parts_that_do_not_make_up_the_shape_are_refused(kit) -> None:
+@pytest.mark.parametrize("pack", [None, lambda param, local: {"own": local.parts[0].arrays["data"]}])
+def test_parts_that_do_not_make_up_the_shape_are_refused(kit, pack) -> None:
     stored = Stored("none", (2, 3), {"data": np.zeros((2, 3), np.float32)})
     problem = LinearProblem(dtype="float32", n=3, k=3)
     param = Param("w", "w", (3, 3), "float32", {"linear": problem}, lambda checkpoint, at: Local((stored,)))
     with pytest.raises(MisshapenTensor, match=r"weight w: .*\[2, 3\].*\[3, 3\]"):
-        kit.session().load(param, None, {})
+        kit.session().load(param, None, {"w": Packing("own", pack)})
 
 
 def test_tied_params_share_memory_and_a_const_is_a_bare_tensor(kit) -> None:
@@ -126,6 +128,31 @@ def test_pages_make_a_round_trip_between_sessions_in_canonical_form(kit) -> None
         for name, array in two.read_pages(cache, ids).items():
             assert array.dtype == pages[name].dtype and array.tobytes() == pages[name].tobytes()
         assert not np.any(one.read_pages(cache, np.asarray([1, 3, 4]))["k"].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        *({"kv_dtype": name} for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")),
+        {"kv_dtype": "int8", "kv_scheme": "token_head"},
+        {"kv_dtype": "int8", "kv_scheme": "block", "qk_dim": 64, "v_dim": 32},
+    ],
+    ids=lambda stored: "-".join(map(str, stored.values())),
+)
+def test_narrow_pages_are_moved_bit_for_bit_with_their_scales(kit, stored: dict[str, Any]) -> None:
+    problem, rng = kit.kv(**stored), np.random.default_rng(2)
+    session = kit.session()
+    session.alloc_caches([problem], [4], "slots")
+    sent = {
+        name: rng.integers(1, 100, (2, *shape)).astype(numpy_dtype(dtype))
+        for name, (shape, dtype) in problem.page_arrays.items()
+    }
+    session.write_pages(0, np.array([1, 3]), sent)
+    session.copy_pages(0, np.array([3]), np.array([2]))
+    read = session.read_pages(0, np.array([1, 2]))
+    assert list(read) == list(sent)
+    assert all(read[name].tobytes() == array.tobytes() for name, array in sent.items())
+    assert sum(array[:1].nbytes for array in sent.values()) == problem.page_bytes
 
 
 def test_copy_pages_copies_every_cache_of_its_group_only(kit) -> None:

@@ -48,6 +48,10 @@ ERRORS: Mapping[type[LineshaftError], int] = {
 """Exit statuses of errors, the first that fits; USAGE for any other."""
 
 
+WIDE = 160
+"""Columns of the kill table where no terminal says how many there are."""
+
+
 def status_of(error: LineshaftError) -> int:
     return next((status for kind, status in ERRORS.items() if isinstance(error, kind)), USAGE)
 
@@ -184,24 +188,16 @@ def repeat(args: Namespace) -> list[Result]:
 
 
 def act_mutants(args: Namespace) -> int:
-    try:
-        from lineshaft_conformance.mutants import gallery
-        from lineshaft_conformance.mutants.kill import Kill, kill_all, kill_table
+    from lineshaft_conformance.mutants.kill import kill_all, kill_table
 
-        mutants = gallery()
+    try:
+        with loaded("cpu"), Bar() as bar:
+            kills = kill_all(args.names, args.jobs, bar, thorough=args.thorough)
     except ImportError as error:
         raise BackendUnavailable(f"mutants are made of the CPU backend ({error}); install lineshaft-cpu") from error
-    unknown = [name for name in args.names if name not in mutants]
-    if unknown:
-        raise InvalidValue(f"no mutant is called {', '.join(unknown)}; allowed are {', '.join(mutants)}")
-
-    def told(kill: Kill) -> None:
-        print(f"{'SURVIVED' if kill.survived else 'killed'} L{kill.level} {kill.name}", file=sys.stderr)
-
-    with loaded("cpu"):
-        kills = kill_all(args.names, args.jobs, told)
-    Console().print(kill_table(kills))
-    return SURVIVED if any(kill.survived for kill in kills) else PASSED
+    console = Console()
+    console.print(kill_table(kills), width=None if console.is_terminal else WIDE)
+    return PASSED if all(kill.killed for kill in kills) else SURVIVED
 
 
 ACTS: Mapping[str, Callable[[Namespace], int]] = {

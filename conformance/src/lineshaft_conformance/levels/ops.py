@@ -63,7 +63,7 @@ def _case_check(spec: OpSpec, case: Case, id: str, cases: Book, *, strided: bool
         values = [cases(spec.name, 2 * seed)[case.id], cases(spec.name, 2 * seed + 1)[case.id]]
         return run_case(subject, spec, [prepare(spec, item, strided=strided) for item in values])
 
-    rule = "a kernel accepts rows with a stride, or declines" if strided else f"ops.{spec.name} of the contract"
+    rule = "a kernel accepts rows with a stride, or declines" if strided else case.why or f"ops.{spec.name}"
     return Check(
         id, run, rule=rule, op=spec.name, dtype=case.problem.dtype, shape_class=case.id.partition("/")[0],
         limit=120.0,
@@ -204,7 +204,9 @@ def _minimum_check(spec: OpSpec, level: int, cases: Book) -> Check:
         names: dict[str, None] = {}
         for case in cases(spec.name, 0).values():
             for problem in (dataclasses.replace(case.problem, dtype=dtype) for dtype in dtypes):
-                if case.problem.dtype == problem.dtype and not problem.features():
+                pages = getattr(problem, "kv_dtype", problem.dtype)  # no kv_dtypes: pages hold the executed dtype
+                plain = not problem.features() and pages in (problem.dtype, *subject.capabilities.kv_dtypes)
+                if case.problem.dtype == problem.dtype and plain:
                     taken = claims(subject, spec, problem).taken
                     require(taken, f"no kernel for {problem.describe()}: {refusal(subject, spec, problem)}")
                     names.update(dict.fromkeys(kernel.name for kernel in taken))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lineshaft_conformance.mutants.mutant import Mutant
 
-THEMES = ("attention", "ops", "paging", "graphs", "weights", "collectives", "engine", "whole")
+THEMES = ("attention", "schemes", "ops", "paging", "graphs", "weights", "collectives", "engine", "whole")
 """Files of this folder, each with `MUTANTS: tuple[Mutant, ...]`."""
 
 

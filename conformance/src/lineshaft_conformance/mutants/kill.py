@@ -177,16 +177,12 @@ class Suite:
 
 
 def kill_table(kills: Sequence[Kill]) -> Table:
-    """Mutant, rule, level, the check that killed it and what it said; survivors stand out."""
+    """A line each: mutant, level, the check that killed it and what it said; survivors come last, with their rule."""
     killed = sum(kill.killed for kill in kills)
-    table = Table(title=f"{killed} of {len(kills)} mutants killed")
-    for column in ("mutant", "rule", "level", "killed by", "reason"):
-        table.add_column(column, overflow="fold")
-    for kill in kills:
-        style = "" if kill.killed else "bold red"
-        table.add_row(kill.name, kill.rule, f"L{kill.level}", kill.by or "SURVIVED", _short(kill.reason), style=style)
+    table = Table(title=f"{killed} of {len(kills)} mutants killed", box=None)
+    for column in ("mutant", "level", "killed by", "because"):
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    for kill in sorted(kills, key=lambda kill: not kill.killed):
+        cells = kill.name, f"L{kill.level}", kill.by or "SURVIVED", kill.reason if kill.killed else kill.rule
+        table.add_row(*cells, style="" if kill.killed else "bold red")
     return table
-
-
-def _short(text: str, width: int = 120) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from lineshaft import errors
 from lineshaft.config import validate_options
 from lineshaft.errors import AmbiguousBackend, BackendUnavailable, ConfigError, UnknownBackend
 from lineshaft.registry import Registry, discover, load_attribute
@@ -64,7 +65,8 @@ class Server:
         except PluginRejected as error:
             return {"failed": str(error)}
         except USERS as error:
-            return {"raised": {"class": type(error).__name__, "message": str(error)}}
+            known = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            return {"raised": {"class": known.__name__, "message": str(error)}}
         except BaseException as error:
             return {"failed": f"raised {one_line(error)} ({where(error)})"}
 

@@ -128,6 +128,7 @@ class KVProblem(Problem):
         """Shape and dtype of each array of one page in the canonical form, in canonical order."""
         heads = (self.page_size, self.kv_heads)
         dims = {name: dim for name, dim in (("k", self.qk_dim), ("v", self.v_dim)) if dim}
+        found: dict[str, tuple[tuple[int, ...], str]]
         found = {name: ((*heads, dim), self.kv_dtype) for name, dim in dims.items()}
         if self.kv_scheme == "token_head":
             found |= {f"{name}_scale": (heads, "float32") for name in dims}

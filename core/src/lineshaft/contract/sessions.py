@@ -70,6 +70,19 @@ class Transfer(Protocol):
     def wait(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class DoneTransfer:
+    """A transfer that was complete when it was returned."""
+
+    error: BaseException | None = None
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
 class Handle(Protocol):
     """A program's output that stays on the device and may be given to another program of the session."""
 
@@ -232,6 +245,19 @@ class Memory(Protocol):
     def synchronize(self) -> None: ...
 
 
+class UncountedMemory:
+    """A Memory that nobody counts: the KV pool is sized by what the scheduler can use."""
+
+    def total_free(self) -> tuple[int, int] | None:
+        return None
+
+    def page_bytes(self, problem: KVProblem) -> int:
+        return problem.page_bytes
+
+    def synchronize(self) -> None:
+        """Everything is done when a call returns."""
+
+
 def map_tree(fn: Callable[[Any], Any], tree: Tree) -> Tree:
     """Apply `fn` to every leaf of nested dicts and lists, in their defined order."""
     if isinstance(tree, dict):
@@ -249,6 +275,7 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 __all__ = [
-    "Array", "Cache", "CaptureReport", "Handle", "HostArray", "Memory", "Packing", "Pending", "PlannedOps", "Program",
-    "Session", "SessionState", "StepFunction", "Transfer", "Tree", "Weight", "check_handles", "leaves", "map_tree",
+    "Array", "Cache", "CaptureReport", "DoneTransfer", "Handle", "HostArray", "Memory", "Packing", "Pending",
+    "PlannedOps", "Program", "Session", "SessionState", "StepFunction", "Transfer", "Tree", "UncountedMemory", "Weight",
+    "check_handles", "leaves", "map_tree",
 ]  # fmt: skip

@@ -95,7 +95,10 @@ class Param:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter prepared by a backend: `arrays` is private to the kernels of one packing, `layout` names it."""
+    """A parameter prepared by a backend: `arrays` is private to the kernels of one packing, `layout` names it.
+
+    `key` numbers the distinct names among the tree's leaves, in their order and from 0; bound ops are found by it.
+    """
 
     key: int
     name: str

@@ -12,8 +12,7 @@ from lineshaft.contract.backends import Capabilities, DeterminismClaims, Probe, 
 from lineshaft.contract.kernels import Bound, Kernel, always
 from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.spec import Numerics, OpSpec, StepArg
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache
+from lineshaft.contract.sessions import Cache, Memory, UncountedMemory
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Weight
 from lineshaft.errors import InvalidValue
@@ -39,26 +38,13 @@ class ReferenceBackend:
 
     name: str
     capabilities: Capabilities
-    memory: ReferenceMemory
+    memory: Memory
 
     def kernels(self) -> Sequence[Kernel]:
-        return [reference_kernel(spec) for spec in all_ops().values()]
+        return [reference_kernel(spec, self.name) for spec in all_ops().values()]
 
     def session(self, rank: int) -> ReferenceSession:
         return ReferenceSession()
-
-
-class ReferenceMemory:
-    """Host memory that nobody counts."""
-
-    def total_free(self) -> tuple[int, int] | None:
-        return None
-
-    def page_bytes(self, problem: KVProblem) -> int:
-        return problem.page_bytes
-
-    def synchronize(self) -> None:
-        """Everything is done when it returns."""
 
 
 def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
@@ -66,11 +52,12 @@ def create(options: ReferenceOptions, world: World) -> ReferenceBackend:
     if world.size > 1:
         raise InvalidValue(f"backend 'numpy' runs one worker, the layout has {world.size}; set every degree to 1")
     capabilities = Capabilities(dtypes=("float64", "float32", "bfloat16"), determinism=DeterminismClaims(run=True))
-    return ReferenceBackend(NAME, capabilities, ReferenceMemory())
+    return ReferenceBackend(NAME, capabilities, UncountedMemory())
 
 
-def reference_kernel(spec: OpSpec) -> Kernel:
-    """An op's reference as a kernel that takes every problem; of collectives, those of one member."""
+def reference_kernel(spec: OpSpec, backend: str = NAME) -> Kernel:
+    """An op's reference as a kernel of `backend` that takes every problem; of collectives, those of one member. It
+    wants a ReferenceSession."""
 
     def bind(problem: Any, session: Any) -> Bound:
         num = Numerics.of(problem.dtype, spec.accumulate)
@@ -90,7 +77,7 @@ def reference_kernel(spec: OpSpec) -> Kernel:
     everything = frozenset(spec.problem.__dataclass_fields__)
     supports = one_member if spec.collective else always
     return Kernel(
-        name=f"{NAME}.{spec.name}", op=spec.name, backend=NAME, bind=bind, handles=everything, supports=supports
+        name=f"{backend}.{spec.name}", op=spec.name, backend=backend, bind=bind, handles=everything, supports=supports
     )
 
 

@@ -15,6 +15,7 @@ from lineshaft.contract.restricted import Restricted
 from lineshaft.contract.sessions import (
     Cache,
     CaptureReport,
+    DoneTransfer,
     Handle,
     Packing,
     PlannedOps,
@@ -54,18 +55,6 @@ class ValueArray(Restricted):
 
     def _sliced(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> ValueArray:
         return ValueArray(self.values[index])
-
-
-class Done:
-    """A transfer that is over."""
-
-    error: BaseException | None = None
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
 
 
 @dataclass(frozen=True)
@@ -186,21 +175,21 @@ class ReferenceSession(SessionState):
         self.require_usable()
         return {name: pages[ids] for name, pages in self.caches[cache].arrays.items()}
 
-    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Done:
+    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
         held = self.caches[cache]
         arrays = {name: array.copy() for name, array in held.arrays.items()}
         for name, values in pages.items():
             arrays[name][ids] = values
         self.caches[cache] = replace(held, arrays=arrays)
-        return Done()
+        return DoneTransfer()
 
-    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> Done:
+    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
         self.require_usable()
         for cache in self.caches:
             if cache.problem.group == group:
                 self.write_pages(cache.key, dst, self.read_pages(cache.key, src))
-        return Done()
+        return DoneTransfer()
 
     def close(self) -> None:
         self.closed = True

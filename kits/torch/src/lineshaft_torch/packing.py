@@ -44,6 +44,10 @@ def _fill(out: torch.Tensor, part: Stored) -> None:
 
 
 def host_pack(pack: Pack, param: Param, local: Local, device: torch.device) -> dict[str, torch.Tensor]:
-    """What a kernel's own packing makes of the share (NumPy arrays or tensors), as tensors on `device`."""
+    """What a kernel's own packing makes of the share (NumPy arrays or tensors), as tensors on `device`.
+
+    Raises MisshapenTensor if the parts do not make up the shape.
+    """
+    _check(param, local)
     leaves = pack(param, local)
     return {name: (x if isinstance(x, torch.Tensor) else from_host(x)).to(device) for name, x in leaves.items()}

@@ -15,7 +15,16 @@ import torch
 
 from lineshaft.contract.backends import World
 from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache, Packing, PlannedOps, SessionState, StepFunction, Tree, map_tree
+from lineshaft.contract.sessions import (
+    Cache,
+    DoneTransfer,
+    Packing,
+    PlannedOps,
+    SessionState,
+    StepFunction,
+    Tree,
+    map_tree,
+)
 from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory
@@ -41,19 +50,6 @@ class SessionOptions:
     functional: bool = False
     groups: GroupFactory = gloo_group
     timeout_s: float = 300.0
-
-
-@dataclass(frozen=True)
-class DoneTransfer:
-    """A transfer that was complete when it was returned."""
-
-    error: BaseException | None = None
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return None
 
 
 class TorchSession(SessionState):

@@ -424,6 +424,7 @@ def _new(rng: np.random.Generator, problem: KVProblem, paging: Paging, dim: int)
         x[:1] = 0.0
     elif problem.kv_scheme != "none":
         x = rng.integers(-15, 16, shape) / 8.0
+        x[..., :2] = 1e6, -1e6  # beyond every range
     else:
         x = rng.standard_normal(shape)
         if problem.kv_dtype.startswith("float8"):

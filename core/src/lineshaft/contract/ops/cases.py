@@ -112,8 +112,8 @@ def fuzz_paging(pick: np.random.Generator) -> Paging:
     """Random rows in pages of a random size, some of them empty or without a query."""
     lengths = []
     for _ in range(int(pick.integers(1, 6))):
-        keys = int(pick.choice([0, 1, pick.integers(1, 40), pick.integers(1, 300)]))
-        lengths.append((int(min(pick.choice([0, 1, 1, pick.integers(1, 20)]), keys)), keys))
+        keys = int(pick.choice((0, 1, int(pick.integers(1, 40)), int(pick.integers(1, 300)))))
+        lengths.append((min(int(pick.choice((0, 1, 1, int(pick.integers(1, 20))))), keys), keys))
     size = int(pick.choice([1, 3, 8, 16, 20, 32, 64, 128]))
     padding = int(pick.integers(0, 4)) + (sum(query for query, _ in lengths) == 0)
     return Paging(tuple(lengths), size, padding=padding, stale=bool(pick.random() < 0.3))

@@ -299,6 +299,10 @@ _FILTERS: dict[str, tuple[dict[str, Any], str]] = {
     "top_p1": ({"top_p": 1.0}, "1 and above keep all"),
     "min_p": ({"min_p": 0.1}, "relative to the largest"),
     "filter_order": ({"top_k": 4, "top_p": 0.6}, "top_p counts what top_k kept, renormalised"),
+    "min_p_ladder": ({"min_p": 0.1}, "relative to the largest"),
+    "top_p_ladder": ({"top_p": 0.8}, "tokens before which less than top_p has been gathered"),
+    "top_k_ladder": ({"top_k": 6}, ""),
+    "hot_ladder": ({"temperature": 3.0}, "the temperature divides"),
     "all_filters": ({"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.05}, ""),
     "mixed_rows": ({}, "each row has parameters and a u of its own"),
     "masked": ({}, "a logit of -inf is never kept"),
@@ -329,6 +333,8 @@ def _u(rng: np.random.Generator, name: str, params: Params, logits: HostArray, r
         return 0.0
     if name.startswith("u1"):
         return float(np.nextafter(np.float32(1), np.float32(0)))
+    if name.endswith("ladder"):
+        return (0.05, 0.3, 0.6, 0.8, 0.95, 0.98)[row]
     return 0.9 if name == "filter_order" else _clear_u(rng, params, logits, row)
 
 
@@ -347,8 +353,8 @@ def _shape_logits(name: str, logits: HostArray) -> None:
         logits[1::3] = np.where(logits[1::3] > 1, 2.0**126, -(2.0**126))
         logits[1::3, 7] = 2.0**127
         logits[2::3, 1:4] = -np.inf
-    if name == "filter_order":
-        logits[:] = -np.arange(logits.shape[1]) / 64
+    if name == "filter_order" or name.endswith("ladder"):
+        logits[:] = -np.arange(logits.shape[1]) / (64 if name == "filter_order" else 8)
     if name.startswith("u1"):
         logits[:] = 0.0
         logits[:, logits.shape[1] - 5 * name.endswith("tail") :] = -np.inf

@@ -1,1 +1,0 @@
-"""An example of a backend plugin: see docs/writing-a-plugin.md."""

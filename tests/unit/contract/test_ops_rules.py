@@ -1,0 +1,343 @@
+"""Each rule of the ops has a smoke case that fails where the rule alone is broken: references with one rule changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lineshaft.contract.ops import all_ops
+from lineshaft.contract.ops.run import compare, run_reference
+from lineshaft.contract.ops.spec import Case, Numerics, StepArg
+
+OPS = all_ops()
+Reference = Callable[..., Any]
+Break = Callable[[Reference], Reference]
+
+
+def problem(**changes: Callable[[Any], Any]) -> Break:
+    """Run under a problem with changed fields."""
+    return lambda ref: lambda p, *a, **k: ref(replace(p, **{n: f(p) for n, f in changes.items()}), *a, **k)
+
+
+def arg(index: int, change: Callable[..., Any]) -> Break:
+    """Change one argument: change(problem, argument)."""
+    return lambda ref: lambda p, *a, **k: ref(p, *(change(p, x) if i == index else x for i, x in enumerate(a)), **k)
+
+
+def keyword(name: str, change: Callable[[Any, Any], Any]) -> Break:
+    """Change an optional array where it is passed."""
+    return lambda ref: lambda p, *a, **k: ref(p, *a, **{n: change(p, x) if n == name else x for n, x in k.items()})
+
+
+def result(change: Callable[[Any, Any], Any]) -> Break:
+    """Change what comes out: change(problem, result)."""
+    return lambda ref: lambda p, *a, **k: change(p, ref(p, *a, **k))
+
+
+def step(index: int, change: Callable[[dict[str, Any], str], Mapping[str, Any]]) -> Break:
+    """Change arrays of the step: change(arrays, the problem's group)."""
+
+    def changed(p: Any, given: StepArg) -> StepArg:
+        return StepArg({**given.arrays, **change(dict(given.arrays), str(p.group))}, given.shape)
+
+    return arg(index, changed)
+
+
+def narrow_ids(name: str, dtype: Any) -> Callable[[dict[str, Any], str], Mapping[str, Any]]:
+    return lambda arrays, g: {f"{name}.{g}": arrays[f"{name}.{g}"].astype(dtype).astype(np.int32)}
+
+
+def from_positions(arrays: dict[str, Any], g: str) -> Mapping[str, Any]:
+    """Contexts that end at the last query's position."""
+    lengths, bounds = arrays[f"context_lens.{g}"].copy(), arrays["query_starts"]
+    some = np.diff(bounds) > 0
+    lengths[some] = arrays["positions"][bounds[1:][some] - 1] % 64 + 1
+    return {f"context_lens.{g}": lengths}
+
+
+def other_flavour(pages: Mapping[str, Any]) -> dict[str, Any]:
+    """fp8 codes taken for those of the other flavour."""
+
+    def swapped(name: str) -> str:
+        return name.removesuffix("fnuz") if name == "float8_e5m2fnuz" else {
+            "float8_e4m3fnuz": "float8_e4m3fn", "float8_e4m3fn": "float8_e4m3fnuz", "float8_e5m2": "float8_e5m2fnuz",
+        }.get(name, "")  # fmt: skip
+
+    names = {name: swapped(array.dtype.name) for name, array in pages.items()}
+    return {n: a.view(getattr(ml_dtypes, names[n])) if names[n] else a for n, a in pages.items()}
+
+
+def mean_of_values(ref: Reference) -> Reference:
+    """A query without a visible key gets something else than 0."""
+    return result(lambda p, out: np.where(out == 0, 0.1, out) if not p.return_lse else out)(ref)
+
+
+def leaking(ref: Reference) -> Reference:
+    """Masked values still take part, with weight 0."""
+
+    def run(p: Any, q: Any, cache: Any, step: Any, **k: Any) -> Any:
+        out = ref(p, q, cache, step, **k)
+        if p.return_lse or p.value_in_key:
+            return out
+        tail = cache["v"][step.arrays[f"page_table.{p.group}"].max(1)].astype(float)
+        return out + (0 * tail).sum()
+
+    return run
+
+
+def heads_interleaved(p: Any, q: Any) -> Any:
+    order = np.arange(p.q_heads).reshape(p.q_heads // p.kv_heads, p.kv_heads).T.reshape(-1)
+    return q[:, order]
+
+
+ATTEND: dict[str, Break] = {
+    "window one longer": problem(window=lambda p: p.window and p.window + 1),
+    "window one shorter": problem(window=lambda p: p.window - 1 if p.window > 1 else p.window),
+    "window ignored": problem(window=lambda p: 0),
+    "not causal": problem(causal=lambda p: False),
+    "always causal": problem(causal=lambda p: True),
+    "scale after the soft cap": problem(softcap=lambda p: p.softcap * p.scale),
+    "soft cap ignored": problem(softcap=lambda p: 0.0),
+    "sinks counted twice": keyword("sinks", lambda p, s: s + math.log(2)),
+    "sinks scaled": keyword("sinks", lambda p, s: s * p.scale),
+    "sinks capped": keyword("sinks", lambda p, s: p.softcap * np.tanh(s / p.softcap) if p.softcap else s),
+    "sinks ignored": keyword("sinks", lambda p, s: np.full_like(s, -np.inf)),
+    "causality from positions": step(2, from_positions),
+    "page ids in 16 bits": step(2, narrow_ids("page_table", np.uint16)),
+    "page 0 read as live": step(2, lambda a, g: {f"page_table.{g}": np.maximum(a[f"page_table.{g}"], 1)}),
+    "the last table column ignored": step(
+        2, lambda a, g: {f"page_table.{g}": a[f"page_table.{g}"] * (np.arange(a[f"page_table.{g}"].shape[1]) < 2)}
+    ),
+    "group 0 for every group": problem(group=lambda p: 0),
+    "page_starts ignored": problem(page_starts=lambda p: False),
+    "key_ranges with their stop": keyword("key_ranges", lambda p, r: r + np.array([0, 1], np.int32)),
+    "key_ranges ignored": keyword("key_ranges", lambda p, r: r * 0 + np.array([0, 10**6], np.int32)),
+    "ancestors ignored": keyword("ancestors", lambda p, a: np.full_like(a, 2**32 - 1)),
+    "ancestors: one word": keyword("ancestors", lambda p, a: np.repeat(a[:, :1], a.shape[1], 1)),
+    "heads of a group interleaved": arg(0, heads_interleaved),
+    "fp8 of the other flavour": arg(1, lambda p, pages: other_flavour(pages)),
+    "scales of keys and values swapped": keyword("kv_scales", lambda p, s: s[::-1]),
+    "scale of the first head for all": keyword(
+        "kv_scales", lambda p, s: s[:, :1].repeat(s.shape[1], 1) if s.ndim > 1 else s
+    ),
+    "lse in base 2": result(lambda p, out: (out[0], out[1] / math.log(2)) if p.return_lse else out),
+    "lse rounded": result(
+        lambda p, out: (out[0], out[1].astype(ml_dtypes.bfloat16).astype(np.float32)) if p.return_lse else out
+    ),
+    "mean(V) where nothing is visible": mean_of_values,
+    "V not masked": leaking,
+}  # fmt: skip
+
+
+def saturates_not(p: Any, pages: Any) -> Any:
+    """Codes that would saturate are NaN."""
+    top = {name: np.nanmax(np.abs(array.astype(float))) for name, array in pages.items()}
+    return {
+        n: np.where(np.abs(a.astype(float)) == top[n], np.nan, a.astype(float)).astype(a.dtype)
+        for n, a in pages.items()
+    }
+
+
+WRITE: dict[str, Break] = {
+    "slots in 16 bits": step(3, narrow_ids("slots", np.uint16)),
+    "slots from positions": step(3, lambda a, g: {f"slots.{g}": a["positions"] % 64}),
+    "group 0 for every group": problem(group=lambda p: 0),
+    "one page late": step(3, lambda a, g: {f"slots.{g}": np.where(a[f"slots.{g}"] > 0, a[f"slots.{g}"] - 1, 0)}),
+    "scales of keys and values swapped": keyword("kv_scales", lambda p, s: s[::-1]),
+    "overflow is NaN": lambda ref: lambda p, *a, **k: (
+        saturates_not(p, ref(p, *a, **k)) if p.kv_dtype.startswith("float8") else ref(p, *a, **k)
+    ),
+    "-0 stored as 0x80": result(lambda p, pages: {n: negative_zero(a) for n, a in pages.items()}),
+}  # fmt: skip
+
+
+def negative_zero(pages: Any) -> Any:
+    raw = pages.view(np.uint8).copy() if pages.dtype.itemsize == 1 and pages.dtype != np.int8 else None
+    return pages if raw is None else np.where(raw == 0, 0x80, raw).astype(np.uint8).view(pages.dtype)
+
+
+def rope_angles_in_bfloat16(ref: Reference) -> Reference:
+    return lambda p, q, k, at, **kw: ref(p, q, k, at.astype(ml_dtypes.bfloat16).astype(np.int32), **kw)
+
+
+def sequential(ref: Reference) -> Reference:
+    """Copies one after another."""
+
+    def run(p: Any, cache: Any, src: Any, dst: Any, *, num: Any) -> Any:
+        for i in range(len(src)):
+            cache = ref(p, cache, src[i : i + 1], dst[i : i + 1], num=num)
+        return cache
+
+    return run
+
+
+def sorted_cdf(ref: Reference) -> Reference:
+    """The inverse CDF over descending probabilities."""
+
+    def run(p: Any, logits: Any, params: Any, u: Any, *, num: Any) -> Any:
+        order = np.argsort(-logits.astype(float), axis=-1, kind="stable")
+        found = ref(p, np.take_along_axis(logits, order, -1), params, u, num=num)
+        return np.where(found < 0, -1, np.take_along_axis(order, np.maximum(found, 0)[:, None], -1)[:, 0]).astype(
+            np.int32
+        )
+
+    return run
+
+
+def top_p_first(ref: Reference) -> Reference:
+    def run(p: Any, logits: Any, params: Any, u: Any, *, num: Any) -> Any:
+        both = (params["top_k"] > 0) & (params["top_p"] > 0)
+        return ref(p, logits, {**params, "top_p": np.where(both, 0, params["top_p"]).astype(np.float32)}, u, num=num)
+
+    return run
+
+
+def reversed_ties(ref: Reference) -> Reference:
+    """Of equal values the last wins."""
+
+    def run(p: Any, x: Any, *args: Any, num: Any) -> Any:
+        out = ref(p, x[:, ::-1], *args, num=num)
+        ids, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        ids = np.where(ids < 0, ids, x.shape[1] - 1 - ids).astype(np.int32)
+        return ids if rest is None else (ids, *rest)
+
+    return run
+
+
+def high_bit_first(p: Any, mask: Any) -> Any:
+    bits = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little").reshape(*mask.shape, 32)
+    return np.packbits(bits[..., ::-1], axis=-1, bitorder="little").view(np.uint32).reshape(mask.shape)
+
+
+def bias_over_mask(ref: Reference) -> Reference:
+    def run(p: Any, logits: Any, *, num: Any, mask: Any = None, bias: Any = None) -> Any:
+        out = ref(p, logits, num=num, mask=mask)
+        return out if bias is None else np.where(np.isneginf(out) & (bias > 1e20), bias, out + bias).astype(out.dtype)
+
+    return run
+
+
+def no_wrap(p: Any, out: Any) -> Any:
+    return np.where(np.isneginf(out), 0.0, out).astype(out.dtype)
+
+
+OTHERS: dict[str, dict[str, Break]] = {
+    "embed": {
+        "vocab_start ignored": arg(2, lambda p, start: start * 0),
+        "clamped outside the shard": lambda ref: lambda p, ids, table, start, num: ref(
+            p, np.clip(ids, start[0], start[0] + len(table) - 1), table, start, num=num
+        ),
+        "multiplied by 0 outside": result(lambda p, out: out + 0 * np.nan if not out.any() else out),
+    },
+    "linear": {"no bias": keyword("bias", lambda p, b: b * 0), "transposed": arg(1, lambda p, w: w[::-1])},
+    "head_linear": {"the first head's matrix for all": arg(1, lambda p, w: np.repeat(w[:1], len(w), 0))},
+    "rms_norm": {
+        "another eps": problem(eps=lambda p: 1e-5), "no eps": problem(eps=lambda p: 0.0),
+        "1 + w": arg(1, lambda p, w: (w + 1).astype(w.dtype)),
+    },
+    "add_rms_norm": {"the sum is not returned": result(lambda p, out: (out[0], out[0]))},
+    "silu_mul": {"the gate last": arg(0, lambda p, x: np.roll(x, p.width, -1))},
+    "gelu_mul": {"the gate last": arg(0, lambda p, x: np.roll(x, p.width, -1))},
+    "rope": {
+        "interleaved ignored": problem(interleaved=lambda p: False),
+        "always interleaved": problem(interleaved=lambda p: True),
+        "another base": problem(base=lambda p: 10000.0),
+        "scaling ignored": problem(scaling=lambda p: type(p.scaling)()),
+        "the whole head turned": problem(dim=lambda p: p.head_dim if not p.scaling.freq_factors else p.dim),
+        "angles in bfloat16": rope_angles_in_bfloat16,
+        "positions count up": arg(2, lambda p, at: np.arange(at[0], at[0] + len(at), dtype=np.int32)),
+    },
+    "merge_states": {
+        "sinks once per part": keyword("sinks", lambda p, s: s + math.log(p.parts)),
+        "empty parts read": lambda ref: lambda p, out, lse, **k: ref(p, out, np.maximum(lse, -5.0), **k),
+    },
+    "router_topk": {
+        "ties to the highest": reversed_ties,
+        "softmax after": problem(softmax=lambda p: "after"), "softmax before": problem(softmax=lambda p: "before"),
+        "not renormalised": problem(renormalise=lambda p: False), "not scaled": problem(scale=lambda p: 1.0),
+        "groups ignored": problem(groups=lambda p: 0),
+        "not ordered": result(lambda p, out: (out[0][:, ::-1], out[1][:, ::-1])),
+        "weights rounded": result(lambda p, out: (out[0], out[1].astype(ml_dtypes.bfloat16).astype(np.float32))),
+    },
+    "expert_mlp": {
+        "expert_map is the identity": arg(5, lambda p, m: np.arange(len(m), dtype=np.int32) % p.local),
+        "-1 taken for 0": arg(5, lambda p, m: np.maximum(m, 0)),
+        "the gate last": arg(3, lambda p, w: np.roll(w, p.width, 1)),
+        "silu for every activation": problem(activation=lambda p: "silu"),
+        "four rows an expert": lambda ref: lambda p, x, ids, probs, *a, num: ref(
+            p, x, ids, probs * (np.arange(len(x)) < 4)[:, None], *a, num=num
+        ),
+    },
+    "moe_dispatch": {"-1 taken for 0": arg(2, lambda p, m: np.maximum(m, 0))},
+    "grouped_mlp": {"rows beyond are read": result(lambda p, out: np.where(out == 0, np.nan, out))},
+    "moe_combine": {"source ignored": arg(1, lambda p, s: np.arange(len(s), dtype=np.int32))},
+    "gather_rows": {"rows in order": arg(1, lambda p, rows: np.sort(rows))},
+    "merge_rows": {"-1 taken for 0": arg(2, lambda p, s: np.maximum(s, 0))},
+    "apply_logits": {
+        "the high bit first": keyword("mask", high_bit_first), "a bias over the mask": bias_over_mask,
+        "masked logits are 0": result(no_wrap), "no bias": keyword("bias", lambda p, b: b * 0),
+    },
+    "sample": {
+        "sorted order": sorted_cdf, "top_p before top_k": top_p_first,
+        "the last of ties": reversed_ties,
+        "0 for an empty row": result(lambda p, ids: np.maximum(ids, 0)),
+        "one u for all": arg(2, lambda p, u: np.repeat(u[:1], len(u), 0)),
+        "u above 0": arg(2, lambda p, u: np.maximum(u, 0.2).astype(u.dtype)),
+        "no temperature": arg(1, lambda p, s: {**s, "temperature": np.minimum(s["temperature"], 1)}),
+        "min_p ignored": arg(1, lambda p, s: {**s, "min_p": s["min_p"] * 0}),
+        "top_k ignored": arg(1, lambda p, s: {**s, "top_k": s["top_k"] * 0}),
+        "top_p ignored": arg(1, lambda p, s: {**s, "top_p": s["top_p"] * 0}),
+    },
+    "argmax": {"the last of ties": reversed_ties, "0 for an empty row": result(lambda p, ids: np.maximum(ids, 0))},
+    "logprobs": {
+        "base 2": result(lambda p, out: (out[0] / math.log(2), *out[1:])),
+        "an id of -1 from the end": result(lambda p, out: (np.roll(out[0], 1), *out[1:])),
+    },
+    "copy_pages": {"one after another": sequential}, "copy_slots": {"one after another": sequential},
+    "read_pages": {"ids in order": arg(1, lambda p, ids: np.sort(ids))},
+    "write_pages": {"one page late": arg(1, lambda p, ids: np.maximum(ids - 1, 0))},
+    "all_gather": {"reversed": arg(0, lambda p, xs: xs[::-1])},
+    "all_to_all": {"reversed": arg(0, lambda p, xs: xs[::-1])},
+    "reduce_scatter": {"tiles reversed": result(lambda p, out: out[::-1])},
+    "broadcast": {"of member 0": lambda ref: lambda p, xs, axis, src, num: ref(p, xs, axis, 0, num=num)},
+    "permute": {"the other way": lambda ref: lambda p, xs, axis, shift, num: ref(p, xs, axis, -shift, num=num)},
+    "all_reduce": {"a member left out": arg(0, lambda p, xs: [*xs[:-1], xs[-1] * 0])},
+}  # fmt: skip
+BROKEN = [
+    (op, rule, broken)
+    for op, table in {"attend": ATTEND, "write_kv": WRITE, **OTHERS}.items()
+    for rule, broken in table.items()
+]
+
+
+def sees(op: str, case: Case, broken: Break) -> bool:
+    """Whether the case tells the broken reference from the right one; one that raises is seen too."""
+    spec = OPS[op]
+    num = Numerics.of(case.problem.dtype, spec.accumulate)
+    try:
+        with np.errstate(all="ignore"):
+            wrong = run_reference(replace(spec, reference=broken(spec.reference)), case, num)
+    except IndexError:
+        return True
+    return bool(compare(spec, case, wrong))
+
+
+@cache
+def cases_of(op: str) -> list[Case]:
+    return [c for c in OPS[op].cases(np.random.default_rng(0), "smoke") if c.problem.dtype == "float32"]
+
+
+@pytest.mark.parametrize(("op", "rule", "broken"), BROKEN, ids=[f"{op}: {rule}" for op, rule, _ in BROKEN])
+def test_a_broken_rule_is_seen_by_a_smoke_case(op: str, rule: str, broken: Break) -> None:
+    assert any(sees(op, case, broken) for case in cases_of(op)), f"{op} without a case for: {rule}"
+
+
+def test_every_op_but_the_plainest_has_a_broken_rule() -> None:
+    assert set(OPS) - {op for op, _, _ in BROKEN} == {"concat", "add", "latent_attend"}
