@@ -47,6 +47,8 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
                 yield _case_check(spec, case, f"L{level}/{spec.name}/{STRIDED}/{case.id}", cases, strided=True)
         if spec.required:
             yield _minimum_check(spec, level, cases)
+        if spec.fuzz is not None:
+            yield _fuzz_check(spec, level)
 
 
 def case_book(ops: Mapping[str, OpSpec], size: Size) -> Book:
@@ -69,6 +71,16 @@ def _case_check(spec: OpSpec, case: Case, id: str, cases: Book, *, strided: bool
         id, run, rule=rule, op=spec.name, dtype=case.problem.dtype, shape_class=case.id.partition("/")[0],
         limit=120.0,
     )  # fmt: skip
+
+
+def _fuzz_check(spec: OpSpec, level: int) -> Check:
+    def run(subject: Subject, seed: int) -> Found:
+        assert spec.fuzz is not None
+        values = [spec.fuzz(np.random.default_rng([seed, turn]), seed) for turn in range(2)]
+        return run_case(subject, spec, [prepare(spec, case) for case in values])
+
+    rule = f"ops.{spec.name}: a random problem, another one for every seed"
+    return Check(f"L{level}/{spec.name}/fuzz", run, rule=rule, op=spec.name, shape_class="fuzz", limit=120.0)
 
 
 def run_case(subject: Subject, spec: OpSpec, values: Sequence[OpCase]) -> Found:
