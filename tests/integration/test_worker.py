@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from tests.integration.conftest import Llama
-from tests.integration.driving import config
+from tests.integration.driving import config, drive, greedy
 
+from lineshaft.contract.backends import World
+from lineshaft.engine import Engine
+from lineshaft.errors import SessionClosed
+from lineshaft.executors.inproc import InprocExecutor
+from lineshaft.reference.backend import ReferenceBackend, ReferenceOptions, create
+from lineshaft.registry import discover
+from lineshaft.runner.messages import StepMessage, StepResult
 from lineshaft.runner.worker import Worker
 
 
@@ -28,3 +37,47 @@ def test_a_budget_beyond_what_requests_can_use_is_cut(llama: Llama) -> None:
     finally:
         worker.close()
     assert limits.token_budget == 2 * limits.max_model_len
+
+
+def test_a_backend_may_be_started_in_another_way(llama: Llama) -> None:
+    worlds: list[World] = []
+
+    def start(world: World) -> ReferenceBackend:
+        worlds.append(world)
+        return create(ReferenceOptions(), world)
+
+    worker = Worker(config(llama("even").path, backend="numpy"), start=start)
+    (world,) = worlds
+    assert (world.size, world.threads) == (1, 1) and isinstance(worker.setup.backend, ReferenceBackend)
+
+
+def test_the_session_is_there_from_start_to_close(llama: Llama) -> None:
+    worker = Worker(config(llama("even").path, backend="numpy", max_model_len=64))
+    with pytest.raises(SessionClosed, match="start it first"):
+        _ = worker.session
+    worker.start(worker.size().pages)
+    assert worker.session.read_pages(0, [0])["k"].shape[0] == 1
+    worker.close()
+    with pytest.raises(SessionClosed):
+        _ = worker.session
+
+
+def test_an_engine_runs_on_the_executor_that_it_is_given(llama: Llama) -> None:
+    seen: list[StepMessage] = []
+    closed: list[bool] = []
+
+    class Watching(InprocExecutor):
+        def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
+            seen.extend(steps)
+            return super().execute(steps)
+
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    settings = config(llama("even").path, backend="numpy", max_model_len=64)
+    with Engine(settings, executor=Watching(settings, discover())) as engine:
+        run = drive(engine, [[1, 2, 3]], greedy(4))
+        (cache,) = engine.caches
+        assert cache.used_pages() == 0
+    assert len(seen) == run.steps == 4 and closed

@@ -241,17 +241,20 @@ def homes_of(packages: list[str]) -> str:
 FROM_SOURCE = ("install", "--quiet", "--no-deps", "--no-build-isolation")
 
 
-def test_a_backend_on_plain_numpy_answers_without_any_kit(built: dict[str, Built], tmp_path: Path) -> None:
-    """The example is installed from its folder, beside the core's wheel alone; no PyTorch is to be had."""
+def test_a_backend_on_plain_numpy_answers_and_is_certified(built: dict[str, Built], tmp_path: Path) -> None:
+    """The example is installed from its folder, beside the wheels of core and suite; no PyTorch is to be had."""
     python = borrowing_environment(tmp_path / "outside", hidden=("torch", "jax", "lineshaft_torch"))
     source = shutil.copytree(ROOT / "examples" / "numpy_backend", tmp_path / "numpy_backend")
-    run(python, "-m", "pip", *FROM_SOURCE, built["lineshaft"].wheel, source)
+    wheels = [built[name].wheel for name in ("lineshaft", "lineshaft-conformance")]
+    run(python, "-m", "pip", *FROM_SOURCE, *wheels, source)
     (home,) = json.loads(run(python, "-c", homes_of(["lineshaft_plainnp"]), cwd=tmp_path))
     assert Path(home).is_relative_to(tmp_path / "outside")
     question = ("--prompt", "What is the capital of France?", "--max-tokens", "32", "--temperature", "0")
     demo = ("generate", "--config", ROOT / "examples" / "demo.toml", "--backend", "plainnp", *question)
     answer = run(python.parent / "lineshaft", *demo, "--json", cwd=tmp_path)
     assert json.loads(answer)["outputs"][0]["text"] == "The capital of France is Paris."
+    certify = ("conformance", "run", "--backend", "plainnp", "--level", "L4")
+    assert "plainnp is certified at L4" in run(python.parent / "lineshaft", *certify, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("kit", ["torch", "numpy"])

@@ -104,17 +104,21 @@ class Report:
     started: str  # ISO 8601, UTC
     seconds: float
     facts: Mapping[str, Any] = field(default_factory=dict)
+    only: tuple[str, ...] = ()  # ids and patterns of the checks that were chosen; none: the whole suite ran
 
     def of_level(self, level: int) -> tuple[Result, ...]:
         return tuple(result for result in self.results if result.level == level)
 
     @property
     def certified(self) -> int | None:
-        """The highest level up to which nothing fails or is waived; None if not even level 0 is passed.
+        """The highest level up to which nothing fails or is waived; None if not even level 0 is passed, or if only some
+        checks were chosen.
 
         A level without a single pass is not passed: supporting nothing is a failure.
         """
         reached = None
+        if self.only:
+            return None
         for level in range(self.level + 1):
             found = [result.status for result in self.of_level(level)]
             if Status.PASS not in found or Status.FAIL in found or Status.WAIVED in found:
@@ -129,4 +133,5 @@ class Report:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The inverse of `to_json` after a trip through JSON."""
-        return cls(**{**data, "results": tuple(map(Result.from_json, data["results"]))})
+        results = tuple(map(Result.from_json, data["results"]))
+        return cls(**{**data, "results": results, "only": tuple(data.get("only", ()))})

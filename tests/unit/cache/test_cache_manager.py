@@ -34,6 +34,17 @@ def test_pages_are_distinct_and_never_the_null_page() -> None:
     cache.check_integrity()
 
 
+def test_unused_pages_are_neither_held_nor_kept_for_their_prefix() -> None:
+    cache = manager((6, 4))
+    run_once(cache, 1, [0] * 9)  # two whole pages stay for their prefix, the third goes
+    cache.open(2, [1])
+    cache.extend(2, 1)
+    (held,) = cache.pages(2)
+    assert sorted([*cache.unused_pages(), held]) == [3, 4, 5]
+    cache.reset_prefix_cache()
+    assert sorted([*cache.unused_pages(), held]) == [1, 2, 3, 4, 5]
+
+
 def test_pages_is_a_live_view() -> None:
     cache = manager((6, 4))
     cache.open(1, [0])

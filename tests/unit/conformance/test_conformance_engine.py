@@ -15,7 +15,7 @@ from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample
 from lineshaft.models import builtin_families, find_family
 from lineshaft.runner.messages import StepMessage
 from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed
-from lineshaft_conformance.harness.rank import make_worker
+from lineshaft_conformance.harness.rank import make_worker, mesh_executor
 from lineshaft_conformance.harness.replay import compare_step
 from lineshaft_conformance.harness.stage import Stage
 from lineshaft_conformance.harness.timed import interleaved
@@ -216,6 +216,13 @@ def test_a_worker_in_a_process_starts_the_mutant(cpu: Subject) -> None:
     config = make_config(model=str(tiny(cpu, "llama-gqa1", SEED)), backend="cpu")
     assert not make_worker("determinism-none", config, 0, "").setup.backend.capabilities.determinism.run
     assert make_worker("", config, 0, "").setup.backend.capabilities.determinism.run
+
+
+def test_a_worker_in_a_process_gives_the_same_bits(cpu: Subject) -> None:
+    bench = determinism.Bench(cpu, "float32", SEED)
+    here, there = bench.run([1]), bench.run([1], mesh_executor)
+    assert len(here) == determinism.TOKENS and here.keys() == there.keys()
+    assert all(here[key].tobytes() == there[key].tobytes() for key in here)
 
 
 def test_unused_capacity_costs_no_time(cpu: Subject) -> None:

@@ -31,7 +31,7 @@ Book = Callable[[str, int], Mapping[str, Case]]
 """(op, seed) -> the op's cases by id, with the values of that seed."""
 
 STRIDED = "strided"
-RANDOM = 4
+FUZZED = 4
 """Random problems of an op for each seed, where its OpSpec makes any."""
 
 
@@ -47,10 +47,10 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
             yield _case_check(spec, case, f"L{level}/{spec.name}/{case.id}", cases, strided=False)
             if case.problem.dtype == "float32" and prepare(spec, case, strided=True).operands.strided:
                 yield _case_check(spec, case, f"L{level}/{spec.name}/{STRIDED}/{case.id}", cases, strided=True)
-        if spec.fuzz is not None:
-            yield _random_check(spec, level, spec.fuzz)
         if spec.required:
             yield _minimum_check(spec, level, cases)
+        if spec.fuzz is not None:
+            yield _fuzz_check(spec, level, spec.fuzz)
 
 
 def case_book(ops: Mapping[str, OpSpec], size: Size) -> Book:
@@ -75,11 +75,11 @@ def _case_check(spec: OpSpec, case: Case, id: str, cases: Book, *, strided: bool
     )  # fmt: skip
 
 
-def _random_check(spec: OpSpec, level: int, fuzz: Callable[[np.random.Generator, int], Case]) -> Check:
+def _fuzz_check(spec: OpSpec, level: int, fuzz: Callable[[np.random.Generator, int], Case]) -> Check:
     def run(subject: Subject, seed: int) -> Found:
         found, declined = [], NotClaimed()
-        for n in range(RANDOM * seed, RANDOM * (seed + 1)):
-            values = [prepare(spec, fuzz(np.random.default_rng(2 * seed + turn), n)) for turn in range(2)]
+        for n in range(FUZZED * seed, FUZZED * (seed + 1)):
+            values = [prepare(spec, fuzz(np.random.default_rng([seed, turn]), n)) for turn in range(2)]
             try:
                 found.append(run_case(subject, spec, values))
             except NotClaimed as error:
@@ -88,8 +88,8 @@ def _random_check(spec: OpSpec, level: int, fuzz: Callable[[np.random.Generator,
             raise declined
         return together(found)
 
-    rule = "problems of random shapes and features; every seed has others"
-    return Check(f"L{level}/{spec.name}/random", run, rule=rule, op=spec.name, shape_class="random", limit=120.0)
+    rule = f"ops.{spec.name}: random problems, others for every seed"
+    return Check(f"L{level}/{spec.name}/fuzz", run, rule=rule, op=spec.name, shape_class="fuzz", limit=120.0)
 
 
 def run_case(subject: Subject, spec: OpSpec, values: Sequence[OpCase]) -> Found:

@@ -204,7 +204,7 @@ ROWS = (
                torch.where(ids == start + p.vocab - 1, start - 1, ids).int(), table, start))),
     mutant("reversed", "row i of the result is row rows[i] (ops)", "gather_rows/*",
            before("gather_rows", lambda x, rows: (x, rows.flip(0)))),
-    mutant("beyond-nine", "problems between those of the cases are right too", "gather_rows/random",
+    mutant("beyond-nine", "problems between those of the cases are right too", "gather_rows/fuzz",
            before("gather_rows", lambda x, rows: (x, torch.cat([rows[:9], rows[9:] * 0])))),
     mutant("minus-one-is-row-0", "merge_rows keeps the row of x where source is -1 (ops)", "merge_rows/*",
            before("merge_rows", lambda x, embeds, source: (x, embeds, source.clamp(min=0)))),

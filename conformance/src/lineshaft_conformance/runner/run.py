@@ -68,7 +68,9 @@ def run_suite(
         raise InvalidValue(f"level {level}: allowed are {LEVELS[0]} to {LEVELS[-1]}")
     listed_size, seeds = parse_size(size, seed)
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    report = partial(Report, target.backend, dict(target.options), level, size, seed, started=started)
+    report = partial(
+        Report, target.backend, dict(target.options), level, size, seed, started=started, only=tuple(only)
+    )  # fmt: skip
     try:
         with Pool(target, listed_size, level, jobs=jobs, limit=limit, **pool) as running:
             chosen = select(running.checks, only)
