@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from rich.table import Table
+from rich.text import Text
 
 from lineshaft.errors import InvalidValue
 from lineshaft_conformance.checks import Check, Found, Size
 from lineshaft_conformance.levels import collect as collect_checks
 from lineshaft_conformance.mutants import gallery
 from lineshaft_conformance.mutants.mutant import Mutant
+from lineshaft_conformance.report.canonical import visible
 from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.runner.attempt import attempt
 from lineshaft_conformance.runner.pool import Pool, Task
@@ -184,5 +186,5 @@ def kill_table(kills: Sequence[Kill]) -> Table:
         table.add_column(column, no_wrap=True, overflow="ellipsis", min_width=least)
     for kill in sorted(kills, key=lambda kill: not kill.killed):
         cells = kill.name, f"L{kill.level}", kill.by or "SURVIVED", kill.reason if kill.killed else kill.rule
-        table.add_row(*cells, style="" if kill.killed else "bold red")
+        table.add_row(*(Text(visible(cell)) for cell in cells), style="" if kill.killed else "bold red")
     return table
