@@ -120,7 +120,8 @@ def test_a_mutant_leaves_nothing_behind(suite: Suite) -> None:
 
 
 def test_the_table_shows_survivors() -> None:
-    kills = [Kill("a", "rule a", 1, "L1/add/x", "off [/pair.cc:553]", 0.1), Kill("b", "rule b", 2, "", "it survives 3 checks", 0.2)]
+    dead = Kill("a", "rule a", 1, "L1/add/x", "off [/pair.cc:553]", 0.1)
+    kills = [dead, Kill("b", "rule b", 2, "", "it survives 3 checks", 0.2)]
     console = Console(width=160)
     with console.capture() as captured:
         console.print(kill_table(kills))
