@@ -35,6 +35,10 @@ PLAN = re.compile(r"^plan ([0-9a-f]{8,64})\b")
 """A note of a check that tells the hash of the plan it ran."""
 
 
+SHOWN = 200
+"""Characters of a pattern that a message quotes; no id is as long."""
+
+
 class UnknownCase(LineshaftError):
     """No check of the run has this id, or matches this pattern."""
 
@@ -101,9 +105,10 @@ def select(checks: Sequence[Listed], only: Sequence[str]) -> tuple[Listed, ...]:
     ids = [check.id for check in checks]
     for pattern in only:
         if not any(matches(id, pattern) for id in ids):
-            near = get_close_matches(pattern, ids, n=3, cutoff=0.3)
+            near = get_close_matches(pattern[:SHOWN], ids, n=3, cutoff=0.3)
             hint = f"the nearest are {', '.join(near)}" if near else "`lineshaft conformance list` shows all"
-            raise UnknownCase(f"no check of this level and size has the id or pattern {pattern!r}; {hint}")
+            shown = pattern if len(pattern) <= SHOWN else f"{pattern[:SHOWN]}..."
+            raise UnknownCase(f"no check of this level and size has the id or pattern {shown!r}; {hint}")
     return tuple(check for check in checks if not only or any(matches(check.id, pattern) for pattern in only))
 
 
