@@ -80,7 +80,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """One run of the suite. `level` is the highest level asked for; `facts` holds versions, device and machine."""
+    """One run of the suite. `level` is the highest level asked for; `facts` holds versions, device and machine, and
+    under "cases" the patterns of a run of chosen checks."""
 
     backend: str
     options: Mapping[str, Any]
@@ -96,11 +97,18 @@ class Report:
         return tuple(result for result in self.results if result.level == level)
 
     @property
+    def chosen(self) -> bool:
+        """Whether only chosen checks ran, and not all of their levels."""
+        return bool(self.facts.get("cases"))
+
+    @property
     def certified(self) -> int | None:
         """The highest level up to which nothing fails or is waived; None if not even level 0 is passed.
 
-        A level without a single pass is not passed: supporting nothing is a failure.
+        A level without a single pass is not passed: supporting nothing is a failure. Chosen checks certify nothing.
         """
+        if self.chosen:
+            return None
         reached = None
         for level in range(self.level + 1):
             found = [result.status for result in self.of_level(level)]

@@ -43,6 +43,7 @@ def lineshaft(capsys: pytest.CaptureFixture[str]) -> object:
 def test_a_run_that_passes(toy: Path, lineshaft: Any) -> None:
     status, out, err = lineshaft("run", *ONE, "--seed", 3, "--json", "--out", toy / "bundle")
     report = json.loads(out)
+    assert report["facts"]["cases"] == ["L1/add/t1-w33-f32"]
     assert (status, report["seed"], [result["id"] for result in report["results"]]) == (0, 3, ["L1/add/t1-w33-f32"])
     assert "signed by sha256:" in err
     status, out, _ = lineshaft("verify", toy / "bundle", "--rerun", 1)

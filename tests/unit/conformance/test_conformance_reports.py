@@ -171,6 +171,11 @@ def test_the_headline_names_level_and_evidence() -> None:
     assert headline(replace(REPORT, results=())) == "cpu is not certified at any level"
 
 
+def test_chosen_checks_certify_nothing() -> None:
+    chosen = replace(REPORT, facts={**REPORT.facts, "cases": ["L0/load/*"]})
+    assert (chosen.certified, headline(chosen)) == (None, "cpu is not certified: only chosen checks ran")
+
+
 def test_an_empty_run_has_every_report() -> None:
     empty = replace(REPORT, results=())
     assert "not certified" in html_page(empty) and "not certified" in shown(final_table(empty))

@@ -82,6 +82,8 @@ def run_suite(
             facts = {**machine(), **backend_facts(running, results), "evidence": why}
     except LoadFailed as error:
         results, facts = (Result(LOAD, 0, Status.FAIL, str(error), seed=seed),), machine()
+    if only:
+        facts["cases"] = list(only)
     return report(results=results, seconds=time.monotonic() - clock, facts=facts)
 
 
