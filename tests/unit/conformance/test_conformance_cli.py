@@ -54,6 +54,12 @@ def test_a_run_that_passes(toy: Path, lineshaft: Any) -> None:
     assert lineshaft("verify", toy / "absent")[0] == 7
 
 
+def test_a_run_whose_bundle_cannot_be_written_still_tells_its_results(toy: Path, lineshaft: Any) -> None:
+    status, out, err = lineshaft("run", *ONE, "--json", "--out", toy)
+    assert (status, json.loads(out)["results"][0]["status"]) == (7, "pass")
+    assert "in use and not a bundle" in err
+
+
 def test_a_signed_bundle_verifies_with_its_key_and_a_second_try_can_contradict_it(toy: Path, lineshaft: Any) -> None:
     key, bundle, changed = toy / "k.pem", toy / "bundle", toy / "changed"
     assert lineshaft("keygen", key)[0] == 0
