@@ -93,7 +93,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """One run of the suite. `level` is the highest level asked for; `facts` holds versions, device and machine."""
+    """One run of the suite. `level` is the highest level asked for; `facts` holds versions, device and machine, and
+    under "cases" the patterns of a run of chosen checks."""
 
     backend: str
     options: Mapping[str, Any]
@@ -104,21 +105,24 @@ class Report:
     started: str  # ISO 8601, UTC
     seconds: float
     facts: Mapping[str, Any] = field(default_factory=dict)
-    only: tuple[str, ...] = ()  # ids and patterns of the checks that were chosen; none: the whole suite ran
 
     def of_level(self, level: int) -> tuple[Result, ...]:
         return tuple(result for result in self.results if result.level == level)
 
     @property
-    def certified(self) -> int | None:
-        """The highest level up to which nothing fails or is waived; None if not even level 0 is passed, or if only some
-        checks were chosen.
+    def chosen(self) -> bool:
+        """Whether only chosen checks ran, and not all of their levels."""
+        return bool(self.facts.get("cases"))
 
-        A level without a single pass is not passed: supporting nothing is a failure.
+    @property
+    def certified(self) -> int | None:
+        """The highest level up to which nothing fails or is waived; None if not even level 0 is passed.
+
+        A level without a single pass is not passed: supporting nothing is a failure. Chosen checks certify nothing.
         """
-        reached = None
-        if self.only:
+        if self.chosen:
             return None
+        reached = None
         for level in range(self.level + 1):
             found = [result.status for result in self.of_level(level)]
             if Status.PASS not in found or Status.FAIL in found or Status.WAIVED in found:
@@ -133,5 +137,4 @@ class Report:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The inverse of `to_json` after a trip through JSON."""
-        results = tuple(map(Result.from_json, data["results"]))
-        return cls(**{**data, "results": results, "only": tuple(data.get("only", ()))})
+        return cls(**{**data, "results": tuple(map(Result.from_json, data["results"]))})

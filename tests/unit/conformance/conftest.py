@@ -122,6 +122,22 @@ def collect_flaky(subject, size, level):
     yield Check("L1/a/steady", held)
     yield Check("L1/a/declined", declines)
 
+def flood(subject, seed):
+    while True:
+        os.write(1, b"x" * 4096)
+        time.sleep(0.001)
+
+def strays(subject, seed):
+    import faulthandler
+    faulthandler.cancel_dump_traceback_later()
+    os.setpgid(0, os.getpgid(os.getppid()))
+    time.sleep(600)
+
+def collect_rebels(subject, size, level):
+    yield Check("L1/a/flood", flood, limit=2.0)
+    yield Check("L1/a/strays", strays, limit=1.0)
+    yield Check("L1/a/held", held)
+
 def collect_speed(subject, size, level):
     for number in range(2):
         yield Check(f"L5/speed/{number}", times)

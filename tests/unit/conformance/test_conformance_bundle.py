@@ -279,7 +279,8 @@ def test_a_key_of_another_kind_is_refused(bundle: Path, keys: tuple[Path, Path],
     rsa.write_bytes(generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     with pytest.raises(KeyFileError, match="of another kind"):
         write_bundle(REPORT, tmp_path / "b", rsa)
-    for wrong in (keys[0], tmp_path / "absent", tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for wrong in (keys[0], tmp_path / "absent", tmp_path, tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(KeyFileError, match="give a public Ed25519 key"):
             verify_bundle(bundle, wrong)
     with pytest.raises(KeyFileError, match="give a private Ed25519 key"):

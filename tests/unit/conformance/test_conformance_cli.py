@@ -43,6 +43,7 @@ def lineshaft(capsys: pytest.CaptureFixture[str]) -> object:
 def test_a_run_that_passes(toy: Path, lineshaft: Any) -> None:
     status, out, err = lineshaft("run", *ONE, "--seed", 3, "--json", "--out", toy / "bundle")
     report = json.loads(out)
+    assert report["facts"]["cases"] == ["L1/add/t1-w33-f32"]
     assert (status, report["seed"], [result["id"] for result in report["results"]]) == (0, 3, ["L1/add/t1-w33-f32"])
     assert "signed by sha256:" in err
     status, out, _ = lineshaft("verify", toy / "bundle", "--rerun", 1)
@@ -51,6 +52,12 @@ def test_a_run_that_passes(toy: Path, lineshaft: Any) -> None:
     assert lineshaft("verify", toy / "bundle")[0] == 7
     assert lineshaft("diff", toy / "bundle", toy / "bundle")[0] == 7
     assert lineshaft("verify", toy / "absent")[0] == 7
+
+
+def test_a_run_whose_bundle_cannot_be_written_still_tells_its_results(toy: Path, lineshaft: Any) -> None:
+    status, out, err = lineshaft("run", *ONE, "--json", "--out", toy)
+    assert (status, json.loads(out)["results"][0]["status"]) == (7, "pass")
+    assert "in use and not a bundle" in err
 
 
 def test_a_signed_bundle_verifies_with_its_key_and_a_second_try_can_contradict_it(toy: Path, lineshaft: Any) -> None:
@@ -77,6 +84,11 @@ def test_a_signed_bundle_verifies_with_its_key_and_a_second_try_can_contradict_i
         (["--backend", "toy", "--level", "L6"], 2, "'L6' is no level; allowed are L0"),
         (["--backend", "toy", "--size", "huge"], 2, "InvalidValue: size 'huge'"),
         (["--backend", "toy", "--jobs", "0"], 2, "at least 1"),
+        (["--backend", "toy", "--seed", "-1"], 2, "no whole number of at least 0"),
+        (["--backend", "toy", "--limit", "0"], 2, "a number above 0"),
+        (["--backend", "toy", "--limit", "nan"], 2, "'nan': allowed is a number from 0 to 1e+06"),
+        (["--backend", "toy", "--limit", "inf"], 2, "'inf': allowed is a number"),
+        (["--backend", "toy", "--case", "x" * 100_000], 4, f"pattern '{'x' * 200}...'"),
         (["--backend", "toy", "--backend-option", "dose=x"], 2, "UnknownKey: "),
         (["--backend", "toy", "--key", "k"], 2, "give --out DIR"),
         (["--backend", "toy", "--out", "o", "--key", "absent.pem"], 2, "KeyFileError: "),

@@ -18,6 +18,7 @@ import pytest
 from lineshaft.errors import BackendUnavailable, InvalidValue, UnknownBackend, UnknownKey
 from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed
 from lineshaft_conformance.results import Evidence, Report, Result, Status
+from lineshaft_conformance.runner import child
 from lineshaft_conformance.runner.attempt import attempt, digest
 from lineshaft_conformance.runner.child import last_words
 from lineshaft_conformance.runner.pool import LOAD, Listed, Pool, Shares, Task
@@ -153,6 +154,22 @@ def test_checks_of_speed_run_last_and_alone(toy: Path) -> None:
     ends = [float(result.notes[0].removeprefix("at ")) for _, result in done]
     assert ends[4] >= max(ends[:4]) + 0.2
     assert ends[5] >= ends[4] + 0.2
+
+
+def test_a_child_that_floods_or_leaves_its_group_is_still_ended(toy: Path) -> None:
+    report = run_suite(Target("toy"), jobs=1, collect="toy_checks:collect_rebels")
+    flood, strays, held = (result.reason for result in report.results)
+    assert flood.startswith("still running after 2 s (in "), flood
+    assert strays.startswith("still running after 1 s")
+    assert held == ""
+
+
+def test_output_beyond_a_measure_is_dropped(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "FLOOD", 1 << 16)
+    with Pool(Target("toy"), jobs=1, collect="toy_checks:collect_rebels") as pool:
+        flood = next(check for check in pool.checks if check.id.endswith("flood"))
+        ((_, result),) = pool.run([Task(flood, 0)])
+    assert result.reason.startswith("still running after 2 s (in "), result.reason
 
 
 PARENT = """

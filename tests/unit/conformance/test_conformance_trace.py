@@ -1,6 +1,7 @@
 """A trace agrees with itself and with other correct backends, and names the op, layer and step of a broken one."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -22,6 +23,7 @@ from lineshaft_conformance.trace.errors import TraceError
 from lineshaft_conformance.trace.record import record
 from lineshaft_conformance.trace.replay import replay
 from lineshaft_conformance.trace.shaken import Shaken
+from lineshaft_conformance.trace.store import sha256_of
 
 MODEL = {**LLAMA, "num_hidden_layers": 3}
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 60, 7, 9, 32]
@@ -237,6 +239,19 @@ def remove(name: str, folder: Path) -> None:
     (folder / name).unlink()
 
 
+def signed(change: Callable[[dict[str, Any]], object], folder: Path) -> None:
+    """Edit the header and write the sha256 of what it has become."""
+    header = json.loads((folder / "trace.json").read_text())
+    header.pop("sha256")
+    change(header)
+    (folder / "trace.json").write_text(json.dumps({**header, "sha256": sha256_of(header)}))
+
+
+def as_fifo(folder: Path) -> None:
+    remove("trace.json", folder)
+    os.mkfifo(folder / "trace.json")
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no header": (partial(remove, "trace.json"), "cannot be read"),
     "half a header": (partial(edit, "trace.json", lambda b: b[: len(b) // 2]), "damaged"),
@@ -246,6 +261,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
         "version 2",
     ),
     "an edited header": (partial(edit, "trace.json", lambda b: b.replace(b"float32", b"float64")), "sha256"),
+    "no pages": (partial(signed, lambda h: h.pop("pages")), "see 'pages'"),
+    "a list for a table": (partial(signed, lambda h: h.update(config=[])), "see 'config'"),
+    "no calls": (partial(signed, lambda h: h["calls"].clear()), "see 'calls' and 'shapes'"),
+    "a file elsewhere": (partial(signed, lambda h: h["files"].update({"../x": ""})), "see '../x'"),
+    "a fifo for a header": (as_fifo, "no file of at most"),
     "no steps": (partial(remove, "steps.safetensors"), "missing"),
     "half the digests": (partial(edit, "digests.jsonl", lambda b: b[: len(b) // 2]), "sha256"),
     "one bit of a sketch": (partial(edit, "sketches.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1])), "sha256"),

@@ -73,12 +73,12 @@ def act_run(args: Namespace) -> int:
         )  # fmt: skip
     today = datetime.now(UTC).date()
     report = waived(report, waivers, today, whole=not args.case)
-    if args.out:
-        print(f"bundle in {args.out}, signed by {write_bundle(report, args.out, args.key)}", file=sys.stderr)
     if args.json:
         print(canonical(report.to_json()).decode(), end="")
     else:
         Console().print(final_table(report))
+    if args.out:  # last: a folder that cannot be written does not cost the results
+        print(f"bundle in {args.out}, signed by {write_bundle(report, args.out, args.key)}", file=sys.stderr)
     return WAIVER if waivers.expired(today) else verdict(report, whole=not args.case)
 
 

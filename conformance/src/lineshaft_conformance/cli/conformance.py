@@ -6,12 +6,15 @@ This module only parses, so that `lineshaft --help` stays quick; EPILOG explains
 from __future__ import annotations
 
 import argparse
+import contextlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 from lineshaft.errors import LineshaftError
 
+LONGEST = 1e6
+"""Seconds or minutes that a user may ask for."""
 HELP = "check what a backend claims, and certify what it passes"
 EPILOG = """exit status:
   0    all passed up to the level asked for
@@ -61,10 +64,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     mutants.add_argument("--thorough", action="store_true", help="each must also pass everything below its level")
     soak = command("soak", "run L1 and L2 over and over with fresh seeds", backend_arguments, jobs_argument)
     soak.add_argument("--case", metavar="ID", action="append", default=[], help="an id or shell pattern; repeatable")
-    soak.add_argument("--seed", metavar="N", type=int, default=0, help="the fresh seeds follow from it (default 0)")
-    soak.add_argument("--minutes", metavar="M", type=float, default=20.0, help="how long (default 20)")
+    soak.add_argument("--seed", metavar="N", type=whole, default=0, help="the fresh seeds follow from it (default 0)")
+    soak.add_argument("--minutes", metavar="M", type=duration, default=20.0, help="how long (default 20)")
     soak.add_argument("--least", metavar="N", type=whole, default=50, help="seeds to try at least (default 50)")
-    soak.add_argument("--repeat", metavar="N", type=whole, help="instead: the whole smoke set, N times, one seed")
+    soak.add_argument("--repeat", metavar="N", type=positive, help="instead: the whole smoke set, N times, one seed")
 
 
 def backend_arguments(parser: ArgumentParser) -> None:
@@ -79,8 +82,8 @@ def case_arguments(parser: ArgumentParser) -> None:
 
 
 def run_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of all values (default 0)")
-    parser.add_argument("--limit", metavar="S", type=float, help="seconds for each check in place of its own limit")
+    parser.add_argument("--seed", metavar="N", type=whole, default=0, help="seed of all values (default 0)")
+    parser.add_argument("--limit", metavar="S", type=limit, help="seconds for each check in place of its own limit")
     jobs_argument(parser)
 
 
@@ -106,6 +109,19 @@ def positive(text: str) -> int:
     if not whole(text):
         raise argparse.ArgumentTypeError("allowed is a whole number of at least 1")
     return int(text)
+
+
+def duration(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number from 0 to {LONGEST:g}")
+
+
+def limit(text: str) -> float:
+    if not duration(text):
+        raise argparse.ArgumentTypeError("allowed is a number above 0")
+    return float(text)
 
 
 def run(args: Namespace) -> int:

@@ -38,6 +38,8 @@ from lineshaft_conformance.subject import Subject
 
 WIDTH = 64
 UNREAD = 48
+STEPS = ((4, 4), (48, 4))
+"""Tokens and rows of a decode step and of one with a prefill."""
 
 
 def checks(subject: Subject, size: Size) -> Iterator[Check]:
@@ -153,6 +155,10 @@ def _new_weights(subject: Subject, seed: int) -> Found:
             session.update({"w": product.weight})
             product.check(product.submit(x), x, "after the update")
             product.check(product.submit(one, 1), one, "another program after the update")
+        pending, other = product.submit(x), product.values(product.width)
+        session.update({"w": other})
+        product.check(pending, x, "a step that was submitted before an update and read after it")
+        product.weight = other
         other = product.values(product.width)
         expect(MisshapenTensor, lambda: session.update({"w": other, "no_such": other}), "update of an unknown name")
         expect(MisshapenTensor, lambda: session.update({"w": other[:-1]}), "update with another shape")
@@ -256,7 +262,20 @@ def _handles(subject: Subject, seed: int) -> Found:
             pending = product.rig.programs[1](product.rig.host({}, 1), {"x": handle})
             between = (x.astype(np.float64) @ product.weight.astype(np.float64).T).astype(x.dtype)
             product.check(pending, between, "a program over another's handle")
+        _outlived(product)
         return Found(product.rig.kernels)
+
+
+def _outlived(product: Product) -> None:
+    """A handle whose program has run again holds what it held, or is refused."""
+    x, late = product.values(4), product.values(4)
+    handle = product.submit(x).handle("product")
+    for _ in range(3):
+        product.check(product.submit(late), late, "a step between a handle and its use")
+    with suppress(ContractViolation):
+        pending = product.rig.programs[1](product.rig.host({}, 1), {"x": handle})
+        kept = (x.astype(np.float64) @ product.weight.astype(np.float64).T).astype(x.dtype)
+        product.check(pending, kept, "a program over a handle whose own program has run again")
 
 
 def _wrong_handles(subject: Subject, seed: int) -> Found:
@@ -334,6 +353,11 @@ def _unread(subject: Subject, seed: int) -> Found:
         grown, output = resident_bytes() - before, x.nbytes
         most = UNREAD // 2 * output
         require(grown < most, f"{UNREAD} unread steps of {output} bytes a result keep {grown} bytes")
+        before = resident_bytes()
+        for _ in range(UNREAD):
+            product.submit(x).result("sum")
+        grown = resident_bytes() - before
+        require(grown < most, f"{UNREAD} steps, read and dropped, of {output} bytes a result keep {grown} bytes")
         return Found(product.rig.kernels, notes=(f"reading after 8 unread steps: {ratio:.2f} x reading after one",))
 
 
@@ -370,17 +394,22 @@ def _late_bucket(subject: Subject, seed: int) -> Found:
 
 
 def _late_compilation(subject: Subject, seed: int) -> Found:
-    """The first step after freeze takes no longer than the later ones: capture has compiled and run the program."""
-    firsts, laters, steps = [], [], 9
+    """The first step after freeze takes no longer than the later ones: capture has compiled and run the program. Nor
+    does the first after an update, which drops no program."""
+    firsts, laters, updated, steps = [], [], [], 9
     for i in range(steps):  # other widths, so that nothing compiled for one session serves the next
         with Product(subject, (64,), width=512 + 16 * i) as product:
             x = product.values(64)
             first, _, later = (seconds(partial(_sum, product, x)) for _ in range(3))
             firsts.append(first)
             laters.append(later)
+            product.rig.session.update({"w": product.weight})
+            updated.append(seconds(partial(_sum, product, x)))
             require(product.rig.programs[0].report.seconds > 0, "CaptureReport.seconds is 0: what did capture do?")
     ratio = min(firsts) / min(laters)
     require(ratio < TOO_MUCH, f"the first step after freeze takes {ratio:.1f} times as long as a later one")
+    after = min(updated) / min(laters)
+    require(after < TOO_MUCH, f"the first step after an update takes {after:.1f} times as long as a later one")
     return Found(product.rig.kernels, notes=(f"first step after freeze: {ratio:.2f} x a later one",))
 
 
@@ -392,21 +421,36 @@ def _cache_copies(subject: Subject, seed: int) -> Found:
     dtype = subject.main_dtype
     sizes = [Layout(pages=pages, page_size=16, dim=64) for pages in (1024, 8192)]
     with (
-        Miniature(subject, dtype, sizes[0], ((4, 4),), seed) as small,
-        Miniature(subject, dtype, sizes[1], ((4, 4),), seed) as large,
+        Miniature(subject, dtype, sizes[0], STEPS, seed) as small,
+        Miniature(subject, dtype, sizes[1], STEPS, seed) as large,
     ):
         said = large.rig.programs[0].report.cache_copied
         if said:
             raise NotClaimed(f"CaptureReport.cache_copied: {said} bytes of caches are copied in every step")
-        calls: list[Callable[[], object]] = []
         for model in (small, large):
-            row = model.add()
-            model.step((row, 3))
-            host = model.rig.host(model._inputs(model.shapes[0], [(row, 0)]))
-            calls.append(partial(_attend, model, host))
-        ratio = paired_ratio(calls[0], calls[1])
-        require(ratio < TOO_MUCH, f"with 8 times the pages a step takes {ratio:.1f} times as long: it copies caches")
+            model.step((model.add(), 3))
+        for i, (tokens, _) in enumerate(STEPS):
+            calls = []
+            for model in (small, large):
+                host = model.rig.host(model._inputs(model.shapes[i], [(model.rows[0], 0)]), i)
+                calls.append(partial(_attend, model, host, i))
+            ratio = paired_ratio(calls[0], calls[1])
+            text = f"with 8 times the pages a step of {tokens} tokens takes {ratio:.1f} times as long"
+            require(ratio < TOO_MUCH, f"{text}: it copies caches")
         return Found(small.rig.kernels, notes=(f"step with 8 times the pages: {ratio:.2f} x",))
+
+
+def _two_sessions(subject: Subject, seed: int) -> Found:
+    """A session owns its caches: two of one backend, with equal caches, keep their own pages."""
+    dtype = subject.main_dtype
+    with Miniature(subject, dtype, seed=seed) as one, Miniature(subject, dtype, seed=seed + 1) as other:
+        rows = [(model, model.add()) for model in (one, other)]
+        for tokens in (5, 1, 7, 1):
+            for model, row in rows:
+                model.step((row, tokens))
+        for model, _ in rows:
+            model.check_pages()
+        return one.found
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------
@@ -464,8 +508,8 @@ def _sum(product: Product, x: HostArray) -> HostArray:
     return product.submit(x).result("sum")
 
 
-def _attend(model: Miniature, host: HostStep) -> HostArray:
-    return model.rig.programs[0](host).result("out0")
+def _attend(model: Miniature, host: HostStep, program: int) -> HostArray:
+    return model.rig.programs[program](host).result("out0")
 
 
 def _changes(product: Product) -> list[tuple[str, Callable[[], object]]]:
@@ -509,6 +553,7 @@ CHECKS: dict[str, Callable[[Subject, int], Found]] = {
     "late_bucket": _late_bucket,
     "late_compilation": _late_compilation,
     "cache_copies": _cache_copies,
+    "two_sessions": _two_sessions,
     "close": _close,
     "close_frees": _close_frees,
 }

@@ -189,7 +189,10 @@ def _stable(subject: Subject, seed: int) -> Found:
             for k in backend.kernels()
         ]
 
-    first, second = listed(subject.backend), listed(subject.start(World(threads=1)))
+    again = subject.start(World(threads=1))
+    claims = (subject.capabilities, subject.capabilities, again.capabilities)
+    require(claims[0] == claims[1] == claims[2], "capabilities change from one call, or from one start, to the next")
+    first, second = listed(subject.backend), listed(again)
     unlike = [str(a[0]) for a, b in zip(first, second, strict=False) if a != b]
     require(len(first) == len(second) and not unlike, f"a second start gives other kernels: {', '.join(unlike)}")
     return Found(tuple(str(item[0]) for item in first))

@@ -142,6 +142,17 @@ def _copy_pages(model: Miniature) -> None:
     model.step((rows[0], 1), (rows[1], 1))
 
 
+def _many_pages(model: Miniature) -> None:
+    """copy_pages takes any number of ids, and one source may have several targets."""
+    count, size = 40, model.layout.page_size
+    row, copy, twin = (model.add([[1 + n * count + i for i in range(count)]], count * size) for n in range(3))
+    ids = np.array(row.tables[0], np.int32)
+    kept = {name: model.rng.standard_normal(held[ids].shape) for name, held in model.shadow[0].items()}
+    model.write(0, ids, {name: array.astype(numpy_dtype(model.dtype)) for name, array in kept.items()})
+    model.copy(0, [*ids, *ids], [*copy.tables[0], *twin.tables[0]]).wait()
+    model.check_pages()
+
+
 def _bits(model: Miniature) -> None:
     """write_pages and read_pages keep every bit: NaN payloads, -0, infinities, the smallest numbers; any order of ids,
     padded with 0, and no ids at all."""
@@ -207,6 +218,7 @@ SCENARIOS: dict[str, tuple[Scenario, Layout]] = {
     "swap": (_swap, TWO),
     "reuse": (_reuse, Layout(pages=5)),
     "copy_pages": (_copy_pages, TWO),
+    "many_pages": (_many_pages, Layout(pages=128, columns=48)),
     "bits": (_bits, TWO),
     "empty_step": (_empty_step, TWO),
     "cached_prompt": (_cached_prompt, Layout()),

@@ -176,7 +176,13 @@ def interleaved_heads(self: Plain, x: Tensor) -> Tensor:
     return x.repeat(1, self.problem.q_heads // self.problem.kv_heads, 1)
 
 
+def first_16_rows(self: PlainAttend, step: Any) -> Any:
+    return (row for row in PlainAttend.rows(self, step) if row.index < 16)
+
+
 PLACES = (
+    mutant("first-16-rows", "a step may have any number of rows (step)", "attend/decode/many_rows*",
+           attend_with(rows=first_16_rows)),
     mutant(
         "page-id-16-bits", "page ids are int32 (step)", "attend/decode/*high_ids*",
         attend_with(slots=lambda self, row: Plain.slots(self, replace(row, pages=row.pages % 65536))),

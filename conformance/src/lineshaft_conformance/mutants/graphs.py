@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -273,6 +274,99 @@ def _baked_constants(session: Any, update: Any, weights: Any) -> Any:
     )
 
 
+def _keeps_read(session: Any) -> Any:
+    """Keeps a copy of every result that was read."""
+    kept: list[Any] = []
+
+    def call(program: Any, *given: Any) -> Any:
+        pending = program(*given)
+
+        def result(name: str) -> Any:
+            kept.append(pending.result(name).copy())
+            return kept[-1].copy()
+
+        return Results(pending, result)
+
+    return call
+
+
+def _reads_late(session: Any) -> Any:
+    """A result that is read after an update is computed again, with the new weights."""
+    update, count = session.update, [0]
+
+    def counted(weights: Any) -> Any:
+        count[0] += 1
+        return update(weights)
+
+    session.update = counted
+
+    def call(program: Any, host: Any, arrays: Any, after: Any) -> Any:
+        kept, before, pending = copy.deepcopy(host), count[0], program(host, arrays, after)
+
+        def result(name: str) -> Any:
+            return (pending if count[0] == before else program(kept, arrays, ())).result(name)
+
+        return Results(pending, result)
+
+    return call
+
+
+def _slow_after_update(session: Any) -> Any:
+    update, due = session.update, [False]
+
+    def noted(weights: Any) -> Any:
+        due[0] = True
+        return update(weights)
+
+    session.update = noted
+
+    def call(program: Any, *given: Any) -> Any:
+        if due[0]:
+            time.sleep(0.02)  # compiles again
+            due[0] = False
+        return program(*given)
+
+    return call
+
+
+def _newest_handle(session: Any) -> Any:
+    """A handle names the output of its program's latest step."""
+    made: dict[int, Any] = session.__dict__.setdefault("_mutant_made", {})
+    newest: list[Any] = [None]
+
+    def call(program: Any, host: Any, arrays: Any, after: Any) -> Any:
+        now = {name: made[id(h)][1][0].handle(made[id(h)][2]) if id(h) in made else h for name, h in arrays.items()}
+        newest[0] = program(host, now, after)
+
+        def handle(name: str) -> Any:
+            given = newest[0].handle(name)
+            made[id(given)] = (given, newest, name)
+            return given
+
+        return Results(newest[0], newest[0].result, handle)
+
+    return call
+
+
+_CACHES: dict[Any, Any] = {}
+
+
+def _one_pool(session: Any, alloc: Any, problems: Any, pages: Any, layout: str) -> Any:
+    """Equal caches of two sessions that are open at once are the same memory."""
+    made, key = alloc(problems, pages, layout), (tuple(problems), tuple(pages), layout)
+    owner, first = _CACHES.get(key, (None, ()))
+    if owner is None or owner.closed:
+        _CACHES[key] = (session, made)
+    for mine, other in zip(made, first, strict=False):
+        mine.arrays.update({} if owner.closed else other.arrays)
+    return made
+
+
+def _copies_in_prefill(problem: Any, run: Any) -> Any:
+    copying = _copies_cache(problem, run)
+    return lambda cache, k, *given, **named: (copying if len(k) > 16 else run)(cache, k, *given, **named)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("one_copy", "a result is a private host copy", 3, "L3/graph/private_results", with_program(_one_copy)),
     Mutant(
@@ -286,6 +380,26 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("lazy", "unread steps pile up no work", 3, "L3/graph/unread", with_program(_lazy)),
     Mutant("hoards", "unread steps keep no memory", 3, "L3/graph/unread", with_program(_hoards)),
     Mutant("old_handle", "a handle holds what its step left", 3, "L3/graph/handles", with_program(_old_handle)),
+    Mutant(
+        "newest_handle", "a handle holds what its step left, or is refused", 3, "L3/graph/handles",
+        with_program(_newest_handle),
+    ),
+    Mutant("keeps_read", "results that were read keep no memory", 3, "L3/graph/unread", with_program(_keeps_read)),
+    Mutant(
+        "reads_late", "an update does not reach a step that was submitted before", 3, "L3/graph/new_weights",
+        with_program(_reads_late),
+    ),
+    Mutant(
+        "slow_after_update", "an update drops no program", 3, "L3/graph/late_compilation",
+        with_program(_slow_after_update),
+    ),
+    Mutant(
+        "one_pool", "a session owns its caches", 3, "L3/graph/two_sessions", with_session("alloc_caches", _one_pool)
+    ),
+    Mutant(
+        "copies_in_prefill", "write_kv copies no cache, also in a prefill", 3, "L3/graph/cache_copies",
+        with_kernel("write_kv", _copies_in_prefill),
+    ),
     Mutant(
         "scribbles", "a program never writes to its host buffer", 3, "L3/graph/host_buffer",
         with_program(_scribbles),

@@ -146,6 +146,10 @@ def silu_overflow(x: Tensor) -> Tensor:
     return (gate * gate.exp() / (1 + gate.exp()) * up).to(x.dtype)
 
 
+def blank_if(wrong: bool, out: Tensor) -> Tensor:
+    return out * 0 if wrong else out
+
+
 def drop_odd_column(x: Tensor, *rest: Any) -> tuple[Any, ...]:
     even = torch.arange(x.shape[-1]) < x.shape[-1] // 2 * 2
     return x * even, *rest
@@ -199,6 +203,8 @@ ROWS = (
     mutant("clamps-outside", "embed gives 0 outside the shard (ops)", "embed/first_shard*",
            with_call("embed", lambda p, run, ids, table, start: run(
                ids.clamp(int(start), int(start) + p.vocab - 1), table, start))),
+    mutant("ids-of-16-bits", "ids are int32 (step)", "embed/vocabulary*",
+           before("embed", lambda ids, table, start: (ids & 0xFFFF, table, start))),
     mutant("last-row-of-shard", "the shard's last row is inside (ops)", "embed/*",
            with_call("embed", lambda p, run, ids, table, start: run(
                torch.where(ids == start + p.vocab - 1, start - 1, ids).int(), table, start))),
@@ -222,6 +228,12 @@ ROWS = (
     mutant("drops-odd-column", "any k and n are products (ops)", "linear/*k67*", before("linear", drop_odd_column)),
     mutant("bias-ignored", "a bias is passed exactly when the problem has one, and is added (ops)", "linear/bias/*",
            with_call("linear", lambda p, run, x, w, **kw: run(x, w, **{k: v * 0 for k, v in kw.items()}))),
+    mutant("rows-beyond-512", "a product may have any number of rows (ops)", "linear/prefill/m520*",
+           after("linear", lambda out: blank_if(out.shape[0] > 512, out))),
+    mutant("columns-beyond-4096", "a product may have any number of columns (ops)", "linear/decode/m2-n4160*",
+           after("linear", lambda out: blank_if(out.shape[-1] > 4096, out))),
+    mutant("depth-beyond-4096", "a product may have any depth (ops)", "linear/decode/m2-n32-k4352*",
+           with_call("linear", lambda p, run, x, *more, **kw: blank_if(p.k > 4096, run(x, *more, **kw)))),
     mutant("last-row-of-tile", "every row of a product is right, also beyond a tile of 16", "linear/prefill/*",
            after("linear", lambda out: torch.cat([out[:16], out[16:] * 0]))),
     mutant("tf32", "f32 products are not run in a narrower dtype (kernels)", "linear/*-f32", before("linear", as_tf32)),
@@ -421,6 +433,8 @@ LOGITS = (
     mutant("bias-ignored", "a bias is added (ops)", "apply_logits/bias*",
            with_call("apply_logits", lambda p, run, logits, **kw: run(logits, **{
                key: v * 0 if key == "bias" else v for key, v in kw.items()}))),
+    mutant("vocabulary-of-32768", "a vocabulary has more tokens than a block (ops)", "sample/plain-v70000*",
+           before("sample", lambda logits, params, u: (logits[:, :32768], params, u))),
     mutant("always-greedy", "a temperature above 0 samples (ops)", "sample/plain*", params_with(temperature=0.0)),
     mutant("never-greedy", "temperature 0 takes the largest logit, whatever else is set (step)", "sample/*",
            before("sample", lambda logits, params, u: (
@@ -442,6 +456,8 @@ LOGITS = (
            before("sample", lambda logits, params, u: (logits, params, u[:1].expand_as(u).contiguous()))),
     mutant("token-for-nan", "a row with a NaN or no kept token gives -1 (ops)", "sample/nan_and_empty_rows*",
            after("sample", lambda ids: ids.clamp(min=0))),
+    mutant("vocabulary-of-16-bits", "ids are int32 (ops)", "argmax/vocabulary*",
+           after("argmax", lambda ids: ids & 0xFFFF)),
     mutant("highest-wins", "the lowest index wins (ops)", "argmax/ties*",
            with_call("argmax", lambda p, run, logits: (p.vocab - 1 - run(logits.flip(-1).contiguous())).int())),
     mutant("padding-wins", "all-negative logits have a largest one", "argmax/all_negative*",

@@ -39,6 +39,16 @@ def _first_cache_only(session: Any, copy: Any, group: int, src: Any, dst: Any) -
     return done
 
 
+def _first_32(session: Any, copy: Any, group: int, src: Any, dst: Any) -> Any:
+    return copy(group, src[:32], dst[:32])
+
+
+def _one_target(session: Any, copy: Any, group: int, src: Any, dst: Any) -> Any:
+    """A source that comes again is copied once."""
+    _, first = np.unique(src, return_index=True)
+    return copy(group, src[first], dst[first])
+
+
 def _every_group(session: Any, copy: Any, group: int, src: Any, dst: Any) -> Any:
     for other in {c.problem.group for c in session.caches}:
         done = copy(other, src, dst)
@@ -185,6 +195,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "ignores_after", "a program waits for the transfers it is given", 2, "L2/paging/copies_in_order-*",
         all_of(with_session("copy_pages", _late_copy), with_program(lambda session: _ignores_after)),
+    ),
+    Mutant(
+        "copies_first_32", "copy_pages takes any number of ids", 2, "L2/paging/many_pages-*",
+        with_session("copy_pages", _first_32),
+    ),
+    Mutant(
+        "copies_to_one_target", "a page may be copied to several at once", 2, "L2/paging/many_pages-*",
+        with_session("copy_pages", _one_target),
     ),
     Mutant(
         "lends_pages", "read_pages gives a private copy", 2, "L2/paging/swap-*",

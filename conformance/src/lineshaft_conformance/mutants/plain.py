@@ -19,6 +19,7 @@ INF = torch.inf
 class Row:
     """One row of a step: its tokens, how many keys it has, its pages, where they start, its queries' positions."""
 
+    index: int
     tokens: slice
     context: int
     pages: torch.Tensor  # int64[P]
@@ -53,7 +54,7 @@ class PlainAttend:
             starts = view.page_starts[b].long() if self.problem.page_starts else usual
             query = torch.arange(context - (tokens.stop - tokens.start), context)
             if tokens.stop > tokens.start:
-                yield Row(tokens, context, view.page_table[b].long(), starts, query)
+                yield Row(b, tokens, context, view.page_table[b].long(), starts, query)
 
     def view(self, step: Any) -> Any:
         return step.groups[self.problem.group]

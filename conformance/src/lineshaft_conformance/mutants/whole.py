@@ -9,6 +9,7 @@ from typing import Any
 from lineshaft.contract.backends import BackendInfo, BackendKind
 from lineshaft.contract.kernels import Kernel
 from lineshaft_conformance.mutants.mutant import (
+    Changed,
     Make,
     Mutant,
     changed,
@@ -76,6 +77,19 @@ MEMORY = (
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------
+
+
+class Moody(Changed):
+    """Claims batch determinism when it is asked first, and takes it back."""
+
+    asked = False
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name != "capabilities" or self.asked:
+            return found
+        object.__setattr__(self, "asked", True)
+        return replace(found, determinism=replace(found.determinism, batch=True))
 
 
 def only_16(kernel: Kernel) -> Kernel:
@@ -154,6 +168,8 @@ LOADING = (
            with_kernels(lambda kernel: replace(kernel, supports=raising), "silu_mul")),
     Mutant("unknown-dtype", "capabilities name dtypes that exist (backends)", 0, "L0/load/capabilities",
            with_capabilities(dtypes=("float32", "float42"))),
+    Mutant("moody", "capabilities do not change from call to call (backends)", 0, "L0/load/stable",
+           lambda backend: Moody(backend, capabilities=backend.capabilities)),
     Mutant("no-dtype", "a backend executes at least one dtype (backends)", 0, "L0/load/capabilities",
            with_capabilities(dtypes=())),
     Mutant("page-size-0", "page sizes are positive (backends)", 0, "L0/load/capabilities",

@@ -20,6 +20,9 @@ from cryptography.hazmat.primitives.serialization import (
 from lineshaft.errors import LineshaftError
 from lineshaft_conformance.report.canonical import sha256
 
+LARGEST = 1 << 16
+"""Bytes of a key file; a key in PEM has some hundred."""
+
 
 class KeyFileError(LineshaftError):
     """A key file cannot be read or written, or is not an Ed25519 key in PEM."""
@@ -86,6 +89,8 @@ def load_public(path: Path) -> Ed25519PublicKey:
 
 def _load(path: Path, parse: Callable[[bytes], object], word: str) -> object:
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
+            raise ValueError(f"no file of at most {LARGEST} bytes")
         return parse(path.read_bytes())
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise KeyFileError(f"the key {path} cannot be read: {error}; {_wanted(word)}") from error

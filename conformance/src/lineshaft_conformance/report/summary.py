@@ -34,10 +34,9 @@ def counts(results: Iterable[Result]) -> Counter[Status]:
 
 def headline(report: Report) -> str:
     """What the run certifies and on which evidence, in words; the same in every format."""
-    if report.only:
-        failed = sum(result.status is Status.FAIL for result in report.results)
-        return f"{report.backend}: {failed} of {len(report.results)} chosen checks failed; the whole suite certifies"
     certified = report.certified
+    if report.chosen:
+        return f"{report.backend} is not certified: only chosen checks ran"
     if certified is None:
         return f"{report.backend} is not certified at any level"
     seen = evidence(result for result in report.results if result.level <= certified)

@@ -26,8 +26,10 @@ TAIL = 1 << 16
 """Bytes at the end of a dead child's output that are looked at."""
 LAST_WORDS = 300
 """Characters of a dead child's output that are quoted."""
-OVERDUE = re.compile(r"^Timeout \(\d+:\d\d:\d\d", re.MULTILINE)
-"""What the interpreter writes when a request runs into its limit."""
+OVERDUE = re.compile(r"Timeout \(\d+:\d\d:\d\d[.\d]*\)!$", re.MULTILINE)
+"""What the interpreter writes when a request runs into its limit, after whatever was printed without a line's end."""
+FLOOD = 64 << 20
+"""Bytes of output that are kept; a plugin that prints without end does not fill the disk."""
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
@@ -51,7 +53,7 @@ class Child:
         os.set_blocking(self._replies, False)
         self._buffer = b""
         self._status: int | None = None
-        self._said = ""
+        self._kept, self._said = b"", ""
         self._limit, self._deadline = 0.0, math.inf
         self._send(config)
 
@@ -61,9 +63,19 @@ class Child:
     def ask(self, request: Mapping[str, Any], limit: float) -> None:
         """Send a request that is to be answered within `limit` seconds."""
         self._limit, self._deadline = limit, time.monotonic() + limit + GRACE_SECONDS
-        self._output.seek(0)
-        self._output.truncate()  # the child shares the position: its output starts anew
+        self._shorten()
+        self._kept = b""
         self._send({**request, "limit": limit})
+
+    def _shorten(self) -> None:
+        """Keep but the end of what it printed. It shares the position in the file, so that its output starts anew."""
+        self._kept = self._tail()
+        self._output.seek(0)
+        self._output.truncate()
+
+    def _tail(self) -> bytes:
+        start = max(0, os.fstat(self._output.fileno()).st_size - TAIL)
+        return self._kept[-TAIL:] + os.pread(self._output.fileno(), TAIL, start)
 
     def _send(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is dead; `answer` will say how
@@ -72,6 +84,8 @@ class Child:
     def answer(self) -> Message | None:
         """What it answered, or None as long as it works. Does not wait."""
         ended = self._exited()
+        if not ended and os.fstat(self._output.fileno()).st_size > FLOOD:
+            self._shorten()
         try:
             while part := os.read(self._replies, 1 << 16):
                 self._buffer += part
@@ -127,9 +141,9 @@ class Child:
             time.sleep(0.005)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # it may have joined another group
         self._status = self.process.wait()
-        start = max(0, os.fstat(self._output.fileno()).st_size - TAIL)
-        self._said = os.pread(self._output.fileno(), TAIL, start).decode(errors="replace")
+        self._said = self._tail().decode(errors="replace")
         for number in (self._requests, self._replies, self._lifeline):
             os.close(number)
         self._output.close()
@@ -152,7 +166,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def last_words(output: str) -> str:
     """Where a child was and what it printed, from its output; "" if that says nothing."""
-    printed, blocks = re.split(r"^(?:Fatal Python error:|Timeout \(\d)", output, maxsplit=1, flags=re.MULTILINE), []
+    printed, blocks = re.split(rf"^Fatal Python error:|{OVERDUE.pattern}", output, maxsplit=1, flags=re.MULTILINE), []
     if len(printed) > 1:
         blocks = [block for block in printed[1].split("\n\n") if "most recent call first" in block]
     stack = max(blocks, key=lambda block: ("Current thread" in block, "runner/worker.py" in block), default="")

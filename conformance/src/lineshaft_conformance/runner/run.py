@@ -35,6 +35,10 @@ PLAN = re.compile(r"^plan ([0-9a-f]{8,64})\b")
 """A note of a check that tells the hash of the plan it ran."""
 
 
+SHOWN = 200
+"""Characters of a pattern that a message quotes; no id is as long."""
+
+
 class UnknownCase(LineshaftError):
     """No check of the run has this id, or matches this pattern."""
 
@@ -68,9 +72,7 @@ def run_suite(
         raise InvalidValue(f"level {level}: allowed are {LEVELS[0]} to {LEVELS[-1]}")
     listed_size, seeds = parse_size(size, seed)
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    report = partial(
-        Report, target.backend, dict(target.options), level, size, seed, started=started, only=tuple(only)
-    )  # fmt: skip
+    report = partial(Report, target.backend, dict(target.options), level, size, seed, started=started)
     try:
         with Pool(target, listed_size, level, jobs=jobs, limit=limit, **pool) as running:
             chosen = select(running.checks, only)
@@ -80,6 +82,8 @@ def run_suite(
             facts = {**machine(), **backend_facts(running, results), "evidence": why}
     except LoadFailed as error:
         results, facts = (Result(LOAD, 0, Status.FAIL, str(error), seed=seed),), machine()
+    if only:
+        facts["cases"] = list(only)
     return report(results=results, seconds=time.monotonic() - clock, facts=facts)
 
 
@@ -103,9 +107,10 @@ def select(checks: Sequence[Listed], only: Sequence[str]) -> tuple[Listed, ...]:
     ids = [check.id for check in checks]
     for pattern in only:
         if not any(matches(id, pattern) for id in ids):
-            near = get_close_matches(pattern, ids, n=3, cutoff=0.3)
+            near = get_close_matches(pattern[:SHOWN], ids, n=3, cutoff=0.3)
             hint = f"the nearest are {', '.join(near)}" if near else "`lineshaft conformance list` shows all"
-            raise UnknownCase(f"no check of this level and size has the id or pattern {pattern!r}; {hint}")
+            shown = pattern if len(pattern) <= SHOWN else f"{pattern[:SHOWN]}..."
+            raise UnknownCase(f"no check of this level and size has the id or pattern {shown!r}; {hint}")
     return tuple(check for check in checks if not only or any(matches(check.id, pattern) for pattern in only))
 
 

@@ -33,6 +33,13 @@ from lineshaft_conformance.trace.errors import TraceError
 
 VERSION: Final = 1
 HEADER, STEPS, DIGESTS, SKETCHES = "trace.json", "steps.safetensors", "digests.jsonl", "sketches.safetensors"
+FIELDS: Final = {
+    "full": bool, "count": int, "page_size": int, "backend": str, "model": str, "dtype": str, "lineshaft": str,
+    "fingerprint": str, "config": dict, "files": dict, "calls": list, "shapes": list, "steps": list, "pages": list,
+}  # fmt: skip
+"""What a header holds, beside its version."""
+LARGEST: Final = 256 << 20
+"""Bytes of a header; more is not read."""
 PLAIN_FIELDS: Final = ("dtype", "sha256", "l2", "top", "nan", "inf")
 DTYPES: Final = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
@@ -159,6 +166,8 @@ def read_header(folder: Path) -> dict[str, Any]:
     """The checked header."""
     path = folder / HEADER
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
+            raise TraceError(f"{path} is no file of at most {LARGEST >> 20} MiB; record the trace anew")
         header = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TraceError(
@@ -172,6 +181,11 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise TraceError(f"{path} is of version {header['version']!r}, this reads {VERSION}; record the trace anew")
     if header.pop("sha256", None) != sha256_of(header):
         raise TraceError(f"{path} is not what was recorded: its sha256 differs; record the trace anew")
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(header.get(name), kind)]
+    odd = [] if wrong else [name for name in header["files"] if Path(name).name != name]
+    if wrong or odd or len(header["calls"]) != len(header["shapes"]):
+        what = ", ".join(map(repr, wrong or odd)) or "'calls' and 'shapes'"
+        raise TraceError(f"{path} is no header of a trace: see {what}; record the trace anew")
     return header
 
 

@@ -436,6 +436,11 @@ _FEATURES: Table = {
     "mixed/wide_values": (_MIXED, {"qk_dim": 8, "v_dim": 24}, ""),
 }  # fmt: skip
 _PAGES: Table = {
+    "decode/many_rows-page16": (
+        Paging(tuple((1, 3 + 5 * row) for row in range(20))),
+        {},
+        "more rows than one block has",
+    ),
     "mixed/bf16_pages": (_MIXED, _stored("bfloat16"), ""),
     "mixed/e4m3fn_pages": (_MIXED, _stored("float8_e4m3fn"), FNUZ + "; 0x80 is -0"),
     "mixed/e5m2_pages": (_MIXED, _stored("float8_e5m2"), FNUZ + "; 0x80 is -0"),

@@ -104,10 +104,14 @@ def _moved(p: LinearProblem) -> int:
 _SIZES = {
     "decode/m1-n48-k32": (1, 48, 32), "decode/m3-n33-k67": (3, 33, 67), "prefill/m17-n64-k96": (17, 64, 96),
     "bias/m3-n33-k67": (3, 33, 67), "nan_row/m3-n33-k67": (3, 33, 67), "one/m1-n1-k1": (1, 1, 1),
+    "decode/m2-n4160-k32": (2, 4160, 32), "prefill/m520-n64-k32": (520, 64, 32),
     "decode/m8-n256-k512": (8, 256, 512), "prefill/m130-n192-k1024": (130, 192, 1024),
 }  # fmt: skip
 _FULL = ("decode/m8-n256-k512", "prefill/m130-n192-k1024")
 _SUMS = "sums/m3-n40-k512"
+_DEEP = "decode/m2-n32-k4352"
+"""In float32 alone: over so many terms a bfloat16 result may be off by its own size."""
+_SINGLE = ((_SUMS, "bfloat16"), (_DEEP, "float32"))
 _WHY = {
     "bias": "the bias is added before the one rounding", "nan_row": "NaN of a padding row stays in its row",
     "sums": "sums are made in float32: products that cancel",
@@ -116,7 +120,7 @@ _WHY = {
 
 def _linear_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in [*variants(size, [n for n in _SIZES if n not in _FULL], _FULL), (_SUMS, "bfloat16")]:
+    for name, dtype in [*variants(size, [n for n in _SIZES if n not in _FULL], _FULL), *_SINGLE]:
         case_id = f"{name}-{short(dtype)}"
         kind, _, sizes = name.partition("/")
         m, n, k = (int(part[1:]) for part in sizes.split("-"))

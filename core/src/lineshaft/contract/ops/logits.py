@@ -250,6 +250,8 @@ def _logits(rng: np.random.Generator, dtype: str, rows: int, vocab: int, spread:
     return drawn.astype(numpy_dtype(dtype)).astype(np.float64)
 
 
+MANY_ROWS = 20
+"""More rows than a block of a kernel is likely to have."""
 _APPLIES = {
     "plain-v40": "",
     "mask-v40": "bit v % 32 of word v // 32; bits beyond the vocabulary mean nothing",
@@ -317,9 +319,10 @@ _FILTERS: dict[str, tuple[dict[str, Any], str]] = {
 
 def _sample_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     vocabs = (37,) if size == "smoke" else (37, 300)
-    for case_id, dtype, draw in _named(rng, [f"{name}-v{vocab}" for vocab in vocabs for name in _FILTERS]):
+    names = [f"{name}-v{vocab}" for vocab in vocabs for name in _FILTERS]
+    for case_id, dtype, draw in _named(rng, [*names, "plain-v70000"]):
         name, vocab = case_id.split("-")[0], int(case_id.split("-v")[1].split("-")[0])
-        rows = 6
+        rows = 6 if vocab < 70_000 else MANY_ROWS
         logits = _logits(draw, dtype, rows, vocab)
         _shape_logits(name, logits)
         params = _params(name, rows)
@@ -406,6 +409,7 @@ _ARGMAXES = {
     "all_negative-v50": "padding of a vocabulary does not win, as 0 would",
     "extreme-v37": "logits up to half of what float32 holds",
     "masked-v37": "", "all_masked-v37": "-1 for a row with nothing above -inf", "nan-v37": "-1 for a row with a NaN",
+    "vocabulary-v70000": "the largest lies anywhere in a vocabulary, in any of many rows",
     "large-v5000": "", "ties-v5000": "the lowest index wins across blocks of the vocabulary",
 }  # fmt: skip
 
@@ -413,15 +417,18 @@ _ARGMAXES = {
 def _argmax_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     for case_id, dtype, draw in _named(rng, [n for n in _ARGMAXES if size == "full" or "v5000" not in n]):
         vocab = int(case_id.split("v")[-1].split("-")[0])
-        logits = _logits(draw, dtype, 4, vocab)
+        rows = MANY_ROWS if case_id.startswith("vocabulary") else 4
+        logits = _logits(draw, dtype, rows, vocab)
         _shape_logits(case_id.split("-")[0], logits)
+        if case_id.startswith("vocabulary"):
+            logits[np.arange(rows), vocab - 1 - 12_000 * (np.arange(rows) % 6)] = 64.0
         if case_id.startswith("ties"):
             logits[:, [vocab // 2, vocab - 1]] = logits.max()
         if case_id.startswith("all_negative"):
             logits = -np.abs(logits) - 1
         if case_id.startswith("nan"):
             logits[1, 3], logits[2] = np.nan, -np.inf
-        problem = SampleProblem(dtype=dtype, rows=4, vocab=vocab)
+        problem = SampleProblem(dtype=dtype, rows=rows, vocab=vocab)
         yield Case(case_id, problem, (logits,), why=_ARGMAXES[case_id.rpartition("-")[0]])
 
 

@@ -92,13 +92,15 @@ def _specialise_add_norm(base: Any, call: Call) -> NormProblem:
 # ---- cases -----------------------------------------------------------------------------------------------------
 
 _NORMS = {
-    "t1-w64": "", "t5-w33": "", "heads-t3-w16": "", "zero_row-t3-w32": "eps keeps a row of zeros finite",
+    "t1-w64": "", "t300-w32": "",
+    "t5-w33": "", "heads-t3-w16": "", "zero_row-t3-w32": "eps keeps a row of zeros finite",
     "small-t3-w32": "eps is the problem's, and inside the root",
     "nan_row-t3-w32": "NaN of a padding row stays in its row",
     "t65-w1024": "", "sums-t2-w1536": "squares are summed in float32: bfloat16 stops growing after 256 of them",
 }  # fmt: skip
 _FULL = ("t65-w1024",)
 _SUMS = "sums-t2-w1536"
+_SINGLE = ((_SUMS, "bfloat16"), ("t2-w4160", "float32"))
 
 
 def _norm_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
@@ -111,7 +113,7 @@ def _add_norm_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
 
 def _cases(rng: np.random.Generator, size: Size, residual: bool) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in [*variants(size, [n for n in _NORMS if n not in (*_FULL, _SUMS)], _FULL), (_SUMS, "bfloat16")]:
+    for name, dtype in [*variants(size, [n for n in _NORMS if n not in (*_FULL, _SUMS)], _FULL), *_SINGLE]:
         case_id = f"{name}-{short(dtype)}"
         rows, width = (int(part[1:]) for part in name.split("-")[-2:])
         problem = NormProblem(dtype=dtype, width=width, eps=1e-2 if name.startswith("small") else 1e-5, rows=rows)

@@ -122,6 +122,7 @@ _SHARDS = {  # rows of the shard, vocab_start, rows of all shards
     "first_shard-v16": (16, 0, 48, "0 outside the shard"),
     "middle_shard-v16": (16, 16, 48, "vocab_start is honoured; 0 on both sides of the shard"),
     "last_shard-v16": (16, 32, 48, "vocab_start is honoured"),
+    "vocabulary-v70000": (70_000, 0, 70_000, "ids are int32, as vocabularies need"),
     "outside-v8": (8, 40, 40, "a shard that holds none of the ids gives 0, whatever its rows hold"),
 }
 
