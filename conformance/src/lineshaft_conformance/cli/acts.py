@@ -79,7 +79,10 @@ def act_run(args: Namespace) -> int:
         Console().print(final_table(report))
     if args.out:  # last: a folder that cannot be written does not cost the results
         print(f"bundle in {args.out}, signed by {write_bundle(report, args.out, args.key)}", file=sys.stderr)
-    return WAIVER if waivers.expired(today) else verdict(report, whole=not args.case)
+    expired = [waiver for waiver in waivers.expired(today) if waiver.level <= report.level]
+    for waiver in expired:
+        print(f"the waiver {waiver.case!r} expired on {waiver.until} ({waiver.issue}): remove it", file=sys.stderr)
+    return WAIVER if expired else verdict(report, whole=not args.case)
 
 
 def waived(report: Report, waivers: Waivers, today: date, *, whole: bool) -> Report:
@@ -188,9 +191,14 @@ def repeat(args: Namespace) -> list[Result]:
 
 
 def act_mutants(args: Namespace) -> int:
+    from lineshaft_conformance.mutants import gallery
     from lineshaft_conformance.mutants.kill import kill_all, kill_table
 
     try:
+        if args.list:
+            for mutant in gallery().values():
+                print(f"L{mutant.level}  {mutant.name}  {mutant.rule}")
+            return PASSED
         with loaded("cpu"), Bar() as bar:
             kills = kill_all(args.names, args.jobs, bar, thorough=args.thorough)
     except ImportError as error:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lineshaft_conformance.results import Result, Status
+
+TOLD = 5
+"""How often a run tells how far it is where there is no terminal."""
 
 
 class Bar:
@@ -27,6 +32,8 @@ class Bar:
     def __call__(self, done: int, total: int, result: Result) -> None:
         self._failed += result.status is Status.FAIL
         theme = "/".join(result.id.split("/")[:2])
+        if self._bar.disable and done * TOLD // total > (done - 1) * TOLD // total:
+            print(f"{done} of {total} done, {self._failed} failed", file=sys.stderr, flush=True)
         self._bar.update(self._task, completed=done, total=total, description=theme, failed=self._failed)
 
     def __enter__(self) -> Bar:

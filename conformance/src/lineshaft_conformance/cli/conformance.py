@@ -61,6 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     keygen.add_argument("file", metavar="FILE", type=Path)
     mutants = command("mutants", "run the suite on backends that are broken on purpose", jobs_argument)
     mutants.add_argument("names", metavar="NAME", nargs="*", help="only these mutants, by name or shell pattern")
+    mutants.add_argument("--list", action="store_true", help="name every mutant and its rule, and run none")
     mutants.add_argument("--thorough", action="store_true", help="each must also pass everything below its level")
     soak = command("soak", "run L1 and L2 over and over with fresh seeds", backend_arguments, jobs_argument)
     soak.add_argument("--case", metavar="ID", action="append", default=[], help="an id or shell pattern; repeatable")

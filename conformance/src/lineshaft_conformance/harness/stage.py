@@ -119,7 +119,7 @@ class Stage:
         worst = max((c.worst for c in compared), key=lambda d: d.share)
         outputs = [array for step in self.steps for array in (step.logits[: step.live], step.token_ids[: step.live])]
         note = f"{len(compared)} steps, {rows} rows of logits, {decided} tokens decided by float64"
-        return Found(kernel_names(self.engine.plan), (worst,), outputs, (note,))
+        return Found(kernel_names(self.engine.plan), (worst,), outputs, (note, f"plan {self.engine.plan.hash}"))
 
     def _compare(self) -> list[Compared]:
         exact, run = self._reference("float64"), self._reference(self.dtype)

@@ -73,10 +73,11 @@ class Bench:
 
 
 def run_pairs(bench: Bench) -> Pairs:
-    """The same requests on an engine made anew give the same bits."""
+    """The same requests on an engine made anew give the same bits, also in another process."""
     first = bench.run(range(8))
     for time in ("second", "third"):
         yield f"a {time} engine", first, bench.run(range(8))
+    yield "an engine whose worker is another process", first, bench.run(range(8), mesh_executor)
 
 
 def batch_pairs(bench: Bench) -> Pairs:

@@ -21,7 +21,7 @@ from lineshaft.contract.problems import Problem
 from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import Unsupported
 from lineshaft.plan.resolve import Candidates, Resolver
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, require, require_dtype
+from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed, Size, fail, require, require_dtype
 from lineshaft_conformance.harness.op_case import PASSED_ON, OpCase, OpRun, prepare
 from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.results import Deviation
@@ -29,6 +29,9 @@ from lineshaft_conformance.subject import Subject
 
 Book = Callable[[str, int], Mapping[str, Case]]
 """(op, seed) -> the op's cases by id, with the values of that seed."""
+
+TURNS = ("{}", "in a replay with other values, after the first run was right: {}")
+"""How a failure is told of the first run of a program, and of a later one."""
 
 STRIDED = "strided"
 FUZZED = 4
@@ -194,8 +197,11 @@ def run_kernel(subject: Subject, kernels: Sequence[Kernel], name: str, values: S
             if turn:
                 item.prepared.refill(rig)
             done = item.prepared.run(rig)
-            check_arrays(rig, name, item.prepared, done)
-            deviations += item.compare(name, done.result)
+            try:
+                check_arrays(rig, name, item.prepared, done)
+                deviations += item.compare(name, done.result)
+            except Failure as error:
+                raise Failure(TURNS[min(turn, 1)].format(error)) from error
             outputs += done.result.values() if isinstance(done.result, dict) else done.result
         return Found(rig.kernels, tuple(deviations), outputs)
 

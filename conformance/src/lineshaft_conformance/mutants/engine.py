@@ -5,6 +5,7 @@ Most break the packed inputs of whole forward programs alone, so that no program
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -143,6 +144,11 @@ def near_tokens(program: Any, *args: Any) -> Any:
 # ---- level 5 -----------------------------------------------------------------------------------------------------
 
 
+def by_process(problem: Any, run: Any, *args: Any) -> Any:
+    """Off by less than a rounding of float32, so that float64 alone shows it."""
+    return run(*args) * (1 + 2.0**-40 * os.getpid())
+
+
 def noisy(problem: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
     """A rounding more in one value of 64, in others each time: within every tolerance."""
     out = run(*args, **kwargs)
@@ -200,6 +206,8 @@ MUTANTS = (
            with_forward(near_tokens)),
     Mutant("determinism-noise", "what claims run determinism repeats itself", 5, "L5/determinism/run",
            with_call("linear", noisy)),
+    Mutant("determinism-by-process", "a run repeats itself in another process", 5, "L5/determinism/run",
+           with_call("linear", by_process), anywhere=True),
     Mutant("determinism-none", "a backend's runs repeat themselves", 5, "L5/determinism/run", claims(run=False)),
     Mutant("determinism-boasts-batch", "claims are true: batch", 5, "L5/determinism/batch", claims(batch=True)),
     Mutant("determinism-boasts-chunk", "claims are true: chunk", 5, "L5/determinism/chunk", claims(chunk=True)),

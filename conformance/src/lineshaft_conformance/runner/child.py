@@ -37,7 +37,7 @@ class Child:
     """One process; `config` is what it is told first. It answers one request at a time, with a message of one key:
     "done", "failed" with a reason, "raised" with an error for the user, or "lost" with how the process ended."""
 
-    def __init__(self, config: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, config: Mapping[str, Any], threads: int, scratch: str) -> None:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         read, self._requests = os.pipe()
         self._replies, write = os.pipe()
@@ -46,7 +46,7 @@ class Child:
         self.process = subprocess.Popen(
             [*command, str(read), str(write), str(lifeline)],
             stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output,
-            pass_fds=(read, write, lifeline), process_group=0, env=environment(threads),
+            pass_fds=(read, write, lifeline), process_group=0, env=environment(threads, scratch),
         )  # fmt: skip
         for number in (read, write, lifeline):
             os.close(number)
@@ -157,11 +157,12 @@ def how(status: int) -> str:
     return f"killed the process: signal {-status} ({signal.strsignal(-status)})"
 
 
-def environment(threads: int) -> dict[str, str]:
-    """A child's environment: the parent's modules, and this many threads for each library unless the user says so."""
+def environment(threads: int, scratch: str) -> dict[str, str]:
+    """A child's environment: the parent's modules, this many threads for each library unless the user says so, and a
+    folder for temporary files, which the parent removes even where the child is killed."""
     pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    return {**dict.fromkeys(pools, str(threads)), **os.environ, "PYTHONPATH": path}
+    return {**dict.fromkeys(pools, str(threads)), **os.environ, "PYTHONPATH": path, "TMPDIR": scratch}
 
 
 def last_words(output: str) -> str:

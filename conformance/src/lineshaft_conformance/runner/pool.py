@@ -7,6 +7,7 @@ what another one has left. Checks of speed run last, alone, in a process that ma
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -146,6 +147,7 @@ class Pool:
         self.checks: tuple[Listed, ...] = ()
 
     def __enter__(self) -> Pool:
+        self._scratch = tempfile.TemporaryDirectory(prefix="lineshaft-conformance-", ignore_cleanup_errors=True)
         try:
             self._first()
         except BaseException:
@@ -172,7 +174,7 @@ class Pool:
         self.checks = tuple(Listed(**check) for check in said["done"]["checks"])
 
     def _spawn(self, threads: int) -> Worker:
-        worker = Worker(Child(self._config, threads))
+        worker = Worker(Child(self._config, threads, self._scratch.name))
         worker.child.ask({"do": "start"}, self._start_limit)
         self._workers.append(worker)
         return worker
@@ -229,9 +231,10 @@ class Pool:
         self._workers.clear()
 
     def end(self) -> None:
-        """Kill all children at once."""
+        """Kill all children at once, and remove what they left behind."""
         while self._workers:
             self._workers.pop().child.end()
+        self._scratch.cleanup()
 
 
 def complaint(said: Message) -> str:

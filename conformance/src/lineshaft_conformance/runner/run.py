@@ -156,13 +156,14 @@ def backend_facts(pool: Pool, results: Sequence[Result]) -> dict[str, Any]:
     plans = {found[1] for result in results for note in result.notes if (found := PLAN.match(note))}
     facts = {
         "plugin": f"{backend['distribution']} {backend['version']}".strip(),
+        "requires": backend["requirements"],
         "kind": BackendKind(backend["info"]["kind"]).name.lower(),
         "claims": [name for name, claimed in backend["capabilities"]["determinism"].items() if claimed],
         "jobs": pool.jobs,
         "threads": pool.threads,
     }
     if plans:
-        facts["plan"] = sorted(plans)
+        facts["plans"] = f"{len(plans)}, sha256 {sha256(' '.join(sorted(plans)).encode()).hexdigest()}"
     if pool.no_start:
         facts["a further process did not start"] = pool.no_start
     return facts

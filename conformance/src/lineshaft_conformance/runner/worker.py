@@ -10,11 +10,14 @@ import dataclasses
 import faulthandler
 import json
 import os
+import re
 import select
 import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
 from lineshaft import errors
@@ -27,6 +30,8 @@ from lineshaft_conformance.runner.attempt import attempt, where
 from lineshaft_conformance.subject import Subject, Target
 
 Message = dict[str, Any]
+REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
+"""The name at the beginning of a requirement."""
 
 USERS = (UnknownBackend, AmbiguousBackend, BackendUnavailable, ConfigError)
 """Errors that are no fault of the backend; the parent raises them again."""
@@ -95,10 +100,25 @@ def facts(subject: Subject) -> Message:
         "info": dataclasses.asdict(subject.info),
         "distribution": status.distribution,
         "version": status.version,
+        "requirements": requirements(status.distribution),
         "options": options_of(subject),
         "capabilities": dataclasses.asdict(subject.capabilities),
         "environment": dict(os.environ),  # as the plugin left it: an interpreter may be switched on in there
     }
+
+
+def requirements(distribution: str) -> dict[str, str]:
+    """Versions of what a distribution requires directly, and of what its kits do."""
+    found: dict[str, str] = {}
+    todo = [distribution] if distribution else []
+    while todo:
+        for line in metadata.requires(todo.pop()) or ():
+            name = REQUIREMENT.match(line)
+            if name and "extra ==" not in line and name[0] not in found:
+                with suppress(metadata.PackageNotFoundError):
+                    found[name[0]] = metadata.version(name[0])
+                    todo += [name[0]] if name[0].startswith("lineshaft-") else []
+    return dict(sorted(found.items()))
 
 
 def options_of(subject: Subject) -> Message:
