@@ -108,14 +108,14 @@ def facts(subject: Subject) -> Message:
 
 
 def requirements(distribution: str) -> dict[str, str]:
-    """Versions of what a distribution requires directly, and of what its kits do."""
+    """Versions of what a distribution requires directly, and of what its kits do; nothing for one that is unknown."""
     found: dict[str, str] = {}
     todo = [distribution] if distribution else []
     while todo:
-        for line in metadata.requires(todo.pop()) or ():
-            name = REQUIREMENT.match(line)
-            if name and "extra ==" not in line and name[0] not in found:
-                with suppress(metadata.PackageNotFoundError):
+        with suppress(metadata.PackageNotFoundError):
+            for line in metadata.requires(todo.pop()) or ():
+                name = REQUIREMENT.match(line)
+                if name and "extra ==" not in line and name[0] not in found:
                     found[name[0]] = metadata.version(name[0])
                     todo += [name[0]] if name[0].startswith("lineshaft-") else []
     return dict(sorted(found.items()))
