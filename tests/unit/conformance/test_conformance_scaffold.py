@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -19,6 +20,7 @@ from lineshaft_conformance.levels import collect
 from lineshaft_conformance.scaffold import KITS, render
 from lineshaft_conformance.subject import Subject, Target
 
+ROOT = Path(__file__).parents[3]
 LONGEST = "a" * new_plugin.LONGEST
 UNREAD = '[[tool.mypy.overrides]]\nmodule = ["torch.*"]\nfollow_imports = "skip"\n'
 """To read the types of PyTorch takes mypy half a minute."""
@@ -52,6 +54,33 @@ def test_a_new_repository_is_clean_whatever_its_name(kit: str, name: str, tmp_pa
     ((found, module),) = project["entry-points"]["lineshaft.backends"].items()
     assert (found, project["name"]) == (name, f"lineshaft-{name}")
     assert (out / "src" / Path(*module.split("."))).with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("kit", KITS)
+def test_what_it_needs_of_lineshaft_is_installed_from_a_checkout_first(kit: str) -> None:
+    files = render("mychip", kit)
+    project = tomllib.loads(files["pyproject.toml"])["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    for file in ("README.md", ".github/workflows/ci.yml"):
+        (folders, own) = re.findall(r"pip install (.*)", files[file])
+        read = [tomllib.loads((ROOT / folder / "pyproject.toml").read_text()) for folder in folders.split()]
+        assert {found["project"]["name"] for found in read} == {
+            word.partition(">")[0] for word in needed if word.startswith("lineshaft")
+        }
+        assert own == '-e ".[dev]"'
+
+
+def test_the_workflow_says_which_variable_it_lacks(tmp_path: Path) -> None:
+    workflow = render("mychip", "torch")[".github/workflows/ci.yml"]
+    assert "REPOSITORY_OF_LINESHAFT: ${{ vars.REPOSITORY_OF_LINESHAFT }}\n" in workflow
+    (line,) = re.findall(r"^ +(address=.*)$", workflow, re.MULTILINE)
+    for address, status in (("", 1), ("https://example.org/lineshaft", 0)):
+        done = subprocess.run(
+            ["bash", "-e", "-c", f'{line}\necho "$address"'], env={"REPOSITORY_OF_LINESHAFT": address},
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert (done.returncode != 0, done.stdout.strip()) == (bool(status), address)
+        assert ("REPOSITORY_OF_LINESHAFT: set this variable" in done.stderr) == bool(status)
 
 
 def test_new_packages_have_correct_types(tmp_path: Path) -> None:

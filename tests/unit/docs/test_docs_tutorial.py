@@ -61,9 +61,7 @@ def failures_told(found: Outcomes, case: str) -> None:
 
 def test_the_first_kernel_passes(edited: Callable[..., None]) -> None:
     edited("right")
-    found = outcomes()
-    assert set(found.values()) == {""}
-    assert f"L1 ops │ {len(found)} │ 0 │" in WORDS
+    assert set(outcomes().values()) == {""}
 
 
 def test_the_narrow_kernel_fails_in_float32_alone(edited: Callable[..., None]) -> None:
@@ -71,7 +69,7 @@ def test_the_narrow_kernel_fails_in_float32_alone(edited: Callable[..., None]) -
     found = outcomes()
     failed = {case for case, reason in found.items() if reason}
     assert failed == {case for case in found if case.endswith("-f32")}
-    assert f"L1 ops │ {len(found) - len(failed)} │ {len(failed)} │" in WORDS
+    assert {case.rpartition("-")[2] for case in found} == {"f32", "bf16"}
     failures_told(found, "L1/silu_mul/t1-f5-f32")
     failures_told(found, "L1/silu_mul/t6-f32-f32")
 

@@ -10,10 +10,16 @@ from pathlib import Path
 from string import Template
 
 KITS: Mapping[str, Mapping[str, str]] = {
-    "torch": {"requirement": "lineshaft-torch>=0.1,<0.2", "kit_summary": "PyTorch on the CPU, with portable kernels"},
-    "numpy": {"requirement": "numpy>=2.0", "kit_summary": "NumPy on the CPU, with the reference ops of lineshaft"},
-}
-"""What the templates of each kit's repository need besides the name."""
+    "torch": {
+        "requirement": "lineshaft-torch>=0.1,<0.2", "kit_summary": "PyTorch on the CPU, with portable kernels",
+        "folders": "./core ./kits/torch ./conformance",
+    },
+    "numpy": {
+        "requirement": "numpy>=2.0", "kit_summary": "NumPy on the CPU, with the reference ops of lineshaft",
+        "folders": "./core ./conformance",
+    },
+}  # fmt: skip
+"""What the templates of each kit's repository need besides the name; `folders` of a checkout are what it installs."""
 
 
 def identifier(name: str) -> str:
