@@ -243,16 +243,17 @@ DIFF = Diff(
 
 def test_differences_are_totals_then_statuses_then_errors() -> None:
     assert shown(diff_lines(DIFF)).splitlines() == [
-        "7 checks in both; 1 differ in status, 1 in error by more than 2 times, 2 in kernels, 0 in evidence",
+        "7 checks in both, 2 only in A, 2 only in B",
+        "1 differ in status, 1 in error by more than 2 times, 2 in kernels, 0 in evidence",
         "  --all lists those that differ in kernels and evidence",
-        "only in A: 2 checks",
-        "  L0/a",
-        "  L1/a",
         "all of L3 is only in B: 2 checks",
         "status",
         "  L1/d: pass -> fail",
         "error, as a share of what is allowed",
         "  L1/c: 0.1 -> 0.3",
+        "only in A: 2 checks",
+        "  L0/a",
+        "  L1/a",
         "the run",
         "  seed: 1 -> 2",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -52,34 +52,41 @@ def _indented(text: str) -> str:
 
 
 def diff_lines(diff: Diff, everything: bool = False) -> RenderableType:
-    """Totals, then what differs in status, in error and in the run's own facts; kernels and evidence if asked for."""
+    """Totals, what differs in status, then in error, checks of one alone, the run's facts; kernels if asked for."""
     if not diff:
         return Text("no differences")
-    listed = ("status", "error", "", *(("kernels", "evidence") if everything else ()))
-    lines = [*_totals(diff, everything), *(line for what in listed for line in _changes(diff, what))]
+    lines = [*_totals(diff, everything), *_changes(diff, "status"), *_changes(diff, "error"), *_only(diff)]
+    for what in ("", *(("kernels", "evidence") if everything else ())):
+        lines += _changes(diff, what)
     return Group(*(Text(visible(line), style="" if line.startswith(" ") else "bold") for line in lines))
 
 
 def _totals(diff: Diff, everything: bool) -> Iterator[str]:
     found = diff.counts
+    yield f"{diff.shared} checks in both, {len(diff.only_a)} only in A, {len(diff.only_b)} only in B"
     yield (
-        f"{diff.shared} checks in both; {found['status']} differ in status, {found['error']} in error by more than "
+        f"{found['status']} differ in status, {found['error']} in error by more than "
         f"{ERROR_FACTOR:g} times, {found['kernels']} in kernels, {found['evidence']} in evidence"
     )
     if not everything and (found["kernels"] or found["evidence"]):
         yield "  --all lists those that differ in kernels and evidence"
-    for ids, absent, where in ((diff.only_a, diff.absent_b, "A"), (diff.only_b, diff.absent_a, "B")):
-        yield from _only(ids, absent, where)
+    for ids, absent, where in _sides(diff):
+        levels = Counter(case.partition("/")[0] for case in ids)
+        yield from (f"all of {level} is only in {where}: {levels[level]} checks" for level in absent)
 
 
-def _only(ids: Iterable[str], absent: Iterable[str], where: str) -> Iterator[str]:
-    """A line for each level that the other lacks wholly, then one for each further check."""
-    levels = Counter(case.partition("/")[0] for case in ids)
-    yield from (f"all of {level} is only in {where}: {levels[level]} checks" for level in absent)
-    rest = [case for case in ids if case.partition("/")[0] not in set(absent)]
-    if rest:
-        yield f"only in {where}: {len(rest)} checks"
-        yield from (f"  {case}" for case in rest)
+def _only(diff: Diff) -> Iterator[str]:
+    """A title and a line for each check that the other lacks, but for those of levels that it lacks wholly."""
+    for ids, absent, where in _sides(diff):
+        rest = [case for case in ids if case.partition("/")[0] not in absent]
+        if rest:
+            yield f"only in {where}: {len(rest)} checks"
+            yield from (f"  {case}" for case in rest)
+
+
+def _sides(diff: Diff) -> tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...]:
+    """Of A and of B: the checks that only it has, the levels that the other lacks wholly, and its name."""
+    return (diff.only_a, diff.absent_b, "A"), (diff.only_b, diff.absent_a, "B")
 
 
 def _changes(diff: Diff, what: str) -> Iterator[str]:
