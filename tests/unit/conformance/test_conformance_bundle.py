@@ -136,6 +136,21 @@ def test_another_backends_name_is_named(bundle: Path) -> None:
     assert "the signature does not fit" in problems(bundle)
 
 
+def test_of_changed_facts_each_is_named_alone(bundle: Path) -> None:
+    def change(data: Any) -> None:
+        data["options"]["program"] = "loop"
+        data["facts"] |= {"device": {"name": "b"}, "none": None}
+        del data["facts"]["plan"]
+
+    edited(bundle / "report.json", change)
+    assert [said for said in verify_bundle(bundle).problems if "when it was signed" in said] == [
+        "facts.device was absent when it was signed and is {'name': 'b'}",
+        "facts.none was absent when it was signed and is None",
+        "facts.plan was '3f' when it was signed and is absent",
+        "options.program was 'tape' when it was signed and is 'loop'",
+    ]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_bundle_does_not_fit(
     bundle: Path, tmp_path: Path, keys: tuple[Path, Path], name: str
@@ -306,6 +321,8 @@ def test_a_diff_names_what_changed(bundle: Path, tmp_path: Path) -> None:
         ("L1/attend/decode/a", "error", "0.5", "1.01"),
         ("L1/rope/b", "status", "not claimed", "fail"),
     }
+    assert (diff.shared, diff.absent_a, diff.absent_b) == (3, (), ("L0",))
+    assert diff.counts == {"status": 1, "error": 1, "kernels": 1, "evidence": 1}
     assert not diff_bundles(bundle, bundle)
 
 

@@ -48,6 +48,7 @@ def test_a_run_that_passes(toy: Path, lineshaft: Any) -> None:
     assert "signed by sha256:" in err
     status, out, _ = lineshaft("verify", toy / "bundle", "--rerun", 1)
     assert (status, "internally consistent, signer unknown" in out) == (8, True)
+    assert "1 of 1 checks tried again agree" in out
     (toy / "bundle" / "junit.xml").write_text("<testsuites/>")
     assert lineshaft("verify", toy / "bundle")[0] == 7
     assert lineshaft("diff", toy / "bundle", toy / "bundle")[0] == 7
@@ -70,10 +71,18 @@ def test_a_signed_bundle_verifies_with_its_key_and_a_second_try_can_contradict_i
     assert lineshaft("run", *ONE, "--seed", 1, "--out", changed)[0] == 0
     assert lineshaft("diff", bundle, bundle)[0] == 0
     assert lineshaft("diff", bundle, changed)[0] == 1
+    status, out, _ = lineshaft("diff", bundle, changed, "--json")
+    diff = json.loads(out)
+    assert (status, diff["shared"], diff["counts"]["status"]) == (1, 1, 0)
+    assert {"id": "", "what": "seed", "before": "0", "after": "1"} in diff["changes"]
     (toy / "toy.py").write_text((toy / "toy.py").read_text().replace('does: str = ""', 'does: str = "kernel raises"'))
     status, out, _ = lineshaft("verify", bundle, "--key", f"{key}.pub", "--rerun", 1)
     assert status == 7
-    assert "L1/add/t1-w33-f32 is fail now" in out
+    assert "as signed, but 1 of 1 checks tried again do not hold here\n  L1/add/t1-w33-f32 is fail now" in out
+    assert "invalid" not in out
+    (toy / "toy.py").write_text("raise RuntimeError('gone')")
+    status, out, err = lineshaft("verify", bundle, "--key", f"{key}.pub", "--rerun", 1)
+    assert (status, out, "'toy' does not load" in err) == (5, "", True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 
 from lineshaft_conformance.report.bundle import Verdict
 from lineshaft_conformance.report.compare import Change, Diff
-from lineshaft_conformance.report.console import diff_table, final_table, verdict_lines
+from lineshaft_conformance.report.console import diff_lines, final_table, show, verdict_lines
 from lineshaft_conformance.report.junit import junit_xml
 from lineshaft_conformance.report.page import BINS, html_page
 from lineshaft_conformance.report.summary import headline, worst_error
@@ -141,6 +141,18 @@ def test_the_page_tells_failures_first_and_evidence_by_row() -> None:
     assert "1 pass" not in words and "2 pass, 1 fail, 1 not claimed, 1 waived" in words
 
 
+def test_the_page_sums_up_what_is_not_claimed_and_says_how_to_verify() -> None:
+    declined = [result(f"L1/rope/{name}", Status.NOT_CLAIMED, op="rope", reason="no scaling") for name in "de"]
+    passed = result("L1/rope/f", op="rope")
+    page = html_page(replace(REPORT, results=(*REPORT.results, *declined, passed)))
+    words = " ".join(" ".join(Page(page).words).split())
+    assert "reason checks ops no scaling 2 rope does not handle scaling 1 rope All checks" in words
+    assert '<span class="chip partly">all 1/3</span>' in page, "not the colour of a pass"
+    assert '<span class="chip pass">decode 1/1</span>' in page
+    assert words.endswith("lineshaft conformance verify . --key SIGNER.pub --rerun 20")
+    assert "<h2>Not claimed" in page and "<h2>Not claimed" not in html_page(replace(REPORT, results=(passed,)))
+
+
 def test_an_error_is_drawn_on_its_side_of_the_line() -> None:
     def colours(share: float) -> list[tuple[int, str]]:
         results = (result("L1/attend/a", op="attend", deviations=deviation(share)),)
@@ -164,11 +176,16 @@ def test_the_worst_error_is_over_what_is_allowed() -> None:
 
 
 def test_the_headline_names_level_and_evidence() -> None:
-    assert headline(REPORT) == "cpu is certified at L0 loads and tells the truth (executed)"
+    told = "cpu is certified at L0 loads and tells the truth (executed)"
+    assert headline(replace(REPORT, level=0)) == told
+    assert headline(REPORT) == f"{told}; L1 fails (1), L2 is waived (1)"
+    assert headline(replace(REPORT, results=REPORT.results[:1])) == f"{told}; L1 has no pass"
     interpreted = replace(REPORT.results[0], id="L0/b", evidence=Evidence.INTERPRETED)
     mixed = replace(REPORT, results=(interpreted, *REPORT.results))
-    assert headline(mixed) == "cpu is certified at L0 loads and tells the truth (executed, interpreted)"
-    assert headline(replace(REPORT, results=())) == "cpu is not certified at any level"
+    assert headline(mixed).startswith("cpu is certified at L0 loads and tells the truth (executed, interpreted); ")
+    assert headline(replace(REPORT, results=())) == "cpu is not certified at any level; L0 has no pass"
+    broken = replace(REPORT.results[0], status=Status.FAIL)
+    assert headline(replace(REPORT, results=(broken,))) == "cpu is not certified at any level; L0 fails (1)"
 
 
 def test_chosen_checks_certify_nothing() -> None:
@@ -198,6 +215,58 @@ def test_the_console_shows_verdicts_and_differences() -> None:
     assert "verified: signed by sha256:ab" in shown(verdict_lines(Verdict("verified", "sha256:ab")))
     invalid = shown(verdict_lines(Verdict("invalid", "", ("[bold] was edited",), REPORT)))
     assert "[bold] was edited" in invalid and "certified" not in invalid
-    table = shown(diff_table(Diff(("L1/a",), ("L1/b",), (Change("", "seed", "1", "2"), Change("L1/c", "[x]", "", "")))))
-    assert all(text in table for text in ("L1/a", "L1/b", "(the run)", "[x]"))
-    assert "no differences" in shown(diff_table(Diff((), (), ())))
+    assert "no differences" in shown(diff_lines(Diff((), (), ())))
+
+
+def test_a_second_try_that_contradicts_is_not_told_as_an_edit() -> None:
+    agreed = shown(verdict_lines(Verdict("verified", "sha256:ab", (), REPORT, tried=20)))
+    assert "20 of 20 checks tried again agree\ncpu is certified" in agreed
+    text = shown(verdict_lines(Verdict("verified", "sha256:ab", (), REPORT, 200, ("L1/a is fail now", "L1/b [x]"))))
+    assert "verified: signed by sha256:ab" in text and "invalid" not in text
+    assert "as signed, but 2 of 200 checks tried again do not hold here\n  L1/a is fail now\n  L1/b [x]\n" in text
+
+
+DIFF = Diff(
+    ("L0/a", "L1/a"),
+    ("L3/x", "L3/y"),
+    (
+        Change("", "seed", "1", "2"),
+        Change("L1/c", "kernels", "k", "[x]"),
+        Change("L1/c", "error", "0.1", "0.3"),
+        Change("L1/d", "status", "pass", "fail"),
+        Change("L1/e", "kernels", "", "k"),
+    ),
+    7,
+    absent_a=("L3",),
+)
+
+
+def test_differences_are_totals_then_statuses_then_errors() -> None:
+    assert shown(diff_lines(DIFF)).splitlines() == [
+        "7 checks in both, 2 only in A, 2 only in B",
+        "1 differ in status, 1 in error by more than 2 times, 2 in kernels, 0 in evidence",
+        "  --all lists those that differ in kernels and evidence",
+        "all of L3 is only in B: 2 checks",
+        "status",
+        "  L1/d: pass -> fail",
+        "error, as a share of what is allowed",
+        "  L1/c: 0.1 -> 0.3",
+        "only in A: 2 checks",
+        "  L0/a",
+        "  L1/a",
+        "the run",
+        "  seed: 1 -> 2",
+    ]
+    assert shown(diff_lines(DIFF, everything=True)).splitlines()[-3:] == [
+        "kernels", "  L1/c: k -> [x]", "  L1/e: none -> k",
+    ]  # fmt: skip
+
+
+def test_off_a_terminal_no_line_is_broken_or_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    name, why = "L1/" + "long-name-" * 30, "why " * 100
+    show(diff_lines(Diff((), (), (Change(name, "status", "pass", "fail"),))))
+    show(final_table(replace(REPORT, results=(result(name, Status.FAIL, reason=why),))))
+    show(verdict_lines(Verdict("verified", "ab", (), None, 1, (f"{name} is fail now: {why}",))))
+    lines = capsys.readouterr().out.splitlines()
+    for line in (f"  {name}: pass -> fail", f"fail {name}", f"  {why}", f"  {name} is fail now: {why}"):
+        assert line in lines

@@ -23,10 +23,10 @@ from lineshaft.errors import (
     UnknownBackend,
 )
 from lineshaft_conformance.cli.bar import Bar
-from lineshaft_conformance.report.bundle import BundleError, verify_bundle, write_bundle
+from lineshaft_conformance.report.bundle import BundleError, Verdict, verify_bundle, write_bundle
 from lineshaft_conformance.report.canonical import canonical
 from lineshaft_conformance.report.compare import compare_rerun, diff_bundles, sample_ids
-from lineshaft_conformance.report.console import diff_table, final_table, verdict_lines
+from lineshaft_conformance.report.console import WIDE, diff_lines, final_table, show, verdict_lines
 from lineshaft_conformance.report.keys import keygen, load_private, public_path
 from lineshaft_conformance.results import Report, Result, Status
 from lineshaft_conformance.runner.pool import LOAD, LoadFailed, Pool
@@ -46,10 +46,6 @@ ERRORS: Mapping[type[LineshaftError], int] = {
     BundleError: INVALID,
 }
 """Exit statuses of errors, the first that fits; USAGE for any other."""
-
-
-WIDE = 160
-"""Columns of the kill table where no terminal says how many there are."""
 
 
 def status_of(error: LineshaftError) -> int:
@@ -76,7 +72,7 @@ def act_run(args: Namespace) -> int:
     if args.json:
         print(canonical(report.to_json()).decode(), end="")
     else:
-        Console().print(final_table(report))
+        show(final_table(report))
     if args.out:  # last: a folder that cannot be written does not cost the results
         print(f"bundle in {args.out}, signed by {write_bundle(report, args.out, args.key)}", file=sys.stderr)
     expired = [waiver for waiver in waivers.expired(today) if waiver.level <= report.level]
@@ -125,28 +121,35 @@ def loaded(backend: str) -> Iterator[None]:
 def act_verify(args: Namespace) -> int:
     found = verify_bundle(args.bundle, args.key)
     if args.rerun and found.report and not found.problems:
-        found = replace(found, problems=rerun(found.report, args.rerun, args.jobs))
-        found = replace(found, status="invalid" if found.problems else found.status)
-    Console().print(verdict_lines(found))
+        found = rerun(found, found.report, args.rerun, args.jobs)
+    show(verdict_lines(found))
+    if found.contradicted:
+        return INVALID
     return {"verified": PASSED, "consistent": UNSIGNED, "invalid": INVALID}[found.status]
 
 
-def rerun(report: Report, count: int, jobs: int | None) -> tuple[str, ...]:
-    """Try a random sample of a report's checks again; what is otherwise now."""
+def rerun(found: Verdict, report: Report, count: int, jobs: int | None) -> Verdict:
+    """Try a random sample of a report's checks again; the verdict with what is otherwise now."""
     seed = secrets.randbelow(1 << 31)
     ids = sample_ids(report, count, seed)
     print(f"trying {len(ids)} of {len(report.results)} checks again (sample seed {seed})", file=sys.stderr)
-    with Bar() as bar:
+    with loaded(report.backend), Bar() as bar:
         again = run_suite(
             Target(report.backend, report.options), level=report.level, size=report.size, seed=report.seed, jobs=jobs,
             only=ids, progress=bar,
         )  # fmt: skip
-    return compare_rerun(report, again.results, "run" in again.facts.get("claims", ()))
+        if unloaded(again):
+            raise LoadFailed(again.results[0].reason)
+    contradicted = compare_rerun(report, again.results, "run" in again.facts.get("claims", ()))
+    return replace(found, tried=len(ids), contradicted=contradicted)
 
 
 def act_diff(args: Namespace) -> int:
     found = diff_bundles(args.a, args.b)
-    Console().print(diff_table(found))
+    if args.json:
+        print(canonical(found.to_json()).decode(), end="")
+    else:
+        show(diff_lines(found, args.all))
     return FAILED if found else PASSED
 
 

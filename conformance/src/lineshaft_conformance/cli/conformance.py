@@ -24,7 +24,7 @@ EPILOG = """exit status:
   4    unknown check
   5    the backend is not usable here, or does not load
   6    the waiver file is wrong, or a waiver is expired
-  7    the bundle is corrupt or does not verify
+  7    the bundle is corrupt or does not verify, or checks tried again do not hold
   8    the bundle is consistent, but its signer unknown (no --key)
   9    a mutant survived
   130  interrupted
@@ -57,6 +57,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     diff = command("diff", "compare two bundles")
     diff.add_argument("a", metavar="A", type=Path)
     diff.add_argument("b", metavar="B", type=Path)
+    diff.add_argument("--all", action="store_true", help="list what differs only in kernels and evidence, too")
+    diff.add_argument("--json", action="store_true", help="print all differences as JSON on stdout")
     keygen = command("keygen", "make a key pair: FILE (mode 600) and FILE.pub")
     keygen.add_argument("file", metavar="FILE", type=Path)
     mutants = command("mutants", "run the suite on backends that are broken on purpose", jobs_argument)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -33,6 +33,9 @@ LARGEST = 256 << 20
 """Bytes of one file of a bundle; more is not read. A full run is some megabytes."""
 PURPOSE = b"lineshaft conformance bundle\n"
 """Signed before the content, so that a signature made for something else is no signature of a bundle."""
+
+ABSENT: Final = object()
+"""Stands for a fact that is not there; None is a value."""
 
 Content = TypeVar("Content", Report, "Signature")
 
@@ -70,12 +73,16 @@ class Verdict:
     verified    whole, and signed with the key that was given
     consistent  whole, but nothing says who the signer is: no key was given
     invalid     `problems` says why; `report` is what is still readable, if anything, and must not be relied on
+
+    `tried` checks of a whole bundle were run again here, and `contradicted` says which of them end otherwise.
     """
 
     status: Literal["verified", "consistent", "invalid"]
     fingerprint: str
     problems: tuple[str, ...] = ()
     report: Report | None = None
+    tried: int = 0
+    contradicted: tuple[str, ...] = ()
 
 
 def write_bundle(report: Report, out: Path, key: Path | None = None, planned: Iterable[str] = ()) -> str:
@@ -252,11 +259,27 @@ def _file_problems(seal: Seal, contents: Mapping[str, bytes]) -> Iterator[str]:
             yield f"{name} was edited after it was signed"
 
 
+def _changed_facts(before: Any, now: Any) -> Iterator[str]:
+    """Each value inside that is not the same, by its path."""
+    left = [("", before, now)]
+    while left:
+        path, old, new = left.pop()
+        if isinstance(old, dict) and isinstance(new, dict):
+            names = sorted({*old, *new}, reverse=True)
+            left += [
+                (f"{path}.{name}" if path else name, old.get(name, ABSENT), new.get(name, ABSENT)) for name in names
+            ]
+        elif old != new:
+            yield f"{path} was {_told(old)} when it was signed and is {_told(new)}"
+
+
+def _told(value: Any) -> str:
+    return "absent" if value is ABSENT else repr(value)
+
+
 def _report_problems(seal: Seal, report: Report) -> Iterator[str]:
-    run, digests = plain(_run(report)), _digests(report)
-    for name in sorted({*run, *seal.run}):
-        if run.get(name) != seal.run.get(name):
-            yield f"{name} was {seal.run.get(name)!r} when it was signed and is {run.get(name)!r}"
+    digests = _digests(report)
+    yield from _changed_facts(seal.run, plain(_run(report)))
     for case, digest in sorted(seal.cases.items()):
         if case not in digests:
             yield f"the result of {case} is missing" if digest else f"the run was to cover {case} and has no result"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lineshaft_conformance.report.bundle import load_bundle
 from lineshaft_conformance.report.summary import facts, worst_error
@@ -13,6 +15,8 @@ from lineshaft_conformance.results import Report, Result, Status
 
 ERROR_FACTOR = 2.0
 """Errors that differ by less are told apart by no one: another seed or thread count moves them as much."""
+DIFFERENCES = ("status", "error", "kernels", "evidence")
+"""What two results of a check are compared in."""
 REPEATABLE = (Status.PASS, Status.NOT_CLAIMED)
 
 
@@ -33,9 +37,20 @@ class Diff:
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     changes: tuple[Change, ...]
+    shared: int = 0  # checks in both
+    absent_a: tuple[str, ...] = ()  # levels of B ("L3") of which A has not a single check
+    absent_b: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.only_a or self.only_b or self.changes)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many checks differ in status, error, kernels and evidence; the run's own facts are not in it."""
+        return Counter(change.what for change in self.changes if change.id)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "counts": {what: self.counts[what] for what in DIFFERENCES}}
 
 
 def diff_bundles(a: Path, b: Path) -> Diff:
@@ -52,7 +67,16 @@ def diff_reports(a: Report, b: Report) -> Diff:
         tuple(case for case in in_a if case not in in_b),
         tuple(case for case in in_b if case not in in_a),
         (*_fact_changes(a, b), *changes),
+        len(shared),
+        _absent(a, b),
+        _absent(b, a),
     )
+
+
+def _absent(one: Report, other: Report) -> tuple[str, ...]:
+    """The levels that `one` lacks wholly and `other` has."""
+    missing = {result.level for result in other.results} - {result.level for result in one.results}
+    return tuple(f"L{level}" for level in sorted(missing))
 
 
 def _fact_changes(a: Report, b: Report) -> Iterator[Change]:

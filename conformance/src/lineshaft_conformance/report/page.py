@@ -37,12 +37,28 @@ BINS = (len(DECADES) - 1) * BINS_PER_DECADE
 
 @dataclass(frozen=True)
 class Chip:
-    """The checks of one op, dtype and shape class: "decode 12/13", in the colour of the worst status."""
+    """The checks of one op, dtype and shape class: "decode 12/13", in the colour of the worst status.
+
+    `partly`: all that ran passed, and others are not claimed.
+    """
 
     name: str
     passed: int
     total: int
     status: Status
+
+    @property
+    def partly(self) -> bool:
+        return self.status is Status.PASS and self.passed < self.total
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The checks that are not claimed for one reason, and the ops that they are of."""
+
+    reason: str
+    count: int
+    ops: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,8 @@ def html_page(report: Report) -> str:
         report=report, headline=headline(report), certified=report.certified, facts=list(facts(report)),
         counts=counts(report.results), evidence=evidence(report.results),
         levels=[_level(report, level) for level in levels(report)],
-        not_passed=not_passed(report), rows=list(_rows(report.results)), plots=list(_plots(report.results)),
+        not_passed=not_passed(report), declined=_declined(report.results),
+        rows=list(_rows(report.results)), plots=list(_plots(report.results)),
         results=report.results, decades=DECADES, bins=BINS,
     )  # fmt: skip
 
@@ -128,6 +145,16 @@ def _chips(results: Iterable[Result]) -> Iterator[Chip]:
     for name, group in groupby(results, key=lambda r: r.shape_class):
         statuses = [result.status for result in group]
         yield Chip(name or "all", statuses.count(Status.PASS), len(statuses), _worst(statuses))
+
+
+def _declined(results: Iterable[Result]) -> list[Declined]:
+    """By reason, the most frequent first."""
+    reasons: dict[str, list[Result]] = {}
+    for result in results:
+        if result.status is Status.NOT_CLAIMED:
+            reasons.setdefault(result.reason, []).append(result)
+    found = [Declined(why, len(of), tuple(sorted({r.op for r in of if r.op}))) for why, of in reasons.items()]
+    return sorted(found, key=lambda declined: -declined.count)
 
 
 def _plots(results: Iterable[Result]) -> Iterator[Plot]:

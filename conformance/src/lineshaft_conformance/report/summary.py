@@ -37,10 +37,24 @@ def headline(report: Report) -> str:
     certified = report.certified
     if report.chosen:
         return f"{report.backend} is not certified: only chosen checks ran"
+    above = ", ".join(_obstacles(report, 0 if certified is None else certified + 1))
+    above = above and f"; {above}"
     if certified is None:
-        return f"{report.backend} is not certified at any level"
+        return f"{report.backend} is not certified at any level{above}"
     seen = evidence(result for result in report.results if result.level <= certified)
-    return f"{report.backend} is certified at {level_title(certified)} ({', '.join(seen)})"
+    return f"{report.backend} is certified at {level_title(certified)} ({', '.join(seen)}){above}"
+
+
+def _obstacles(report: Report, first: int) -> Iterator[str]:
+    """What keeps the levels from `first` on from being certified: "L1 fails (8)"."""
+    for level in range(first, report.level + 1):
+        found = counts(report.of_level(level))
+        if found[Status.FAIL]:
+            yield f"L{level} fails ({found[Status.FAIL]})"
+        elif found[Status.WAIVED]:
+            yield f"L{level} is waived ({found[Status.WAIVED]})"
+        elif level == first and not found[Status.PASS]:
+            yield f"L{level} has no pass"
 
 
 def evidence(results: Iterable[Result]) -> Counter[Evidence]:
