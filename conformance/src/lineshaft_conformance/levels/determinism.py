@@ -107,8 +107,8 @@ PAIRS: dict[str, Callable[[Bench], Pairs]] = {
 }  # fmt: skip
 
 DEVICE = (
-    "Capabilities.determinism.device: two devices cannot be compared in one run, so the claim is not certified here; "
-    "take it back, run the suite on each device, and let `lineshaft conformance diff` compare the digests"
+    "Capabilities.determinism.device: two devices cannot be compared in one run, so the claim cannot be certified; "
+    "take it back"
 )
 
 
