@@ -53,7 +53,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     verify = command("verify", "check a bundle's signature and completeness", jobs_argument)
     verify.add_argument("bundle", metavar="BUNDLE", type=Path)
     verify.add_argument("--key", metavar="PUB", type=Path, help="public key of the signer")
-    verify.add_argument("--rerun", metavar="N", type=whole, default=0, help="try N of its checks again here")
+    verify.add_argument(
+        "--rerun",
+        metavar="N",
+        type=whole,
+        help="try N of its checks again (default 5 where the backend is here; 0: none)",
+    )
     diff = command("diff", "compare two bundles")
     diff.add_argument("a", metavar="A", type=Path)
     diff.add_argument("b", metavar="B", type=Path)
