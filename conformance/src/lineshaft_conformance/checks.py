@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lineshaft.contract.sessions import HostArray
 from lineshaft_conformance.results import Deviation
@@ -12,7 +12,6 @@ from lineshaft_conformance.results import Deviation
 if TYPE_CHECKING:
     from lineshaft_conformance.subject import Subject
 
-Size = Literal["smoke", "full"]
 LEVELS = range(6)
 
 

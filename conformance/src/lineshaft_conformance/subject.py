@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from lineshaft.config import validate_options
 from lineshaft.contract.backends import Backend, BackendInfo, Capabilities, World
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import OpSpec, all_ops
-from lineshaft.contract.sessions import Session
 from lineshaft.registry import Registry, discover, load_attribute
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class Subject:
         self.info: BackendInfo = self.registry.select(target.backend)
         if target.mutant:
             self.info = self._mutant.info(self.info)
-        self.ops: Mapping[str, OpSpec] = {**all_ops(), **{spec.name: spec for spec in self.registry.ops()}}
+        self.ops: Mapping[str, OpSpec] = all_ops(self.registry.ops())
         self._kept: dict[Hashable, Any] = {}
 
     @cached_property
@@ -78,15 +76,6 @@ class Subject:
         """The dtype of checks that run in one alone: float32 where the backend executes it, else what it prefers."""
         dtypes = self.capabilities.dtypes
         return "float32" if "float32" in dtypes else dtypes[0]
-
-    @contextmanager
-    def session(self, backend: Backend | None = None) -> Iterator[Session]:
-        """A session that is closed at the end, whatever happens."""
-        made = (backend or self.backend).session(0)
-        try:
-            yield made
-        finally:
-            made.close()
 
     def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returned when `key` was asked for first: dear things that checks share. `close` closes them."""

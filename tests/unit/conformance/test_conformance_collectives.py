@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from lineshaft.contract.ops import all_ops
-from lineshaft_conformance.checks import Failure, NotClaimed, Size
+from lineshaft.contract.ops.spec import Size
+from lineshaft_conformance.checks import Failure, NotClaimed
 from lineshaft_conformance.harness import world
 from lineshaft_conformance.harness.world import Collective, Exchange, Mesh, mesh_axes
 from lineshaft_conformance.levels.collectives import FOUR, checks, groups_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_plain_numpy_has_a_kernel_of_each_required_op_and_passes_the_ops(install
 
 def test_plain_numpy_updates_weights_in_every_parameter_of_their_source(install: Install) -> None:
     install(PLAIN)
-    with Subject(Target("plainnp")).session() as session:
+    with closing(Subject(Target("plainnp")).backend.session(0)) as session:
         table = np.arange(6, dtype=np.float32).reshape(3, 2)
         embed = whole_param("embed", table, {"embed": EmbedProblem(dtype="float32", vocab=3, width=2)})
         head = replace(embed, name="head", problems={"linear": LinearProblem(dtype="float32", n=3, k=2)})

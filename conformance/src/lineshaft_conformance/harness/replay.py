@@ -62,8 +62,8 @@ class Reference:
 
     def logits(self, message: StepMessage) -> HostArray:
         """float64 [R, V] of one step."""
-        for group, src, dst in message.copies:
-            self.rig.session.copy_pages(int(group), np.array([src]), np.array([dst]))
+        for copies in message.copies_by_group():
+            self.rig.session.copy_pages(*copies)
         return self.programs[message.shape](message.forward).result("logits").astype(np.float64)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 
-from lineshaft_conformance.checks import Check, Size
+from lineshaft.contract.ops.spec import Size
+from lineshaft_conformance.checks import Check
 from lineshaft_conformance.subject import Subject
 
 THEMES = ("load", "ops", "paging", "graphs", "weights", "collectives", "engine", "determinism", "speed")

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from lineshaft.contract.ops import Numerics, OpSpec
-from lineshaft.contract.ops.spec import EXACT, Call, numpy_dtype
+from lineshaft.contract.ops.spec import EXACT, Call, Size, numpy_dtype
 from lineshaft.contract.problems import CollectiveProblem, Problem
 from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import ArraySpec
 from lineshaft.errors import ContractViolation
 from lineshaft.plan import Resolver, Workload, make_plan
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require, require_dtype
+from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, require_dtype
 from lineshaft_conformance.harness.rig import ONE, Rig
 from lineshaft_conformance.harness.world import Axes, Collective, Exchange, Mesh, mesh_axes, outputs
 from lineshaft_conformance.levels.ops import claims, deviation, refusal

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.ops.spec import Size
 from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
 from lineshaft.executors import Executor
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Request
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, rule_of
+from lineshaft_conformance.checks import Check, Found, NotClaimed, fail, rule_of
 from lineshaft_conformance.harness.rank import mesh_executor
 from lineshaft_conformance.harness.stage import engine_config, smallest_page
 from lineshaft_conformance.harness.tiny import EVEN, checkpoint

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, require_dtype, rule_of
+from lineshaft.contract.ops.spec import Size
+from lineshaft_conformance.checks import Check, Found, NotClaimed, require_dtype, rule_of
 from lineshaft_conformance.harness.stage import Stage, smallest_page
 from lineshaft_conformance.harness.tiny import TINY, tiny
 from lineshaft_conformance.subject import Subject

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.ops.spec import Size, numpy_dtype
 from lineshaft.contract.problems import EmbedProblem, LinearProblem
 from lineshaft.contract.sessions import Cache, HostArray, Pending, Session
 from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
@@ -30,7 +30,7 @@ from lineshaft.errors import (
     Unsupported,
 )
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, fail, require, rule_of
+from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, fail, require, rule_of
 from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.harness.rig import Rig, const_param, whole_param
 from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, seconds

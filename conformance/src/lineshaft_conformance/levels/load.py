@@ -26,12 +26,12 @@ from lineshaft.contract.backends import (
 )
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Case, OpSpec
-from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.ops.spec import Size, numpy_dtype
 from lineshaft.contract.problems import AttendProblem, KVProblem, Problem
 from lineshaft.errors import LineshaftError
 from lineshaft.plan.resolve import Resolver
 from lineshaft.registry import load_attribute
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, fail, require
+from lineshaft_conformance.checks import Check, Found, NotClaimed, fail, require
 from lineshaft_conformance.evidence import boasts, os_devices
 from lineshaft_conformance.harness.op_case import prepare
 from lineshaft_conformance.levels.ops import claims

@@ -16,12 +16,12 @@ from lineshaft.contract.backends import Capabilities
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Case, Numerics, OpSpec
 from lineshaft.contract.ops.run import named_outputs, run_reference
-from lineshaft.contract.ops.spec import EXACT, CacheArg, Tolerance
+from lineshaft.contract.ops.spec import EXACT, CacheArg, Size, Tolerance
 from lineshaft.contract.problems import Problem
 from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import Unsupported
 from lineshaft.plan.resolve import Candidates, Resolver
-from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed, Size, fail, require, require_dtype
+from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed, fail, require, require_dtype
 from lineshaft_conformance.harness.op_case import PASSED_ON, OpCase, OpRun, prepare
 from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.results import Deviation

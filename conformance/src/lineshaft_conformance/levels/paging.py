@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft_conformance.checks import Check, Found, Size, require, rule_of
+from lineshaft.contract.ops.spec import Size, numpy_dtype
+from lineshaft_conformance.checks import Check, Found, require, rule_of
 from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.subject import Subject
 

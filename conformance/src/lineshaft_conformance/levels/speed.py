@@ -10,10 +10,11 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+from lineshaft.contract.ops.spec import Size
 from lineshaft.engine import Engine
 from lineshaft.runner.messages import StepMessage
 from lineshaft.sampling.params import SamplingParams
-from lineshaft_conformance.checks import Check, Found, Size, require, rule_of
+from lineshaft_conformance.checks import Check, Found, require, rule_of
 from lineshaft_conformance.harness.rig import kernel_names
 from lineshaft_conformance.harness.stage import engine_config
 from lineshaft_conformance.harness.timed import WIDTH, Timed, Timer

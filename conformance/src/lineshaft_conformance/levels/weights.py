@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.ops.spec import Size, numpy_dtype
 from lineshaft.contract.problems import EmbedProblem, LinearProblem
 from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
@@ -18,7 +18,7 @@ from lineshaft.errors import MisshapenTensor
 from lineshaft.plan import ProgramSpec
 from lineshaft.weights import dequantize
 from lineshaft.weights.schemes import BLOCKS
-from lineshaft_conformance.checks import Check, Found, NotClaimed, Size, expect, require, rule_of
+from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, rule_of
 from lineshaft_conformance.harness.rig import Rig, const_param, stored, whole_param
 from lineshaft_conformance.subject import Subject
 

@@ -14,8 +14,9 @@ from fnmatch import fnmatchcase
 from rich.table import Table
 from rich.text import Text
 
+from lineshaft.contract.ops.spec import Size
 from lineshaft.errors import InvalidValue
-from lineshaft_conformance.checks import Check, Found, Size
+from lineshaft_conformance.checks import Check, Found
 from lineshaft_conformance.levels import collect as collect_checks
 from lineshaft_conformance.mutants import gallery
 from lineshaft_conformance.mutants.mutant import Mutant

@@ -10,7 +10,7 @@ from typing import Any
 
 from lineshaft.contract.backends import Backend, BackendInfo, Capabilities
 from lineshaft.contract.kernels import Bound, Kernel
-from lineshaft_conformance.checks import Size
+from lineshaft.contract.ops.spec import Size
 from lineshaft_torch.bound import BoundKernel
 
 Make = Callable[[Any], "Changed"]

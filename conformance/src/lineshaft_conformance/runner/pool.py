@@ -17,8 +17,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from lineshaft import errors
+from lineshaft.contract.ops.spec import Size
 from lineshaft.host import usable_cpus
-from lineshaft_conformance.checks import Size
 from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.runner.child import Child, Message
 from lineshaft_conformance.subject import Target

@@ -112,13 +112,19 @@ def requirements(distribution: str) -> dict[str, str]:
     found: dict[str, str] = {}
     todo = [distribution] if distribution else []
     while todo:
-        with suppress(metadata.PackageNotFoundError):
-            for line in metadata.requires(todo.pop()) or ():
-                name = REQUIREMENT.match(line)
-                if name and "extra ==" not in line and name[0] not in found:
-                    found[name[0]] = metadata.version(name[0])
-                    todo += [name[0]] if name[0].startswith("lineshaft-") else []
+        for name in set(required(todo.pop())) - found.keys():
+            with suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(name)
+                todo += [name] if name.startswith("lineshaft-") else []
     return dict(sorted(found.items()))
+
+
+def required(distribution: str) -> list[str]:
+    """The names of what a distribution requires without an extra; none of one that is unknown."""
+    with suppress(metadata.PackageNotFoundError):
+        lines = [line for line in metadata.requires(distribution) or () if "extra ==" not in line]
+        return [found[0] for line in lines if (found := REQUIREMENT.match(line))]
+    return []
 
 
 def options_of(subject: Subject) -> Message:

@@ -7,37 +7,22 @@ a product of shaken weights is off by as much, relative to its size, as one whos
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lineshaft.contract.ops.spec import epsilon
-from lineshaft.contract.weights import Checkpoint, Stored
+from lineshaft.contract.weights import Stored
+from lineshaft.weights.decoded import CheckpointView
 from lineshaft.weights.schemes import PLAIN, dequantize
 
 
 @dataclass(frozen=True)
-class Shaken:
+class Shaken(CheckpointView):
     """`inner` with every value times 1 + u eps(dtype), u uniform in [-1/2, 1/2] and fixed by `seed`."""
 
-    inner: Checkpoint
     dtype: str
     seed: int
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.inner.config
-
-    def names(self) -> frozenset[str]:
-        return self.inner.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.inner.shape(name)
-
-    def stored_bytes(self, name: str) -> int:
-        return self.inner.stored_bytes(name)
 
     def rows(self, name: str, start: int, stop: int) -> Stored:
         return self._shaken(name, start, self.inner.rows(name, start, stop))

@@ -18,12 +18,12 @@ from lineshaft.contract.problems import Problem
 from lineshaft.contract.sessions import Cache, HostArray, Program, Session, StepFunction, Tree
 from lineshaft.contract.steps import HostStep, StepInputs, StepShape, forward_inputs
 from lineshaft.contract.weights import Array, Weight
-from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
+from lineshaft.plan import Planned, ProgramSpec
 from lineshaft.plan.trace import dispatch_key
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.programs import FORWARD, forward_function
-from lineshaft.runner.setup import Setup
+from lineshaft.runner.setup import Setup, plan_programs
 from lineshaft.runner.worker import Progress
 
 DECOMPOSED = "default decomposition"
@@ -156,8 +156,8 @@ class Rerun:
         self._setup = setup
         watched = [Watched(forward_function(setup.model)) for _ in shapes]
         programs = [ProgramSpec(FORWARD, w, s, forward_inputs(s)) for w, s in zip(watched, shapes, strict=True)]
-        specs = {**all_ops(), **{spec.name: spec for spec in registry.ops()}}
-        planned = self._plan(config, registry, programs, specs)
+        specs = all_ops(registry.ops())
+        planned = plan_programs(config, setup, registry, programs)
         self.calls: dict[StepShape, list[Call]] = {}
         for (program, ops), function in zip(planned.programs, watched, strict=True):
             found = [(noted, *ops.chosen(noted.name, noted.key)) for noted in function.calls]
@@ -171,14 +171,6 @@ class Rerun:
         except BaseException:
             self.session.close()
             raise
-
-    def _plan(
-        self, config: EngineConfig, registry: Registry, programs: Sequence[ProgramSpec], specs: Mapping[str, OpSpec]
-    ) -> Planned:
-        setup = self._setup
-        kernels = [*setup.backend.kernels(), *registry.kernels(setup.info.name)]
-        work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes))
-        return make_plan(setup.info.name, work, Resolver(setup.info.name, kernels, config.kernels), specs)
 
     def _start(self, planned: Planned, pages: Sequence[int], progress: Progress) -> dict[StepShape, Program]:
         session, setup = self.session, self._setup
@@ -196,11 +188,7 @@ class Rerun:
 
     def run(self, step: StepMessage) -> Iterator[Result]:
         """One step; what each of its calls returned, in their order."""
-        copies = step.copies
-        moves = [
-            self.session.copy_pages(int(g), copies[copies[:, 0] == g, 1], copies[copies[:, 0] == g, 2])
-            for g in np.unique(copies[:, 0])
-        ]
+        moves = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
         pending = self._programs[step.shape](step.forward, {}, moves)
         live = {"tokens": live_tokens(step.forward), "logits": live_logits(step.forward)}
         for index, call in enumerate(self.calls[step.shape]):

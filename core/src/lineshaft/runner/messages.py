@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
@@ -30,6 +32,12 @@ class StepMessage:
     sampling: HostStep | None = None
     logprobs: bool = False
     logits: bool = False
+
+    def copies_by_group(self) -> Iterator[tuple[int, HostArray, HostArray]]:
+        """(group, src int32 [n], dst int32 [n]) of each group that has copies: what `Session.copy_pages` takes."""
+        for group in np.unique(self.copies[:, 0]):
+            own = self.copies[:, 0] == group
+            yield int(group), self.copies[own, 1], self.copies[own, 2]
 
     def to_frames(self) -> Frames:
         header = {

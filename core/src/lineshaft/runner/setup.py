@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lineshaft.config import EngineConfig, validate_options
@@ -15,7 +15,7 @@ from lineshaft.errors import InvalidValue
 from lineshaft.host import usable_cpus
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
-from lineshaft.plan import Planned, Resolver, Workload, make_plan
+from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
 from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft.runner.buckets import make_shapes
 from lineshaft.runner.programs import all_programs
@@ -99,13 +99,16 @@ def make_setup(
 
 def make_planned(config: EngineConfig, setup: Setup, registry: Registry | None = None) -> Planned:
     """Resolve the plan of this rank. Raises Unsupported, Ambiguous, ContractViolation."""
-    registry = registry or discover()
-    specs = {**all_ops(), **{spec.name: spec for spec in registry.ops()}}
+    programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs)
+    return plan_programs(config, setup, registry or discover(), programs)
+
+
+def plan_programs(config: EngineConfig, setup: Setup, registry: Registry, programs: Sequence[ProgramSpec]) -> Planned:
+    """The same for other programs of the model than the engine's."""
     kernels = [*setup.backend.kernels(), *registry.kernels(setup.info.name)]
     resolver = Resolver(setup.info.name, kernels, config.kernels)
-    programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs)
     work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes))
-    return make_plan(setup.info.name, work, resolver, specs)
+    return make_plan(setup.info.name, work, resolver, all_ops(registry.ops()))
 
 
 def threads_for(config: EngineConfig, info: BackendInfo, world: int) -> int:

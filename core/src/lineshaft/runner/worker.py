@@ -149,7 +149,7 @@ class Worker:
 
     def execute(self, step: StepMessage) -> StepResult:
         """Run one step and wait for what the message wants back."""
-        forward = self._programs[FORWARD, step.shape](step.forward, {}, self._copy_pages(step.copies))
+        forward = self._programs[FORWARD, step.shape](step.forward, {}, self._copy_pages(step))
         chosen = forward if step.sampling is None else self._sample(step.shape.logits, step.sampling, forward)
         token_ids = chosen.result("token_ids")
         seconds = forward.kernel_seconds + (chosen.kernel_seconds if chosen is not forward else 0.0)
@@ -157,11 +157,8 @@ class Worker:
         logprobs = self._logprobs(step.shape.logits, token_ids, forward) if step.logprobs else None
         return StepResult(token_ids, seconds, logprobs, logits)
 
-    def _copy_pages(self, copies: Any) -> list[Transfer]:
-        return [
-            self.session.copy_pages(int(group), copies[copies[:, 0] == group, 1], copies[copies[:, 0] == group, 2])
-            for group in np.unique(copies[:, 0])
-        ]
+    def _copy_pages(self, step: StepMessage) -> list[Transfer]:
+        return [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
 
     def _over_logits(self, name: str, rows: int, host: HostStep, forward: Pending) -> Pending:
         shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)

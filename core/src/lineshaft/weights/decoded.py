@@ -25,11 +25,10 @@ class Scheme(Protocol):
 
 
 @dataclass(frozen=True)
-class DecodedCheckpoint:
-    """`inner`, with tensors of the given schemes decoded as they are read."""
+class CheckpointView:
+    """`inner` but for the values of its tensors: a subclass gives `rows` and `cols`."""
 
     inner: Checkpoint
-    schemes: Mapping[str, Scheme]
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -43,6 +42,13 @@ class DecodedCheckpoint:
 
     def stored_bytes(self, name: str) -> int:
         return self.inner.stored_bytes(name)
+
+
+@dataclass(frozen=True)
+class DecodedCheckpoint(CheckpointView):
+    """`inner`, with tensors of the given schemes decoded as they are read."""
+
+    schemes: Mapping[str, Scheme]
 
     def rows(self, name: str, start: int, stop: int) -> Stored:
         return self._decoded(self.inner.rows(name, start, stop))
