@@ -13,7 +13,7 @@ from lineshaft.reference.session import ValueArray
 
 
 def both(shape: tuple[int, ...]) -> list[Any]:
-    return [AbstractArray(ArraySpec(shape, "float32")), ValueArray(np.zeros(shape, np.float32))]
+    return [AbstractArray(ArraySpec(shape, "float32"), "x"), ValueArray(np.zeros(shape, np.float32))]
 
 
 @pytest.mark.parametrize("x", both((4, 6)))
@@ -60,9 +60,9 @@ def test_calls_of_one_name_are_told_apart_by_shape_and_static_arguments() -> Non
 
 def test_the_workspace_counts_a_result_until_its_last_view_is_gone() -> None:
     workspace = Workspace()
-    first = workspace.hold(ArraySpec((4, 6), "bfloat16"))
+    first = workspace.hold(ArraySpec((4, 6), "bfloat16"), "x")
     view = first[:2].reshape(12)
-    second = workspace.hold(ArraySpec((3,), "float32"))
+    second = workspace.hold(ArraySpec((3,), "float32"), "x")
     assert (workspace.now, workspace.most) == (48 + 12, 48 + 12)
     del first
     assert workspace.now == 48 + 12 and view.shape == (12,)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import Problem
-from lineshaft.contract.sessions import CaptureReport, Memory, Session, StepFunction
-from lineshaft.contract.steps import StepShape
+from lineshaft.contract.sessions import Memory, Session
 
 API_VERSION = 1
 """The version of this contract. A plugin of this or the next version is accepted; another is rejected."""
@@ -26,11 +25,20 @@ class BackendKind(IntEnum):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe found: whether the backend can run on this machine and, either way, why."""
+    """What a probe found: whether the backend can run on this machine and, either way, why.
+
+    `unless` names options, with a value each, under which it runs here all the same, in place of a device that is not
+    there. A user has to write one of them; "auto" never does.
+    """
 
     usable: bool
     reason: str
     devices: tuple[str, ...] = ()
+    unless: Mapping[str, str] = field(default_factory=dict)
+
+    def runs_with(self, options: Mapping[str, Any]) -> bool:
+        """Whether the backend runs on this machine under the options that a user wrote."""
+        return self.usable or any(str(options.get(name)).lower() == value for name, value in self.unless.items())
 
 
 class ProbeFunction(Protocol):
@@ -42,13 +50,18 @@ class ProbeFunction(Protocol):
 @dataclass(frozen=True)
 class BackendInfo:
     """One backend as a plugin registers it. `options` (a pydantic model), `factory` and `toolchain` are lazy
-    "module:attribute" references, so that registering imports nothing."""
+    "module:attribute" references, so that registering imports nothing.
+
+    The sessions of a `single_program` backend run all ranks of a dp replica at once (see `World.ranks`); those of any
+    other run one rank each.
+    """
 
     name: str
     probe: str  # "module:attribute" of a ProbeFunction
     factory: str  # "module:attribute" of a BackendFactory
     options: str = ""
-    toolchain: str = ""
+    toolchain: str = ""  # of a ToolchainFactory
+    single_program: bool = False
     kind: BackendKind = BackendKind.ACCELERATOR
     api: int = API_VERSION
     summary: str = ""
@@ -113,9 +126,10 @@ class BackendFactory(Protocol):
 
 @dataclass(frozen=True)
 class World:
-    """This worker's place among all workers: mesh axis sizes in the order dp, pp, cp, ep, tp, and how to meet.
+    """This worker's place among all ranks: mesh axis sizes in the order dp, pp, cp, ep, tp, and how to meet.
 
-    `rendezvous` is a file path that all ranks share until they have captured their programs (empty at world size 1);
+    The worker runs `ranks` ranks, from `rank` on: one, or all of a replica where the backend is a single program.
+    `rendezvous` is a file path that all workers share until they have captured their programs (empty for one worker);
     `threads` is the CPU share of this worker (0 = the backend's choice).
     """
 
@@ -123,6 +137,7 @@ class World:
     axes: tuple[tuple[str, int], ...] = (("dp", 1), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", 1))
     rendezvous: str = ""
     threads: int = 0
+    ranks: int = 1
 
     @property
     def size(self) -> int:
@@ -136,10 +151,31 @@ class World:
 
 
 class Toolchain(Protocol):
-    """Ahead-of-time compilation with abstract weights and caches, on a machine without the device."""
+    """Compiles ahead of time, for devices that are not here. What it has compiled is *compiled-only*, never more."""
 
-    def targets(self) -> Sequence[str]: ...
+    def targets(self) -> Sequence[str]:
+        """The kinds of device that kernels can be compiled for."""
+        ...
 
-    def compile_kernel(self, kernel: Kernel, problem: Problem, target: str) -> Mapping[str, Any]: ...
+    def columns(self) -> Sequence[str]:
+        """The keys of `CaptureReport.details`, in the order in which to show them."""
+        ...
 
-    def compile_step(self, fn: StepFunction, shape: StepShape, target: str, world: World) -> CaptureReport: ...
+    def problems(self, kernel: Kernel) -> Sequence[Problem]:
+        """Problems of real models that the kernel must compile for, besides those of its op's cases."""
+        ...
+
+    def start(self, target: str, world: World) -> Backend:
+        """The backend on a target: a kind of device, or several of them in a topology, as the backend spells it.
+
+        Its sessions keep shapes in the place of values: `load` reads no tensor, `alloc_caches` allocates nothing,
+        `capture` compiles, and a program that is called raises Unsupported. Raises InvalidValue for an unknown target,
+        LayoutError for a layout that the target cannot hold.
+        """
+        ...
+
+
+class ToolchainFactory(Protocol):
+    """Make a toolchain from validated options."""
+
+    def __call__(self, options: Any) -> Toolchain: ...

@@ -47,7 +47,11 @@ class Packing:
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What a capture cost and what a replay will cost, in bytes unless said otherwise."""
+    """What a capture cost and what a replay will cost, in bytes unless said otherwise; of one rank.
+
+    `flops` and `moved`, the bytes read and written, are a compiler's estimate, `arguments`, `outputs`, `temporaries`
+    and `aliased` its account of memory; 0 where there is none. `cached` tells that nothing had to be compiled.
+    """
 
     seconds: float
     ops: int = 0
@@ -56,7 +60,13 @@ class CaptureReport:
     aliased: int = 0
     packed: int = 0
     cache_copied: int = 0
-    collectives: tuple[str, ...] = ()
+    collectives: tuple[str, ...] = ()  # as compiled
+    arguments: int = 0
+    outputs: int = 0
+    flops: int = 0
+    moved: int = 0
+    cached: bool = False
+    details: Mapping[str, str | int] = field(default_factory=dict)  # what else the backend's compiler tells
 
 
 class Transfer(Protocol):
@@ -104,6 +114,12 @@ class Pending(Protocol):
     def handle(self, name: str) -> Handle: ...
 
 
+class SharedPending(Pending, Protocol):
+    """A step of a session that runs several ranks: `result` is the first rank's, where all have the same."""
+
+    def results(self, name: str) -> list[HostArray]: ...  # waits; a private host copy from each rank, in their order
+
+
 class Program(Protocol):
     """One captured bucket. When `__call__` returns, the program no longer reads the host buffer."""
 
@@ -121,6 +137,12 @@ class Program(Protocol):
 class PlannedOps(Protocol):
     """What the planner gives a session at capture: the plan's kernels for one bucket, ready to be bound."""
 
+    @property
+    def digest(self) -> str:
+        """sha256 of what the program computes: its calls in order, what flows where, their problems and kernels (by
+        name, version and options). Not of sizes that the program does not fix, such as pages of a cache."""
+        ...
+
     def bind(self, session: Session) -> Any:
         """A plain namespace: one callable per name that the forward calls, `ops.<name>(...)`."""
         ...
@@ -134,6 +156,8 @@ class Session(Protocol):
     """One per worker and stage; owns weights, caches and static inputs.
 
     Between `freeze` and `thaw` nothing traces, compiles or retraces. After `close` every call raises SessionClosed.
+    The session of a single-program backend runs `World.ranks` ranks: their inputs are the same, a Param that `varies`
+    is loaded for each of them, and its programs return a SharedPending.
     """
 
     def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
@@ -148,7 +172,8 @@ class Session(Protocol):
         """Replace values of equal leaf shape, by Param name, between steps, without dropping programs.
 
         Every loaded Param of the named one's source takes the values, in its own packing; the last name of a source
-        counts. Raises MisshapenTensor for a name that is not loaded or another shape; then nothing has changed.
+        counts. A session of several ranks takes [ranks, ...] for a Param that varies. Raises MisshapenTensor for a name
+        that is not loaded or another shape; then nothing has changed.
         """
         ...
 
@@ -170,7 +195,8 @@ class Session(Protocol):
         ...
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
-        """Pages in canonical form: {"k": [n, page, Hkv, D], "v": [n, page, Hkv, Dv]}, this coordinate's heads."""
+        """Pages in canonical form: {"k": [n, page, Hkv, D], "v": [n, page, Hkv, Dv]}, with the heads of each of the
+        session's ranks, one rank after another."""
         ...
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Transfer: ...
@@ -236,7 +262,7 @@ def check_handles(wanted: Mapping[str, ArraySpec], given: Mapping[str, Handle]) 
 
 
 class Memory(Protocol):
-    """What a backend knows of its memory, in bytes."""
+    """What a backend knows of its memory, in bytes: of one rank's share, where a session runs several."""
 
     def total_free(self) -> tuple[int, int] | None: ...
 
@@ -276,6 +302,6 @@ def leaves(tree: Tree) -> list[Any]:
 
 __all__ = [
     "Array", "Cache", "CaptureReport", "DoneTransfer", "Handle", "HostArray", "Memory", "Packing", "Pending",
-    "PlannedOps", "Program", "Session", "SessionState", "StepFunction", "Transfer", "Tree", "UncountedMemory", "Weight",
-    "check_handles", "leaves", "map_tree",
+    "PlannedOps", "Program", "Session", "SessionState", "SharedPending", "StepFunction", "Transfer", "Tree",
+    "UncountedMemory", "Weight", "check_handles", "leaves", "map_tree",
 ]  # fmt: skip

@@ -28,11 +28,16 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class ExecutorInfo:
-    """An executor as core or a plugin registers it; `most_workers` is None where there is no bound."""
+    """An executor as core or a plugin registers it.
+
+    `most_workers` bounds the ranks, each of which has a worker of its own; None: there is no bound. `one_program` says
+    that it also runs backends of which one worker runs a whole replica (`BackendInfo.single_program`), at any layout.
+    """
 
     name: str
     make: Callable[[EngineConfig, Registry], Executor]
     most_workers: int | None = None
+    one_program: bool = False
 
 
 def builtin_executors() -> tuple[ExecutorInfo, ...]:
@@ -41,9 +46,14 @@ def builtin_executors() -> tuple[ExecutorInfo, ...]:
     from lineshaft.executors.process import ProcessExecutor, most_workers
 
     return (
-        ExecutorInfo("inproc", InprocExecutor, most_workers=1),
+        ExecutorInfo("inproc", InprocExecutor, most_workers=1, one_program=True),
         ExecutorInfo("process", ProcessExecutor, most_workers()),
     )
+
+
+def one_program(config: EngineConfig, registry: Registry) -> bool:
+    """Whether one worker of the configured backend runs all ranks of a replica. Raises BackendError."""
+    return registry.select(config.backend, config.backend_options).single_program
 
 
 def make_executor(config: EngineConfig, registry: Registry) -> Executor:
@@ -56,6 +66,8 @@ def make_executor(config: EngineConfig, registry: Registry) -> Executor:
         raise InvalidValue(f"executor = {config.executor!r}: known are auto, {', '.join(known)}")
     asked = list(known.values()) if config.executor == "auto" else [known[config.executor]]
     degrees = degrees_of(config)
+    if one_program(config, registry):
+        return _for_one_program(asked, config, registry)
     for info in asked:
         if info.most_workers is None or degrees.world <= info.most_workers:
             return info.make(config, registry)
@@ -63,6 +75,16 @@ def make_executor(config: EngineConfig, registry: Registry) -> Executor:
     raise LayoutError(
         f"layout {degrees} has {degrees.world} workers; executor = {config.executor!r} runs at most so many on this "
         f"machine: {most}; lower a degree, or choose another executor"
+    )
+
+
+def _for_one_program(asked: Sequence[ExecutorInfo], config: EngineConfig, registry: Registry) -> Executor:
+    for info in asked:
+        if info.one_program:
+            return info.make(config, registry)
+    raise LayoutError(
+        f"executor = {config.executor!r}: backend {config.backend!r} runs all ranks of a replica in one program, which "
+        "that executor cannot; choose 'inproc' or 'auto'"
     )
 
 

@@ -1,29 +1,45 @@
-"""One worker in this process."""
+"""Workers in this process: one, or for a backend of a single program one for each dp replica."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from lineshaft.config import EngineConfig
+from lineshaft.contract.backends import Backend, World
+from lineshaft.executors.base import one_program
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.setup import check_layout, degrees_of
 from lineshaft.runner.worker import Progress, Worker
 
 
 class InprocExecutor:
-    """An executor of world size 1."""
+    """An executor without processes of its own. `start` makes the backends instead of their factory."""
 
-    def __init__(self, config: EngineConfig, registry: Registry) -> None:
-        self._worker = Worker(config, registry=registry)
+    def __init__(
+        self, config: EngineConfig, registry: Registry, start: Callable[[World], Backend] | None = None
+    ) -> None:
+        degrees = degrees_of(config)
+        if degrees.world > 1:
+            check_layout(config, registry)
+        ranks = range(0, degrees.world, degrees.replica if one_program(config, registry) else 1)
+        self._workers = [Worker(config, rank, registry=registry, start=start) for rank in ranks]
+        self._threads = ThreadPoolExecutor(len(ranks)) if len(ranks) > 1 else None
 
     def size(self) -> list[Sizes]:
-        return [self._worker.size()]
+        return [worker.size() for worker in self._workers]
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return [self._worker.start(pages, progress)]
+        return [worker.start(pages, progress) for worker in self._workers]
 
     def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
-        return [self._worker.execute(step) for step in steps]
+        if self._threads is None:
+            return [self._workers[0].execute(steps[0])]
+        return list(self._threads.map(Worker.execute, self._workers, steps))
 
     def close(self) -> None:
-        self._worker.close()
+        if self._threads is not None:
+            self._threads.shutdown()
+        for worker in self._workers:
+            worker.close()

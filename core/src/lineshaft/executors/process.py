@@ -106,7 +106,7 @@ class ProcessExecutor:
         return [Started(**header) for header, _ in replies]
 
     def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
-        replica_size = self._degrees.world // self._degrees.dp
+        replica_size = self._degrees.replica
         with self._exchange():
             for replica, step in enumerate(steps):
                 header, arrays = step.to_frames()

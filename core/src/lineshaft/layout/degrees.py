@@ -53,6 +53,11 @@ class Degrees:
     def world(self) -> int:
         return self.dp * self.pp * self.cp * self.ep * self.tp
 
+    @property
+    def replica(self) -> int:
+        """The ranks of one dp replica, which are neighbours."""
+        return self.world // self.dp
+
     def coordinate(self, rank: int) -> Coordinate:
         """The place of `rank` on every axis (row-major). Raises LayoutError outside [0, world)."""
         if not 0 <= rank < self.world:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -76,6 +78,13 @@ class BoundOps:
         default decomposition)."""
         site = self._trace.sites[name, key]
         return site, self._chosen.get((site.op, site.problem))
+
+    @property
+    def digest(self) -> str:
+        pairs = dict.fromkeys((site.op, site.problem) for site in self._trace.sites.values() if not site.composite)
+        kernels = [make_entry(*pair, self._chosen[pair], (), 0).identity() for pair in pairs]
+        content = [repr(self._trace.shape), self._trace.flow, kernels]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def prepares(self, session: Session) -> list[HostPrepare]:
         """Host planning of each distinct (kernel, problem), in first-call order."""

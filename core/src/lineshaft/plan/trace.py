@@ -17,22 +17,25 @@ from lineshaft.errors import Unsupported
 
 
 class AbstractArray(Restricted):
-    """An array with a shape and no values; `base` is the one that it is a view of."""
+    """An array with a shape and no values; `base` is the one that it is a view of, `label` says where it comes from."""
 
-    __slots__ = ("__weakref__", "base", "spec")
+    __slots__ = ("__weakref__", "base", "label", "spec")
 
-    def __init__(self, spec: ArraySpec, base: AbstractArray | None = None) -> None:
-        self.spec, self.base = spec, base
+    def __init__(self, spec: ArraySpec, label: str, base: AbstractArray | None = None) -> None:
+        self.spec, self.label, self.base = spec, label, base
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
 
     def _reshaped(self, shape: tuple[int, ...]) -> AbstractArray:
-        return AbstractArray(ArraySpec(shape, self.spec.dtype), self)
+        return self._view(shape, f"{self.label} as {shape}")
 
     def _sliced(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> AbstractArray:
-        return self._reshaped(shape)
+        return self._view(shape, f"{self.label} at {index}")
+
+    def _view(self, shape: tuple[int, ...], label: str) -> AbstractArray:
+        return AbstractArray(ArraySpec(shape, self.spec.dtype), label, self)
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ class Workspace:
     def __init__(self) -> None:
         self.now = self.most = 0
 
-    def hold(self, spec: ArraySpec) -> AbstractArray:
+    def hold(self, spec: ArraySpec, label: str) -> AbstractArray:
         """A result that counts until the forward and all its views have dropped it."""
         self.now += spec.nbytes
         self.most = max(self.most, self.now)
-        array = AbstractArray(spec)
+        array = AbstractArray(spec, label)
         finalize(array, self._drop, spec.nbytes).atexit = False
         return array
 
@@ -68,13 +71,17 @@ class Workspace:
 
 @dataclass
 class Trace:
-    """All sites of one program, in first-call order, with the number of calls of each, and what its results take."""
+    """All sites of one program, in first-call order, with the number of calls of each, and what its results take.
+
+    `flow` has a line for each call in order, with where each argument comes from, and one for each output.
+    """
 
     shape: StepShape
     sites: dict[tuple[str, tuple[Any, ...]], Site] = field(default_factory=dict)
     calls: dict[tuple[str, tuple[Any, ...]], int] = field(default_factory=dict)
     outputs: dict[str, ArraySpec] = field(default_factory=dict)
     workspace: Workspace = field(default_factory=Workspace)
+    flow: list[str] = field(default_factory=list)
 
 
 def dispatch_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -92,6 +99,19 @@ def _item_key(item: Any) -> Any:
     if isinstance(item, (list, tuple)):
         return tuple(map(_item_key, item))
     return tuple(item.shape) if hasattr(item, "shape") else item
+
+
+def label_of(item: Any) -> Any:
+    """Where an argument comes from; a static argument as it is."""
+    if isinstance(item, AbstractArray):
+        return item.label
+    if isinstance(item, (Weight, Cache)):
+        return f"{type(item).__name__} {item.key}"
+    if isinstance(item, StepInputs):
+        return "the step"
+    if isinstance(item, Mapping):
+        return {name: label_of(value) for name, value in item.items()}
+    return list(map(label_of, item)) if isinstance(item, (list, tuple)) else item
 
 
 class Tracer:
@@ -126,6 +146,7 @@ class Tracer:
         weight = next((item for item in args if isinstance(item, Weight)), None) if spec.weight else None
         problem = spec.specialise(base if weight is None else weight.problems[spec.weight], call)
         check_optional(spec, problem, kwargs)
+        self.trace.flow.append(f"{name} {problem} {label_of(args)} {label_of(kwargs)}")
         composite = spec.default is not None and not self._resolvable(spec.name, problem)
         site = Site(
             name, spec.name, dispatch_key(args, kwargs), problem,
@@ -144,9 +165,10 @@ class Tracer:
         out = spec.infer(problem, call)
         if out == "cache":
             return next(item for item in call.args if isinstance(item, Cache))
+        call_number = len(self.trace.flow)
         if isinstance(out, ArraySpec):
-            return self.trace.workspace.hold(out)
-        return tuple(self.trace.workspace.hold(item) for item in out if isinstance(item, ArraySpec))
+            return self.trace.workspace.hold(out, f"call {call_number}")
+        return tuple(self.trace.workspace.hold(item, f"call {call_number}.{i}") for i, item in enumerate(out))
 
 
 def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) -> None:
@@ -166,7 +188,7 @@ def abstract_weights(params: Tree) -> Tree:
     def one(param: Param) -> Weight | AbstractArray:
         key = keys.setdefault(param.name, len(keys))
         if "const" in param.problems:
-            return AbstractArray(ArraySpec(param.shape, param.dtype))
+            return AbstractArray(ArraySpec(param.shape, param.dtype), f"const {key}")
         return Weight(key, param.name, param.problems, "")
 
     return map_tree(one, params)
@@ -181,12 +203,14 @@ def trace_function(
     arrays: Mapping[str, ArraySpec],
 ) -> Trace:
     """Run `fn` once on abstract arrays; raises ContractViolation if it leaves the contract or drops a cache."""
-    step = StepInputs({f.name: AbstractArray(ArraySpec(f.shape, f.dtype)) for f in inputs.fields}, tracer.trace.shape)
-    given = {name: AbstractArray(spec) for name, spec in arrays.items()}
+    views = {f.name: AbstractArray(ArraySpec(f.shape, f.dtype), f"input {f.name}") for f in inputs.fields}
+    step = StepInputs(views, tracer.trace.shape)
+    given = {name: AbstractArray(spec, f"array {name}") for name, spec in arrays.items()}
     outputs, after = fn(tracer, abstract_weights(params), list(caches), step, given)
     if len(after) != len(caches):
         violate(f"{len(after)} caches come back, {len(caches)} went in")
     tracer.trace.outputs = {name: value.spec for name, value in outputs.items()}
+    tracer.trace.flow += [f"{name} = {label_of(value)}" for name, value in outputs.items()]
     return tracer.trace
 
 

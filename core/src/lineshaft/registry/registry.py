@@ -89,12 +89,14 @@ class Registry:
         """Every registered backend, probed, in the order of names."""
         return [self._status(info) for info in self.backends.values()]
 
-    def select(self, name: str) -> BackendInfo:
+    def select(self, name: str, options: Mapping[str, Any] | None = None) -> BackendInfo:
         """The backend of that name, or for "auto" the usable one of the largest kind above the reference.
+
+        `options` are what a user wrote for it: some make it run without its device (`Probe.unless`).
 
         Raises UnknownBackend, BackendUnavailable with each reason, and AmbiguousBackend for a tie.
         """
-        return self._best() if name == "auto" else self._named(name)
+        return self._best() if name == "auto" else self._named(name, options or {})
 
     def kernels(self, backend: str) -> list[Kernel]:
         """Kernels that plugins contribute to the backend, besides its own. Raises PluginError naming the culprit."""
@@ -151,11 +153,15 @@ class Registry:
             version=plugin.version,
         )
 
-    def _named(self, name: str) -> BackendInfo:
+    def named(self, name: str) -> BackendInfo:
+        """The backend of that name, whether it can run here or not. Raises UnknownBackend, BackendUnavailable."""
         if name not in self.backends:
             raise self._absent(name)
-        found = probe(self.backends[name])
-        if not found.usable:
+        return self.backends[name]
+
+    def _named(self, name: str, options: Mapping[str, Any]) -> BackendInfo:
+        found = probe(self.named(name))
+        if not found.runs_with(options):
             raise BackendUnavailable(
                 f"backend {name!r} is not usable here: {found.reason}; mend that or choose another backend"
             )
@@ -200,7 +206,7 @@ def probe(info: BackendInfo) -> Probe:
         found = load_attribute(info.probe)()
         if not isinstance(found, Probe):
             return Probe(False, f"its probe returned {type(found).__name__}; allowed is a Probe")
-        if found.usable:
+        if found.usable or found.unless:
             options_model(info)
         return found
     except PluginError as error:

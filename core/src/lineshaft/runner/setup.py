@@ -77,11 +77,12 @@ def make_setup(
     start: makes the backend instead of its factory. Raises BackendError, ModelError, LayoutError, ConfigError.
     """
     registry = registry or discover()
-    info = registry.select(config.backend)
+    info = registry.select(config.backend, config.backend_options)
     options = validate_options(info, config.backend_options)
     checkpoint, family = open_model(config, registry)
     degrees = degrees_of(config)
-    world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world))
+    ranks = degrees.replica if info.single_program else 1
+    world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world), ranks)
     backend: Backend = start(world) if start else load_attribute(info.factory)(options, world)
     capabilities = backend.capabilities
     dtype = choose_dtype(config, info.name, capabilities)
