@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ def mesh_of(world: World, devices: Sequence[Any]) -> Mesh:
         raise LayoutError(f"{world.ranks} ranks are no block of the innermost axes of {dict(world.axes)}")
     if len(devices) < world.rank + world.ranks:
         raise LayoutError(
-            f"the layout {dict(world.axes)} has {world.size} ranks, and there are {len(devices)} devices; lower a degree"
+            f"the layout {dict(world.axes)} has {world.size} ranks, there are {len(devices)} devices; lower a degree"
         )
     shape = [1] * first + degrees[first:]
     own = np.array(devices[world.rank : world.rank + world.ranks], dtype=object)
@@ -84,8 +84,7 @@ class Placement:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Zeros of that shape on each rank, committed."""
-        joined = self.joined(shape)
-        return jax.jit(lambda: jnp.zeros(joined, dtype), out_shardings=self.own)()
+        return _zeros(self.own, self.joined(shape), dtype)()
 
     def joined(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The global shape of arrays that are `shape` on each rank."""
@@ -102,6 +101,11 @@ class Placement:
             )
         shardings = jax.tree.map(lambda flag: self.own if flag else self.shared, own)
         return jax.jit(wrapped, in_shardings=shardings, out_shardings=self.own, donate_argnums=tuple(donate))
+
+
+@lru_cache(maxsize=256)
+def _zeros(sharding: NamedSharding, shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 def shards(array: jax.Array, *, first: bool = False) -> list[HostArray]:

@@ -123,7 +123,9 @@ class JaxProgram:
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One step on one rank, to be traced."""
         session, capture = self.session, self.capture
-        step = StepInputs({item.name: unpack(buffer, capture.inputs, item) for item in capture.inputs.fields}, self.shape)
+        step = StepInputs(
+            {item.name: unpack(buffer, capture.inputs, item) for item in capture.inputs.fields}, self.shape
+        )
         given = [replace(held, arrays=dict(now)) for held, now in zip(session.caches, caches, strict=True)]
         tree = session.weights.dressed(weights)
         outputs, after = capture.fn(capture.ops.bind(session), tree, list(given), step, dict(arrays))
@@ -195,9 +197,7 @@ def unpack(buffer: Any, layout: InputLayout, item: InputField) -> Any:
     return values.reshape(-1)[:count].reshape(item.shape)
 
 
-def check_results(
-    capture: Capture, given: Sequence[Cache], outputs: Mapping[str, Any], after: Sequence[Cache]
-) -> None:
+def check_results(capture: Capture, given: Sequence[Cache], outputs: Mapping[str, Any], after: Sequence[Cache]) -> None:
     """Raises ContractViolation unless all caches come back in order, and every output that the host wants is there."""
     if [cache.key for cache in after] != [cache.key for cache in given]:
         raise ContractViolation(f"the forward returns {len(after)} caches in its order, it was given {len(given)}")

@@ -203,8 +203,8 @@ class JaxSession(SessionState):
         problems = [repr(cache.problem) for cache in self.caches]
         devices = [device.id for device in mesh.devices.flat]
         return [
-            capture.ops.digest, capture.inputs.fields, sorted(capture.arrays.items()), shapes, problems, self.weights.own,
-            mesh.devices.shape, devices,
+            capture.ops.digest, capture.inputs.fields, sorted(capture.arrays.items()), shapes, problems,
+            self.weights.own, mesh.devices.shape, devices,
         ]  # fmt: skip
 
     def inspect(self, compiled: Any) -> Mapping[str, str | int]:

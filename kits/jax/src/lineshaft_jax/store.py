@@ -83,12 +83,14 @@ class ProgramStore:
 
 
 def open_store(folder: Path, facts: Mapping[str, str]) -> ProgramStore:
-    """The store in a folder, which is made for this user alone. Raises InvalidValue for one that others may write to."""
+    """The store in a folder, made for this user alone. Raises InvalidValue for one that others may write to."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except OSError as error:
-        raise InvalidValue(f"cache_dir = {str(folder)!r} cannot be used ({error.strerror}); name another or 'off'") from error
+        raise InvalidValue(
+            f"cache_dir = {str(folder)!r} cannot be used ({error.strerror}); name another or 'off'"
+        ) from error
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise InvalidValue(
             f"cache_dir = {str(folder)!r}: others may write to it, and compiled programs are run as they are; "

@@ -75,7 +75,7 @@ class Weights:
     def repacked(
         self, name: str, values: HostArray, ranks: int
     ) -> Iterator[tuple[Source, list[Mapping[str, HostArray]]]]:
-        """Each packing of the named parameter's source, with its new host leaves: one share of each rank, or one of all.
+        """Each packing of the named parameter's source, with its new host leaves: a share of each rank, or one for all.
 
         Raises MisshapenTensor for a name that is not loaded, or another shape.
         """

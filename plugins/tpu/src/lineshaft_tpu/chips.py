@@ -13,8 +13,13 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation. `hbm`: bytes of a device that programs may use, as its compiler counts them; `dims`: of the torus;
-    `devices`: that JAX shows for each chip; `kind`: the name that JAX gives such a device."""
+    """One generation.
+
+    hbm      bytes of a device that programs may use, as its compiler counts them
+    dims     of the torus
+    devices  that JAX shows for each chip
+    kind     the name that JAX gives such a device
+    """
 
     name: str
     hbm: int

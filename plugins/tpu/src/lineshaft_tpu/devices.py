@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,21 +26,19 @@ HOST = {
 def cpu_devices(count: int) -> list[Any]:
     """At least so many virtual devices. Raises LayoutError where JAX was started with fewer."""
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with suppress(RuntimeError):  # JAX has started: what it has must do
         jax.config.update("jax_num_cpu_devices", max(count, VIRTUAL))
-    except RuntimeError:
-        pass  # JAX has started: what it has must do
     found = jax.devices("cpu")
     if len(found) < count:
         raise LayoutError(
-            f"the layout has {count} ranks, and JAX runs {len(found)} virtual devices in this process since it started; "
+            f"the layout has {count} ranks, and JAX started with {len(found)} virtual devices in this process; "
             "use a process of its own for the larger layout"
         )
     return list(found)
 
 
 def tpu_devices() -> list[Any]:
-    """All TPUs of this host. Raises BackendUnavailable where they cannot be had, with who has them if libtpu says so."""
+    """All TPUs of this host. Raises BackendUnavailable where they cannot be had, with who has them if that is said."""
     try:
         return list(jax.devices("tpu"))
     except RuntimeError as error:
@@ -53,12 +52,14 @@ def refusal(text: str) -> str:
         return f"the TPU is in use by another process; end that one first ({said:.300})"
     if find_spec("libtpu") is None:
         return "libtpu is not installed; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"
-    return f"JAX finds no TPU ({said:.300}); for its CPU platform set platform = \"cpu\" under [backend_options]"
+    return f'JAX finds no TPU ({said:.300}); for its CPU platform set platform = "cpu" under [backend_options]'
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """The devices of a topology that is not here, to compile for. Raises BackendUnavailable without libtpu, InvalidValue
-    for a shape that its compiler refuses."""
+    """The devices of a topology that is not here, to compile for.
+
+    Raises BackendUnavailable without libtpu, InvalidValue for a shape that its compiler refuses.
+    """
     if find_spec("libtpu") is None:
         raise BackendUnavailable(
             "compiling for a TPU needs libtpu; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"

@@ -15,7 +15,7 @@ class TpuOptions(BaseModel):
     detect_races          with interpret: raise where two accesses of a kernel race
     chip                  the chip whose tiling rules hold where there is none: under interpret
     attention_memory_mib  largest temporaries, in MiB, of one call of the attention without Pallas
-    cache_dir             folder of compiled programs; "auto" is lineshaft/programs in the user's cache, "off" keeps none
+    cache_dir             folder of compiled programs; "auto": lineshaft/programs in the user's cache, "off": none
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

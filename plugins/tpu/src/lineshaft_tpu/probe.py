@@ -30,7 +30,7 @@ def probe() -> Probe:
 
 
 NO_TPU = (
-    "there is no TPU on the PCI bus; to run on JAX's CPU platform set platform = \"cpu\" under [backend_options], "
+    'there is no TPU on the PCI bus; to run on JAX\'s CPU platform set platform = "cpu" under [backend_options], '
     "to compile for a TPU use `lineshaft compile`"
 )
 
