@@ -65,7 +65,7 @@ def test_an_engine_computes_what_the_rounded_weights_give(llama: Llama, scheme: 
 
 
 def test_a_quantized_model_is_cut_among_workers(llama: Llama) -> None:
-    """Each worker quantizes its own share: the columns of a row may get another scale, and tokens stay the same here."""
+    """Each worker quantizes its own share: a row may get another scale there, and the tokens stay the same here."""
     prompts, tokens = llama("even").oracle.prompts(1, LENGTHS), {}
     for tp, scheme in ((1, "none"), (1, "int8"), (2, "int8")):
         settings = {**SMALL, "layout.tp": tp, "quantization": scheme}
