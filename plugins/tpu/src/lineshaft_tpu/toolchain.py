@@ -12,7 +12,7 @@ from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem,
 from lineshaft.errors import LayoutError
 from lineshaft_jax.ahead import AheadSession
 from lineshaft_jax.session import SessionOptions
-from lineshaft_tpu.backend import LANES, TpuBackend, store_of
+from lineshaft_tpu.backend import LANES, TpuBackend
 from lineshaft_tpu.chips import CHIPS, Topology, parse_topology
 from lineshaft_tpu.devices import topology_devices
 from lineshaft_tpu.inspection import COLUMNS, inspect
@@ -50,13 +50,13 @@ class TpuToolchain:
             raise LayoutError(too_small(topology, world))
         devices = topology_devices(topology)
         memory = RankMemory(lambda: (topology.chip.hbm, topology.chip.hbm), LANES)
-        return AheadBackend(self.options, world, devices, topology.chip, memory, store_of(self.options, devices))
+        return AheadBackend(self.options, world, devices, topology.chip, memory, store=None)
 
 
 def too_small(topology: Topology, world: World) -> str:
     degrees = " ".join(f"{axis}={degree}" for axis, degree in world.axes if degree > 1)
     return (
-        f"layout {degrees} has {world.size} ranks; topology {topology.name} has {topology.devices} devices, one a rank: "
+        f"layout {degrees} has {world.size} ranks; topology {topology.name} has {topology.devices} devices, one each: "
         "lower a degree or name a larger topology"
     )
 
