@@ -1,5 +1,5 @@
-"""The whole engine on the TPU backend, on virtual CPU devices: layouts in one program, nothing compiled after the start,
-and a second start that compiles nothing."""
+"""The whole engine on the TPU backend, on virtual CPU devices: layouts in one program, nothing compiled once it has
+started, and a second start that compiles nothing."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_compiling_ahead_needs_libtpu_and_says_so(monkeypatch: pytest.MonkeyPatc
 
 def test_a_layout_that_a_topology_cannot_hold_is_refused() -> None:
     axes = (("dp", 1), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", 16))
-    with pytest.raises(LayoutError, match="16 ranks.* 8 devices"):
+    with pytest.raises(LayoutError, match=r"16 ranks.* 8 devices"):
         TpuToolchain(TpuOptions()).start("v5e:2x4", World(axes=axes, ranks=16))
 
 
