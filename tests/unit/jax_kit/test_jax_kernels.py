@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Weight
 from lineshaft_jax.arrays import to_host
 from lineshaft_jax.kernels import xla_kernels
+from lineshaft_jax.kernels.attend import attend
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs, from_canonical, to_canonical
 
 OPS = {name: spec for name, spec in all_ops().items() if not spec.collective}
@@ -140,15 +141,17 @@ def run_case(kernel: Kernel, case: Case, lanes: int) -> list[str]:
     return compare(OPS[kernel.op], case, host_result(result, case))
 
 
-def each(kernel: Kernel) -> Iterator[Case]:
-    taken = [case for case in cases_of(kernel.op) if takes(kernel, case)]
+def each(kernel: Kernel, dtype: str = "") -> Iterator[Case]:
+    """Every case, of `dtype` or of any, that the kernel takes: at least one."""
+    taken = [case for case in cases_of(kernel.op) if takes(kernel, case) and dtype in ("", case.problem.dtype)]
     assert taken, f"{kernel.name} takes no case of {kernel.op}"
     yield from taken
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_kernel_computes_what_the_reference_does(kernel: Kernel) -> None:
-    assert [text for case in each(kernel) for text in run_case(kernel, case, LANES[0])] == []
+def test_kernel_computes_what_the_reference_does(kernel: Kernel, dtype: str) -> None:
+    assert [text for case in each(kernel, dtype) for text in run_case(kernel, case, LANES[0])] == []
 
 
 @pytest.mark.parametrize("op", ["write_kv", "write_pages", "copy_slots", "read_pages", "attend"])
@@ -162,6 +165,18 @@ def test_padded_heads_change_nothing(op: str) -> None:
             seen.add(kind)
             assert run_case(kernel, case, LANES[1]) == []
     assert len(seen) > 4
+
+
+@pytest.mark.parametrize("budget", [0, 90_000])
+def test_attention_in_small_blocks_is_the_same(budget: int) -> None:
+    """In next to no memory: a query, a row and a page at a time, and three rows of them."""
+    kernel = next(kernel for kernel in KERNELS if kernel.op == "attend")
+    small = replace(kernel, name=f"attend{budget}", bind=lambda problem, session: partial(attend, budget, problem))
+    names = ("verify/gqa2", "mixed/gqa2", "mixed/softcap-sinks", "mixed/lse-no", "mixed/page_starts-lse", "verify/anc")
+    names += ("decode/many_rows", "mixed/window5", "mixed/key_ranges-f32", "mixed/kv_block-f32", "prefill/mha")
+    chosen = [case for case in each(small, "float32") if case.id.startswith(names)]
+    assert len(chosen) >= len(names)
+    assert [text for case in chosen for text in run_case(small, case, LANES[0])] == []
 
 
 def test_there_is_a_kernel_for_every_op_but_composites() -> None:

@@ -20,6 +20,7 @@ from lineshaft_jax.kernels import xla_kernels
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs
 
 MIB = 2**20
+PAGES = 8192
 Spec = Callable[[tuple[int, ...], Any], jax.ShapeDtypeStruct]
 
 
@@ -50,8 +51,8 @@ def cache_of(problem: KVProblem, pages: int, lanes: int, spec: Spec) -> tuple[di
     return arrays, sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
 
 
-def check_write(problem: KVProblem, lanes: int, spec: Spec, tokens: int = 4) -> None:
-    arrays, size = cache_of(problem, 2048, lanes, spec)
+def check_write(problem: KVProblem, lanes: int, spec: Spec, tokens: int) -> None:
+    arrays, size = cache_of(problem, PAGES, lanes, spec)
     bound, new = kernel_of("write_kv").bind(problem, None), (tokens, problem.kv_heads, problem.qk_dim)
     shape = StepShape(tokens=tokens, rows=1, pages=(1,), logits=1, max_query=tokens)
 
@@ -71,21 +72,23 @@ def kv_problem(kv_heads: int, dtype: str, **fields: Any) -> KVProblem:
     return KVProblem(dtype=dtype, kv_heads=kv_heads, **given)
 
 
-STORED = [{}, {"kv_dtype": "float8_e4m3fn"}, {"kv_dtype": "int8", "kv_scheme": "token_head"}]
+WRITES = {
+    **{f"{dtype}-heads{n}": kv_problem(n, dtype) for dtype in ("float32", "bfloat16") for n in (1, 2, 8)},
+    "fp8": kv_problem(2, "bfloat16", kv_dtype="float8_e4m3fn"),
+    "token_head": kv_problem(2, "float32", kv_dtype="int8", kv_scheme="token_head"),
+}
 
 
-@pytest.mark.parametrize("stored", STORED, ids=["plain", "fp8", "token_head"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_a_write_copies_no_cache_on_the_cpu(kv_heads: int, dtype: str, stored: dict[str, Any]) -> None:
-    check_write(kv_problem(kv_heads, dtype, **stored), 1, jax.ShapeDtypeStruct)
+@pytest.mark.parametrize("tokens", [4, 2048])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_copies_no_cache_on_the_cpu(name: str, tokens: int) -> None:
+    check_write(WRITES[name], 1, jax.ShapeDtypeStruct, tokens)
 
 
-@pytest.mark.parametrize("stored", STORED, ids=["plain", "fp8", "token_head"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_a_write_copies_no_cache_on_a_tpu(kv_heads: int, dtype: str, stored: dict[str, Any], chip: Spec) -> None:
-    check_write(kv_problem(kv_heads, dtype, **stored), 128, chip)
+@pytest.mark.parametrize("tokens", [4, 2048])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_copies_no_cache_on_a_tpu(name: str, tokens: int, chip: Spec) -> None:
+    check_write(WRITES[name], 128, chip, tokens)
 
 
 @pytest.mark.parametrize("op", ["write_pages", "copy_pages", "copy_slots"])
@@ -93,7 +96,7 @@ def test_a_write_copies_no_cache_on_a_tpu(kv_heads: int, dtype: str, stored: dic
 def test_moving_pages_copies_no_cache(op: str, place: str, request: pytest.FixtureRequest) -> None:
     problem, tpu = kv_problem(2, "bfloat16"), place == "tpu"
     spec = request.getfixturevalue("chip") if tpu else jax.ShapeDtypeStruct
-    arrays, size = cache_of(problem, 2048, 128 if tpu else 1, spec)
+    arrays, size = cache_of(problem, PAGES, 128 if tpu else 1, spec)
     bound, ids = kernel_of(op).bind(problem, None), spec((4,), jnp.int32)
     pages = {name: spec((4, *shape), dtype) for name, (shape, dtype) in problem.page_arrays.items()}
     others = (ids, pages) if op == "write_pages" else (ids, ids)

@@ -41,30 +41,34 @@ QUERIES, KEYS = 128, 256
 
 @dataclass(frozen=True)
 class Tiles:
-    """What is computed at a time: `rows` rows of `queries` queries each, against `columns` pages of each row."""
+    """What is computed at a time: `rows` rows of `queries` queries each, against `columns` pages of each row.
+
+    whole_rows: a tile has all queries of its rows; otherwise it is of one row.
+    """
 
     rows: int
     queries: int
     columns: int
+    whole_rows: bool
 
     @classmethod
     def of(cls, problem: AttendProblem, budget: int) -> Tiles:
         """The largest, up to QUERIES and KEYS, whose temporaries are within `budget` bytes; at least one of each."""
         longest = max(min(problem.max_query or problem.tokens, problem.tokens), 1)
-        together = longest <= FEW_QUERIES
-        columns = min(-(-KEYS // problem.page_size), problem.pages)
-        tiles = cls(problem.rows if together else 1, longest if together else min(longest, QUERIES), max(columns, 1))
+        columns = max(min(-(-KEYS // problem.page_size), problem.pages), 1)
+        few = longest <= FEW_QUERIES
+        tiles = cls(problem.rows if few else 1, min(longest, QUERIES), columns, few)
         while tiles.temporary_bytes(problem) > budget and max(tiles.rows, tiles.queries, tiles.columns) > 1:
-            tiles = tiles.halved(together)
+            tiles = tiles.halved()
         return tiles
 
-    def halved(self, together: bool) -> Tiles:
-        """With fewer columns while there are many, then with fewer rows, or with fewer queries for a single row."""
+    def halved(self) -> Tiles:
+        """With fewer columns while there are many, then with fewer rows, and with fewer queries of a single row."""
         if self.columns > max(self.rows, self.queries) // 4 and self.columns > 1:
             return replace(self, columns=-(-self.columns // 2))
         if self.rows > 1:
             return replace(self, rows=-(-self.rows // 2))
-        return replace(self, queries=-(-self.queries // 2)) if not together else replace(self, columns=1)
+        return replace(self, queries=-(-self.queries // 2), whole_rows=False)
 
     def temporary_bytes(self, problem: AttendProblem) -> int:
         """Bytes at the peak: scores, masked scores and weights [rows, Hq, queries, keys], keys and values as stored and
@@ -128,12 +132,12 @@ def attend(
     ancestors: Array | None = None,
 ) -> Any:
     """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse f32[T, Hq]); temporaries are within `budget` bytes."""
-    tiles = Tiles.of(problem, budget)
     view = step.groups[problem.group]
+    rows, pages = view.page_table.shape
+    tiles = Tiles.of(replace(problem, tokens=q.shape[0], rows=rows, pages=pages), budget)
     one = partial(attend_tile, problem, tiles.columns, cache, sinks, kv_scales)
     whole = Step(q, step.query_starts, view, page_positions(problem, view), key_ranges, ancestors)
-    few = tiles.queries <= FEW_QUERIES and tiles.queries >= min(problem.max_query or len(q), len(q))
-    out, lse = whole.by_rows(tiles, one) if few else whole.by_queries(tiles, one)
+    out, lse = (whole.by_rows if tiles.whole_rows else whole.by_queries)(tiles, one)
     live = jnp.arange(q.shape[0]) < step.query_starts[-1]
     out = jnp.where(live[:, None, None], out, 0)
     return (out, jnp.where(live[:, None], lse, -jnp.inf)) if problem.return_lse else out
