@@ -18,7 +18,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation. Memories are in bytes per core; `cores` is how many cores one program runs on together."""
+    """One generation. Memories are in bytes per core; `cores` is how many cores one program runs on together.
+
+    `fp8` says whether the matrix unit takes eight-bit floats. Without it they are still read, and widened first.
+    """
 
     name: str
     vmem: int
@@ -83,16 +86,18 @@ def lanes_reason(what: str, size: int) -> str | None:
     return multiple_reason(what, size, LANES, f"this kernel takes multiples of {LANES} lanes")
 
 
-def fp8_reason(where: Chip, dtype: str) -> str | None:
-    """Whether the chip converts eight-bit floats at all."""
-    if not dtype.startswith("float8") or where.fp8:
+def memory_reason(what: str, memory: str, needed: int, usable: int, fix: str) -> str | None:
+    """None if `needed` bytes are `usable`, else "`what` needs so much of `memory`" and what works (`fix`)."""
+    if needed <= usable:
         return None
-    have = ", ".join(c.name for c in CHIPS.values() if c.fp8)
-    return f"{dtype} on {where.name}: it has no eight-bit floats; the nearest that works is bfloat16 or int8, or {have}"
+    return f"{what} needs {needed / MIB:.2f} MiB of {memory}, of which {usable / MIB:.2f} MiB are usable; {fix}"
 
 
-def memory_reason(what: str, memory: str, needed: int, held: int, fix: str) -> str | None:
-    """None if `needed` bytes fit into `held`, else by how much not, and what to change (`fix`)."""
-    if needed <= held:
-        return None
-    return f"{what} needs {needed / MIB:.2f} MiB of {memory}, {held / MIB:.2f} MiB can be used: {fix}"
+def usable_vmem(where: Chip) -> int:
+    """Bytes of VMEM that one kernel may take; the rest is left to what runs around it."""
+    return where.vmem * 3 // 4
+
+
+def usable_smem(where: Chip) -> int:
+    """Bytes of SMEM for a kernel's scalars; the compiler keeps some for itself."""
+    return where.smem - 16 * 1024

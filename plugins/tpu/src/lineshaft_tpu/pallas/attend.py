@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lineshaft.contract.problems import AttendProblem
 from lineshaft_tpu.pallas.attend_blocks import Blocks, blocks
-from lineshaft_tpu.tiling import LANES, Chip, padded
+from lineshaft_tpu.tiling import LANES, Chip, usable_vmem
 
 Array = jax.Array
 
@@ -178,7 +178,7 @@ def _call(static: _Static, scalars: tuple[Array, ...], arrays: list[Array], inte
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=static.chip.vmem * 3 // 4
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=usable_vmem(static.chip)
         ),
         interpret=interpret,
         name="lineshaft_attend",
@@ -186,15 +186,17 @@ def _call(static: _Static, scalars: tuple[Array, ...], arrays: list[Array], inte
 
 
 def _kernel(static: _Static, page_arrays: int) -> Callable[..., None]:
+    """The kernel as it is called: with references in order, and none for what the problem has not."""
+
     def run(*refs: Any) -> None:
         given = iter(refs)
-        scalars = [next(given) for _ in range(6)]
-        q, sinks = next(given), next(given) if static.sinks else None
-        pages = tuple(next(given) for _ in range(page_arrays))
-        out, lse = next(given), next(given) if static.problem.return_lse else None
-        buffers = tuple(next(given) for _ in range(page_arrays))
-        place = pl.program_id(0) * static.sizes.heads, pl.program_id(1)
-        _step(static, _Refs(*place, *scalars, q, sinks, pages, out, lse, buffers, *given))
+        parts: list[Any] = [pl.program_id(0) * static.sizes.heads, pl.program_id(1)]
+        parts += [next(given) for _ in range(6)]
+        parts += [next(given), next(given) if static.sinks else None]
+        parts += [tuple(next(given) for _ in range(page_arrays))]
+        parts += [next(given), next(given) if static.problem.return_lse else None]
+        parts += [tuple(next(given) for _ in range(page_arrays)), *given]
+        _step(static, _Refs(*parts))
 
     return run
 
@@ -319,7 +321,7 @@ def _clean(static: _Static, refs: _Refs, pair: _Pair, j: Any, buffer: Any) -> No
     values, page, pages = refs.buffers[-1], static.problem.page_size, static.sizes.pages
     start, live = (pair.key_block + j) * static.keys, refs.live[buffer]
 
-    def one(place: Any, _: None) -> None:
+    def one(place: Any, carry: None) -> None:
         at, held = start + place * page, lax.shift_right_logical(live, place) & 1
 
         @pl.when((held == 0) | (at < pair.first) | (at + page > pair.end))
@@ -355,9 +357,7 @@ def _attend_block(static: _Static, refs: _Refs, pair: _Pair, j: Any, buffer: Any
         _attend_window(static, refs, pair, j, buffer, 0, sizes.rows)
 
 
-def _attend_window(
-    static: _Static, refs: _Refs, pair: _Pair, j: Any, buffer: Any, start: Any, rows: int
-) -> None:
+def _attend_window(static: _Static, refs: _Refs, pair: _Pair, j: Any, buffer: Any, start: Any, rows: int) -> None:
     """Matrix rows `start` to `start` + `rows` of the block of queries over block j of keys, head by head."""
     window = pl.ds(start, rows)
     token = _divided(start + lax.broadcasted_iota(jnp.int32, (rows, 1), 0), static.sizes.group)
@@ -365,7 +365,7 @@ def _attend_window(
     seen = _seen(static, refs, pair, j, buffer, token)
     mine = (token >= pair.low) & (token < pair.high)
 
-    def one(head: Any, _: None) -> None:
+    def one(head: Any, carry: None) -> None:
         @pl.when(j == 0)
         def _() -> None:
             refs.peak[head, window] = jnp.full((rows, LANES), LOWEST, jnp.float32)

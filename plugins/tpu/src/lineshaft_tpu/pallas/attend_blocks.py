@@ -44,7 +44,7 @@ def blocks(problem: AttendProblem, chip: Chip) -> Blocks:
     """The largest blocks that VMEM holds, up to ROWS rows and KEYS keys.
 
     A block of queries is no longer than the longest query or all tokens; each core of the chip gets its own key heads.
-    Halved until they fit: the key heads of a step, the rows, the keys.
+    Made smaller until they fit: the key heads of a step, then the rows, then the keys.
     """
     group = problem.q_heads // problem.kv_heads
     small = math.lcm(group, sublanes(problem.dtype))
@@ -67,8 +67,8 @@ def budget(chip: Chip) -> int:
 
 
 def _smaller(problem: AttendProblem, found: Blocks) -> Blocks:
-    if found.heads > 1 and found.heads % 2 == 0:
-        return replace(found, heads=found.heads // 2)
+    if found.heads > 1:
+        return replace(found, heads=next(n for n in range(found.heads - 1, 0, -1) if problem.kv_heads % n == 0))
     if found.rows > found.small:
         return replace(found, rows=padded(found.rows // 2, found.small))
     return replace(found, pages=max(1, found.pages // 2))
@@ -86,3 +86,11 @@ def vmem_bytes(problem: AttendProblem, sizes: Blocks) -> int:
     state = sizes.heads * sizes.rows * (v_dim + 2 * LANES) * 4
     products = 4 * sizes.rows * padded(keys, LANES) * 4 + 2 * keys * (dim + v_dim) * 4
     return pages + queries + state + products
+
+
+def smem_bytes(problem: AttendProblem) -> int:
+    """What the scalars of a call take: the page table, lengths, query starts and the list of pairs."""
+    group = problem.q_heads // problem.kv_heads
+    small = math.lcm(group, sublanes(problem.dtype)) // group  # tokens of the smallest block there can be
+    pairs = problem.rows + -(-problem.tokens // small)
+    return 4 * (problem.rows * problem.pages + 2 * problem.rows + 2 + 2 * pairs)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lineshaft.contract.problems import KVProblem
-from lineshaft_tpu.tiling import LANES, MIB, Chip, padded, sublanes
+from lineshaft_tpu.tiling import LANES, MIB, Chip, padded, sublanes, usable_vmem
 
 Array = jax.Array
 
@@ -140,7 +140,7 @@ def _call(static: _Static, runs: _Runs, new: list[Array], tiles: list[Array], in
         out_shape=[jax.ShapeDtypeStruct(t.shape, t.dtype) for t in tiles],
         input_output_aliases={len(runs) + count + n: n for n in range(count)},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=static.chip.vmem * 3 // 4
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=usable_vmem(static.chip)
         ),
         interpret=interpret,
         name="lineshaft_write_kv",
