@@ -1,4 +1,4 @@
-"""The tiling rules of the chips: lanes, sublanes, memories and what each generation lacks, as pure functions.
+"""The tiling rules of the chips: lanes, sublanes and memories, as pure functions.
 
 It imports no array library, so that a configuration can be checked before anything is compiled. A rule returns None, or
 a reason that says what was given, what the chip wants and the nearest size that works.
@@ -6,47 +6,11 @@ a reason that says what was given, what the chip wants and the nearest size that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from lineshaft.contract.problems import itemsize
+from lineshaft_tpu.chips import MIB, Chip
 
 LANES = 128
 """Values of the last dim of a tile; arrays are padded up to it."""
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One generation. Memories are in bytes per core; `cores` is how many cores one program runs on together.
-
-    `fp8` says whether the matrix unit takes eight-bit floats. Without it they are still read, and widened first.
-    """
-
-    name: str
-    vmem: int
-    smem: int
-    cores: int = 1
-    fp8: bool = True
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", vmem=16 * MIB, smem=MIB, fp8=False),
-        Chip("v5e", vmem=128 * MIB, smem=MIB),
-        Chip("v5p", vmem=64 * MIB, smem=MIB, cores=2),
-        Chip("v6e", vmem=128 * MIB, smem=MIB),
-        Chip("tpu7x", vmem=64 * MIB, smem=MIB),
-    )
-}
-
-
-def chip(name: str) -> Chip:
-    """The generation called `name`. Raises ValueError for one that is not known, with those that are."""
-    if name not in CHIPS:
-        raise ValueError(f"chip {name!r} is not known; the known ones are {', '.join(CHIPS)}")
-    return CHIPS[name]
 
 
 def sublanes(dtype: str) -> int:

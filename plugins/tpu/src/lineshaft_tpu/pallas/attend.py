@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lineshaft.contract.problems import AttendProblem
+from lineshaft_tpu.chips import Chip
 from lineshaft_tpu.pallas.attend_blocks import Blocks, blocks
-from lineshaft_tpu.tiling import LANES, Chip, usable_vmem
+from lineshaft_tpu.tiling import LANES, usable_vmem
 
 Array = jax.Array
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from lineshaft.contract.problems import AttendProblem, itemsize
-from lineshaft_tpu.tiling import LANES, MIB, Chip, padded, sublanes
+from lineshaft_tpu.chips import MIB, Chip
+from lineshaft_tpu.tiling import LANES, padded, sublanes
 
 LIVE_BITS = 32
 """Most pages of a block of keys: one bit of an int32 says for each whether it was fetched."""

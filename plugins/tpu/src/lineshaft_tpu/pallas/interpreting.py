@@ -16,13 +16,11 @@ def parameter(mode: Mode) -> Any:
     """What `pallas_call` takes as `interpret`: "" compiles for the device.
 
     Races are found only where copies run when they are started, and where most copies in flight have a clock of their
-    own: with fewer clocks two of them share one and look ordered. Raises ValueError for another mode.
+    own: with fewer clocks two of them share one and look ordered.
     """
-    if mode in ("", "interpret"):
-        return mode == "interpret"
     if mode == "races":
         return pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager", vector_clock_size=64)
-    raise ValueError(f"interpret={mode!r}; it is '' (compile), 'interpret' or 'races'")
+    return mode == "interpret"
 
 
 def watched(run: Callable[..., Any], mode: Mode) -> Callable[..., Any]:

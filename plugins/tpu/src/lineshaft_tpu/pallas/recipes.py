@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from lineshaft.contract.kernels import Kernel
+from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES
 from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
+from lineshaft.weights import pack_rows
+from lineshaft_jax.kernels.pages import LAYOUT
+from lineshaft_tpu.chips import Chip
 from lineshaft_tpu.pallas import attend_blocks
 from lineshaft_tpu.pallas import linear as linears
 from lineshaft_tpu.pallas import write_kv as writes
@@ -20,8 +24,6 @@ from lineshaft_tpu.pallas.interpreting import Mode, parameter, watched
 from lineshaft_tpu.pallas.linear import linear
 from lineshaft_tpu.pallas.write_kv import write_kv
 from lineshaft_tpu.tiling import (
-    Chip,
-    chip,
     lanes_reason,
     memory_reason,
     padded,
@@ -32,27 +34,15 @@ from lineshaft_tpu.tiling import (
 )
 
 PRIORITY = 10
-LAYOUT = "hnd"
-"""Pages head-major: {"k": [N, Hkv, page, Dp], "v": [N, Hkv, page, Dvp]}, D padded to lanes."""
-
 STORED = {"float32": ("float32", "bfloat16"), "bfloat16": ("bfloat16",)}
 """What pages may hold, by the dtype executed: nothing that would have to be rounded to be read."""
 
-CODES = {"int8": "int8", "fp8": "float8_e4m3fn"}
-"""Dtype of the codes of a weight, by scheme."""
 
-
-def pallas_kernels(backend: str, chip_name: str, interpret: Mode = "") -> list[Kernel]:
+def pallas_kernels(backend: str, where: Chip, interpret: Mode = "") -> list[Kernel]:
     """Kernels of `attend`, `write_kv` and `linear` (of int8 and of fp8 weights) for a generation.
 
-    The linear kernels read arrays "q" [n, k] and "scale" f32[n] of their weights, in the layouts "int8_rows" and
-    "fp8_rows". Their `pack` is None: who registers them puts in the one that makes these arrays.
-
     `interpret`: "" compiles, "interpret" runs on the host, "races" does so and fails where a kernel has a data race.
-    Raises ValueError for a chip or a mode that is not known.
     """
-    where = chip(chip_name)
-    parameter(interpret)
     return [
         Kernel(
             name="pallas_attend", op="attend", backend=backend, bind=partial(_bind_attend, where, interpret),
@@ -63,15 +53,15 @@ def pallas_kernels(backend: str, chip_name: str, interpret: Mode = "") -> list[K
             name="pallas_write_kv", op="write_kv", backend=backend, bind=partial(_bind_write, where, interpret),
             priority=PRIORITY, layout=LAYOUT, supports=partial(write_reason, where),
         ),
-        *(_linear_kernel(backend, where, interpret, scheme) for scheme in CODES),
+        *(_linear_kernel(backend, where, interpret, scheme) for scheme in WEIGHT_SCHEMES),
     ]  # fmt: skip
 
 
 def _linear_kernel(backend: str, where: Chip, interpret: Mode, scheme: str) -> Kernel:
     return Kernel(
         name=f"pallas_linear_{scheme}", op="linear", backend=backend, bind=partial(_bind_linear, where, interpret),
-        priority=PRIORITY, layout=f"{scheme}_rows", supports=partial(linear_reason, where, scheme),
-        handles=frozenset({"scheme"}),
+        priority=PRIORITY, layout=f"{scheme}_rows", pack=pack_rows(scheme), handles=frozenset({"scheme"}),
+        supports=partial(linear_reason, where, scheme),
     )  # fmt: skip
 
 

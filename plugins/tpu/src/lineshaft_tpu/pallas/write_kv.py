@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lineshaft.contract.problems import KVProblem
-from lineshaft_tpu.tiling import LANES, MIB, Chip, padded, sublanes, usable_vmem
+from lineshaft_tpu.chips import MIB, Chip
+from lineshaft_tpu.tiling import LANES, padded, sublanes, usable_vmem
 
 Array = jax.Array
 
