@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from lineshaft.contract.backends import Capabilities, World
@@ -166,8 +166,8 @@ class PlainToolchain:
 
     def kernel(self, spec: OpSpec) -> Kernel:
         """A kernel that gives arrays of the right shapes and takes whatever the op does."""
-        everything = frozenset(spec.problem.__dataclass_fields__)
-        return Kernel(f"plain_{spec.name}", spec.name, self.backend, self.binder(spec), handles=everything)
+        features = frozenset(field.name for field in fields(spec.problem) if field.metadata.get("feature"))
+        return Kernel(f"plain_{spec.name}", spec.name, self.backend, self.binder(spec), handles=features)
 
     def binder(self, spec: OpSpec) -> Any:
         def bind(problem: Any, session: Any) -> Bound:

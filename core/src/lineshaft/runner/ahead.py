@@ -12,11 +12,12 @@ from typing import Any
 
 from lineshaft.config import EngineConfig, validate_options
 from lineshaft.contract.backends import BackendInfo, Toolchain
-from lineshaft.contract.sessions import CaptureReport
+from lineshaft.contract.sessions import CaptureReport, PlannedOps, Session
 from lineshaft.contract.steps import StepShape
-from lineshaft.errors import InvalidValue, OutOfMemory
+from lineshaft.errors import InvalidValue, LineshaftError, OutOfMemory, PluginError
 from lineshaft.plan import Plan, Planned, ProgramSpec
 from lineshaft.registry import Registry, discover, load_attribute
+from lineshaft.registry.loading import one_line
 from lineshaft.runner.messages import Sizes
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import free_bytes, sizes
@@ -202,9 +203,19 @@ def _capture(
         done: list[CompiledProgram] = []
         for spec, ops in planned.programs:
             if label(spec) in chosen:
-                program = session.capture(spec.fn, spec.shape, spec.inputs, ops, spec.arrays, spec.host_outputs)
-                done.append(CompiledProgram(label(spec), spec.shape, program.report))
+                done.append(CompiledProgram(label(spec), spec.shape, _compile(setup, session, spec, ops)))
                 progress(len(done), len(chosen), done[-1])
         return tuple(done)
     finally:
         session.close()
+
+
+def _compile(setup: Setup, session: Session, spec: ProgramSpec, ops: PlannedOps) -> CaptureReport:
+    try:
+        return session.capture(spec.fn, spec.shape, spec.inputs, ops, spec.arrays, spec.host_outputs).report
+    except LineshaftError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{label(spec)}: the compiler of backend {setup.info.name!r} fails with {one_line(error)}; -v shows where"
+        ) from error
