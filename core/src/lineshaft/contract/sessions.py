@@ -144,6 +144,11 @@ class PlannedOps(Protocol):
         name, version and options). Not of sizes that the program does not fix, such as pages of a cache."""
         ...
 
+    @property
+    def outputs(self) -> Mapping[str, ArraySpec]:
+        """What the program gives."""
+        ...
+
     def bind(self, session: Session) -> Any:
         """A plain namespace: one callable per name that the forward calls, `ops.<name>(...)`."""
         ...

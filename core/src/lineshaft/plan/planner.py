@@ -86,6 +86,10 @@ class BoundOps:
         content = [repr(self._trace.shape), self._trace.flow, kernels]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def outputs(self) -> Mapping[str, ArraySpec]:
+        return self._trace.outputs
+
     def prepares(self, session: Session) -> list[HostPrepare]:
         """Host planning of each distinct (kernel, problem), in first-call order."""
         pairs = dict.fromkeys((s.op, s.problem) for s in self._trace.sites.values() if not s.composite)

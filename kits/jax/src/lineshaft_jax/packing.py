@@ -1,0 +1,33 @@
+"""From parameters' local shares, as stored, to host arrays: the dense packing, and packings that a kernel brings."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.sessions import Packing
+from lineshaft.contract.weights import Local, Param, Stored
+from lineshaft.errors import MisshapenTensor
+from lineshaft.weights.schemes import dequantize
+from lineshaft_jax.arrays import HostArray
+
+
+def host_leaves(param: Param, local: Local, packing: Packing) -> dict[str, HostArray]:
+    """What the packing makes of one rank's share; dense: {"data": the joined parts, in the param's shape and dtype}.
+
+    Raises MisshapenTensor if the parts do not make up the shape.
+    """
+    rows = sum(part.shape[0] for part in local.parts)
+    if (rows, {tuple(part.shape[1:]) for part in local.parts}) != (param.shape[0], {param.shape[1:]}):
+        found = " + ".join(str(list(part.shape)) for part in local.parts)
+        raise MisshapenTensor(f"weight {param.name}: the parts {found} do not make up {list(param.shape)}")
+    if packing.pack is not None:
+        return {name: np.asarray(leaf) for name, leaf in packing.pack(param, local).items()}
+    parts = [dequantize(part, param.dtype) for part in local.parts]
+    return {"data": parts[0] if len(parts) == 1 else np.concatenate(parts)}
+
+
+def empty_share(param: Param) -> Local:
+    """A share of zeros that takes no memory, to learn a packing's shapes from."""
+    zero = np.zeros((), numpy_dtype(param.dtype))
+    return Local((Stored("none", param.shape, {"data": np.broadcast_to(zero, param.shape)}),))

@@ -1,0 +1,211 @@
+"""Captured programs: one function lowered and compiled for one bucket and all ranks of the session, then replayed.
+
+Inputs travel as one packed buffer; caches are donated and come back; outputs stay on the devices until they are read.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lineshaft.contract.ops.spec import numpy_dtype
+from lineshaft.contract.sessions import (
+    Cache,
+    CaptureReport,
+    Handle,
+    PlannedOps,
+    StepFunction,
+    Transfer,
+    check_handles,
+)
+from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
+from lineshaft.errors import ContractViolation
+from lineshaft_jax.arrays import HostArray
+from lineshaft_jax.mesh import shards
+from lineshaft_jax.report import make_report
+
+if TYPE_CHECKING:
+    from lineshaft_jax.session import JaxSession
+
+WORD = 4
+"""Bytes of the int32 words in which the packed buffer travels."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What `Session.capture` was given."""
+
+    fn: StepFunction
+    shape: StepShape
+    inputs: InputLayout
+    ops: PlannedOps
+    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
+    host_outputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A Handle: an output of a step, each rank's own. Nothing ever overwrites it."""
+
+    array: Any
+    ranks: int
+
+    @property
+    def spec(self) -> ArraySpec:
+        first, *rest = self.array.shape
+        return ArraySpec((first // self.ranks, *rest), self.array.dtype.name)
+
+
+class StepPending:
+    """A submitted step (a `SharedPending`). `kernel_seconds` runs from the submission until the outputs were there."""
+
+    def __init__(self, session: JaxSession, outputs: Mapping[str, Any]) -> None:
+        self._session, self._outputs = session, outputs
+        self._began = time.perf_counter()
+        self._seconds: float | None = None
+
+    @property
+    def kernel_seconds(self) -> float:
+        if self._seconds is None:
+            with self._session.poison_on_failure():
+                jax.block_until_ready(list(self._outputs.values()))
+            self._seconds = time.perf_counter() - self._began
+        return self._seconds
+
+    def _array(self, name: str) -> Any:
+        if name not in self._outputs:
+            raise ContractViolation(f"the program has no output {name!r}; it has {', '.join(self._outputs) or 'none'}")
+        return self._outputs[name]
+
+    def result(self, name: str) -> HostArray:
+        """A private host copy from the first rank. Raises ContractViolation for an unknown output."""
+        array = self._array(name)
+        _ = self.kernel_seconds
+        return shards(array, first=True)[0]
+
+    def results(self, name: str) -> list[HostArray]:
+        """A private host copy from each rank. Raises ContractViolation for an unknown output."""
+        array = self._array(name)
+        _ = self.kernel_seconds
+        return shards(array)
+
+    def handle(self, name: str) -> DeviceArray:
+        """Raises ContractViolation for an unknown output."""
+        return DeviceArray(self._array(name), self._session.ranks)
+
+
+class JaxProgram:
+    """A compiled program. Raises ContractViolation where the function leaves the contract."""
+
+    def __init__(self, session: JaxSession, capture: Capture) -> None:
+        began = time.perf_counter()
+        self.session, self.capture, self.shape = session, capture, capture.shape
+        self._generation = session.generation
+        for item in capture.inputs.fields:
+            check_field(item)
+        if capture.ops.prepares(session):
+            raise ContractViolation("a kernel plans on the host, but programs of this kit take inputs alone")
+        self._run, cached = session.executable(self)
+        self.report: CaptureReport = make_report(self._run, session, time.perf_counter() - began, cached=cached)
+
+    # ---- what is compiled --------------------------------------------------------------------------------------
+
+    def body(
+        self, buffer: Any, weights: Sequence[Any], caches: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """One step on one rank, to be traced."""
+        session, capture = self.session, self.capture
+        step = StepInputs(
+            {item.name: unpack(buffer, capture.inputs, item) for item in capture.inputs.fields}, self.shape
+        )
+        given = [replace(held, arrays=dict(now)) for held, now in zip(session.caches, caches, strict=True)]
+        tree = session.weights.dressed(weights)
+        outputs, after = capture.fn(capture.ops.bind(session), tree, list(given), step, dict(arrays))
+        check_results(capture, given, outputs, after)
+        return dict(outputs), [dict(cache.arrays) for cache in after]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Shapes and places of all arguments, those of `body`."""
+        place = self.session.placement
+        buffer = jax.ShapeDtypeStruct((self.capture.inputs.nbytes // WORD,), jnp.int32, sharding=place.shared)
+        arrays = {
+            name: jax.ShapeDtypeStruct(place.joined(spec.shape), numpy_dtype(spec.dtype), sharding=place.own)
+            for name, spec in self.capture.arrays.items()
+        }
+        held = [dict(cache.arrays) for cache in self.session.caches]
+        return buffer, abstract(self.session.weights.arrays), abstract(held), arrays
+
+    def trees(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The structures of the arguments and of the results, which a compiled program on disk lacks."""
+        held = [dict.fromkeys(cache.arrays, 0) for cache in self.session.caches]
+        outputs = dict.fromkeys(self.capture.ops.outputs, 0)
+        return jax.tree.structure((arguments, {})), jax.tree.structure((outputs, held))
+
+    # ---- replay ------------------------------------------------------------------------------------------------
+
+    def run_empty(self) -> None:
+        """Run the all-zero step."""
+        place = self.session.placement
+        arrays = {
+            name: DeviceArray(place.zeros(spec.shape, numpy_dtype(spec.dtype)), place.ranks)
+            for name, spec in self.capture.arrays.items()
+        }
+        _ = self(HostStep(self.capture.inputs), arrays).kernel_seconds
+
+    def __call__(
+        self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()
+    ) -> StepPending:
+        """Submit one step. Raises ContractViolation for arrays that were not captured; a step that fails otherwise
+        poisons the session."""
+        session = self.session
+        session.require_usable()
+        if self._generation != session.generation:
+            raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
+        check_handles(self.capture.arrays, arrays or {})
+        given = {name: handle.array for name, handle in (arrays or {}).items()}  # type: ignore[attr-defined]
+        for transfer in after:
+            transfer.wait()
+        words = host.buffer[: self.capture.inputs.nbytes].view(np.int32).copy()  # XLA may keep reading what it is given
+        with session.poison_on_failure():
+            held = [cache.arrays for cache in session.caches]
+            outputs, changed = self._run(words, session.weights.arrays, held, given)
+        for cache, now in zip(session.caches, changed, strict=True):
+            cache.arrays.update(now)
+        return StepPending(session, outputs)
+
+
+def check_field(item: InputField) -> None:
+    """Raises ContractViolation for an input that cannot travel in words of 32 bits."""
+    if np.dtype(item.dtype).itemsize > WORD:
+        raise ContractViolation(f"input {item.name!r} is {item.dtype}; inputs of this kit have at most 32 bits a value")
+
+
+def unpack(buffer: Any, layout: InputLayout, item: InputField) -> Any:
+    """One input as an array: buffer int32[nbytes / 4] -> item.dtype [item.shape]."""
+    dtype, count = numpy_dtype(item.dtype), math.prod(item.shape)
+    start = layout.offsets[item.name] // WORD
+    words = lax.slice(buffer, (start,), (start + -(-count * dtype.itemsize // WORD),))
+    values = words if dtype == np.int32 else lax.bitcast_convert_type(words, dtype)
+    return values.reshape(-1)[:count].reshape(item.shape)
+
+
+def check_results(capture: Capture, given: Sequence[Cache], outputs: Mapping[str, Any], after: Sequence[Cache]) -> None:
+    """Raises ContractViolation unless all caches come back in order, and every output that the host wants is there."""
+    if [cache.key for cache in after] != [cache.key for cache in given]:
+        raise ContractViolation(f"the forward returns {len(after)} caches in its order, it was given {len(given)}")
+    missing = capture.host_outputs - outputs.keys()
+    if missing:
+        raise ContractViolation(f"host_outputs {sorted(missing)} are no outputs of the forward: {sorted(outputs)}")
+
+
+def abstract(tree: Any) -> Any:
+    """Shape, dtype and place of every array."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

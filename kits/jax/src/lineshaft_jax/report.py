@@ -1,0 +1,47 @@
+"""What a compiled program says of itself: memory, work, and the collectives that are really in it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from lineshaft.contract.sessions import CaptureReport
+
+if TYPE_CHECKING:
+    from lineshaft_jax.session import JaxSession
+
+COLLECTIVES = re.compile(r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def make_report(compiled: Any, session: JaxSession, seconds: float, *, cached: bool) -> CaptureReport:
+    """The report of a program of the session, per rank."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    held = sum(array.nbytes for cache in session.caches for array in cache.arrays.values()) // session.ranks
+    return CaptureReport(
+        seconds,
+        temporaries=memory.temp_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        cache_copied=max(0, held - memory.alias_size_in_bytes),
+        collectives=collectives(compiled) if session.ranks > 1 else (),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        flops=int(cost.get("flops", 0)),
+        moved=int(cost.get("bytes accessed", 0)),
+        cached=cached,
+        details=session.inspect(compiled),
+    )
+
+
+def collectives(compiled: Any) -> tuple[str, ...]:
+    """The collectives that the compiler kept, with how often each is there: "all-reduce x 4"."""
+    found = Counter(COLLECTIVES.findall(compiled.as_text()))
+    return tuple(f"{name} x {count}" for name, count in sorted(found.items()))
+
+
+def device_facts(devices: list[Any]) -> dict[str, str]:
+    """What a compiled program depends on besides its own making: versions and the kind of device."""
+    client = devices[0].client
+    return {"jax": jax.__version__, "runtime": str(client.platform_version), "device": str(devices[0].device_kind)}

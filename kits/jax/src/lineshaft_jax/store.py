@@ -1,0 +1,118 @@
+"""Compiled programs on disk, so that a second start does not compile: one file each, named by what it was made from.
+
+The key covers the program's digest (its calls, kernels and problems), the shapes of all arguments, the mesh, the
+versions of JAX, of the compiler and of the runtime, and the source of the packages that programs are made of. A file is
+checked against its checksum, and one that cannot be used is compiled anew. Files are loaded as code: the folder must
+belong to the user alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from lineshaft.errors import InvalidValue
+
+log = logging.getLogger(__name__)
+CHECKSUM = 32
+"""Bytes of the sha256 that a file begins with."""
+
+
+@dataclass(frozen=True)
+class ProgramStore:
+    """A folder of compiled programs; `most` bounds its size in bytes, beyond which the oldest files go."""
+
+    folder: Path
+    facts: Mapping[str, str]
+    most: int = 8 << 30
+
+    def key(self, parts: Iterable[Any]) -> str:
+        """The name of a program made from these parts, which JSON can hold."""
+        content = json.dumps([sorted(self.facts.items()), list(parts)], default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def load(self, key: str, devices: list[Any], trees: tuple[Any, Any]) -> Any | None:
+        """The compiled program on these devices, or None where there is none that can be used."""
+        path = self.folder / key
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        payload = content[CHECKSUM:]
+        if hashlib.sha256(payload).digest() != content[:CHECKSUM]:
+            log.warning("%s is damaged: the program is compiled anew", path)
+            return None
+        try:
+            found = serialize_executable.deserialize_and_load(payload, *trees, devices[0].client, devices)
+        except Exception as error:
+            log.warning("%s cannot be loaded (%s): the program is compiled anew", path, " ".join(str(error).split()))
+            return None
+        path.touch()
+        return found
+
+    def save(self, key: str, compiled: Any) -> None:
+        """Keep a compiled program; one that cannot be kept is compiled again at the next start."""
+        try:
+            payload, *_ = serialize_executable.serialize(compiled)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            Path(file.name).replace(self.folder / key)
+        except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            log.warning("a compiled program is not kept in %s: %s", self.folder, " ".join(str(error).split()))
+
+    def prune(self) -> None:
+        """Remove the files that were used longest ago, until the rest is within `most` bytes."""
+        found = [(path.stat(), path) for path in self.folder.iterdir()]
+        total = sum(stat.st_size for stat, _ in found)
+        for stat, path in sorted(found, key=lambda pair: pair[0].st_mtime):
+            if total <= self.most:
+                break
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
+
+
+def open_store(folder: Path, facts: Mapping[str, str]) -> ProgramStore:
+    """The store in a folder, made for this user alone. Raises InvalidValue for one that others may write to."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise InvalidValue(
+            f"cache_dir = {str(folder)!r} cannot be used ({error.strerror}); name another or 'off'"
+        ) from error
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InvalidValue(
+            f"cache_dir = {str(folder)!r}: others may write to it, and compiled programs are run as they are; "
+            "name a folder that is yours alone, or 'off'"
+        )
+    store = ProgramStore(folder, facts)
+    store.prune()
+    return store
+
+
+def default_folder(environment: Mapping[str, str]) -> Path:
+    """Where compiled programs are kept unless the user says otherwise (XDG base directories)."""
+    base = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "lineshaft" / "programs"
+
+
+def source_digest(packages: Iterable[str]) -> str:
+    """sha256 of the source of packages: a program is as good as the code that traced it."""
+    total = hashlib.sha256()
+    for name in sorted(packages):
+        spec = find_spec(name)
+        for root in spec.submodule_search_locations or () if spec else ():
+            for path in sorted(Path(root).rglob("*.py")):
+                total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()

@@ -1,0 +1,85 @@
+"""The TPU backend: sessions of the JAX kit on TPUs, on virtual CPU devices, or on a topology that is not here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
+from lineshaft.contract.kernels import Kernel
+from lineshaft_jax.kernels import xla_kernels
+from lineshaft_jax.report import device_facts
+from lineshaft_jax.session import JaxSession, SessionOptions
+from lineshaft_jax.store import ProgramStore, default_folder, open_store, source_digest
+from lineshaft_tpu.chips import CHIPS, Chip, chip_of_kind
+from lineshaft_tpu.devices import cpu_devices, tpu_devices
+from lineshaft_tpu.memory import RankMemory, device_memory
+from lineshaft_tpu.options import TpuOptions
+
+LANES = 128
+"""Values of a row of a TPU's tiles; pages are padded to it, as the compiler would."""
+
+PACKAGES = ("lineshaft", "lineshaft_jax", "lineshaft_tpu")
+"""Whose source a compiled program depends on."""
+
+CAPABILITIES = Capabilities(
+    dtypes=("bfloat16", "float32"),
+    default_page_size=32,
+    token_buckets=(16, 64, 256, 512, 1024, 2048, 4096, 8192),
+    row_buckets=(8, 16, 32, 64, 128, 256, 512),
+    asynchronous=True,
+    graphs=True,
+    collectives=True,
+    determinism=DeterminismClaims(run=True),
+)
+
+
+@dataclass(frozen=True)
+class TpuBackend:
+    """Implements `lineshaft.contract.backends.Backend`. `chip` is None where kernels for a TPU have no place."""
+
+    options: TpuOptions
+    world: World
+    devices: list[Any]
+    chip: Chip | None
+    memory: RankMemory
+    store: ProgramStore | None
+    name: str = "tpu"
+    capabilities: Capabilities = CAPABILITIES
+
+    @property
+    def lanes(self) -> int:
+        return 1 if self.chip is None else LANES
+
+    def kernels(self) -> Sequence[Kernel]:
+        return xla_kernels(self.name, self.options.attention_memory_mib)
+
+    def session(self, rank: int) -> JaxSession:
+        return JaxSession(self.world, self.devices, SessionOptions(self.lanes, self.store))
+
+
+def create(options: TpuOptions, world: World) -> TpuBackend:
+    """The factory that the plugin registers. Raises BackendUnavailable without a TPU, LayoutError for too few devices,
+    InvalidValue for a folder of compiled programs that cannot be used."""
+    if options.platform == "cpu":
+        devices = cpu_devices(world.size)
+        chip = CHIPS[options.chip] if options.interpret else None
+        memory = RankMemory(lambda: None, LANES if chip else 1)
+    else:
+        devices = tpu_devices()
+        chip = chip_of_kind(devices[0].device_kind)
+        own = devices[world.rank : world.rank + world.ranks]
+        memory = RankMemory(partial(device_memory, own), LANES)
+    return TpuBackend(options, world, devices, chip, memory, store_of(options, devices))
+
+
+def store_of(options: TpuOptions, devices: list[Any]) -> ProgramStore | None:
+    """Where compiled programs are kept."""
+    if options.cache_dir == "off":
+        return None
+    folder = default_folder(os.environ) if options.cache_dir == "auto" else Path(options.cache_dir).expanduser()
+    return open_store(folder, {**device_facts(devices), "source": source_digest(PACKAGES)})

@@ -1,0 +1,75 @@
+"""The devices that JAX gives this process: real TPUs, virtual CPU devices, or those of a topology that is not here."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
+from lineshaft_tpu.chips import Topology
+
+VIRTUAL = 8
+"""Fewest virtual devices: JAX fixes their number when it starts, and a later engine may want more than the first."""
+
+HOST = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5e-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+"""What libtpu must be told where there is no TPU, or it looks for a machine that it cannot find."""
+
+
+def cpu_devices(count: int) -> list[Any]:
+    """At least so many virtual devices. Raises LayoutError where JAX was started with fewer."""
+    jax.config.update("jax_platforms", "cpu")
+    with suppress(RuntimeError):  # JAX has started: what it has must do
+        jax.config.update("jax_num_cpu_devices", max(count, VIRTUAL))
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise LayoutError(
+            f"the layout has {count} ranks, and JAX started with {len(found)} virtual devices in this process; "
+            "use a process of its own for the larger layout"
+        )
+    return list(found)
+
+
+def tpu_devices() -> list[Any]:
+    """All TPUs of this host. Raises BackendUnavailable where they cannot be had, with who has them if that is said."""
+    try:
+        return list(jax.devices("tpu"))
+    except RuntimeError as error:
+        raise BackendUnavailable(refusal(str(error))) from error
+
+
+def refusal(text: str) -> str:
+    """What to tell a user of a TPU that does not start, from the words of JAX."""
+    said = " ".join(text.split())
+    if "already in use" in said or "libtpu_lockfile" in said:
+        return f"the TPU is in use by another process; end that one first ({said:.300})"
+    if find_spec("libtpu") is None:
+        return "libtpu is not installed; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"
+    return f'JAX finds no TPU ({said:.300}); for its CPU platform set platform = "cpu" under [backend_options]'
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """The devices of a topology that is not here, to compile for.
+
+    Raises BackendUnavailable without libtpu, InvalidValue for a shape that its compiler refuses.
+    """
+    if find_spec("libtpu") is None:
+        raise BackendUnavailable(
+            "compiling for a TPU needs libtpu; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"
+        )
+    cpu_devices(1)
+    for name, value in HOST.items():
+        os.environ.setdefault(name, value)
+    one = {"chips_per_host_bounds": (1, 1, 1)} if set(topology.shape) == {1} else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **one).devices)
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise InvalidValue(f"topology {topology.name!r} is refused by the compiler: {said:.300}") from error

@@ -1,0 +1,38 @@
+"""What a rank may use of a device's memory, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from lineshaft.contract.problems import KVProblem, itemsize
+from lineshaft_jax.kernels.pages import cache_specs
+
+Free = Callable[[], tuple[int, int] | None]
+
+
+class RankMemory:
+    """Implements `lineshaft.contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages."""
+
+    def __init__(self, free: Free, lanes: int) -> None:
+        self._free, self._lanes = free, lanes
+
+    def total_free(self) -> tuple[int, int] | None:
+        return self._free()
+
+    def page_bytes(self, problem: KVProblem) -> int:
+        specs = cache_specs(problem, 1, self._lanes).values()
+        return sum(prod(shape) * itemsize(dtype) for shape, dtype in specs)
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: whatever is read waits for itself."""
+
+
+def device_memory(devices: list[Any]) -> tuple[int, int] | None:
+    """(total, free) of the fullest device; None where the runtime does not tell."""
+    stats = [device.memory_stats() for device in devices]
+    if not all(stats):
+        return None
+    total = min(found["bytes_limit"] for found in stats)
+    return total, min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
