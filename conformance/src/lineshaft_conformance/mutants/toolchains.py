@@ -205,6 +205,13 @@ class WithoutTargets(PlainToolchain):
         return ()
 
 
+class Unmade(PlainToolchain):
+    """Cannot be made."""
+
+    def __init__(self, options: Any) -> None:
+        raise RuntimeError("the compiler's library is not installed")
+
+
 class ForAnything(PlainToolchain):
     """Takes any name for a target."""
 

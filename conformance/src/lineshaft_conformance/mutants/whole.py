@@ -199,6 +199,8 @@ AHEAD = (
            "L0/ahead/*", KEPT, info=compiling("WithoutBfloat16")),
     Mutant("ahead-no-target", "a toolchain lists the devices that it compiles for (toolchain)", 0, "L0/ahead/*",
            KEPT, info=compiling("WithoutTargets")),
+    Mutant("ahead-unmade", "a toolchain that is registered can be made (toolchain)", 0, "L0/ahead/targets", KEPT,
+           info=compiling("Unmade")),
     Mutant("ahead-any-target", "an unknown target is refused (toolchain)", 0, "L0/ahead/*", KEPT,
            info=compiling("ForAnything")),
     Mutant("ahead-any-layout", "a layout that a target cannot hold is refused (toolchain)", 0, "L0/ahead/*", KEPT,
