@@ -2,7 +2,8 @@
 
 from lineshaft.weights.checkpoint import CONFIG_ALONE, FORMATS, CheckpointFormat, open_checkpoint
 from lineshaft.weights.mapped import MappedCheckpoint
-from lineshaft.weights.memory import breakdown, check_fits, local_bytes, repacked
+from lineshaft.weights.memory import breakdown, check_fits, local_bytes, quantized, repacked
+from lineshaft.weights.quantize import pack_rows
 from lineshaft.weights.refs import resolve
 from lineshaft.weights.schemes import BLOCKS, Block, as_dtype, dequantize
 
@@ -19,6 +20,8 @@ __all__ = [
     "dequantize",
     "local_bytes",
     "open_checkpoint",
+    "pack_rows",
+    "quantized",
     "repacked",
     "resolve",
 ]

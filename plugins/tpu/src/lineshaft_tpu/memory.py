@@ -6,7 +6,8 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from lineshaft.contract.problems import KVProblem, itemsize
+from lineshaft.contract.problems import KVProblem
+from lineshaft_jax.arrays import jax_dtype
 from lineshaft_jax.kernels.pages import cache_specs
 
 Free = Callable[[], tuple[int, int] | None]
@@ -23,7 +24,7 @@ class RankMemory:
 
     def page_bytes(self, problem: KVProblem) -> int:
         specs = cache_specs(problem, 1, self._lanes).values()
-        return sum(prod(shape) * itemsize(dtype) for shape, dtype in specs)
+        return sum(prod(shape) * jax_dtype(dtype).itemsize for shape, dtype in specs)
 
     def synchronize(self) -> None:
         """Nothing to wait for: whatever is read waits for itself."""
