@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_weights_are_cut_by_the_layout_and_the_world_is_the_one_asked_for(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = json.loads(run("--json")[1])
-    import far
+    far = importlib.import_module("far")
 
     worlds: list[World] = []
     start = far.Toolchain.start
