@@ -37,14 +37,14 @@ def write_kv(
 def place(problem: KVProblem, slots: Array) -> tuple[Array, Array, Array]:
     """slots int32[T] -> indices (page, head, offset) [T, Hkv] into an array of a cache.
 
-    An index per head, because a slice over heads makes the compiler for TPUs move the whole cache to another layout.
+    An index per head: with a slice over heads the compiler for TPUs copies the whole cache in a step of many tokens.
     """
     heads = jnp.arange(problem.kv_heads, dtype=slots.dtype)
     return (slots // problem.page_size)[:, None], heads[None], (slots % problem.page_size)[:, None]
 
 
 def read_pages(problem: KVProblem, cache: Cache, ids: Array) -> Array | tuple[Array, ...]:
-    """ids int32[n] -> each array's pages in canonical order, k [n, page, Hkv, D] first; a bare array if there is one."""
+    """ids int32[n] -> each array's pages in canonical order, k [n, page, Hkv, D] first; a bare array if alone."""
     found = to_canonical(problem, {name: array[ids] for name, array in cache.arrays.items()})
     out = tuple(found.values())
     return out if len(out) > 1 else out[0]
