@@ -35,7 +35,7 @@ class Subject:
     def __init__(self, target: Target, registry: Registry | None = None) -> None:
         self.target = target
         self.registry = registry or discover()
-        self.info: BackendInfo = self.registry.select(target.backend)
+        self.info: BackendInfo = self.registry.select(target.backend, target.options)
         if target.mutant:
             self.info = self._mutant.info(self.info)
         self.ops: Mapping[str, OpSpec] = all_ops(self.registry.ops())

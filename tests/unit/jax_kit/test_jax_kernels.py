@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -40,7 +39,7 @@ def takes(kernel: Kernel, case: Case) -> bool:
 
 
 class Arguments:
-    """A case's arguments: arrays, which a compiled function is given, and all else, which is known when it is traced."""
+    """A case's arguments: arrays, which a compiled function is given, and all else, which is known when tracing."""
 
     def __init__(self, case: Case, lanes: int) -> None:
         self.case, self.lanes = case, lanes
@@ -66,7 +65,9 @@ class Arguments:
 
     def rebuilt(self, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """What the kernel takes, from (traced) leaves."""
-        whole = [self._argument(value, leaf, i) for i, (value, leaf) in enumerate(zip(self.case.args, args, strict=True))]
+        whole = [
+            self._argument(value, leaf, i) for i, (value, leaf) in enumerate(zip(self.case.args, args, strict=True))
+        ]
         return whole, kwargs
 
     def _argument(self, value: Any, leaf: Any, place: int) -> Any:
@@ -85,7 +86,9 @@ def canonical_problem(problem: Any, pages: Mapping[str, Any]) -> Any:
 
     if isinstance(problem, KVProblem):
         return problem
-    fields = {name: getattr(problem, name) for name in ("dtype", "kv_heads", "qk_dim", "page_size", "kv_dtype", "kv_scheme")}
+    fields = {
+        name: getattr(problem, name) for name in ("dtype", "kv_heads", "qk_dim", "page_size", "kv_dtype", "kv_scheme")
+    }
     return KVProblem(**fields, v_dim=pages["v"].shape[-1] if "v" in pages else 0)
 
 

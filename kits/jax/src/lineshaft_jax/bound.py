@@ -18,7 +18,7 @@ Recipe = Callable[[str], Kernel]
 
 
 def declines_width(dtype: str) -> str | None:
-    """Why no kernel computes in `dtype`: 8 bytes would be silently halved, as 64-bit mode is off; 1 byte is for storage."""
+    """Why no kernel computes in `dtype`: 8 bytes would be halved without a word, 1 byte is for storage."""
     if itemsize(dtype) == 8:
         return f"computes in at most 32 bits, not in {dtype}: the 64-bit mode of JAX is off"
     return f"computes in 16 bits and more, not in {dtype}" if itemsize(dtype) == 1 else None

@@ -49,7 +49,7 @@ class Tiles:
 
     @classmethod
     def of(cls, problem: AttendProblem, budget: int) -> Tiles:
-        """The largest up to QUERIES and KEYS whose temporaries are within `budget` bytes, or one row, query and page."""
+        """The largest, up to QUERIES and KEYS, whose temporaries are within `budget` bytes; at least one of each."""
         longest = max(min(problem.max_query or problem.tokens, problem.tokens), 1)
         together = longest <= FEW_QUERIES
         columns = min(-(-KEYS // problem.page_size), problem.pages)
@@ -142,7 +142,7 @@ def attend(
 def page_positions(problem: AttendProblem, view: PageView) -> Array:
     """int32[B, P]: the position of the first key of each page."""
     if problem.page_starts:
-        return view.page_starts  # type: ignore[no-any-return]
+        return view.page_starts
     rows, pages = view.page_table.shape
     return jnp.broadcast_to(jnp.arange(pages, dtype=jnp.int32) * problem.page_size, (rows, pages))
 
@@ -254,9 +254,7 @@ def columns_seen(problem: AttendProblem, tile: Queries) -> tuple[Array, Array]:
     return jnp.minimum(jnp.min(jnp.where(seen, column, tile.table.shape[1])), high), high
 
 
-def gather_keys(
-    problem: AttendProblem, cache: Cache, ids: Array, kv_scales: Array | None
-) -> tuple[Array, Array]:
+def gather_keys(problem: AttendProblem, cache: Cache, ids: Array, kv_scales: Array | None) -> tuple[Array, Array]:
     """ids int32[rows, columns] -> keys f32[rows, Hkv, K, D] and values f32[rows, Hkv, K, Dv], K = columns * page."""
     heads = jnp.arange(problem.kv_heads, dtype=jnp.int32)[None, :, None]
 
@@ -265,7 +263,9 @@ def gather_keys(
         scale = None if kv_scales is None else kv_scales[index]
         stored = cache.arrays.get(f"{name}_scale")
         stored = None if stored is None else stored[ids[:, None], heads]
-        values = decode(problem.kv_scheme, codes.swapaxes(1, 2), scale, None if stored is None else stored.swapaxes(1, 2))
+        values = decode(
+            problem.kv_scheme, codes.swapaxes(1, 2), scale, None if stored is None else stored.swapaxes(1, 2)
+        )
         return values.swapaxes(1, 2).reshape(ids.shape[0], problem.kv_heads, -1, width)
 
     keys = gathered(0, "k", problem.qk_dim)

@@ -44,7 +44,7 @@ def place(problem: KVProblem, slots: Array) -> tuple[Array, Array, Array]:
 
 
 def read_pages(problem: KVProblem, cache: Cache, ids: Array) -> Array | tuple[Array, ...]:
-    """ids int32[n] -> each array's pages in canonical order, k [n, page, Hkv, D] first; a bare array if there is one."""
+    """ids int32[n] -> each array's pages in canonical order, k [n, page, Hkv, D] first; a bare array if alone."""
     found = to_canonical(problem, {name: array[ids] for name, array in cache.arrays.items()})
     out = tuple(found.values())
     return out if len(out) > 1 else out[0]

@@ -5,9 +5,12 @@ Sums are made in float32 and rounded once; integers are summed as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -48,7 +51,22 @@ def broadcast(axes: Axes, size: int, x: Array, src: int) -> Array:
 
 def permute(axes: Axes, size: int, x: Array, shift: int) -> Array:
     """The array of the member `shift` places before this one, cyclically."""
-    return lax.ppermute(x, axes, [(m, (m + shift) % size) for m in range(size)])
+    order = mesh_order(axes)
+    return lax.ppermute(x, axes, [(order[m], order[(m + shift) % size]) for m in range(size)])
+
+
+def mesh_order(axes: Axes) -> list[int]:
+    """Of each member, row-major over `axes`, its place row-major over the mesh: `lax.ppermute`, unlike all others,
+    counts members so."""
+    by_mesh = sorted(axes, key=jax.sharding.get_abstract_mesh().axis_names.index)
+    degrees = [lax.axis_size(name) for name in axes]
+    order = []
+    for place in product(*map(range, degrees)):
+        at, index = dict(zip(axes, place, strict=True)), 0
+        for name in by_mesh:
+            index = index * lax.axis_size(name) + at[name]
+        order.append(index)
+    return order
 
 
 def summable(x: Array) -> Array:
@@ -62,13 +80,10 @@ def axes_of(problem: CollectiveProblem) -> Axes:
     Raises ContractViolation where the members of these axes are not as many as the problem's.
     """
     degrees = {name: degree for name in problem.axis if (degree := _degree(name))}
-    members = 1
-    for degree in degrees.values():
-        members *= degree
-    if members != problem.size:
+    if math.prod(degrees.values()) != problem.size:
         raise ContractViolation(
-            f"a collective over {'+'.join(problem.axis)} of {problem.size} members: the mesh around has {degrees or 'none'}"
-            " of these axes; capture it under a mesh of the plan's degrees"
+            f"a collective of {problem.size} members over {'+'.join(problem.axis)}: of these axes the mesh around has "
+            f"{degrees or 'none'}; capture it under a mesh of the plan's degrees"
         )
     return tuple(degrees)
 

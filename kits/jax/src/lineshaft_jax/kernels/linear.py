@@ -50,9 +50,7 @@ def scaled_linear(x: Array, w: Any, *, bias: Any = None) -> Array:
 
 def head_linear(x: Array, w: Any) -> Array:
     """x [T, H, I], w [H, O, I] -> per head x @ w^T [T, H, O]."""
-    out = jnp.einsum(
-        "thi,hoi->tho", x, dense(w), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("thi,hoi->tho", x, dense(w), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
 
 

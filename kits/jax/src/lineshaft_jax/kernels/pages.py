@@ -23,7 +23,7 @@ def cache_specs(problem: KVProblem, pages: int, lanes: int) -> dict[str, tuple[t
 
     Keys and values are [N, Hkv, page, D rounded up to `lanes`], their scales [N, Hkv, page, 1 or D / 32].
     """
-    specs = {}
+    specs: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, (shape, dtype) in problem.page_arrays.items():
         page, heads, *rest = shape
         last = rest[0] if rest else 1
@@ -38,7 +38,7 @@ def _held(dtype: str, lanes: int) -> str:
 
 
 def stored(values: Array, array: Array) -> Array:
-    """values [..., D] of the dtype that pages hold, as `array` [..., Dp] keeps them: padded with zeros, maybe as bits."""
+    """values [..., D] of the dtype that pages hold, as `array` [..., Dp] keeps them: padded by zeros, maybe as bits."""
     kept = values if values.dtype == array.dtype else as_bits(values)
     padding = array.shape[-1] - values.shape[-1]
     return jnp.pad(kept, [(0, 0)] * (kept.ndim - 1) + [(0, padding)]) if padding else kept
