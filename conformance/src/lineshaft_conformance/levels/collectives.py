@@ -1,4 +1,4 @@
-"""L3: every collective at world 1, and on a mesh of processes: its groups, message sizes, order and replays.
+"""L3: every collective at world 1, and on a mesh of ranks: its groups, message sizes, order and replays.
 
 Calls, references and tolerances come from the OpSpecs. A mesh of 2 x 2 has two groups of each axis, and the whole.
 """
@@ -24,7 +24,7 @@ from lineshaft.errors import ContractViolation
 from lineshaft.plan import Resolver, Workload, make_plan
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, require_dtype
 from lineshaft_conformance.harness.rig import ONE, Rig
-from lineshaft_conformance.harness.world import Axes, Collective, Exchange, Mesh, mesh_axes, outputs
+from lineshaft_conformance.harness.world import Axes, Collective, Exchange, Ranks, make_ranks, mesh_axes, outputs
 from lineshaft_conformance.levels.ops import claims, deviation, refusal
 from lineshaft_conformance.results import Deviation
 from lineshaft_conformance.subject import Subject
@@ -241,7 +241,7 @@ def _trial_check(trial: Trial, family: Sequence[Trial], op: str) -> Check:
     def run(subject: Subject, seed: int) -> Found:
         require_collectives(subject)
         require_claim(subject, trial.exchange, trial.mesh)
-        mesh: Mesh = subject.keep(("mesh", trial.mesh), lambda: Mesh(subject.target, trial.mesh))
+        mesh: Ranks = subject.keep(("mesh", trial.mesh), lambda: make_ranks(subject, trial.mesh))
         together = subject.keep(("exchanges", trial.mesh, op), lambda: claimed(subject, trial.mesh, family))
         program = together.index(trial.exchange)
         deviations: list[Deviation] = []

@@ -15,16 +15,20 @@ from lineshaft_jax.kernels.pages import from_canonical, to_canonical
 from lineshaft_jax.mesh import Placement, shards
 
 AT_ONCE = 8
-"""Pages that one call moves; the rest of a call is the null page."""
+"""Pages that one call moves; where fewer are left, the last one is moved several times."""
 
 Arrays = Mapping[str, Any]
 
 
 def chunks(*ids: HostArray) -> Iterator[list[HostArray]]:
-    """The ids, AT_ONCE at a time, padded with the null page."""
+    """The ids, AT_ONCE at a time."""
     for first in range(0, len(ids[0]), AT_ONCE):
-        part = [np.asarray(each[first : first + AT_ONCE], np.int32) for each in ids]
-        yield [np.pad(each, (0, AT_ONCE - len(each))) for each in part]
+        yield [padded(np.asarray(each[first : first + AT_ONCE], np.int32)) for each in ids]
+
+
+def padded(rows: HostArray) -> HostArray:
+    """[n, ...] -> [AT_ONCE, ...], the last row repeated."""
+    return np.pad(rows, [(0, AT_ONCE - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
 
 
 class PageMover:
@@ -59,10 +63,8 @@ class PageMover:
         return held
 
     def _cut(self, values: HostArray) -> Any:
-        """[n, page, heads of all ranks, ...] -> each rank's own, padded to AT_ONCE pages."""
-        full = np.zeros((AT_ONCE, *values.shape[1:]), values.dtype)
-        full[: len(values)] = values
-        return self._placement.put_own(np.split(full, self._placement.ranks, axis=2))
+        """[n, page, heads of all ranks, ...] -> each rank's own, AT_ONCE pages."""
+        return self._placement.put_own(np.split(padded(values), self._placement.ranks, axis=2))
 
     def copy(self, held: Arrays, src: HostArray, dst: HostArray) -> Arrays:
         """The arrays with pages `src` copied to `dst`, all read before any is written; those given are consumed."""

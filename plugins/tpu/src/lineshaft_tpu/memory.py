@@ -6,7 +6,10 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from lineshaft.contract.problems import KVProblem, itemsize
+import jax
+
+from lineshaft.contract.problems import KVProblem
+from lineshaft_jax.arrays import jax_dtype
 from lineshaft_jax.kernels.pages import cache_specs
 
 Free = Callable[[], tuple[int, int] | None]
@@ -23,10 +26,11 @@ class RankMemory:
 
     def page_bytes(self, problem: KVProblem) -> int:
         specs = cache_specs(problem, 1, self._lanes).values()
-        return sum(prod(shape) * itemsize(dtype) for shape, dtype in specs)
+        return sum(prod(shape) * jax_dtype(dtype).itemsize for shape, dtype in specs)
 
     def synchronize(self) -> None:
-        """Nothing to wait for: whatever is read waits for itself."""
+        """Wait until every array of this process is there."""
+        jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
 
 
 def device_memory(devices: list[Any]) -> tuple[int, int] | None:
