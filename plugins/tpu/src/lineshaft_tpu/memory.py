@@ -6,20 +6,20 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import jax
-
 from lineshaft.contract.problems import KVProblem
 from lineshaft_jax.arrays import jax_dtype
 from lineshaft_jax.kernels.pages import cache_specs
+from lineshaft_jax.program import InFlight
 
 Free = Callable[[], tuple[int, int] | None]
 
 
 class RankMemory:
-    """Implements `lineshaft.contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages."""
+    """Implements `lineshaft.contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages, `flight`
+    has the steps that run."""
 
-    def __init__(self, free: Free, lanes: int) -> None:
-        self._free, self._lanes = free, lanes
+    def __init__(self, free: Free, lanes: int, flight: InFlight) -> None:
+        self._free, self._lanes, self._flight = free, lanes, flight
 
     def total_free(self) -> tuple[int, int] | None:
         return self._free()
@@ -29,8 +29,8 @@ class RankMemory:
         return sum(prod(shape) * jax_dtype(dtype).itemsize for shape, dtype in specs)
 
     def synchronize(self) -> None:
-        """Wait until every array of this process is there."""
-        jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+        """Wait until every step that was submitted is done."""
+        self._flight.wait()
 
 
 def device_memory(devices: list[Any]) -> tuple[int, int] | None:
