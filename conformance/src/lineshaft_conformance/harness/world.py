@@ -105,23 +105,40 @@ def rank_param(world: World) -> Param:
     """int32[1]: the number of a rank among those of its session. Each rank has another value."""
 
     def shard(checkpoint: Checkpoint, coordinate: Coordinate) -> Local:
-        place = [getattr(coordinate, axis) for axis, _ in world.axes]
-        rank = np.ravel_multi_index(place, [degree for _, degree in world.axes]) - world.rank
-        return Local((stored(np.array([rank], np.int32)),))
+        return Local((stored(np.array([rank_number(world, coordinate) - world.rank], np.int32)),))
 
     problem = ConstProblem(dtype="int32", shape=(1,))
     varies = tuple(axis for axis, degree in world.axes if degree > 1)
     return Param(RANK, RANK, (1,), "int32", {"const": problem}, shard, varies)
 
 
+def rank_number(world: World, coordinate: Coordinate) -> int:
+    """The rank at a place of the mesh."""
+    at = [getattr(coordinate, axis) for axis, _ in world.axes]
+    return int(np.ravel_multi_index(at, [degree for _, degree in world.axes]))
+
+
 def capture(subject: Subject, exchanges: Sequence[Exchange], world: World) -> Rig:
-    """A frozen session of a worker's ranks, with a program of each exchange."""
-    backend = subject.start(world)
+    """A frozen session of a worker's ranks, with a program of each exchange. Raises NotClaimed, see `place`."""
     return Rig(
-        subject, [exchange.program(world.ranks) for exchange in exchanges], kernels=subject.kernels_of(backend),
-        params={RANK: rank_param(world)} if world.ranks > 1 else (), degrees=dict(world.axes),
-        session=backend.session(world.rank),
+        subject, [exchange.program(world.ranks) for exchange in exchanges],
+        params={RANK: rank_param(world)} if world.ranks > 1 else (), **place(subject, world),
     )  # fmt: skip
+
+
+def place(subject: Subject, world: World) -> dict[str, Any]:
+    """What a Rig at a place in a mesh is given: its kernels, degrees and session.
+
+    Raises NotClaimed where a session of several ranks needs more devices than this machine has.
+    """
+    try:
+        backend = subject.start(world)
+        session = backend.session(world.rank)
+    except LayoutError as error:
+        if world.ranks == 1:
+            raise
+        raise NotClaimed(f"this machine cannot hold the mesh: {error}") from error
+    return {"kernels": subject.kernels_of(backend), "degrees": dict(world.axes), "session": session}
 
 
 def outputs(rig: Rig, program: int, x: HostArray) -> list[HostArray]:
@@ -170,7 +187,7 @@ def make_ranks(subject: Subject, axes: Axes) -> Ranks:
 
 
 class OneProgram:
-    """Ranks of a single-program backend: workers of a replica each, all in this process, which may own the devices."""
+    """Ranks of a single-program backend: one session of all of them, in this process, which may own the devices."""
 
     def __init__(self, subject: Subject, axes: Axes) -> None:
         self._subject, self._axes = subject, axes
@@ -181,11 +198,7 @@ class OneProgram:
     ) -> tuple[tuple[str, ...], list[list[HostArray]]]:
         """See `Ranks`. Raises NotClaimed where this machine has too few devices."""
         if name not in self._rigs:
-            world = World(axes=self._axes, threads=1, ranks=len(xs))
-            try:
-                self._rigs[name] = capture(self._subject, exchanges, world)
-            except LayoutError as error:
-                raise NotClaimed(f"this machine cannot hold the mesh: {error}") from error
+            self._rigs[name] = capture(self._subject, exchanges, World(axes=self._axes, threads=1, ranks=len(xs)))
         rig = self._rigs[name]
         return collective_kernels(self._subject, rig), shared_outputs(rig, program, xs)
 

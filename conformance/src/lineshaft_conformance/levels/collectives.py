@@ -36,6 +36,10 @@ GROUPS: Mapping[str, tuple[Axes, tuple[str, ...]]] = {
 }  # fmt: skip
 """Groups that collectives run over: the mesh and the axes. The members of dp are not neighbours."""
 
+EIGHT = mesh_axes(dp=2, tp=4)
+MORE: Mapping[str, tuple[Axes, tuple[str, ...]]] = {"world8": (EIGHT, ("dp", "tp")), "tp4": (EIGHT, ("tp",))}
+"""Groups of a mesh that only a session of all its ranks makes cheap; their messages are small."""
+
 LARGE = 2**18
 """Elements of a large message: 1 MB of float32."""
 
@@ -73,6 +77,7 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
         for dtype in dict.fromkeys(way.dtype for way in ways):
             yield _alone_check(spec.name, [way for way in ways if way.dtype == dtype and way.members == 2])
         trials = list(group_trials(spec.name, ways, size))
+        trials += more_trials(spec.name, ways) if subject.info.single_program else []
         yield _minimum_check(spec, trials)
         yield from (_trial_check(trial, trials, spec.name) for trial in trials)
     yield from (_refusal_check(op, statics) for op, statics in (("reduce_scatter", (1,)), ("all_to_all", (1, 0))))
@@ -105,6 +110,18 @@ def group_trials(op: str, ways: Sequence[Way], size: Size) -> Iterator[Trial]:
             for name in ("small", "large") if size == "full" or firsts[way.dtype] == way else ("small",):
                 exchange = Exchange(way.dtype, shapes[name], (collective,))
                 yield Trial(f"{op}/{group}-{name}-{way.label}", mesh, exchange, rule)
+
+
+def more_trials(op: str, ways: Sequence[Way]) -> Iterator[Trial]:
+    """The op's first way of four members in each dtype, in the groups of MORE; the shape grows with the group."""
+    for group, (mesh, axes) in MORE.items():
+        members = members_of(mesh, axes)
+        firsts = {way.dtype: way for way in reversed(ways) if way.members == 4}
+        for way in firsts.values():
+            shape = tuple(dim * members // 4 for dim in way.shape)
+            exchange = Exchange(way.dtype, shape, (Collective(op, axes, way.statics),))
+            rule = f"ops.{op} over {members} of eight ranks, all of them in one program"
+            yield Trial(f"{op}/{group}-small-{way.label}", mesh, exchange, rule)
 
 
 def enlarged(shape: Sequence[int]) -> tuple[int, ...]:

@@ -74,7 +74,7 @@ class Bench:
 
 
 def run_pairs(bench: Bench) -> Pairs:
-    """The same requests on an engine made anew give the same bits, also in another process where workers have theirs."""
+    """The same requests on an engine made anew give the same bits, also in another process where a rank has its own."""
     first = bench.run(range(8))
     for time in ("second", "third"):
         yield f"a {time} engine", first, bench.run(range(8))
