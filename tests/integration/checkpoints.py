@@ -37,6 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "even": {  # what tp = 2 and dp x tp can cut; 131 entries of vocabulary they cannot, which pads
         "seed": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "intermediate_size": 96,
     },
+    "eight": {  # what eight ranks can share
+        "seed": 12, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "hidden_size": 64,
+        "intermediate_size": 96,
+    },
     "lone-kv": {  # fewer kv heads than workers
         "seed": 9, "num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 64, "intermediate_size": 96,
     },

@@ -16,6 +16,14 @@ from lineshaft.engine import Engine
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Request
 
+TPU_ON_CPU: dict[str, Any] = {
+    "backend": "tpu", "backend_options.platform": "cpu", "backend_options.cache_dir": "off",
+}  # fmt: skip
+"""The TPU backend where there is no TPU, with nothing left over from an earlier run."""
+
+BACKENDS: dict[str, dict[str, Any]] = {"cpu": {}, "tpu": TPU_ON_CPU}
+"""The backends that run a whole engine here in reasonable time, as `config` takes them."""
+
 STEPS = 5000
 """More than any test here needs: an engine that does not get on fails instead of hanging."""
 

@@ -1,4 +1,5 @@
-"""SmolLM2 from its GGUF file agrees with transformers on the same file, in float32 and in bfloat16."""
+"""SmolLM2 from its GGUF file agrees with transformers on the same file, on each backend that runs here, in float32 and
+in bfloat16."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from tests.integration.conftest import Checkpoint
-from tests.integration.driving import config, drive, follow, greedy
+from tests.integration.driving import BACKENDS, config, drive, follow, greedy
 from tests.integration.oracle import (
     Array,
     Expected,
@@ -43,9 +44,9 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def engine(smollm2: Checkpoint, dtype: str) -> Iterator[Engine]:
-    with Engine(config(smollm2.path, dtype=dtype, **CRAMPED)) as engine:
+@pytest.fixture(scope="module", params=BACKENDS)
+def engine(smollm2: Checkpoint, dtype: str, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with Engine(config(smollm2.path, dtype=dtype, **CRAMPED, **BACKENDS[request.param])) as engine:
         yield engine
 
 

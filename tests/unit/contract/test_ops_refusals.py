@@ -49,6 +49,12 @@ def weight(kind: str, problem: Any) -> Weight:
 
 
 LINEAR = weight("linear", LinearProblem(dtype="float32", n=3, k=4))
+
+
+def scheme(name: str, **fields: Any) -> Weight:
+    return weight("linear", LinearProblem(dtype="float32", n=3, k=4, scheme=name, **fields))
+
+
 NORM = weight("norm", NormProblem(dtype="float32", width=4, eps=1e-5))
 EMBED = weight("embed", EmbedProblem(dtype="float32", vocab=8, width=4))
 EXPERTS = weight("experts", ExpertProblem(dtype="float32", experts=4, local=2, hidden=4, width=3))
@@ -76,6 +82,8 @@ WRONG: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("linear", r"x bfloat16\[2, 4\]", (array(2, 4, dtype="bfloat16"), LINEAR), {}),
     ("linear", r"x float32\[1, 2, 4\]", (array(1, 2, 4), LINEAR), {}),
     ("linear", r"\['norm'\].*kind 'linear'", (array(2, 4), NORM), {}),
+    ("linear", r"scheme 'int4'; expected one of none, int8, fp8", (array(2, 4), scheme("int4")), {}),
+    ("head_linear", r"scheme 'int8'; expected none", (array(2, 2, 4), scheme("int8", heads=2)), {}),
     ("linear", r"bias float32\[4\]", (array(2, 4), LINEAR), {"bias": array(4)}),
     ("rms_norm", r"expected float32\[\.\.\., 4\]", (array(2, 5), NORM), {}),
     ("add_rms_norm", r"r float32\[3, 4\]", (array(2, 4), array(3, 4), NORM), {}),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lineshaft.contract.ops import all_ops
+from lineshaft.contract.ops.quantize import quantize_rows
 from lineshaft.contract.ops.run import compare, run_reference
 from lineshaft.contract.ops.spec import Case, Numerics, StepArg
 
@@ -228,6 +229,37 @@ def no_wrap(p: Any, out: Any) -> Any:
     return np.where(np.isneginf(out), 0.0, out).astype(out.dtype)
 
 
+def quantized(change: Callable[[Any, Any, Any], Any]) -> Break:
+    """Quantized weights are change(problem, codes, scales), in float64."""
+
+    def broken(ref: Reference) -> Reference:
+        def run(p: Any, x: Any, w: Any, **k: Any) -> Any:
+            if p.scheme == "none":
+                return ref(p, x, w, **k)
+            codes, scales = quantize_rows(w, p.scheme)
+            return ref(replace(p, scheme="none"), x, change(p, codes.astype(float), scales.astype(float)), **k)
+
+        return run
+
+    return broken
+
+
+def requantized(to_codes: Callable[[Any], Any] = np.rint, zero: float = 1.0) -> Break:
+    """int8 codes are `to_codes(w / scale)`; the scale of a row of zeros is `zero`."""
+
+    def broken(ref: Reference) -> Reference:
+        def run(p: Any, x: Any, w: Any, **k: Any) -> Any:
+            if p.scheme != "int8":
+                return ref(p, x, w, **k)
+            scale = np.abs(w.astype(float)).max(1, keepdims=True) / 127
+            scale[scale == 0] = zero
+            return ref(replace(p, scheme="none"), x, to_codes(w.astype(float) / scale) * scale, **k)
+
+        return run
+
+    return broken
+
+
 OTHERS: dict[str, dict[str, Break]] = {
     "embed": {
         "vocab_start ignored": arg(2, lambda p, start: start * 0),
@@ -236,7 +268,17 @@ OTHERS: dict[str, dict[str, Break]] = {
         ),
         "multiplied by 0 outside": result(lambda p, out: out + 0 * np.nan if not out.any() else out),
     },
-    "linear": {"no bias": keyword("bias", lambda p, b: b * 0), "transposed": arg(1, lambda p, w: w[::-1])},
+    "linear": {
+        "no bias": keyword("bias", lambda p, b: b * 0), "transposed": arg(1, lambda p, w: w[::-1]),
+        "not quantized": problem(scheme=lambda p: "none"),
+        "int8 for fp8": problem(scheme=lambda p: "int8" if p.scheme == "fp8" else p.scheme),
+        "scales ignored": quantized(lambda p, q, s: q),
+        "scale of the first row": quantized(lambda p, q, s: q * s[:1, None]),
+        "scale of the next row": quantized(lambda p, q, s: q * np.roll(s, 1)[:, None]),
+        "one scale for all rows": quantized(lambda p, q, s: np.rint(q * s[:, None] / (c := np.nanmax(s))) * c),
+        "codes truncated": requantized(np.trunc), "a row of zeros is NaN": requantized(zero=np.nan),
+        "a row with a NaN is hidden": quantized(lambda p, q, s: q * np.nan_to_num(s)[:, None]),
+    },
     "head_linear": {"the first head's matrix for all": arg(1, lambda p, w: np.repeat(w[:1], len(w), 0))},
     "rms_norm": {
         "another eps": problem(eps=lambda p: 1e-5), "no eps": problem(eps=lambda p: 0.0),

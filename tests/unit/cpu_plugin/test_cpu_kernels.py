@@ -18,7 +18,8 @@ from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
 from lineshaft.contract.problems import LinearProblem, PointwiseProblem
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import StepInputs
-from lineshaft.contract.weights import Weight
+from lineshaft.contract.weights import Local, Param, Stored, Weight
+from lineshaft.weights import pack_rows
 from lineshaft_cpu import native
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
@@ -58,11 +59,21 @@ def tensor(array: Any) -> Any:
     return from_host(array.copy()) if isinstance(array, np.ndarray) else array
 
 
+def packed_weight(value: WeightArg, case: Case, host: Any) -> Weight:
+    """Dense, or where the case wants it quantized in codes and scales."""
+    problems = {value.kind: case.problem}
+    param = Param("w", "w", host.shape, case.problem.dtype, problems, lambda checkpoint, at: Local(()))
+    if param.scheme == "none":
+        return Weight(0, "w", problems, "dense", {"data": tensor(host)})
+    leaves = pack_rows(param.scheme)(param, Local((Stored("none", host.shape, {"data": host}),)))
+    return Weight(0, "w", problems, f"{param.scheme}_rows", {name: tensor(leaf) for name, leaf in leaves.items()})
+
+
 def torch_argument(value: Any, case: Case, first: bool) -> Any:
     """A case's argument as the kernel takes it; the cache is the first argument, other pages are plain arrays."""
     host = operand(value, case.problem)
     if isinstance(value, WeightArg):
-        return Weight(0, "w", {value.kind: case.problem}, "dense", {"data": tensor(host)})
+        return packed_weight(value, case, host)
     if isinstance(value, CacheArg):
         pages = {name: tensor(array) for name, array in host.items()}
         flat = {name: array.flatten(0, 1).contiguous() for name, array in pages.items()}
@@ -179,8 +190,9 @@ def test_every_required_op_has_a_portable_kernel_for_every_case_without_features
 
 def test_no_two_kernels_tie() -> None:
     for op in OPS:
-        priorities = [kernel.priority for kernel in KERNELS if kernel.op == op]
-        assert len(set(priorities)) == len(priorities), op
+        for case in cases_of(op):
+            priorities = [kernel.priority for kernel in KERNELS if kernel.op == op and takes(kernel, case)]
+            assert len(set(priorities)) == len(priorities), f"{op} {case.id}"
 
 
 @torch.inference_mode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,11 +16,13 @@ from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Case, all_ops
 from lineshaft.contract.ops.run import compare, operand
 from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
+from lineshaft.contract.problems import KVProblem, LinearProblem
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Weight
 from lineshaft_jax.arrays import to_host
 from lineshaft_jax.kernels import xla_kernels
+from lineshaft_jax.kernels.attend import attend
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs, from_canonical, to_canonical
 
 OPS = {name: spec for name, spec in all_ops().items() if not spec.collective}
@@ -48,6 +51,13 @@ class Arguments:
         self.leaves = (
             [self._leaf(value, i == self.cache_at) for i, value in enumerate(case.args)],
             {name: self._leaf(value, False) for name, value in case.kwargs.items()},
+        )
+
+    @property
+    def statics(self) -> str:
+        """What is known when tracing, besides the problem."""
+        return repr(
+            [getattr(value, "shape", value) for value in self.case.args if not isinstance(value, Mapping | CacheArg)]
         )
 
     def _leaf(self, value: Any, cache: bool) -> Any:
@@ -82,8 +92,6 @@ class Arguments:
 
 def canonical_problem(problem: Any, pages: Mapping[str, Any]) -> Any:
     """The KVProblem of pages that a case gives for `problem`, which may be one of attention."""
-    from lineshaft.contract.problems import KVProblem
-
     if isinstance(problem, KVProblem):
         return problem
     fields = {
@@ -103,27 +111,111 @@ def host_result(result: Any, case: Case) -> Any:
     return jax.tree.map(to_host, result)
 
 
-def run_case(kernel: Kernel, case: Case, lanes: int, compiled: bool = True) -> list[str]:
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiling is what these tests spend their time on; what a session's options give was found to agree."""
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def compiled(kernel: Kernel, case: Case, arguments: Arguments) -> Any:
+    """The kernel as a compiled function of the case's leaves, shared by cases of one problem."""
+    key = kernel.name, case.problem, arguments.lanes, arguments.statics
+    if key not in _COMPILED:
+        bound = kernel.bind(case.problem, None)
+
+        def run(args: list[Any], kwargs: dict[str, Any]) -> Any:
+            whole, named = arguments.rebuilt(args, kwargs)
+            result = bound(*whole, **named)
+            return result.arrays if isinstance(result, Cache) else result
+
+        _COMPILED[key] = jax.jit(run, compiler_options=QUICK)
+    return _COMPILED[key]
+
+
+def run_case(kernel: Kernel, case: Case, lanes: int) -> list[str]:
     """What `compare` finds wrong with the kernel's result."""
-    arguments, bound = Arguments(case, lanes), kernel.bind(case.problem, None)
-
-    def run(args: list[Any], kwargs: dict[str, Any]) -> Any:
-        whole, named = arguments.rebuilt(args, kwargs)
-        result = bound(*whole, **named)
-        return result.arrays if isinstance(result, Cache) else result
-
-    result = (jax.jit(run) if compiled else run)(*arguments.leaves)
+    arguments = Arguments(case, lanes)
+    result = compiled(kernel, case, arguments)(*arguments.leaves)
     if OPS[kernel.op].consumes:
         result = Cache(0, case.problem, LAYOUT, result)
     return compare(OPS[kernel.op], case, host_result(result, case))
 
 
-def each(kernel: Kernel) -> Iterator[Case]:
-    taken = [case for case in cases_of(kernel.op) if takes(kernel, case)]
+def each(kernel: Kernel, dtype: str = "") -> Iterator[Case]:
+    """Every case, of `dtype` or of any, that the kernel takes: at least one."""
+    taken = [case for case in cases_of(kernel.op) if takes(kernel, case) and dtype in ("", case.problem.dtype)]
     assert taken, f"{kernel.name} takes no case of {kernel.op}"
     yield from taken
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_kernel_computes_what_the_reference_does(kernel: Kernel) -> None:
-    assert [text for case in each(kernel) for text in run_case(kernel, case, LANES[0])] == []
+def test_kernel_computes_what_the_reference_does(kernel: Kernel, dtype: str) -> None:
+    assert [text for case in each(kernel, dtype) for text in run_case(kernel, case, LANES[0])] == []
+
+
+@pytest.mark.parametrize("op", ["write_kv", "write_pages", "copy_slots", "read_pages", "attend"])
+def test_padded_heads_change_nothing(op: str) -> None:
+    """Caches as a platform with lanes keeps them; a few cases of each way to store pages."""
+    kernel = next(kernel for kernel in KERNELS if kernel.op == op)
+    seen: set[Any] = set()
+    for case in each(kernel):
+        kind = case.problem.kv_dtype, case.problem.kv_scheme, case.problem.features() == {"value_in_key"}
+        if kind not in seen:
+            seen.add(kind)
+            assert run_case(kernel, case, LANES[1]) == []
+    assert len(seen) > 4
+
+
+@pytest.mark.parametrize("budget", [0, 90_000])
+def test_attention_in_small_blocks_is_the_same(budget: int) -> None:
+    """In next to no memory: a query, a row and a page at a time, and three rows of them."""
+    kernel = next(kernel for kernel in KERNELS if kernel.op == "attend")
+    small = replace(kernel, name=f"attend{budget}", bind=lambda problem, session: partial(attend, budget, problem))
+    names = ("verify/gqa2", "mixed/gqa2", "mixed/softcap-sinks", "mixed/lse-no", "mixed/page_starts-lse", "verify/anc")
+    names += ("decode/many_rows", "mixed/window5", "mixed/key_ranges-f32", "mixed/kv_block-f32", "prefill/mha")
+    chosen = [case for case in each(small, "float32") if case.id.startswith(names)]
+    assert len(chosen) >= len(names)
+    assert [text for case in chosen for text in run_case(small, case, LANES[0])] == []
+
+
+def test_there_is_a_kernel_for_every_op_but_composites() -> None:
+    assert {kernel.op for kernel in xla_kernels("xla")} == set(all_ops()) - COMPOSED
+    assert all(kernel.backend == "xla" and kernel.priority == 0 for kernel in xla_kernels("xla"))
+
+
+@pytest.mark.parametrize("kernel", xla_kernels("xla"), ids=lambda kernel: kernel.name)
+def test_widths_that_would_be_computed_in_others_are_declined(kernel: Kernel) -> None:
+    for case in all_ops()[kernel.op].cases(np.random.default_rng(0), "smoke"):
+        for dtype, reason in (("float64", "at most 32 bits"), ("float8_e4m3fn", "16 bits and more")):
+            assert reason in str(kernel.supports(replace(case.problem, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_rows_of_codes_multiply_as_their_values_do(scheme: str, dtype: str, tokens: int) -> None:
+    """x @ (q * scale)^T + bias, against the same in float64."""
+    rng, out, width = np.random.default_rng(7), 24, 96
+    codes = rng.integers(-127, 128, (out, width)).astype(np.int8)
+    q = codes if scheme == "int8" else (codes / 16).astype(jnp.float8_e4m3fn)
+    scale, bias = rng.uniform(0.01, 0.1, out).astype(np.float32), rng.standard_normal(out).astype(jnp.dtype(dtype))
+    x = rng.standard_normal((tokens, width)).astype(jnp.dtype(dtype))
+    problem = LinearProblem(dtype=dtype, m=tokens, n=out, k=width, scheme=scheme, bias=True)
+    kernel = next(k for k in xla_kernels("xla") if k.name == f"xla_linear_{scheme}")
+    assert kernel.supports(problem) is None
+    assert problem.features() <= kernel.handles
+    weight = Weight(0, "w", {"linear": problem}, kernel.layout, {"q": jnp.asarray(q), "scale": jnp.asarray(scale)})
+    got = to_host(jax.jit(lambda a, b: kernel.bind(problem, None)(a, weight, bias=b))(x, bias))
+    exact = x.astype(np.float64) @ (q.astype(np.float64) * scale[:, None]).T + bias.astype(np.float64)
+    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-23 * width**0.5
+    assert got.dtype == x.dtype
+    assert np.abs(got.astype(np.float64) - exact).max() <= unit * np.abs(exact).max()
+
+
+def test_a_kernel_of_codes_takes_no_other_scheme() -> None:
+    kernels = {kernel.name: kernel for kernel in xla_kernels("xla")}
+    problem = LinearProblem(dtype="float32", m=1, n=8, k=8, scheme="fp8")
+    assert "scheme 'int8', not 'fp8'" in str(kernels["xla_linear_int8"].supports(problem))
+    assert "scheme 'fp8', not 'none'" in str(kernels["xla_linear_fp8"].supports(replace(problem, scheme="none")))
+    assert "scheme" not in kernels["xla_linear"].handles

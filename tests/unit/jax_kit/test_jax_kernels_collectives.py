@@ -42,7 +42,9 @@ def places(mesh: Mesh, axes: tuple[str, ...]) -> list[list[int]]:
     index = np.arange(mesh.size).reshape(mesh.devices.shape)
     own = [mesh.axis_names.index(name) for name in axes]
     others = [i for i in range(index.ndim) if i not in own]
-    groups: list[list[int]] = index.transpose(*others, *own).reshape(-1, math.prod(index.shape[i] for i in own)).tolist()
+    groups: list[list[int]] = (
+        index.transpose(*others, *own).reshape(-1, math.prod(index.shape[i] for i in own)).tolist()
+    )
     return groups
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lineshaft.contract.problems import KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
 from lineshaft.contract.weights import Local, Param, Stored
+from lineshaft.plan import Resolver
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_torch.session import SessionOptions, TorchSession
 
@@ -32,8 +33,10 @@ class HandPlanned:
         self.prepared = 0
 
     def bind(self, session: Any) -> Any:
-        kernels = {kernel.op: kernel for kernel in portable_kernels("cpu")}
-        bound = {op: kernels[op].bind(problem, session) for op, problem in self.problems.items()}
+        resolver = Resolver("cpu", portable_kernels("cpu"), {})
+        bound = {
+            op: resolver.candidates(op, problem).best().bind(problem, session) for op, problem in self.problems.items()
+        }
         return SimpleNamespace(**bound, **self.extra)
 
     def prepares(self, session: Any) -> list[Any]:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops.logits import kept_tokens
 from lineshaft.contract.problems import RopeScaling
+from lineshaft.weights.schemes import dequantize
 from lineshaft_conformance.mutants.mutant import (
     Make,
     Mutant,
@@ -26,8 +28,9 @@ from lineshaft_conformance.mutants.mutant import (
     with_problem,
     with_result,
 )
-from lineshaft_torch.bound import DENSE, dense, recipe
+from lineshaft_torch.bound import DENSE, dense, recipe, stateless
 from lineshaft_torch.bound import with_problem as given_problem
+from lineshaft_torch.kernels.linear import linear
 from lineshaft_torch.pages import movable, page_view
 
 Tensor = torch.Tensor
@@ -171,6 +174,43 @@ def bf16_product(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Tensor:
     return total
 
 
+def with_codes(change: Callable[..., dict[str, Tensor]], scheme: str = "") -> Make:
+    """Makes a mutant whose products read `change(q, scale)` in the place of these leaves of a quantized weight."""
+
+    def call(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Any:
+        if p.scheme in ((scheme,) if scheme else ("int8", "fp8")):
+            w = replace(w, arrays={**w.arrays, **change(**w.arrays)})
+        return run(x, w, **kw)
+
+    return with_call("linear", call)
+
+
+def truncated(kernel: Kernel) -> Kernel:
+    """A kernel whose int8 codes are rounded towards zero."""
+    pack = kernel.pack
+    if pack is None or kernel.layout != "int8_rows":
+        return kernel
+
+    def truncating(param: Any, local: Any) -> dict[str, Any]:
+        leaves = pack(param, local)
+        wide = np.concatenate([dequantize(part, "float32") for part in local.parts])
+        return {**leaves, "q": np.nan_to_num(np.trunc(wide / leaves["scale"][:, None])).astype(np.int8)}
+
+    return replace(kernel, pack=truncating)
+
+
+def eight_bit_rows(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Any:
+    """Activations in int8, row by row, where weights are quantized."""
+    step = x.float().abs().amax(1, keepdim=True) / 127
+    return run(x if p.scheme == "none" else ((x / step).round() * step).to(x.dtype), w, **kw)
+
+
+UNQUANTIZED = recipe(
+    "dense_linear", "linear", stateless(linear), layout=DENSE, handles=frozenset({"bias", "scheme"}), priority=20
+)
+"""A kernel that takes the weights of every scheme as they are."""
+
+
 def executed_below(op: str, only: str, below: torch.dtype) -> Make:
     """Makes a mutant whose kernels of `op` round operands of dtype `only` to a narrower one."""
 
@@ -243,6 +283,27 @@ ROWS = (
            executed_below("linear", "float32", torch.bfloat16)),
     mutant("f32-under-f64", "a kernel that computes below the problem's dtype declines (kernels)", "linear/*-f64",
            executed_below("linear", "float64", torch.float32), size="full"),
+    mutant("unquantized", "a quantized weight is rounded as its scheme says (ops)", "linear/*_decode/*-f32",
+           with_added(UNQUANTIZED)),
+    mutant("truncates-codes", "codes are rounded to the nearest (ops)", "linear/int8_*-f32", with_kernels(truncated)),
+    mutant("scale-ignored", "a quantized weight is its codes times the scale of each row (ops)", "linear/*_decode/*",
+           with_codes(lambda q, scale: {"scale": scale * 0 + 1})),
+    mutant("first-rows-scale", "every row of a quantized weight has a scale of its own (ops)", "linear/*_decode/*",
+           with_codes(lambda q, scale: {"scale": scale[:1].expand_as(scale)})),
+    mutant("next-rows-scale", "every row of a quantized weight has a scale of its own (ops)", "linear/*_decode/*",
+           with_codes(lambda q, scale: {"scale": scale.roll(1)})),
+    mutant("narrow-scales", "scales are f32 (ops)", "linear/*_decode/*-f32",
+           with_codes(lambda q, scale: {"scale": scale.bfloat16().float()})),
+    mutant("codes-unsigned", "int8 codes have a sign (ops)", "linear/int8_*",
+           with_codes(lambda q, scale: {"q": q.view(torch.uint8)}, "int8")),
+    mutant("codes-fnuz", "fp8 codes are float8_e4m3fn (ops)", "linear/fp8_*",
+           with_codes(lambda q, scale: {"q": q.view(torch.float8_e4m3fnuz)}, "fp8")),
+    mutant("zero-row-is-nan", "a row of zeros has the scale 1 (ops)", "linear/*_zero_row/*",
+           with_codes(lambda q, scale: {"scale": torch.where(q.float().any(1), scale, torch.nan)})),
+    mutant("nan-weight-hidden", "NaN and infinite weights show in all results of their row (ops)",
+           "linear/*_nan_weight/*", with_codes(lambda q, scale: {"scale": scale.nan_to_num()})),
+    mutant("quantizes-x", "the scheme is of the weight: activations are not quantized (ops)", "linear/*_decode/*-f32",
+           with_call("linear", eight_bit_rows)),
     mutant("one-head-for-all", "head_linear has a weight per head (ops)", "head_linear/*",
            before("head_linear", lambda x, w: (x, replace(w, arrays={
                key: leaf[:1].expand_as(leaf) for key, leaf in w.arrays.items()})))),

@@ -66,7 +66,10 @@ class EmbedProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProblem(Problem):
-    """`[m, k] @ [n, k]^T`; `heads` > 0 is a batched product per head (`head_linear`)."""
+    """`[m, k] @ [n, k]^T`; `heads` > 0 is a batched product per head (`head_linear`).
+
+    `scheme` says how the weight is quantized, and nothing else is: "none", "int8" or "fp8" (`ops.quantize`).
+    """
 
     n: int
     k: int

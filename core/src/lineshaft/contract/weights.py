@@ -92,6 +92,11 @@ class Param:
     def kinds(self) -> frozenset[str]:
         return frozenset(self.problems)
 
+    @property
+    def scheme(self) -> str:
+        """How products with it quantize it: the scheme of its "linear" problem, "none" where it has none."""
+        return str(getattr(self.problems.get("linear"), "scheme", "none"))
+
 
 @dataclass(frozen=True)
 class Weight:

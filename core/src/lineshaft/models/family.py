@@ -20,12 +20,14 @@ Uses = Mapping[str, tuple[str, Problem]]
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a model is built for: executed dtype, cache dtype, page size in tokens and parallel degrees."""
+    """What a model is built for: executed dtype, cache dtype, page size in tokens, parallel degrees, and the scheme by
+    which the weights of its linear layers are quantized (`LinearProblem.scheme`)."""
 
     dtype: str
     kv_dtype: str
     page_size: int
     degrees: Degrees
+    quantization: str = "none"
 
 
 class Model(Protocol):

@@ -261,7 +261,7 @@ class Llama:
         }  # fmt: skip
 
     def _linear(self, name: str, n: int, k: int, shard: shards.Shard) -> Param:
-        problem = LinearProblem(dtype=self.context.dtype, n=n, k=k)
+        problem = LinearProblem(dtype=self.context.dtype, n=n, k=k, scheme=self.context.quantization)
         return Param(name, name, (n, k), self.context.dtype, {"linear": problem}, shard, varies=("tp",))
 
     def _norm(self, name: str, source: str) -> Param:

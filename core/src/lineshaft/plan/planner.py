@@ -17,7 +17,7 @@ from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft.plan.plan import Plan, PlanEntry, make_entry
 from lineshaft.plan.resolve import Candidates, Resolver, joint_layout
 from lineshaft.plan.trace import Site, Trace, Tracer, dispatch_key, distinct_params, trace_function
-from lineshaft.weights.memory import local_bytes, repacked
+from lineshaft.weights.memory import local_bytes, quantized, repacked
 
 Uses = Mapping[str, tuple[str, Problem]]
 
@@ -141,7 +141,7 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
         cache_layout=cache_layout,
         weight_bytes=local_bytes(params, layouts),
         workspace_bytes=max(trace.workspace.most for trace in traces),
-        notes=tuple(repacked(params, layouts)),
+        notes=(*repacked(params, layouts), *quantized(params, layouts)),
     )
     bound = tuple((p, BoundOps(t, chosen, specs)) for p, t in zip(work.programs, traces, strict=True))
     return Planned(plan, bound, packings, tuple(trace.outputs for trace in traces))

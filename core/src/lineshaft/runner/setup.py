@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lineshaft.config import EngineConfig, validate_options
 from lineshaft.contract.backends import Backend, BackendInfo, BackendKind, Capabilities, World
 from lineshaft.contract.ops import all_ops
+from lineshaft.contract.ops.quantize import NONE
 from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.steps import StepShape
 from lineshaft.contract.weights import Checkpoint
@@ -16,11 +17,12 @@ from lineshaft.host import usable_cpus
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
+from lineshaft.plan.trace import distinct_params
 from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft.runner.buckets import make_shapes
 from lineshaft.runner.programs import all_programs
 from lineshaft.scheduler import Limits
-from lineshaft.weights import FORMATS, open_checkpoint, resolve
+from lineshaft.weights import FORMATS, CheckpointFormat, open_checkpoint, resolve
 from lineshaft.weights.decoded import decode_with
 
 
@@ -49,9 +51,11 @@ def degrees_of(config: EngineConfig) -> Degrees:
     return Degrees(layout.dp, layout.pp, layout.cp, layout.ep, layout.tp)
 
 
-def open_model(config: EngineConfig, registry: Registry) -> tuple[Checkpoint, ModelFamily]:
-    """The configured checkpoint, and the family that builds it. Raises ModelError."""
-    opened = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *FORMATS))
+def open_model(
+    config: EngineConfig, registry: Registry, formats: Sequence[CheckpointFormat] = FORMATS
+) -> tuple[Checkpoint, ModelFamily]:
+    """The configured checkpoint, in a plugin's format or one of `formats`, and its family. Raises ModelError."""
+    opened = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *formats))
     checkpoint = decode_with(opened, registry.schemes())
     return checkpoint, find_family(checkpoint.config, (*registry.models(), *builtin_families()))
 
@@ -62,7 +66,21 @@ def check_layout(config: EngineConfig, registry: Registry) -> None:
     Raises LayoutError with every broken rule, ModelError.
     """
     checkpoint, family = open_model(config, registry)
-    family.build(checkpoint.config, BuildContext("float32", "float32", 1, degrees_of(config)))
+    build_model(config, checkpoint, family)
+
+
+def build_model(
+    config: EngineConfig, checkpoint: Checkpoint, family: ModelFamily, dtype: str = "float32", page_size: int = 1
+) -> Model:
+    """The model as configured. Raises LayoutError, ModelError, InvalidValue for a family that quantizes no weight."""
+    context = BuildContext(dtype, dtype, page_size, degrees_of(config), config.quantization)
+    model = family.build(checkpoint.config, context)
+    wanted = config.quantization
+    if wanted != NONE and not any(param.scheme == wanted for param in distinct_params(model.params())):
+        raise InvalidValue(
+            f"quantization = {wanted!r}: the family {family.name!r} has no weight that it quantizes; set it to '{NONE}'"
+        )
+    return model
 
 
 def make_setup(
@@ -71,15 +89,18 @@ def make_setup(
     rendezvous: str = "",
     registry: Registry | None = None,
     start: Callable[[World], Backend] | None = None,
+    formats: Sequence[CheckpointFormat] = FORMATS,
 ) -> Setup:
     """Start the chosen backend and build the model at this rank's layout; loads no weights.
 
-    start: makes the backend instead of its factory. Raises BackendError, ModelError, LayoutError, ConfigError.
+    start: makes the backend, which has to be named, instead of its factory; whether it is usable here is not asked.
+    Raises BackendError, ModelError, LayoutError, ConfigError.
     """
     registry = registry or discover()
-    info = registry.select(config.backend, config.backend_options)
+    named = start is not None and config.backend != "auto"
+    info = registry.named(config.backend) if named else registry.select(config.backend, config.backend_options)
     options = validate_options(info, config.backend_options)
-    checkpoint, family = open_model(config, registry)
+    checkpoint, family = open_model(config, registry, formats)
     degrees = degrees_of(config)
     ranks = degrees.replica if info.single_program else 1
     world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world), ranks)
@@ -87,7 +108,7 @@ def make_setup(
     capabilities = backend.capabilities
     dtype = choose_dtype(config, info.name, capabilities)
     page_size = choose_page_size(config, info.name, capabilities)
-    model = family.build(checkpoint.config, BuildContext(dtype, dtype, page_size, degrees))
+    model = build_model(config, checkpoint, family, dtype, page_size)
     if degrees.tp > 1 and not capabilities.collectives:
         raise InvalidValue(f"layout {degrees}: backend {info.name!r} has no collectives; set layout.tp = 1")
     caches = tuple(model.caches())

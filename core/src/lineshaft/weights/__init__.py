@@ -1,13 +1,15 @@
 """Finding and reading models: references, checkpoint formats, stored schemes, and the memory they need."""
 
-from lineshaft.weights.checkpoint import FORMATS, CheckpointFormat, open_checkpoint
+from lineshaft.weights.checkpoint import CONFIG_ALONE, FORMATS, CheckpointFormat, open_checkpoint
 from lineshaft.weights.mapped import MappedCheckpoint
-from lineshaft.weights.memory import breakdown, check_fits, local_bytes, repacked
+from lineshaft.weights.memory import breakdown, check_fits, local_bytes, quantized, repacked
+from lineshaft.weights.quantize import pack_rows
 from lineshaft.weights.refs import resolve
 from lineshaft.weights.schemes import BLOCKS, Block, as_dtype, dequantize
 
 __all__ = [
     "BLOCKS",
+    "CONFIG_ALONE",
     "FORMATS",
     "Block",
     "CheckpointFormat",
@@ -18,6 +20,8 @@ __all__ = [
     "dequantize",
     "local_bytes",
     "open_checkpoint",
+    "pack_rows",
+    "quantized",
     "repacked",
     "resolve",
 ]

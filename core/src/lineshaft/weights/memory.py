@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Final
 
+from lineshaft.contract.ops.quantize import NONE, WEIGHT_SCHEMES, quantized_bytes
 from lineshaft.contract.weights import Param
 from lineshaft.errors import OutOfMemory
 from lineshaft.weights.schemes import as_dtype
@@ -17,7 +18,8 @@ _GIB: Final = 1 << 30
 
 
 def local_bytes(params: Iterable[Param], layouts: Mapping[str, str]) -> int:
-    """Bytes that the local shards take in their executed dtypes. `layouts` is the packing of each, by Param name.
+    """Bytes that the local shards take in their executed dtypes, or quantized. `layouts` is the packing of each, by
+    Param name; one without a packing is kept in its dtype, and quantized by the kernel that uses it.
 
     Parameters with one `source_id` share memory, and count once, where packing, shape and dtype are equal too.
     """
@@ -47,9 +49,26 @@ def _by_source(params: Iterable[Param]) -> dict[str, list[Param]]:
 def _prepared(group: Iterable[Param], layouts: Mapping[str, str]) -> dict[tuple[str, tuple[int, ...], str], int]:
     """Bytes of each distinct (layout, shape, dtype) among parameters of one source."""
     return {
-        (layouts.get(param.name, ""), param.shape, param.dtype): prod(param.shape) * as_dtype(param.dtype).itemsize
+        (layouts.get(param.name, ""), param.shape, param.dtype): _bytes(param, layouts.get(param.name, ""))
         for param in group
     }
+
+
+def _bytes(param: Param, layout: str) -> int:
+    if layout and param.scheme != NONE:
+        return quantized_bytes(prod(param.shape[:-1]), param.shape[-1])
+    return prod(param.shape) * as_dtype(param.dtype).itemsize
+
+
+def quantized(params: Iterable[Param], layouts: Mapping[str, str]) -> list[str]:
+    """For each scheme, how many weights it quantizes, and the memory they take with it and without."""
+    held, lines = list(params), []
+    for scheme in WEIGHT_SCHEMES:
+        group = [param for param in held if param.scheme == scheme]
+        if group:
+            sizes = f"{gib(local_bytes(group, layouts))}, {gib(local_bytes(group, {}))} without"
+            lines.append(f"{len(group)} weights are quantized to {scheme}: {sizes}")
+    return lines
 
 
 def breakdown(parts: Mapping[str, int]) -> str:

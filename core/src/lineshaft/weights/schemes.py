@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.weights import Stored
+from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.errors import LayoutError, MisshapenTensor
 
 PLAIN: Final = "none"
@@ -105,6 +105,15 @@ def dequantize(stored: Stored, dtype: str | np.dtype[Any]) -> np.ndarray[Any, An
             f"scheme {stored.scheme!r} cannot be dequantized; allowed are {PLAIN}, {', '.join(sorted(BLOCKS))}"
         )
     return _from_blocks(stored, data, target)
+
+
+def check_parts(param: Param, local: Local) -> None:
+    """Raises MisshapenTensor if the parts do not make up the param's shape."""
+    rows = sum(part.shape[0] for part in local.parts)
+    tails = {tuple(part.shape[1:]) for part in local.parts}
+    if (rows, tails) != (param.shape[0], {param.shape[1:]}):
+        found = " + ".join(str(list(part.shape)) for part in local.parts)
+        raise MisshapenTensor(f"weight {param.name}: the checkpoint's parts {found} do not make up {list(param.shape)}")
 
 
 def _from_blocks(stored: Stored, data: np.ndarray[Any, Any], target: np.dtype[Any]) -> np.ndarray[Any, Any]:

@@ -19,7 +19,8 @@ COLLECTIVES = re.compile(r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-al
 def make_report(compiled: Any, session: JaxSession, seconds: float, *, cached: bool) -> CaptureReport:
     """The report of a program of the session, per rank."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    held = sum(array.nbytes for cache in session.caches for array in cache.arrays.values()) // session.ranks
+    arrays = [array for cache in session.caches for array in cache.arrays.values()]
+    held = sum(array.size * array.dtype.itemsize for array in arrays) // session.ranks
     return CaptureReport(
         seconds,
         temporaries=memory.temp_size_in_bytes,
@@ -30,6 +31,7 @@ def make_report(compiled: Any, session: JaxSession, seconds: float, *, cached: b
         outputs=memory.output_size_in_bytes,
         flops=int(cost.get("flops", 0)),
         moved=int(cost.get("bytes accessed", 0)),
+        code=memory.generated_code_size_in_bytes,
         cached=cached,
         details=session.inspect(compiled),
     )

@@ -40,15 +40,13 @@ from lineshaft_jax.weights import Weights
 class SessionOptions:
     """How a session runs.
 
-    lanes     the head dim of pages is padded to a multiple of this
-    store     where compiled programs are kept from one start to the next (None: nowhere)
-    compiler  options of the compiler, in its own words
-    flight    where steps are noted as long as they run
+    lanes   the head dim of pages is padded to a multiple of this
+    store   where compiled programs are kept from one start to the next (None: nowhere)
+    flight  where steps are noted as long as they run
     """
 
     lanes: int = 1
     store: ProgramStore | None = None
-    compiler: Mapping[str, str | int | bool] = field(default_factory=dict)
     flight: InFlight = field(default_factory=InFlight)
 
 
@@ -199,7 +197,7 @@ class JaxSession(SessionState):
         self.compiled += 1
         own = (False, self.weights.own, True, True)
         jitted = self.placement.program(program.body, own, donate=(2,))
-        return jitted.lower(*arguments).compile(dict(self.options.compiler))
+        return jitted.lower(*arguments).compile()
 
     def _identity(self, program: JaxProgram, arguments: tuple[Any, ...]) -> list[Any]:
         """All that a program is made from, beside the facts of the store."""
@@ -209,7 +207,7 @@ class JaxSession(SessionState):
         devices = [device.id for device in mesh.devices.flat]
         return [
             capture.ops.digest, capture.inputs.fields, sorted(capture.arrays.items()), shapes, problems,
-            self.weights.own, mesh.devices.shape, devices, sorted(self.options.compiler.items()),
+            self.weights.own, mesh.devices.shape, devices,
         ]  # fmt: skip
 
     def inspect(self, compiled: Any) -> Mapping[str, str | int]:

@@ -7,8 +7,7 @@ import torch
 
 from lineshaft.contract.kernels import Pack
 from lineshaft.contract.weights import Local, Param, Stored
-from lineshaft.errors import MisshapenTensor
-from lineshaft.weights.schemes import dequantize
+from lineshaft.weights.schemes import check_parts, dequantize
 from lineshaft_torch.arrays import dtype_name, from_host, host_view, torch_dtype
 
 
@@ -18,21 +17,13 @@ def dense_leaves(param: Param, local: Local) -> dict[str, torch.Tensor]:
     Raises MisshapenTensor if the parts do not make up the shape.
     """
     out = torch.empty(param.shape, dtype=torch_dtype(param.dtype))
-    _check(param, local)
+    check_parts(param, local)
     start = 0
     for part in local.parts:
         stop = start + part.shape[0]
         _fill(out[start:stop], part)
         start = stop
     return {"data": out}
-
-
-def _check(param: Param, local: Local) -> None:
-    rows = sum(part.shape[0] for part in local.parts)
-    tails = {tuple(part.shape[1:]) for part in local.parts}
-    if (rows, tails) != (param.shape[0], {param.shape[1:]}):
-        found = " + ".join(str(list(part.shape)) for part in local.parts)
-        raise MisshapenTensor(f"weight {param.name}: the checkpoint's parts {found} do not make up {list(param.shape)}")
 
 
 def _fill(out: torch.Tensor, part: Stored) -> None:
@@ -48,6 +39,6 @@ def host_pack(pack: Pack, param: Param, local: Local, device: torch.device) -> d
 
     Raises MisshapenTensor if the parts do not make up the shape.
     """
-    _check(param, local)
+    check_parts(param, local)
     leaves = pack(param, local)
     return {name: (x if isinstance(x, torch.Tensor) else from_host(x)).to(device) for name, x in leaves.items()}

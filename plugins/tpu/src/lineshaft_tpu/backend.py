@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,9 @@ from lineshaft_tpu.chips import CHIPS, Chip, chip_of_kind
 from lineshaft_tpu.devices import cpu_devices, tpu_devices
 from lineshaft_tpu.memory import RankMemory, device_memory
 from lineshaft_tpu.options import TpuOptions
-
-LANES = 128
-"""Values of a row of a TPU's tiles; pages are padded to it, as the compiler would."""
-
-CPU_COMPILER = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
-"""Options of the compiler for the CPU platform: it takes half the time, and programs run as fast."""
+from lineshaft_tpu.pallas.interpreting import Mode
+from lineshaft_tpu.pallas.recipes import pallas_kernels
+from lineshaft_tpu.tiling import LANES
 
 PACKAGES = ("lineshaft", "lineshaft_jax", "lineshaft_tpu")
 """Whose source a compiled program depends on."""
@@ -54,21 +51,28 @@ class TpuBackend:
     devices: list[Any]
     chip: Chip | None
     memory: RankMemory
-    flight: InFlight
     store: ProgramStore | None
     name: str = "tpu"
     capabilities: Capabilities = CAPABILITIES
+    flight: InFlight = field(default_factory=InFlight)
 
     @property
     def lanes(self) -> int:
         return 1 if self.chip is None else LANES
 
+    @property
+    def mode(self) -> Mode:
+        """How Pallas kernels run: compiled where there is a TPU, or one is compiled for."""
+        if not self.options.interpret:
+            return ""
+        return "races" if self.options.detect_races else "interpret"
+
     def kernels(self) -> Sequence[Kernel]:
-        return xla_kernels(self.name, self.options.attention_memory_mib)
+        kernels = xla_kernels(self.name, self.options.attention_memory_mib)
+        return kernels if self.chip is None else [*kernels, *pallas_kernels(self.name, self.chip, self.mode)]
 
     def session(self, rank: int) -> JaxSession:
-        compiler = CPU_COMPILER if self.options.platform == "cpu" else {}
-        return JaxSession(self.world, self.devices, SessionOptions(self.lanes, self.store, compiler, self.flight))
+        return JaxSession(self.world, self.devices, SessionOptions(self.lanes, self.store, self.flight))
 
 
 def create(options: TpuOptions, world: World) -> TpuBackend:
@@ -84,7 +88,7 @@ def create(options: TpuOptions, world: World) -> TpuBackend:
         chip = chip_of_kind(devices[0].device_kind)
         own = devices[world.rank : world.rank + world.ranks]
         memory = RankMemory(partial(device_memory, own), LANES, flight)
-    return TpuBackend(options, world, devices, chip, memory, flight, store_of(options, devices))
+    return TpuBackend(options, world, devices, chip, memory, store_of(options, devices), flight=flight)
 
 
 def store_of(options: TpuOptions, devices: list[Any]) -> ProgramStore | None:

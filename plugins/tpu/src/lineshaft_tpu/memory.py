@@ -18,8 +18,8 @@ class RankMemory:
     """Implements `lineshaft.contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages, `flight`
     has the steps that run."""
 
-    def __init__(self, free: Free, lanes: int, flight: InFlight) -> None:
-        self._free, self._lanes, self._flight = free, lanes, flight
+    def __init__(self, free: Free, lanes: int, flight: InFlight | None = None) -> None:
+        self._free, self._lanes, self._flight = free, lanes, flight or InFlight()
 
     def total_free(self) -> tuple[int, int] | None:
         return self._free()

@@ -10,6 +10,7 @@ import numpy as np
 
 from lineshaft.contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft.contract.ops.checks import expect, refuse, weight_problem
+from lineshaft.contract.ops.quantize import NONE, WEIGHT_SCHEMES, quantize_rows, quantized_bytes, weight_scheme
 from lineshaft.contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
 from lineshaft.contract.problems import LinearProblem, itemsize
 from lineshaft.contract.steps import ArraySpec
@@ -61,10 +62,17 @@ def linear(
     bias: HostArray | None = None,
     adapters: Any = None,
 ) -> HostArray:
-    """x [T, I], w [O, I], bias [O] -> x w^T + bias [T, O], rounded once."""
+    """x [T, I], w [O, I], bias [O] -> x w^T + bias [T, O], rounded once; w quantized as `scheme` says, x as it is.
+
+    Codes and scales of w are those of `quantize_rows`.
+    """
     if adapters is not None:
         refuse("linear", "adapters=", "none: adapters are reserved")
-    out = num.load(x) @ num.load(w).T
+    if problem.scheme == NONE:
+        out = num.load(x) @ num.load(w).T
+    else:
+        codes, scale = quantize_rows(w, problem.scheme)
+        out = (num.load(x) @ num.load(codes).T) * num.load(scale)
     return num.save(out if bias is None else out + num.load(bias))
 
 
@@ -79,6 +87,8 @@ def head_linear(problem: LinearProblem, x: HostArray, w: HostArray, *, num: Nume
 
 def _specialise_linear(base: Any, call: Call) -> LinearProblem:
     problem = weight_problem("linear", base, call.args[1], "linear", LinearProblem)
+    if problem.scheme != NONE:
+        weight_scheme("linear", problem.scheme)
     x = expect("linear", "x", call.args[0], (None, problem.k), problem.dtype)
     if call.kwargs.get("bias") is not None:
         expect("linear", "bias", call.kwargs["bias"], (problem.n,))
@@ -87,6 +97,8 @@ def _specialise_linear(base: Any, call: Call) -> LinearProblem:
 
 def _specialise_heads(base: Any, call: Call) -> LinearProblem:
     problem = weight_problem("head_linear", base, call.args[1], "linear", LinearProblem)
+    if problem.scheme != NONE:
+        refuse("head_linear", f"scheme {problem.scheme!r}", f"{NONE}: weights of a product per head are not quantized")
     x = expect("head_linear", "x", call.args[0], (None, problem.heads, problem.k), problem.dtype)
     return replace(problem, m=x.shape[0])
 
@@ -96,7 +108,8 @@ def _flops(p: LinearProblem) -> int:
 
 
 def _moved(p: LinearProblem) -> int:
-    return (p.m * p.k + p.n * p.k + p.m * p.n) * max(p.heads, 1) * itemsize(p.dtype)
+    weight = p.n * p.k * itemsize(p.dtype) if p.scheme == NONE else quantized_bytes(p.n, p.k)
+    return ((p.m * p.k + p.m * p.n) * itemsize(p.dtype) + weight) * max(p.heads, 1)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------
@@ -112,9 +125,17 @@ _SUMS = "sums/m3-n40-k512"
 _DEEP = "decode/m2-n32-k4352"
 """In float32 alone: over so many terms a bfloat16 result may be off by its own size."""
 _SINGLE = ((_SUMS, "bfloat16"), (_DEEP, "float32"))
+_QUANTIZED = (
+    "decode/m1-n128-k256", "decode/m3-n33-k67", "prefill/m17-n256-k128", "bias/m3-n33-k67", "zero_row/m2-n5-k64",
+    "outlier/m3-n33-k67", "nan_weight/m2-n5-k64",
+)  # fmt: skip
+"""Of each scheme, whose name they begin with."""
+_QUANTIZED_FULL = ("decode/m8-n512-k1024", "prefill/m130-n384-k1024")
 _WHY = {
     "bias": "the bias is added before the one rounding", "nan_row": "NaN of a padding row stays in its row",
-    "sums": "sums are made in float32: products that cancel",
+    "sums": "sums are made in float32: products that cancel", "zero_row": "a row of zeros has the scale 1",
+    "outlier": "one large weight coarsens its own row alone",
+    "nan_weight": "NaN and infinite weights show in all results of their row",
 }  # fmt: skip
 
 
@@ -123,8 +144,17 @@ def _linear_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     for name, dtype in [*variants(size, [n for n in _SIZES if n not in _FULL], _FULL), *_SINGLE]:
         case_id = f"{name}-{short(dtype)}"
         kind, _, sizes = name.partition("/")
-        m, n, k = (int(part[1:]) for part in sizes.split("-"))
-        yield _linear_case(case_id, draw(case_id), LinearProblem(dtype=dtype, m=m, n=n, k=k, bias=kind == "bias"), kind)
+        yield _linear_case(case_id, draw(case_id), _problem(sizes, dtype, kind), kind)
+    for name, dtype in variants(size, _QUANTIZED, _QUANTIZED_FULL):
+        for scheme in WEIGHT_SCHEMES:
+            case_id = f"{scheme}_{name}-{short(dtype)}"
+            kind, _, sizes = name.partition("/")
+            yield _linear_case(case_id, draw(case_id), _problem(sizes, dtype, kind, scheme), kind)
+
+
+def _problem(sizes: str, dtype: str, kind: str, scheme: str = NONE) -> LinearProblem:
+    m, n, k = (int(part[1:]) for part in sizes.split("-"))
+    return LinearProblem(dtype=dtype, m=m, n=n, k=k, bias=kind == "bias", scheme=scheme)
 
 
 def _linear_case(case_id: str, rng: np.random.Generator, problem: LinearProblem, kind: str = "") -> Case:
@@ -133,6 +163,8 @@ def _linear_case(case_id: str, rng: np.random.Generator, problem: LinearProblem,
         x[1] = np.nan
     if kind == "sums":
         cancel(x, w)
+    if problem.scheme != NONE:
+        _uneven(rng, w, kind)
     kwargs = {"bias": rng.standard_normal(problem.n)} if problem.bias else {}
     return Case(case_id, problem, (x, WeightArg(w, "linear")), kwargs, _WHY.get(kind, ""))
 
@@ -141,8 +173,20 @@ def _fuzz(rng: np.random.Generator, n: int) -> Case:
     pick = np.random.default_rng([n, 1])
     dtype = str(pick.choice(FUZZ_DTYPES))
     m, out, k = (int(size) for size in 2 ** pick.uniform(0, (6, 8, 10)))
-    problem = LinearProblem(dtype=dtype, m=m, n=out, k=k, bias=bool(pick.random() < 0.2))
+    bias, scheme = bool(pick.random() < 0.2), str(pick.choice((NONE, NONE, *WEIGHT_SCHEMES)))
+    problem = LinearProblem(dtype=dtype, m=m, n=out, k=k, bias=bias, scheme=scheme)
     return _linear_case(f"fuzz/{n}-{short(dtype)}", rng, problem)
+
+
+def _uneven(rng: np.random.Generator, w: HostArray, kind: str) -> None:
+    """Give the rows of w [n, k] different sizes, so that none has the scale of another, and what `kind` is about."""
+    w *= 2 ** rng.uniform(-2, 2, (len(w), 1))
+    if kind == "zero_row":
+        w[2] = 0
+    if kind == "outlier":
+        w[2, 5] = 40 * np.abs(w).max()
+    if kind == "nan_weight":
+        w[1, 7], w[3, 9] = np.nan, -np.inf
 
 
 def cancel(x: HostArray, w: HostArray) -> None:

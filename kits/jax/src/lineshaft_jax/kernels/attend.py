@@ -41,30 +41,34 @@ QUERIES, KEYS = 128, 256
 
 @dataclass(frozen=True)
 class Tiles:
-    """What is computed at a time: `rows` rows of `queries` queries each, against `columns` pages of each row."""
+    """What is computed at a time: `rows` rows of `queries` queries each, against `columns` pages of each row.
+
+    whole_rows: a tile has all queries of its rows; otherwise it is of one row.
+    """
 
     rows: int
     queries: int
     columns: int
+    whole_rows: bool
 
     @classmethod
     def of(cls, problem: AttendProblem, budget: int) -> Tiles:
         """The largest, up to QUERIES and KEYS, whose temporaries are within `budget` bytes; at least one of each."""
         longest = max(min(problem.max_query or problem.tokens, problem.tokens), 1)
-        together = longest <= FEW_QUERIES
-        columns = min(-(-KEYS // problem.page_size), problem.pages)
-        tiles = cls(problem.rows if together else 1, longest if together else min(longest, QUERIES), max(columns, 1))
+        columns = max(min(-(-KEYS // problem.page_size), problem.pages), 1)
+        few = longest <= FEW_QUERIES
+        tiles = cls(problem.rows if few else 1, min(longest, QUERIES), columns, few)
         while tiles.temporary_bytes(problem) > budget and max(tiles.rows, tiles.queries, tiles.columns) > 1:
-            tiles = tiles.halved(together)
+            tiles = tiles.halved()
         return tiles
 
-    def halved(self, together: bool) -> Tiles:
-        """With fewer columns while there are many, then with fewer rows, or with fewer queries for a single row."""
+    def halved(self) -> Tiles:
+        """With fewer columns while there are many, then with fewer rows, and with fewer queries of a single row."""
         if self.columns > max(self.rows, self.queries) // 4 and self.columns > 1:
             return replace(self, columns=-(-self.columns // 2))
         if self.rows > 1:
             return replace(self, rows=-(-self.rows // 2))
-        return replace(self, queries=-(-self.queries // 2)) if not together else replace(self, columns=1)
+        return replace(self, queries=-(-self.queries // 2), whole_rows=False)
 
     def temporary_bytes(self, problem: AttendProblem) -> int:
         """Bytes at the peak: scores, masked scores and weights [rows, Hq, queries, keys], keys and values as stored and
@@ -128,12 +132,12 @@ def attend(
     ancestors: Array | None = None,
 ) -> Any:
     """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse f32[T, Hq]); temporaries are within `budget` bytes."""
-    tiles = Tiles.of(problem, budget)
     view = step.groups[problem.group]
+    rows, pages = view.page_table.shape
+    tiles = Tiles.of(replace(problem, tokens=q.shape[0], rows=rows, pages=pages), budget)
     one = partial(attend_tile, problem, tiles.columns, cache, sinks, kv_scales)
     whole = Step(q, step.query_starts, view, page_positions(problem, view), key_ranges, ancestors)
-    few = tiles.queries <= FEW_QUERIES and tiles.queries >= min(problem.max_query or len(q), len(q))
-    out, lse = whole.by_rows(tiles, one) if few else whole.by_queries(tiles, one)
+    out, lse = (whole.by_rows if tiles.whole_rows else whole.by_queries)(tiles, one)
     live = jnp.arange(q.shape[0]) < step.query_starts[-1]
     out = jnp.where(live[:, None, None], out, 0)
     return (out, jnp.where(live[:, None], lse, -jnp.inf)) if problem.return_lse else out
@@ -221,7 +225,7 @@ def attend_tile(
     """
     rows, queries = tile.q.shape[:2]
     share = (rows, queries, problem.kv_heads, problem.q_heads // problem.kv_heads)
-    q = widened(tile.q).reshape(*share, -1).transpose(0, 2, 3, 1, 4)  # [rows, Hkv, G, queries, D]
+    q = tile.q.reshape(*share, -1).transpose(0, 2, 3, 1, 4)  # [rows, Hkv, G, queries, D]
     tile = tile.padded(columns)
     low, high = columns_seen(problem, tile)
 
@@ -229,7 +233,7 @@ def attend_tile(
         ids, starts = (lax.dynamic_slice_in_dim(x, i * columns, columns, 1) for x in (tile.table, tile.starts))
         visible = visibility(problem, tile, ids, starts)
         keys, values = gather_keys(problem, cache, ids, kv_scales)
-        values = jnp.where(visible.any(1)[:, None, :, None], values, 0.0)
+        values = jnp.where(visible.any(1)[:, None, :, None], widened(values), 0.0)
         return absorbed(problem, q, keys, values, visible, running)
 
     flat = (*q.shape[:4], 1)
@@ -255,18 +259,25 @@ def columns_seen(problem: AttendProblem, tile: Queries) -> tuple[Array, Array]:
 
 
 def gather_keys(problem: AttendProblem, cache: Cache, ids: Array, kv_scales: Array | None) -> tuple[Array, Array]:
-    """ids int32[rows, columns] -> keys f32[rows, Hkv, K, D] and values f32[rows, Hkv, K, Dv], K = columns * page."""
+    """ids int32[rows, columns] -> keys [rows, Hkv, K, D] and values [rows, Hkv, K, Dv], K = columns * page: of the
+    executed dtype if pages hold it, else in float32."""
     heads = jnp.arange(problem.kv_heads, dtype=jnp.int32)[None, :, None]
 
+    def pages(name: str) -> Array | None:
+        """[rows, Hkv, columns, page, width]."""
+        array = cache.arrays.get(name)
+        return None if array is None else array[ids[:, None], heads]
+
     def gathered(index: int, name: str, width: int) -> Array:
-        codes = loaded(cache.arrays[name][ids[:, None], heads], width, problem.kv_dtype)
-        scale = None if kv_scales is None else kv_scales[index]
-        stored = cache.arrays.get(f"{name}_scale")
-        stored = None if stored is None else stored[ids[:, None], heads]
-        values = decode(
-            problem.kv_scheme, codes.swapaxes(1, 2), scale, None if stored is None else stored.swapaxes(1, 2)
-        )
-        return values.swapaxes(1, 2).reshape(ids.shape[0], problem.kv_heads, -1, width)
+        kept = pages(name)
+        assert kept is not None
+        values = loaded(kept, width, problem.kv_dtype)
+        if problem.kv_scheme != "none":
+            assert kv_scales is not None
+            values = decode(problem.kv_scheme, values, kv_scales[index], pages(f"{name}_scale"))
+        elif problem.kv_dtype != problem.dtype:
+            values = widened(values)
+        return values.reshape(ids.shape[0], problem.kv_heads, -1, width)
 
     keys = gathered(0, "k", problem.qk_dim)
     return keys, keys[..., : problem.v_dim] if problem.value_in_key else gathered(1, "v", problem.v_dim)
@@ -302,17 +313,20 @@ def is_ancestor(relative: Array, bits: Array) -> Array:
 def absorbed(
     problem: AttendProblem, q: Array, keys: Array, values: Array, visible: Array, running: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """The running (peak, total, sum) with further keys [rows, Hkv, K, D] and values: scale, soft cap, mask."""
+    """The running (peak, total, sum) with further keys [rows, Hkv, K, D] and f32 values: scale, soft cap, mask.
+
+    Products of bfloat16 queries and keys are exact in float32, in which they are summed.
+    """
     peak, total, summed = running
-    highest = lax.Precision.HIGHEST
-    scores = jnp.einsum("bhgqd,bhkd->bhgqk", q, keys, precision=highest) * problem.scale
+    dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    scores = dot("bhgqd,bhkd->bhgqk", q.astype(keys.dtype), keys) * problem.scale
     if problem.softcap:
         scores = problem.softcap * jnp.tanh(scores / problem.softcap)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     higher = jnp.maximum(peak, scores.max(-1, keepdims=True))
     level = jnp.where(higher == -jnp.inf, 0.0, higher)
     weights, decay = jnp.exp(scores - level), jnp.exp(peak - level)
-    added = jnp.einsum("bhgqk,bhkd->bhgqd", weights, values, precision=highest)
+    added = dot("bhgqk,bhkd->bhgqd", weights, values)
     return higher, total * decay + weights.sum(-1, keepdims=True), summed * decay + added
 
 

@@ -37,7 +37,7 @@ def write_kv(
 def place(problem: KVProblem, slots: Array) -> tuple[Array, Array, Array]:
     """slots int32[T] -> indices (page, head, offset) [T, Hkv] into an array of a cache.
 
-    An index per head, because a slice over heads makes the compiler for TPUs move the whole cache to another layout.
+    An index per head: with a slice over heads the compiler for TPUs copies the whole cache in a step of many tokens.
     """
     heads = jnp.arange(problem.kv_heads, dtype=slots.dtype)
     return (slots // problem.page_size)[:, None], heads[None], (slots % problem.page_size)[:, None]

@@ -36,14 +36,12 @@ def encode(problem: KVProblem, name: str, x: Array, scale: Array | None) -> dict
     return {name: codes.reshape(x.shape), f"{name}_scale": stored}
 
 
-def decode(scheme: str, codes: Array, scale: Array | None, stored: Array | None) -> Array:
-    """codes [..., Hkv, page, D], this array's scale f32[] or f32[Hkv], stored f32[..., Hkv, page, 1 or D / 32] ->
-    the values in float32."""
+def decode(scheme: str, codes: Array, scale: Array, stored: Array | None) -> Array:
+    """codes [n, Hkv, ..., page, D], this array's scale f32[] or f32[Hkv], stored f32[n, Hkv, ..., page, 1 or D / 32]
+    -> the values in float32."""
     values = widened(codes)
-    if scale is None:
-        return values
     if stored is None:
-        return values * scale[..., None, None]
+        return values * scale.reshape(-1, *([1] * (values.ndim - 2)))
     grouped = values.reshape(*values.shape[:-1], *groups(scheme, values.shape[-1]))
     return (grouped * (stored * scale)[..., None]).reshape(values.shape)
 

@@ -1,4 +1,4 @@
-"""Matrix products and the embedding lookup over densely packed weights."""
+"""Matrix products and the embedding lookup, over densely packed weights and over codes of 8 bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES
+from lineshaft.contract.problems import LinearProblem
+from lineshaft.weights.quantize import pack_rows
+from lineshaft_torch.arrays import accumulator
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless
 
 Out = torch.Tensor | None
@@ -28,10 +32,32 @@ def linear(x: torch.Tensor, w: Any, *, bias: Any = None, out: Out = None) -> tor
     return torch.addmm(dense(bias), x, dense(w).t(), out=out)
 
 
+def quantized_linear(x: torch.Tensor, w: Any, *, bias: Any = None, out: Out = None) -> torch.Tensor:
+    """x [T, I], codes [O, I] and scales [O] of w, bias [O] -> (x @ codes^T) * scales + bias [T, O]; all in float32 or
+    wider, the codes too, of which each call makes a copy."""
+    wide = accumulator(x.dtype)
+    sums = torch.mm(x.to(wide), w.arrays["q"].to(wide).t()).mul_(w.arrays["scale"].to(wide))
+    if bias is not None:
+        sums.add_(dense(bias).to(wide))
+    return sums.to(x.dtype) if out is None else out.copy_(sums)
+
+
 def head_linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
     """x [T, H, I], w [H, O, I] -> per head x @ w^T [T, H, O]."""
     product = torch.bmm(x.transpose(0, 1), dense(w).transpose(1, 2)).transpose(0, 1)
     return product.contiguous() if out is None else out.copy_(product)
+
+
+def quantized_recipe(scheme: str) -> Recipe:
+    """The recipe of `quantized_linear` for one scheme."""
+
+    def supports(problem: LinearProblem) -> str | None:
+        return None if problem.scheme == scheme else f"is for weights of scheme {scheme}, not {problem.scheme}"
+
+    return recipe(
+        f"torch_linear_{scheme}", "linear", stateless(quantized_linear), out=True, layout=f"{scheme}_rows",
+        pack=pack_rows(scheme), handles=frozenset({"bias", "scheme"}), supports=supports,
+    )  # fmt: skip
 
 
 def recipes() -> list[Recipe]:
@@ -39,5 +65,6 @@ def recipes() -> list[Recipe]:
     return [
         recipe("torch_embed", "embed", stateless(embed), out=True, layout=DENSE),
         recipe("torch_linear", "linear", stateless(linear), out=True, layout=DENSE, handles=frozenset({"bias"})),
+        *map(quantized_recipe, WEIGHT_SCHEMES),
         recipe("torch_head_linear", "head_linear", stateless(head_linear), out=True, layout=DENSE, handles=heads),
     ]

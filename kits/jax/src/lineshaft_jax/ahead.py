@@ -1,0 +1,95 @@
+"""Sessions for devices that are not here: shapes in the place of values, programs that are compiled and never run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from lineshaft.contract.backends import World
+from lineshaft.contract.sessions import Handle, Packing, SessionState, Transfer, Tree
+from lineshaft.contract.steps import HostStep
+from lineshaft.contract.weights import Checkpoint, Param
+from lineshaft.errors import Unsupported
+from lineshaft_jax.packing import empty_share, host_leaves
+from lineshaft_jax.program import Capture, JaxProgram
+from lineshaft_jax.session import JaxSession, SessionOptions
+from lineshaft_jax.weights import Weights
+
+Inspect = Callable[[Any], Mapping[str, str | int]]
+"""What to tell of a compiled program beside memory and work."""
+
+
+class AheadSession(JaxSession):
+    """A session on devices to compile for: `load` reads no tensor, `capture` compiles, nothing runs."""
+
+    def __init__(
+        self,
+        world: World,
+        devices: Sequence[Any],
+        options: SessionOptions,
+        inspect: Inspect = lambda compiled: {},
+    ) -> None:
+        super().__init__(world, devices, options)
+        self._inspect = inspect
+        self._shapes: dict[Any, dict[str, Any]] = {}
+
+    def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
+        self.require_changeable("load")
+        self.generation += 1
+        self.weights = Weights()
+        self.weights.load(params, packings, self._leaves)
+        return self.weights.dressed(self.weights.arrays)
+
+    def _leaves(self, param: Param, packing: Packing) -> dict[str, Any]:
+        """The shapes of a parameter's leaves, which depend on nothing else of it than its own shape and dtype."""
+        same = (param.shape, param.dtype, packing)
+        if same not in self._shapes:
+            self._shapes[same] = host_leaves(param, empty_share(param), packing)
+        own = bool(param.varies)
+        return {name: self._shape(leaf.shape, leaf.dtype, own=own) for name, leaf in self._shapes[same].items()}
+
+    def _shape(self, shape: tuple[int, ...], dtype: Any, *, own: bool) -> jax.ShapeDtypeStruct:
+        place = self.placement
+        if own:
+            return jax.ShapeDtypeStruct(place.joined(shape), dtype, sharding=place.own)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place.shared)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return self._shape(shape, dtype, own=True)
+
+    def make_program(self, capture: Capture) -> AheadProgram:
+        return AheadProgram(self, capture)
+
+    def inspect(self, compiled: Any) -> Mapping[str, str | int]:
+        return self._inspect(compiled)
+
+    def freeze(self) -> None:
+        SessionState.freeze(self)
+
+    def update(self, weights: Mapping[str, Any]) -> NoReturn:
+        refuse("update")
+
+    def read_pages(self, cache: int, ids: Any) -> NoReturn:
+        refuse("read_pages")
+
+    def write_pages(self, cache: int, ids: Any, pages: Mapping[str, Any]) -> NoReturn:
+        refuse("write_pages")
+
+    def copy_pages(self, group: int, src: Any, dst: Any) -> NoReturn:
+        refuse("copy_pages")
+
+
+class AheadProgram(JaxProgram):
+    """A program that was compiled for devices that are not here."""
+
+    def __call__(
+        self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()
+    ) -> NoReturn:
+        refuse("a program's call")
+
+
+def refuse(what: str) -> NoReturn:
+    """Raises Unsupported."""
+    raise Unsupported(f"{what}: the session compiles ahead of time, for devices that are not here; nothing runs on it")

@@ -1,0 +1,117 @@
+"""The key `quantization` on whole engines: one model on two backends, what it changes, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.integration.conftest import Llama
+from tests.integration.driving import config, drive, follow, greedy
+from tests.integration.oracle import Oracle
+
+from lineshaft.contract.ops.quantize import quantize_rows
+from lineshaft.engine import Engine
+from lineshaft.errors import InvalidValue, Unsupported
+from lineshaft.explain import explain
+from lineshaft.models import BuildContext, ModelFamily, builtin_families
+from lineshaft.registry import discover
+from lineshaft.runner import setup
+
+SCHEMES = ("int8", "fp8")
+SMALL: dict[str, Any] = {
+    "scheduler.token_budget": 16, "scheduler.max_rows": 2, "max_model_len": 40, "cache.pages": 12, "cache.page_size": 4,
+}  # fmt: skip
+LENGTHS, TOKENS = (2, 9, 30), 4
+OFF = {"int8": (1e-3, 0.05), "fp8": (1e-2, 0.5)}
+"""Least and most that the logits of a random model differ by, as a share of their spread: a code is off by up to 1/254
+of its row's largest weight, or in fp8 by 1/32 of itself, and the random models' attention is sharp."""
+
+
+def followed(path: Path, oracle: Oracle, **more: Any) -> list[Any]:
+    """Logits at the likeliest tokens of the unquantized model, whatever this engine would take."""
+    expected = [oracle.expect(prompt, TOKENS) for prompt in oracle.prompts(0, LENGTHS)]
+    with Engine(config(path, **{**SMALL, **more})) as engine:
+        return follow(engine, expected).logits
+
+
+def rounded_checkpoint(source: Path, folder: Path, scheme: str) -> Path:
+    """A copy of a checkpoint whose linear layers hold what their codes and scales stand for."""
+    tensors = load_file(source / "model.safetensors")
+    for name, w in tensors.items():
+        if name.endswith("_proj.weight"):
+            codes, scale = quantize_rows(w, scheme)
+            tensors[name] = codes.astype(np.float32) * scale[:, None]
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(source / "config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_engine_computes_what_the_rounded_weights_give(llama: Llama, scheme: str, tmp_path: Path) -> None:
+    path, oracle = llama("gqa3-tied").path, llama("gqa3-tied").oracle
+    plain = followed(path, oracle, backend="numpy")
+    rounded = followed(rounded_checkpoint(path, tmp_path, scheme), oracle, backend="numpy")
+    for backend in ("numpy", "cpu"):
+        for was, expected, got in zip(
+            plain, rounded, followed(path, oracle, backend=backend, quantization=scheme), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * expected.std())
+            off = np.sqrt(np.mean((got - was) ** 2)) / was.std()
+            assert OFF[scheme][0] < off < OFF[scheme][1]
+
+
+def test_a_quantized_model_is_cut_among_workers(llama: Llama) -> None:
+    """Each worker quantizes its own share: a row may get another scale there, and the tokens stay the same here."""
+    prompts, tokens = llama("even").oracle.prompts(1, LENGTHS), {}
+    for tp, scheme in ((1, "none"), (1, "int8"), (2, "int8")):
+        settings = {**SMALL, "layout.tp": tp, "quantization": scheme}
+        with Engine(config(llama("even").path, **settings)) as engine:
+            tokens[tp, scheme] = drive(engine, prompts, greedy(TOKENS), look=False).tokens
+    assert tokens[2, "int8"] == tokens[1, "int8"] == tokens[1, "none"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_plan_says_what_is_quantized_and_what_it_saves(llama: Llama, scheme: str) -> None:
+    path = llama("gqa1").path
+    plain, plan = explain(config(path, **SMALL)), explain(config(path, quantization=scheme, **SMALL))
+    before, after = (
+        {entry.kernel: entry.problem for entry in made.entries if entry.op == "linear"} for made in (plain, plan)
+    )
+    assert set(after) == {*before, f"torch_linear_{scheme}"}  # the head stays as it is
+    assert [name for name, problem in after.items() if f"scheme={scheme}" in problem] == [f"torch_linear_{scheme}"]
+    (note,) = [note for note in plan.notes if scheme in note]
+    layers = sum(name.startswith("layers.") and "norm" not in name for name in plan.weight_layouts)
+    assert note.startswith(f"{layers} weights are quantized to {scheme}: ") and note in plan.summary()
+    assert plan.weight_bytes < 0.6 * plain.weight_bytes and plan.hash != plain.hash
+
+
+def test_a_backend_without_a_kernel_says_why_each_of_its_own_declines(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = setup.make_setup(config(llama("gqa1").path, quantization="int8", **SMALL))
+    few = [kernel for kernel in made.backend.kernels() if kernel.name != "torch_linear_int8"]
+    monkeypatch.setattr(type(made.backend), "kernels", lambda backend: few)
+    reasons = "no kernel for linear .*scheme=int8.*torch_linear: does not handle scheme.*torch_linear_fp8: is for "
+    with pytest.raises(Unsupported, match=reasons):
+        explain(config(llama("gqa1").path, quantization="int8", **SMALL))
+
+
+def test_an_unknown_scheme_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(InvalidValue, match=r"quantization.*'int4'.*none.*int8.*fp8"):
+        config("x", quantization="int4")
+
+
+def test_a_family_that_quantizes_nothing_is_refused(llama: Llama) -> None:
+    (family,) = builtin_families()
+    deaf = ModelFamily("deaf", family.architectures, lambda given, context: family.build(given, plain(context)))
+
+    def plain(context: Any) -> Any:
+        return BuildContext(context.dtype, context.kv_dtype, context.page_size, context.degrees)
+
+    checkpoint, _ = setup.open_model(config(llama("gqa1").path), discover())
+    with pytest.raises(InvalidValue, match=r"quantization = 'fp8': the family 'deaf'.*set it to 'none'"):
+        setup.build_model(config(llama("gqa1").path, quantization="fp8"), checkpoint, deaf)

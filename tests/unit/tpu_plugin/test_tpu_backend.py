@@ -1,0 +1,160 @@
+"""The TPU plugin without a TPU: what the probe sees, which options and topologies are allowed, what errors tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lineshaft.contract.backends import World
+from lineshaft.contract.problems import KVProblem
+from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
+from lineshaft_tpu import devices, probe
+from lineshaft_tpu.backend import TpuBackend, create
+from lineshaft_tpu.chips import CHIPS, chip_of_kind, parse_topology
+from lineshaft_tpu.memory import RankMemory, device_memory
+from lineshaft_tpu.options import TpuOptions
+from lineshaft_tpu.toolchain import TpuToolchain
+
+
+def bus(root: Path, *found: tuple[str, str]) -> Path:
+    """A PCI bus with devices of (vendor, device)."""
+    for number, (vendor, device) in enumerate(found):
+        folder = root / f"0000:00:{number:02x}.0"
+        folder.mkdir()
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "device").write_text(f"{device}\n")
+    return root
+
+
+def test_the_probe_names_each_chip_and_nothing_else_of_the_vendor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [("0x8086", "0x0063"), ("0x1ae0", "0x0042")]
+    root = bus(tmp_path, ("0x1ae0", "0x0063"), *others, ("0x1ae0", "0x006f"))
+    monkeypatch.setattr(probe, "PCI", root)
+    found = probe.probe()
+    assert found.usable and found.devices == ("TPU v5e", "TPU v6e")
+
+
+@pytest.mark.parametrize(
+    ("missing", "chips", "says"),
+    [("jax", 1, "kits/jax"), ("libtpu", 1, "libtpu"), ("", 0, 'platform = "cpu"'), ("libtpu", 0, "no TPU")],
+)
+def test_the_probe_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, chips: int, says: str
+) -> None:
+    monkeypatch.setattr(probe, "PCI", bus(tmp_path, *[("0x1ae0", "0x0062")] * chips))
+    monkeypatch.setattr(probe, "find_spec", lambda name: None if name == missing else object())
+    found = probe.probe()
+    assert not found.usable and says in found.reason
+    assert found.runs_with({"platform": "cpu"}) == (missing != "jax")
+    assert not found.runs_with({"platform": "tpu"}) and not found.runs_with({})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"platform": "gpu"}, {"interpret": True}, {"detect_races": True, "platform": "cpu"}, {"chip": "v99"},
+        {"cache_dir": ""}, {"attention_memory_mib": 0}, {"pages": 3},
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(options: Mapping[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TpuOptions(**options)
+
+
+def test_a_generation_alone_is_as_large_as_the_layout_needs() -> None:
+    assert [parse_topology("v5e", ranks).name for ranks in (1, 2, 5, 16)] == [
+        "v5e:1x1",
+        "v5e:2x2",
+        "v5e:2x4",
+        "v5e:4x4",
+    ]
+    assert parse_topology("tpu7x", 8).name == "tpu7x:2x2x1"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("v5e:1x1", "v5e:1x1", 1), ("v5e:2x4", "v5e:2x4", 8), ("v5p:2x2x1", "v5p:2x2x1", 4), ("v6e", "v6e:1x1", 1),
+        ("tpu7x:2x2x1", "tpu7x:2x2x1", 8), ("tpu7x", "tpu7x:1x1x1", 2),
+    ],
+)  # fmt: skip
+def test_a_topology_is_a_generation_and_a_shape(text: str, name: str, count: int) -> None:
+    found = parse_topology(text)
+    assert (found.name, found.devices) == (name, count)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "v5", "v5e:", "v5e:2", "v5e:2x2x1", "v5p:2x2", "v5e:0x4", "v5e:-1x4", "v5e:2xx4", "v5e:2x4x", "V5E:2x4"],
+)
+def test_what_is_no_topology_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(InvalidValue, match=r"written like \w+:\d"):
+        parse_topology(text)
+
+
+def test_a_chip_is_known_by_the_name_that_jax_gives_it() -> None:
+    assert [chip_of_kind(chip.kind) for chip in CHIPS.values()] == list(CHIPS.values())
+    with pytest.raises(InvalidValue, match="TPU v2"):
+        chip_of_kind("TPU v2")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("The TPU is already in use by process with pid 4242. Not attempting to load libtpu.so", "4242"),
+        ("ABORTED: Internal error when accessing libtpu multi-process lockfile. Run $ rm /x/libtpu_lockfile", "in use"),
+        ("Unable to initialize backend 'tpu': no devices", 'platform = "cpu"'),
+    ],
+)
+def test_a_tpu_that_does_not_start_is_explained(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(platform: str) -> list[Any]:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(devices.jax, "devices", busy)
+    with pytest.raises(BackendUnavailable, match=told):
+        create(TpuOptions(cache_dir="off"), World())
+
+
+def test_compiling_ahead_needs_libtpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="libtpu"):
+        TpuToolchain(TpuOptions()).start("v5e:1x1", World())
+    assert isinstance(create(TpuOptions(platform="cpu", cache_dir="off"), World()), TpuBackend)
+
+
+def test_a_layout_that_a_topology_cannot_hold_is_refused() -> None:
+    axes = (("dp", 1), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", 16))
+    with pytest.raises(LayoutError, match=r"16 ranks.* 8 devices"):
+        TpuToolchain(TpuOptions()).start("v5e:2x4", World(axes=axes, ranks=16))
+
+
+def test_a_shape_that_the_compiler_refuses_is_an_error_of_the_user() -> None:
+    with pytest.raises(InvalidValue, match="v5e:3x5"):
+        TpuToolchain(TpuOptions()).start("v5e:3x5", World())
+
+
+class Device:
+    """A device with so many bytes in use."""
+
+    def __init__(self, used: int | None) -> None:
+        self.used = used
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return None if self.used is None else {"bytes_limit": 1000, "bytes_in_use": self.used}
+
+
+def test_the_fullest_device_counts() -> None:
+    assert device_memory([Device(100), Device(700)]) == (1000, 300)
+    assert device_memory([Device(100), Device(None)]) is None
+
+
+def test_pages_are_counted_with_their_padding() -> None:
+    problem = KVProblem(dtype="bfloat16", kv_heads=2, qk_dim=64, v_dim=64, page_size=16, kv_dtype="bfloat16")
+    assert RankMemory(lambda: None, 1).page_bytes(problem) == problem.page_bytes
+    assert RankMemory(lambda: None, 128).page_bytes(problem) == 2 * problem.page_bytes
