@@ -1,4 +1,4 @@
-"""Checks of backends whose sessions run several ranks: the JAX kit passes them, and a session that is broken does not."""
+"""Checks of backends whose sessions run several ranks: the JAX kit passes them, and a broken session does not."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
 pytest.importorskip("lineshaft_tpu")
-jax.config.update("jax_platforms", "cpu")
+
+import jax
 
 from lineshaft.contract.backends import BackendInfo, Probe
 from lineshaft.errors import LayoutError
@@ -23,6 +23,8 @@ from lineshaft_conformance.subject import Subject, Target
 from lineshaft_jax import session as sessions
 from lineshaft_jax.program import StepPending
 from lineshaft_jax.session import JaxSession
+
+jax.config.update("jax_platforms", "cpu")
 
 TARGET = Target("tpu", {"platform": "cpu", "cache_dir": "off"})
 
