@@ -21,10 +21,11 @@ from lineshaft_conformance.levels import collectives, load, ranks
 from lineshaft_conformance.levels.determinism import Bench
 from lineshaft_conformance.subject import Subject, Target
 from lineshaft_jax import session as sessions
+from lineshaft_jax.mesh import coordinates_of
 from lineshaft_jax.program import StepPending
 from lineshaft_jax.session import JaxSession
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
 
 TARGET = Target("tpu", {"platform": "cpu", "cache_dir": "off"})
 
@@ -129,7 +130,7 @@ def handle_of_first(self: Any, name: str) -> Any:
 
 right_results, right_handle = StepPending.results, StepPending.handle
 right_read, right_write, right_copy = JaxSession.read_pages, JaxSession.write_pages, JaxSession.copy_pages
-right_update, right_coordinates = JaxSession.update, sessions.coordinates_of
+right_update, right_coordinates = JaxSession.update, coordinates_of
 
 BROKEN: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("own", StepPending, "results", reversed_results),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,6 @@ def test_a_second_start_compiles_nothing_unless_versions_differ(subject: Subject
 def test_a_damaged_program_is_compiled_anew(
     subject: Subject, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import hashlib
-
     store = open_store(tmp_path / "programs", {})
     compiled(subject, store)
     (path,) = store.folder.iterdir()
@@ -139,11 +138,11 @@ def test_a_program_of_weights_that_were_loaded_over_is_refused(subject: Subject)
 
 def test_waiting_covers_steps_whose_outputs_nobody_holds() -> None:
     @jax.jit
-    def long(x: jax.Array) -> jax.Array:
+    def long(x: Any) -> Any:
         return jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 300, x)
 
     x, flight = np.ones((300, 300), np.float32), InFlight()
-    jax.block_until_ready(long(x))
+    long(x).block_until_ready()
     slow = long(x)
     flight.add({"slow": slow, "larger": np.ones((900, 900))})
     flight.add({})
@@ -166,7 +165,8 @@ def test_pages_come_back_as_they_were_written(ranks: int, lanes: int, dtype: str
     pages, rng = MANY + 90, np.random.default_rng(5)
     world = World(axes=(("dp", 1), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", ranks)), ranks=ranks)
     placement = Placement(mesh_of(world, jax.devices("cpu")))
-    held = {n: placement.zeros(shape, numpy_dtype(d)) for n, (shape, d) in cache_specs(problem, pages, lanes).items()}
+    specs = cache_specs(problem, pages, lanes)
+    held: Mapping[str, Any] = {n: placement.zeros(shape, numpy_dtype(d)) for n, (shape, d) in specs.items()}
     mover = PageMover(placement, problem, pages)
 
     def drawn(count: int) -> dict[str, Any]:
