@@ -97,3 +97,25 @@ def test_nothing_is_added_for_others(toy: Path) -> None:
     )
     status, out = pytest(toy, "test_it.py", "--backend", "theirs")
     assert status == 0, out
+
+
+ABSENT = """
+from lineshaft.contract.backends import Probe
+
+def probe():
+    return Probe(False, "no toy is plugged in", unless={"does": "stand in"})
+"""
+
+
+def test_an_option_stands_in_for_a_device(toy: Path) -> None:
+    source = (toy / "toy.py").read_text()
+    assert '"toy:probe"' in source
+    (toy / "toy.py").write_text(source.replace('"toy:probe"', '"absent:probe"'))
+    (toy / "absent.py").write_text(ABSENT)
+    items = ("-k", "L0/load/probe or L1/add/t1-w33-f32", "-v")
+    status, out = pytest(toy, *SUITE, *items)
+    assert (status, "not usable here: no toy is plugged in" in out) == (4, True), out
+    status, out = pytest(toy, *SUITE, *items, "--backend-option", "does=stand in")
+    assert (status, "2 passed" in out) == (0, True), out
+    status, out = pytest(toy, *SUITE, *items, "--backend-option", "does")
+    assert (status, "--backend-option" in out) == (4, True), out
