@@ -11,12 +11,13 @@ from typing import Any
 
 from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft.contract.kernels import Kernel
+from lineshaft_jax.devices import cpu_devices
 from lineshaft_jax.kernels import xla_kernels
 from lineshaft_jax.report import device_facts
 from lineshaft_jax.session import JaxSession, SessionOptions
 from lineshaft_jax.store import ProgramStore, default_folder, open_store, source_digest
 from lineshaft_tpu.chips import CHIPS, Chip, chip_of_kind
-from lineshaft_tpu.devices import cpu_devices, tpu_devices
+from lineshaft_tpu.devices import tpu_devices
 from lineshaft_tpu.memory import RankMemory, device_memory
 from lineshaft_tpu.options import TpuOptions
 
