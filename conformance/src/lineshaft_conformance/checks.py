@@ -76,6 +76,7 @@ class Check:
             raises, which is a failure too
     rule    the contract's rule or the public bug (a link) that the check exists for
     limit   seconds after which the check is a failure and its process is ended
+    compiled_only  it compiles for devices that are not here, and runs nothing on one: no better evidence is its own
     """
 
     id: str
@@ -85,6 +86,7 @@ class Check:
     dtype: str = ""
     shape_class: str = ""
     limit: float = 60.0
+    compiled_only: bool = False
 
     @property
     def level(self) -> int:

@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lineshaft.config import validate_options
-from lineshaft.contract.backends import Backend, BackendInfo, Capabilities, World
+from lineshaft.contract.backends import Backend, BackendInfo, Capabilities, Toolchain, World
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import OpSpec, all_ops
+from lineshaft.errors import InvalidValue
 from lineshaft.registry import Registry, discover, load_attribute
+from lineshaft.runner.ahead import make_toolchain
 
 if TYPE_CHECKING:
     from lineshaft_conformance.mutants.mutant import Mutant
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """Which backend to test, as plain data: its name, its options, and the mutant to make of it ("" for none)."""
+    """Which backend to test, as plain data: its name, its options, and the mutant to make of it ("" for none).
+
+    ahead: as its toolchain starts it, which needs no device.
+    """
 
     backend: str
     options: Mapping[str, Any] = field(default_factory=dict)
     mutant: str = ""
+    ahead: bool = False
 
 
 class Subject:
@@ -35,11 +41,24 @@ class Subject:
     def __init__(self, target: Target, registry: Registry | None = None) -> None:
         self.target = target
         self.registry = registry or discover()
-        self.info: BackendInfo = self.registry.select(target.backend)
+        self.info: BackendInfo = self._choose()
         if target.mutant:
             self.info = self._mutant.info(self.info)
         self.ops: Mapping[str, OpSpec] = all_ops(self.registry.ops())
         self._kept: dict[Hashable, Any] = {}
+
+    def _choose(self) -> BackendInfo:
+        return self.registry.select(self.target.backend, self.target.options)
+
+    @cached_property
+    def toolchain(self) -> Toolchain:
+        """Compiles ahead of time. Raises InvalidValue where the backend has none."""
+        return make_toolchain(self.info, self.target.options, self.registry)
+
+    def on(self, device: str) -> OnDevice:
+        """The backend as its toolchain starts it for a device, with this subject's toolchain."""
+        made: OnDevice = self.keep(("on", device), lambda: OnDevice(self.target, self.registry, device, self.toolchain))
+        return made
 
     @cached_property
     def backend(self) -> Backend:
@@ -89,3 +108,34 @@ class Subject:
             _, made = self._kept.popitem()
             if hasattr(made, "close"):
                 made.close()
+
+
+class OnDevice(Subject):
+    """The backend as its toolchain starts it for a device that is not here: it compiles, and runs nothing.
+
+    device      one of the toolchain's targets ("": the first of them)
+    toolchain   to share one (default: one of its own)
+
+    Raises as Subject does, but for BackendUnavailable, and InvalidValue for a backend without toolchain or targets.
+    """
+
+    def __init__(
+        self, target: Target, registry: Registry | None = None, device: str = "", toolchain: Toolchain | None = None
+    ) -> None:
+        super().__init__(target, registry)
+        if toolchain is not None:
+            self.toolchain = toolchain
+        self.device = device or next(iter(self.toolchain.targets()), "")
+        if not self.device:
+            raise InvalidValue(f"the toolchain of backend {target.backend!r} lists no target; update its plugin")
+
+    def _choose(self) -> BackendInfo:
+        return self.registry.named(self.target.backend)
+
+    def start(self, world: World) -> Backend:
+        return self.toolchain.start(self.device, world)
+
+
+def make_subject(target: Target, registry: Registry | None = None) -> Subject:
+    """The subject that the target asks for."""
+    return OnDevice(target, registry) if target.ahead else Subject(target, registry)

@@ -25,7 +25,7 @@ LANDED = (0, 1, 2)
 `lineshaft conformance mutants` has them all."""
 OWN = [m for file in (attention, schemes, ops, whole) for m in file.MUTANTS if m.level in LANDED]
 QUICK = [m for m in OWN if not m.fatal and m.size == "smoke" and m.name != "probe-slow"]
-RAISE = {"add-raises-in-replay", "boasting-features", "tie", "supports-raises", "does-not-compile"}
+RAISE = {"add-raises-in-replay", "boasting-features", "tie", "supports-raises", "does-not-compile", "ahead-unmade"}
 """Mutants whose very fault is that something raises; all others return what is wrong."""
 
 

@@ -14,7 +14,7 @@ from lineshaft.contract.ops import Case, OpSpec
 from lineshaft.contract.ops.run import operand
 from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
 from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
-from lineshaft.contract.sessions import Cache, HostArray, Tree
+from lineshaft.contract.sessions import Cache, HostArray, StepFunction, Tree
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Array, Param
 from lineshaft.plan import ProgramSpec
@@ -68,32 +68,43 @@ class OpCase:
     args: tuple[Give, ...]
     kwargs: Mapping[str, Give]
 
-    def function(self, ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: Any) -> Any:
+    def call(self, ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: Any) -> Any:
         """The one call, as a StepFunction."""
         args = [give(weights, caches, step) for give in self.args]
         out = getattr(ops, USE)(*args, **{name: give(weights, caches, step) for name, give in self.kwargs.items()})
-        given = {f"{PASSED_ON}{name}": step.arrays[name] for name in self.operands.inputs}
         if self.spec.consumes:
-            return given, [out]
+            return {}, [out]
         outputs = out if isinstance(out, tuple) else (out,)
-        return {str(i): array for i, array in enumerate(outputs)} | given, caches
+        return {str(i): array for i, array in enumerate(outputs)}, caches
 
-    def program(self) -> ProgramSpec:
+    def function(self, ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: Any) -> Any:
+        """The call, and all inputs handed through."""
+        outputs, caches = self.call(ops, weights, caches, step, arrays)
+        return outputs | {f"{PASSED_ON}{name}": step.arrays[name] for name in self.operands.inputs}, caches
+
+    def program(self, function: StepFunction) -> ProgramSpec:
         inputs = self.operands.inputs
         fields = [InputField(name, array.dtype.name, array.shape) for name, array in inputs.items()]
-        return ProgramSpec("op", self.function, self.operands.shape, InputLayout(fields))
+        return ProgramSpec("op", function, self.operands.shape, InputLayout(fields))
+
+    def compiled(self, subject: Subject, kernels: Sequence[Kernel]) -> Rig:
+        """A session with a program of the call alone; its cache holds nothing, so that it need not run."""
+        return self._rig(subject, kernels, self.call)
 
     def rig(self, subject: Subject, kernels: Sequence[Kernel]) -> Rig:
         """A session with this case's program; its cache holds the case's pages."""
+        rig = self._rig(subject, kernels, self.function)
+        self.fill(rig)
+        return rig
+
+    def _rig(self, subject: Subject, kernels: Sequence[Kernel], function: StepFunction) -> Rig:
         held = self.operands
         pages = len(next(iter(held.pages.values()))) if held.pages else 0
-        rig = Rig(
-            subject, [self.program()], params=held.params, values=held.weights, kernels=kernels,
+        return Rig(
+            subject, [self.program(function)], params=held.params, values=held.weights, kernels=kernels,
             caches=[held.cache] if held.cache else [], pages=[pages] * (held.cache.group + 1 if held.cache else 0),
             uses={USE: (self.spec.name, self.case.problem), **self._parts(subject)},
         )  # fmt: skip
-        self.fill(rig)
-        return rig
 
     def _parts(self, subject: Subject) -> dict[str, tuple[str, Problem]]:
         """What a composite's decomposition may call under its own problem, as a model would declare it."""

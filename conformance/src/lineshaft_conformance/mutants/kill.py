@@ -172,7 +172,8 @@ class Suite:
 
     def checks(self, size: Size, level: int, subject: Subject) -> list[Check]:
         """Every check up to a level. Those of the backend itself serve a mutant that claims the same."""
-        if subject.capabilities != self.subject.capabilities:
+        claims = (subject.capabilities, subject.info.toolchain)
+        if claims != (self.subject.capabilities, self.subject.info.toolchain):
             return list(collect_checks(subject, size, level))
         if (size, level) not in self._checks:
             self._checks[size, level] = list(collect_checks(self.subject, size, level))

@@ -21,6 +21,7 @@ from lineshaft_conformance.mutants.mutant import (
 )
 
 PROBES = "lineshaft_conformance.mutants.probes"
+TOOLCHAINS = "lineshaft_conformance.mutants.toolchains"
 KEPT: Make = changed
 """Leaves the started backend as it is: what is broken is its entry."""
 
@@ -186,4 +187,32 @@ LOADING = (
            lambda backend: changed(backend, change_kernels=lambda kernels: [k for k in kernels if k.op != "embed"])),
 )  # fmt: skip
 
-MUTANTS: tuple[Mutant, ...] = (*NULLS, *MEMORY, *CLAIMS, *LOADING)
+# ---- ahead of time ---------------------------------------------------------------------------------------------
+
+
+def compiling(name: str) -> Callable[[BackendInfo], BackendInfo]:
+    return info(toolchain=f"{TOOLCHAINS}:{name}")
+
+
+AHEAD = (
+    Mutant("ahead-fails", "every kernel compiles for every target that it does not decline (toolchain)", 0,
+           "L0/ahead/*", KEPT, info=compiling("WithoutBfloat16")),
+    Mutant("ahead-no-target", "a toolchain lists the devices that it compiles for (toolchain)", 0, "L0/ahead/*",
+           KEPT, info=compiling("WithoutTargets")),
+    Mutant("ahead-unmade", "a toolchain that is registered can be made (toolchain)", 0, "L0/ahead/targets", KEPT,
+           info=compiling("Unmade")),
+    Mutant("ahead-any-target", "an unknown target is refused (toolchain)", 0, "L0/ahead/*", KEPT,
+           info=compiling("ForAnything")),
+    Mutant("ahead-any-layout", "a layout that a target cannot hold is refused (toolchain)", 0, "L0/ahead/*", KEPT,
+           info=compiling("OfAnySize")),
+    Mutant("ahead-answers", "a program compiled for a device that is not here cannot be called (toolchain)", 0,
+           "L0/ahead/*", KEPT, info=compiling("ThatAnswers")),
+    Mutant("ahead-columns", "columns name what a report holds (toolchain)", 0, "L0/ahead/*", KEPT,
+           info=compiling("OutOfColumn")),
+    Mutant("ahead-guesses", "a report counts bytes and seconds (toolchain)", 0, "L0/ahead/*", KEPT,
+           info=compiling("ThatGuesses")),
+    Mutant("ahead-odd-problem", "problems are those of the kernel's op (toolchain)", 0, "L0/ahead/*", KEPT,
+           info=compiling("OfAnOddProblem")),
+)  # fmt: skip
+
+MUTANTS: tuple[Mutant, ...] = (*NULLS, *MEMORY, *CLAIMS, *LOADING, *AHEAD)

@@ -41,6 +41,7 @@ class Listed:
     dtype: str
     shape_class: str
     limit: float
+    compiled_only: bool = False
 
     @property
     def level(self) -> int:

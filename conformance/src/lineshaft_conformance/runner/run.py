@@ -79,7 +79,7 @@ def run_suite(
             chosen = select(running.checks, only)
             tries = tries_of(running, tasks(chosen, seeds), progress)
             word, why = evidence(running.backend)
-            results = tuple(merge(tries[check.id], word) for check in chosen)
+            results = tuple(merge(tries[check.id], evidence_for(check, word)) for check in chosen)
             facts = {**machine(), **backend_facts(running, results), "evidence": why}
     except LoadFailed as error:
         results, facts = (Result(LOAD, 0, Status.FAIL, str(error), seed=seed),), machine()
@@ -143,6 +143,11 @@ def merge(tries: Sequence[Result], word: Evidence) -> Result:
         seconds = sum(found.seconds for found in tries)
         result = replace(result, notes=(*result.notes, f"{len(tries)} seeds, {failed} failed"), seconds=seconds)
     return replace(result, evidence=Evidence.DECLARED if result.status is Status.NOT_CLAIMED else word)
+
+
+def evidence_for(check: Listed, word: Evidence) -> Evidence:
+    """The word for what a check has seen, where `word` is the one for what runs on the backend."""
+    return Evidence.COMPILED_ONLY if check.compiled_only else word
 
 
 def evidence(backend: Mapping[str, Any]) -> tuple[Evidence, str]:

@@ -27,7 +27,7 @@ from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft.registry.loading import one_line
 from lineshaft_conformance.checks import Check
 from lineshaft_conformance.runner.attempt import attempt, where
-from lineshaft_conformance.subject import Subject, Target
+from lineshaft_conformance.subject import Subject, Target, make_subject
 
 Message = dict[str, Any]
 REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
@@ -62,7 +62,9 @@ class Server:
     def _start(self) -> Message:
         try:
             registry = discover()
-            self.subject = Subject(Target(**self.config["target"]), wanted(registry, self.config["target"]["backend"]))
+            self.subject = make_subject(
+                Target(**self.config["target"]), wanted(registry, self.config["target"]["backend"])
+            )
             len(self.subject.kernels)  # starts the backend
             collect = load_attribute(self.config["collect"])
             self.checks = {c.id: c for c in collect(self.subject, self.config["size"], self.config["level"])}

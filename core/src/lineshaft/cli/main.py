@@ -15,11 +15,16 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from lineshaft.cli import backends, explain, generate
+from lineshaft.cli import backends, compile, explain, generate
 from lineshaft.cli.plugins import Command, further_commands
 from lineshaft.errors import LineshaftError
 
-COMMANDS: Mapping[str, Command] = {"generate": generate, "backends": backends, "explain": explain}
+COMMANDS: Mapping[str, Command] = {
+    "generate": generate,
+    "backends": backends,
+    "explain": explain,
+    "compile": compile,
+}
 """Core's own commands; another distribution cannot replace them."""
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 

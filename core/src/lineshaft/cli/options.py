@@ -20,6 +20,7 @@ KEYS = {
     "tp": ("N", "tensor-parallel degree"),
     "dp": ("N", "data-parallel degree"),
 }
+AXES = ("dp", "pp", "cp", "ep", "tp")
 DOTTED = {"tp": "layout.tp", "dp": "layout.dp"}
 
 
@@ -29,6 +30,9 @@ def add_config_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", type=Path, help="TOML file")
     for name, (metavar, text) in KEYS.items():
         group.add_argument(f"--{name}", metavar=metavar, help=text)
+    group.add_argument(
+        "--layout", metavar="KEY=N[,KEY=N]", action="append", default=[], help="degrees of mesh axes: dp=2,tp=4"
+    )
     group.add_argument("--backend-option", metavar="KEY=VALUE", action="append", default=[], help="repeatable")
     group.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="any dotted key (cache.pages); repeatable"
@@ -44,11 +48,25 @@ def load_config(args: Namespace, **more: str | None) -> EngineConfig:
 
 
 def overrides(args: Namespace) -> dict[str, str]:
-    """The dotted keys that options set; `--set` comes first, so that an option of its own name wins."""
+    """The dotted keys that options set: first `--set`, then `--layout`, so that an option of a key's own name wins."""
     given = dict(pairs("--set", args.set))
+    given |= degrees(args.layout)
     given |= {f"backend_options.{key}": value for key, value in pairs("--backend-option", args.backend_option)}
     named = {DOTTED.get(name, name): getattr(args, name) for name in KEYS}
     return given | {key: value for key, value in named.items() if value is not None}
+
+
+def degrees(texts: Iterable[str]) -> dict[str, str]:
+    """The dotted key of each degree of KEY=N[,KEY=N]. Raises InvalidValue."""
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    found = list(pairs("--layout", parts))
+    keys = [key for key, _ in found]
+    for key, value in found:
+        if key not in AXES or not value.strip().isdecimal() or keys.count(key) > 1:
+            raise InvalidValue(
+                f"--layout {key}={value}: allowed are {', '.join(AXES)}, each once, with a whole number: dp=2,tp=4"
+            )
+    return {f"layout.{key}": value.strip() for key, value in found}
 
 
 def pairs(option: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -49,8 +49,8 @@ class Packing:
 class CaptureReport:
     """What a capture cost and what a replay will cost, in bytes unless said otherwise; of one rank.
 
-    `flops` and `moved`, the bytes read and written, are a compiler's estimate, `arguments`, `outputs`, `temporaries`
-    and `aliased` its account of memory; 0 where there is none. `cached` tells that nothing had to be compiled.
+    `flops` and `moved`, the bytes read and written, are a compiler's estimate, `arguments`, `outputs`, `temporaries`,
+    `aliased` and `code` its account of memory; 0 where there is none. `cached` tells that nothing had to be compiled.
     """
 
     seconds: float
@@ -65,6 +65,7 @@ class CaptureReport:
     outputs: int = 0
     flops: int = 0
     moved: int = 0
+    code: int = 0  # of the program itself, held as long as it is
     cached: bool = False
     details: Mapping[str, str | int] = field(default_factory=dict)  # what else the backend's compiler tells
 

@@ -22,7 +22,7 @@ from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft.runner.buckets import make_shapes
 from lineshaft.runner.programs import all_programs
 from lineshaft.scheduler import Limits
-from lineshaft.weights import FORMATS, open_checkpoint, resolve
+from lineshaft.weights import FORMATS, CheckpointFormat, open_checkpoint, resolve
 from lineshaft.weights.decoded import decode_with
 
 
@@ -51,9 +51,11 @@ def degrees_of(config: EngineConfig) -> Degrees:
     return Degrees(layout.dp, layout.pp, layout.cp, layout.ep, layout.tp)
 
 
-def open_model(config: EngineConfig, registry: Registry) -> tuple[Checkpoint, ModelFamily]:
-    """The configured checkpoint, and the family that builds it. Raises ModelError."""
-    opened = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *FORMATS))
+def open_model(
+    config: EngineConfig, registry: Registry, formats: Sequence[CheckpointFormat] = FORMATS
+) -> tuple[Checkpoint, ModelFamily]:
+    """The configured checkpoint, in a plugin's format or one of `formats`, and its family. Raises ModelError."""
+    opened = open_checkpoint(resolve(config.model), (*registry.checkpoints(), *formats))
     checkpoint = decode_with(opened, registry.schemes())
     return checkpoint, find_family(checkpoint.config, (*registry.models(), *builtin_families()))
 
@@ -87,15 +89,18 @@ def make_setup(
     rendezvous: str = "",
     registry: Registry | None = None,
     start: Callable[[World], Backend] | None = None,
+    formats: Sequence[CheckpointFormat] = FORMATS,
 ) -> Setup:
     """Start the chosen backend and build the model at this rank's layout; loads no weights.
 
-    start: makes the backend instead of its factory. Raises BackendError, ModelError, LayoutError, ConfigError.
+    start: makes the backend, which has to be named, instead of its factory; whether it is usable here is not asked.
+    Raises BackendError, ModelError, LayoutError, ConfigError.
     """
     registry = registry or discover()
-    info = registry.select(config.backend, config.backend_options)
+    named = start is not None and config.backend != "auto"
+    info = registry.named(config.backend) if named else registry.select(config.backend, config.backend_options)
     options = validate_options(info, config.backend_options)
-    checkpoint, family = open_model(config, registry)
+    checkpoint, family = open_model(config, registry, formats)
     degrees = degrees_of(config)
     ranks = degrees.replica if info.single_program else 1
     world = World(rank, degrees.axes, rendezvous, threads_for(config, info, degrees.world), ranks)

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.backends import Backend, BackendKind, World
+from lineshaft.contract.backends import Backend, World
 from lineshaft.contract.sessions import Pending, Program, Session, Transfer
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
-from lineshaft.errors import OutOfMemory, PoolTooSmall, SessionClosed
+from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import Logprobs, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, SAMPLE
 from lineshaft.runner.setup import Setup, make_planned, make_setup
-from lineshaft.weights.memory import breakdown, check_fits
+from lineshaft.runner.sizing import sizes
+from lineshaft.weights.memory import breakdown
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) while something long goes on."""
@@ -57,51 +58,7 @@ class Worker:
 
     def size(self) -> Sizes:
         """What this rank needs and can hold. Raises OutOfMemory and PoolTooSmall before anything is loaded."""
-        plan, memory = self.planned.plan, self.setup.backend.memory
-        page_bytes = [0] * len(self.setup.page_sizes)
-        for problem in self.setup.caches:
-            page_bytes[problem.group] += memory.page_bytes(problem)
-        free = self._free()
-        parts = {"weights": plan.weight_bytes, "one step's results": plan.workspace_bytes}
-        check_fits(parts, free)
-        pages = self._pages(page_bytes, None if free is None else free - sum(parts.values()))
-        pool = sum(n * size for n, size in zip(pages, page_bytes, strict=True))
-        check_fits({**parts, "KV pool": pool}, free)
-        return Sizes(
-            plan, plan.weight_bytes, tuple(page_bytes), pages, self.setup.page_sizes, self.setup.limits,
-            self.setup.shapes, self.setup.model.shape.vocab,
-        )  # fmt: skip
-
-    def _free(self) -> int | None:
-        found = self.setup.backend.memory.total_free()
-        if found is None:
-            return None
-        shared = 1 if self.setup.info.kind is BackendKind.ACCELERATOR else self.setup.world.size
-        return found[1] // shared
-
-    def _pages(self, page_bytes: list[int], free: int | None) -> tuple[int, ...]:
-        """Pages of each group: as configured, else what the memory share holds, at most what the limits can use."""
-        limits, wanted = self.setup.limits, self.config.cache.pages
-        pages = []
-        for page_size, cost in zip(self.setup.page_sizes, page_bytes, strict=True):
-            per_request = -(-limits.max_model_len // page_size)
-            most = 1 + limits.max_rows * per_request
-            share = most if free is None else int(free * self.config.cache.memory_fraction) // max(1, sum(page_bytes))
-            count = wanted if wanted is not None else min(most, share)
-            if count - 1 < per_request:
-                raise PoolTooSmall(self._too_small(count, page_size, per_request, cost))
-            pages.append(count)
-        return tuple(pages)
-
-    def _too_small(self, count: int, page_size: int, per_request: int, cost: int) -> str:
-        longest = self.setup.limits.max_model_len
-        source = "cache.pages" if self.config.cache.pages is not None else "cache.memory_fraction gives pages"
-        held = max(0, count - 1) * page_size
-        return (
-            f"{source} = {count}: beside the null page the pool holds {held} tokens, but one request of max_model_len "
-            f"= {longest} needs {per_request} pages of {page_size} tokens ({cost} bytes each); set cache.pages to at "
-            f"least {per_request + 1} or max_model_len to at most {held}"
-        )
+        return sizes(self.config, self.setup, self.planned.plan)
 
     def start(self, pages: tuple[int, ...], progress: Progress = silent) -> Started:
         """Load weights, allocate caches, capture every program, freeze. Raises ModelError, OutOfMemory."""

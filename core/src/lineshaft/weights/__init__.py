@@ -1,6 +1,6 @@
 """Finding and reading models: references, checkpoint formats, stored schemes, and the memory they need."""
 
-from lineshaft.weights.checkpoint import FORMATS, CheckpointFormat, open_checkpoint
+from lineshaft.weights.checkpoint import CONFIG_ALONE, FORMATS, CheckpointFormat, open_checkpoint
 from lineshaft.weights.mapped import MappedCheckpoint
 from lineshaft.weights.memory import breakdown, check_fits, local_bytes, quantized, repacked
 from lineshaft.weights.quantize import pack_rows
@@ -9,6 +9,7 @@ from lineshaft.weights.schemes import BLOCKS, Block, as_dtype, dequantize
 
 __all__ = [
     "BLOCKS",
+    "CONFIG_ALONE",
     "FORMATS",
     "Block",
     "CheckpointFormat",

@@ -14,7 +14,12 @@ from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import CorruptCheckpoint, ModelNotFound
 from lineshaft.weights.gguf_file import open_gguf
 from lineshaft.weights.gguf_parse import is_gguf
-from lineshaft.weights.safetensors_dir import is_safetensors_dir, open_safetensors_dir
+from lineshaft.weights.safetensors_dir import (
+    is_config_alone,
+    is_safetensors_dir,
+    open_config_alone,
+    open_safetensors_dir,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ FORMATS: Final = (
     CheckpointFormat("a GGUF file", is_gguf, open_gguf),
     CheckpointFormat("a folder with config.json and safetensors", is_safetensors_dir, open_safetensors_dir),
 )
+
+CONFIG_ALONE: Final = CheckpointFormat("a folder with config.json alone", is_config_alone, open_config_alone)
+"""For those who read no tensor; it goes in front of FORMATS."""
 
 
 def open_checkpoint(path: Path, formats: Sequence[CheckpointFormat] = FORMATS) -> Checkpoint:

@@ -62,7 +62,20 @@ def open_safetensors_dir(path: Path) -> MappedCheckpoint:
         return MappedCheckpoint(path, config, read_safetensors(path / _SINGLE))
     if (path / _INDEX).is_file():
         return MappedCheckpoint(path, config, _read_shards(path))
-    raise ModelNotFound(f"{path} has neither {_SINGLE} nor {_INDEX}; other formats must be converted to safetensors")
+    raise ModelNotFound(
+        f"{path} has neither {_SINGLE} nor {_INDEX}; other formats must be converted to safetensors (only "
+        "`lineshaft compile` needs no more than config.json)"
+    )
+
+
+def is_config_alone(path: Path) -> bool:
+    """Whether `path` is a folder with a config.json and no weights in safetensors."""
+    return is_safetensors_dir(path) and not any((path / name).is_file() for name in (_SINGLE, _INDEX))
+
+
+def open_config_alone(path: Path) -> MappedCheckpoint:
+    """The config of the folder `path`, as a checkpoint that has no tensor. Raises ModelNotFound, CorruptCheckpoint."""
+    return MappedCheckpoint(path, _with_rope_words(read_json(path / "config.json")), {})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,8 +7,7 @@ import numpy as np
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.sessions import Packing
 from lineshaft.contract.weights import Local, Param, Stored
-from lineshaft.errors import MisshapenTensor
-from lineshaft.weights.schemes import dequantize
+from lineshaft.weights.schemes import check_parts, dequantize
 from lineshaft_jax.arrays import HostArray
 
 
@@ -17,10 +16,7 @@ def host_leaves(param: Param, local: Local, packing: Packing) -> dict[str, HostA
 
     Raises MisshapenTensor if the parts do not make up the shape.
     """
-    rows = sum(part.shape[0] for part in local.parts)
-    if (rows, {tuple(part.shape[1:]) for part in local.parts}) != (param.shape[0], {param.shape[1:]}):
-        found = " + ".join(str(list(part.shape)) for part in local.parts)
-        raise MisshapenTensor(f"weight {param.name}: the parts {found} do not make up {list(param.shape)}")
+    check_parts(param, local)
     if packing.pack is not None:
         return {name: np.asarray(leaf) for name, leaf in packing.pack(param, local).items()}
     parts = [dequantize(part, param.dtype) for part in local.parts]

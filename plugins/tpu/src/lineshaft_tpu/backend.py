@@ -20,9 +20,9 @@ from lineshaft_tpu.chips import CHIPS, Chip, chip_of_kind
 from lineshaft_tpu.devices import tpu_devices
 from lineshaft_tpu.memory import RankMemory, device_memory
 from lineshaft_tpu.options import TpuOptions
-
-LANES = 128
-"""Values of a row of a TPU's tiles; pages are padded to it, as the compiler would."""
+from lineshaft_tpu.pallas.interpreting import Mode
+from lineshaft_tpu.pallas.recipes import pallas_kernels
+from lineshaft_tpu.tiling import LANES
 
 PACKAGES = ("lineshaft", "lineshaft_jax", "lineshaft_tpu")
 """Whose source a compiled program depends on."""
@@ -56,8 +56,16 @@ class TpuBackend:
     def lanes(self) -> int:
         return 1 if self.chip is None else LANES
 
+    @property
+    def mode(self) -> Mode:
+        """How Pallas kernels run: compiled where there is a TPU, or one is compiled for."""
+        if not self.options.interpret:
+            return ""
+        return "races" if self.options.detect_races else "interpret"
+
     def kernels(self) -> Sequence[Kernel]:
-        return xla_kernels(self.name, self.options.attention_memory_mib)
+        kernels = xla_kernels(self.name, self.options.attention_memory_mib)
+        return kernels if self.chip is None else [*kernels, *pallas_kernels(self.name, self.chip, self.mode)]
 
     def session(self, rank: int) -> JaxSession:
         return JaxSession(self.world, self.devices, SessionOptions(self.lanes, self.store))

@@ -8,33 +8,39 @@ from dataclasses import dataclass
 
 from lineshaft.errors import InvalidValue
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation.
+    """One generation. Memories are in bytes.
 
-    hbm      bytes of a device that programs may use, as its compiler counts them
+    hbm      of a device, as much as programs may use by its compiler's count
+    vmem     of a core, beside the matrix unit; smem: of a core, for scalars
     dims     of the torus
     devices  that JAX shows for each chip
     kind     the name that JAX gives such a device
+    cores    that one program runs on together
     """
 
     name: str
-    hbm: int
-    dims: int
-    devices: int
     kind: str
+    hbm: int
+    vmem: int
+    dims: int
+    devices: int = 1
+    cores: int = 1
+    smem: int = MIB
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", int(15.75 * GIB), 2, 1, "TPU v5 lite"),
-        Chip("v5p", int(95.74 * GIB), 3, 1, "TPU v5"),
-        Chip("v6e", int(31.25 * GIB), 2, 1, "TPU v6 lite"),
-        Chip("tpu7x", int(94.75 * GIB), 3, 2, "TPU7x"),
+        Chip("v4", "TPU v4", hbm=int(15.25 * GIB), vmem=16 * MIB, dims=3, devices=2),
+        Chip("v5e", "TPU v5 lite", hbm=int(15.75 * GIB), vmem=128 * MIB, dims=2),
+        Chip("v5p", "TPU v5", hbm=int(95.74 * GIB), vmem=64 * MIB, dims=3, cores=2),
+        Chip("v6e", "TPU v6 lite", hbm=int(31.25 * GIB), vmem=128 * MIB, dims=2),
+        Chip("tpu7x", "TPU7x", hbm=int(94.75 * GIB), vmem=64 * MIB, dims=3, devices=2),
     )
 }
 

@@ -23,7 +23,7 @@ class TpuOptions(BaseModel):
     platform: Literal["tpu", "cpu"] = "tpu"
     interpret: bool = False
     detect_races: bool = False
-    chip: Literal["v5e", "v5p", "v6e", "tpu7x"] = "v5e"
+    chip: Literal["v4", "v5e", "v5p", "v6e", "tpu7x"] = "v5e"
     attention_memory_mib: int = Field(default=256, ge=1)
     cache_dir: str = Field(default="auto", min_length=1)
 

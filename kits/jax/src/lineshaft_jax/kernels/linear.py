@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lineshaft.contract.kernels import Pack
+from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES
 from lineshaft.contract.problems import LinearProblem
+from lineshaft.weights import pack_rows
 from lineshaft_jax.arrays import Array, widened
 from lineshaft_jax.bound import DENSE, Recipe, dense, recipe, stateless
 
@@ -59,10 +60,10 @@ def only_scheme(scheme: str, problem: LinearProblem) -> str | None:
     return None if problem.scheme == scheme else f"multiplies weights of scheme {scheme!r}, not {problem.scheme!r}"
 
 
-def row_scaled(scheme: str, pack: Pack | None = None) -> Recipe:
-    """`linear` over rows of codes of `scheme`, in the layout "<scheme>_rows" that `pack` makes."""
+def row_scaled(scheme: str) -> Recipe:
+    """`linear` over rows of codes of `scheme`."""
     return recipe(
-        f"xla_linear_{scheme}", "linear", stateless(scaled_linear), layout=f"{scheme}_rows", pack=pack,
+        f"xla_linear_{scheme}", "linear", stateless(scaled_linear), layout=f"{scheme}_rows", pack=pack_rows(scheme),
         handles=frozenset({"bias", "scheme"}), supports=partial(only_scheme, scheme),
     )  # fmt: skip
 
@@ -70,7 +71,6 @@ def row_scaled(scheme: str, pack: Pack | None = None) -> Recipe:
 def recipes() -> list[Recipe]:
     return [
         recipe("xla_linear", "linear", stateless(linear), layout=DENSE, handles=frozenset({"bias"})),
-        row_scaled("int8"),
-        row_scaled("fp8"),
+        *map(row_scaled, WEIGHT_SCHEMES),
         recipe("xla_head_linear", "head_linear", stateless(head_linear), layout=DENSE, handles=frozenset({"heads"})),
     ]

@@ -1,0 +1,131 @@
+"""`lineshaft kernels`: lists a backend's kernels, and compiles them for every target of its toolchain.
+
+Neither needs the device. This module only parses and prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lineshaft.cli.compile import check_writable
+from lineshaft.cli.options import pairs
+from lineshaft.cli.table import table
+from lineshaft_conformance.cli.conformance import backend_arguments, limit, positive
+
+if TYPE_CHECKING:
+    from lineshaft.contract.kernels import Kernel
+    from lineshaft_conformance.matrix import Matrix
+    from lineshaft_conformance.subject import Target
+
+HELP = "list a backend's kernels, or compile them for devices that are not here"
+EPILOG = """exit status:
+  0    done
+  1    a kernel fails to compile, or one that compiled in the matrix of --against does not now
+  2    the command line or a configuration is wrong, or the backend does not load
+  130  interrupted
+"""
+PASSED, FAILED = 0, 1
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="act", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        backend_arguments(made)
+        made.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        return made
+
+    command("list", "list the kernels of a backend: what each is for, and what it handles")
+    add = command("compile", "compile every kernel for every target, without the device").add_argument
+    add("--targets", metavar="A,B", action="append", default=[], help="names or shell patterns (default: all targets)")
+    add("--kernels", metavar="A,B", action="append", default=[], help="names or shell patterns (default: all kernels)")
+    add("--jobs", metavar="N", type=positive, help="processes at a time (default: all CPUs)")
+    add("--limit", metavar="S", type=limit, help="seconds for each kernel and target (default 1800)")
+    add("--out", metavar="FILE", type=Path, help="store the matrix with every problem as JSON")
+    add("--markdown", metavar="FILE", type=Path, help="store the table, with reasons, as Markdown")
+    add("--against", metavar="FILE", type=Path, help="fail where a kernel compiled in this matrix and does not now")
+
+
+def run(args: Namespace) -> int:
+    return act_list(args) if args.act == "list" else act_compile(args)
+
+
+def target(args: Namespace) -> Target:
+    from lineshaft_conformance.subject import Target
+
+    return Target(args.backend, dict(pairs("--backend-option", args.backend_option)))
+
+
+def act_list(args: Namespace) -> int:
+    from lineshaft.registry import discover
+    from lineshaft_conformance.subject import OnDevice, Subject
+
+    registry = discover()
+    kind = OnDevice if registry.named(args.backend).toolchain else Subject
+    kernels = kind(target(args), registry).kernels
+    if args.json:
+        print(json.dumps([described(kernel) for kernel in kernels], indent=2))
+    else:
+        print(table(("OP", "KERNEL", "PRIORITY", "LAYOUT", "VERSION", "HANDLES", "OPTIONS"), list(map(row, kernels))))
+    return PASSED
+
+
+def described(kernel: Kernel) -> dict[str, Any]:
+    """A kernel without its functions."""
+    return {
+        "op": kernel.op, "name": kernel.name, "priority": kernel.priority, "layout": kernel.layout,
+        "version": kernel.version, "handles": sorted(kernel.handles), "options": dict(kernel.options),
+    }  # fmt: skip
+
+
+def row(kernel: Kernel) -> Sequence[str]:
+    options = ", ".join(f"{key}={value}" for key, value in sorted(kernel.options.items()))
+    handles = ", ".join(sorted(kernel.handles))
+    return (
+        kernel.op, kernel.name, str(kernel.priority), kernel.layout or "-", kernel.version, handles or "-",
+        options or "-",
+    )  # fmt: skip
+
+
+def act_compile(args: Namespace) -> int:
+    from lineshaft_conformance.cli.bar import Bar
+    from lineshaft_conformance.matrix import load_matrix
+    from lineshaft_conformance.report.matrix import text
+    from lineshaft_conformance.runner.matrix import compile_matrix
+
+    before = load_matrix(args.against) if args.against else None
+    for file in filter(None, (args.out, args.markdown)):
+        check_writable(file)
+    devices, kernels = names(args.targets), names(args.kernels)
+    with Bar() as bar:
+        matrix = compile_matrix(target(args), devices, kernels, args.jobs, args.limit, bar)
+    store(matrix, args)
+    print(json.dumps(matrix.to_json(), indent=2) if args.json else text(matrix))
+    worse = () if before is None else matrix.regressions(before, kernels)
+    for line in worse:
+        print(f"REGRESSION {line}", file=sys.stderr)
+    return FAILED if matrix.failures or worse else PASSED
+
+
+def names(texts: Sequence[str]) -> list[str]:
+    """The names of A,B and A,B, each as given."""
+    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
+
+
+def store(matrix: Matrix, args: Namespace) -> None:
+    from lineshaft_conformance.report.matrix import markdown
+
+    if args.out:
+        args.out.write_text(json.dumps(matrix.to_json(), indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(matrix), encoding="utf-8")

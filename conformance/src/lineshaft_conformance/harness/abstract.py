@@ -1,0 +1,133 @@
+"""Cases without values: operands that fit a problem, as zeros that take no memory, for programs that never run.
+
+For problems of real models, of which no OpSpec has a case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lineshaft.contract.ops import Case
+from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg, numpy_dtype
+from lineshaft.contract.problems import (
+    AttendProblem,
+    EmbedProblem,
+    KVProblem,
+    LinearProblem,
+    NormProblem,
+    PointwiseProblem,
+    Problem,
+    RopeProblem,
+    SampleProblem,
+)
+from lineshaft.contract.sessions import HostArray
+from lineshaft.contract.steps import StepShape, forward_inputs
+from lineshaft_conformance.harness.op_case import cache_problem
+
+Operands = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of an op by position and by keyword."""
+POOL = 256
+"""Pages of a cache that is only written, beside those of its tokens."""
+
+
+def zero_case(op: str, problem: Problem) -> Case | None:
+    """A case of the problem, in the executed dtype; None for an op whose operands are not made here."""
+    make = MAKERS.get(op)
+    if make is None:
+        return None
+    args, kwargs = make(problem)
+    return Case("zeros", problem, args, kwargs)
+
+
+def zeros(dtype: str, *shape: int) -> HostArray:
+    """Zeros that all lie at one place."""
+    return np.broadcast_to(np.zeros((), numpy_dtype(dtype)), shape)
+
+
+def step(shape: StepShape, group: int, *, page_starts: bool = False) -> StepArg:
+    """The empty step of a shape."""
+    layout = forward_inputs(shape, frozenset({group} if page_starts else ()))
+    return StepArg({item.name: zeros(item.dtype, *item.shape) for item in layout.fields}, shape)
+
+
+def pages(problem: KVProblem, count: int) -> CacheArg:
+    """A cache of `count` pages, the null page among them."""
+    return CacheArg({name: zeros(dtype, count, *shape) for name, (shape, dtype) in problem.page_arrays.items()})
+
+
+def kv_scales(problem: KVProblem | AttendProblem) -> dict[str, HostArray]:
+    if problem.kv_scheme == "none":
+        return {}
+    return {"kv_scales": zeros("float32", 2, *([problem.kv_heads] if problem.kv_scheme == "head" else []))}
+
+
+def attend(p: AttendProblem) -> Operands:
+    shape = StepShape(p.tokens, p.rows, (p.pages,) * (p.group + 1), p.rows, p.max_query)
+    cache = pages(cache_problem(p), 1 + p.rows * p.pages)
+    given = kv_scales(p)
+    if p.sinks:
+        given["sinks"] = zeros(p.dtype, p.q_heads)
+    if p.key_ranges:
+        given["key_ranges"] = zeros("int32", p.tokens, 2)
+    if p.ancestors:
+        given["ancestors"] = zeros("uint32", p.tokens, -(-p.max_query // 32))
+    q = zeros(p.dtype, p.tokens, p.q_heads, p.qk_dim)
+    return (q, cache, step(shape, p.group, page_starts=p.page_starts)), given
+
+
+def write_kv(p: KVProblem) -> Operands:
+    own = -(-p.rows // p.page_size)
+    shape = StepShape(p.rows, 1, (own,) * (p.group + 1), 1, p.rows)
+    k, v = (zeros(p.dtype, p.rows, p.kv_heads, dim) if dim else None for dim in (p.qk_dim, p.v_dim))
+    return (pages(p, own + POOL), k, v, step(shape, p.group)), kv_scales(p)
+
+
+def linear(p: LinearProblem) -> Operands:
+    weight = WeightArg(zeros(p.dtype, p.n, p.k), "linear")
+    return (zeros(p.dtype, p.m, p.k), weight), {"bias": zeros(p.dtype, p.n)} if p.bias else {}
+
+
+def head_linear(p: LinearProblem) -> Operands:
+    return (zeros(p.dtype, p.m, p.heads, p.k), WeightArg(zeros(p.dtype, p.heads, p.n, p.k), "linear")), {}
+
+
+def rms_norm(p: NormProblem) -> Operands:
+    return (zeros(p.dtype, p.rows, p.width), WeightArg(zeros(p.dtype, p.width), "norm")), {}
+
+
+def add_rms_norm(p: NormProblem) -> Operands:
+    x = zeros(p.dtype, p.rows, p.width)
+    return (x, x, WeightArg(zeros(p.dtype, p.width), "norm")), {}
+
+
+def rope(p: RopeProblem) -> Operands:
+    q, k = (zeros(p.dtype, p.rows, heads, p.head_dim) for heads in (p.q_heads, p.kv_heads))
+    return (q, k, zeros("int32", p.rows)), {}
+
+
+def add(p: PointwiseProblem) -> Operands:
+    return (zeros(p.dtype, p.rows, p.width), zeros(p.dtype, p.rows, p.width)), {}
+
+
+def gated(p: PointwiseProblem) -> Operands:
+    return (zeros(p.dtype, p.rows, 2 * p.width),), {}
+
+
+def embed(p: EmbedProblem) -> Operands:
+    table = WeightArg(zeros(p.dtype, p.vocab, p.width), "embed")
+    return (zeros("int32", p.rows), table, zeros("int32", 1)), {}
+
+
+def argmax(p: SampleProblem) -> Operands:
+    return (zeros(p.dtype, p.rows, p.vocab),), {}
+
+
+MAKERS: Mapping[str, Callable[[Any], Operands]] = {
+    "attend": attend, "write_kv": write_kv, "linear": linear, "head_linear": head_linear, "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm, "rope": rope, "add": add, "silu_mul": gated, "gelu_mul": gated, "embed": embed,
+    "argmax": argmax,
+}  # fmt: skip
+"""Who makes the operands of an op's problem."""
