@@ -48,18 +48,19 @@ def pytest_configure(config: pytest.Config) -> None:
     for level in LEVELS:
         config.addinivalue_line("markers", f"{level.lower()}: checks of level {level} of a lineshaft backend")
     if not config.option.help:
-        check_backend(config.option.backend)
+        check_backend(config.option.backend, config.option.backend_option)
 
 
-def check_backend(name: str | None) -> None:
+def check_backend(name: str | None, options: Sequence[str]) -> None:
     """Raises UsageError."""
-    from lineshaft.errors import BackendError
+    from lineshaft.cli.options import pairs
+    from lineshaft.errors import LineshaftError
     from lineshaft.registry import discover
 
     registry = discover()
     if name is None:
         raise pytest.UsageError(f"which backend? give --backend NAME; registered: {', '.join(registry.backends)}")
     try:
-        registry.select(name)
-    except BackendError as error:
+        registry.select(name, dict(pairs("--backend-option", options)))
+    except LineshaftError as error:
         raise pytest.UsageError(f"{type(error).__name__}: {error}") from error

@@ -52,7 +52,7 @@ def run_of(config: pytest.Config) -> Run:
     """The one Run of this process. Raises UsageError where the user is to act."""
     if RUN not in config.stash:
         if not hasattr(config.option, "conformance_level"):
-            check_backend(None)
+            check_backend(None, ())
         try:
             config.stash[RUN] = Run(config)
         except (ConfigError, WaiverError) as error:

@@ -67,6 +67,16 @@ def test_options_that_make_no_sense_are_refused(options: Mapping[str, Any]) -> N
         TpuOptions(**options)
 
 
+def test_a_generation_alone_is_as_large_as_the_layout_needs() -> None:
+    assert [parse_topology("v5e", ranks).name for ranks in (1, 2, 5, 16)] == [
+        "v5e:1x1",
+        "v5e:2x2",
+        "v5e:2x4",
+        "v5e:4x4",
+    ]
+    assert parse_topology("tpu7x", 8).name == "tpu7x:2x2x1"
+
+
 @pytest.mark.parametrize(
     ("text", "name", "count"),
     [

@@ -1,18 +1,23 @@
-"""Engines of several worker processes, each of which starts the subject as the suite does, mutants and all."""
+"""Engines of several ranks, whose workers start the subject as the suite does, mutants and all."""
 
 from __future__ import annotations
 
 import sys
 
 from lineshaft.config import EngineConfig
+from lineshaft.executors import Executor
 from lineshaft.executors.child import main
+from lineshaft.executors.inproc import InprocExecutor
 from lineshaft.executors.process import ProcessExecutor
 from lineshaft.runner.worker import Worker
 from lineshaft_conformance.subject import Subject, Target
 
 
-def mesh_executor(subject: Subject, config: EngineConfig) -> ProcessExecutor:
-    """Core's executor of processes over the subject. They find its plugin as any process does, by its entry point."""
+def mesh_executor(subject: Subject, config: EngineConfig) -> Executor:
+    """Core's executor of the configured ranks over the subject: in this process where it runs them in one program, else
+    a process each, which finds the plugin as any process does, by its entry point."""
+    if subject.info.single_program:
+        return InprocExecutor(config, subject.registry, subject.start)
     return ProcessExecutor(config, subject.registry, (__name__, f"mutant={subject.target.mutant}"))
 
 

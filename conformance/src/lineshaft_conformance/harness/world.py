@@ -1,11 +1,13 @@
-"""A mesh of processes, one per rank, each with the backend under test: captures programs of collectives and runs them.
+"""A mesh of ranks of the backend under test: captures programs of collectives and runs them.
 
-Owns the processes: a rank that fails, ends or hangs is a Failure, and takes the others with it. Knows no op.
+Each rank has a process, or all are one session here, where the backend runs them in a single program. Owns the
+processes: a rank that fails, ends or hangs is a Failure, and takes the others with it.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -19,14 +21,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.sessions import Cache, HostArray, Tree
+from lineshaft.contract.problems import ConstProblem
+from lineshaft.contract.sessions import Cache, HostArray, SharedPending, Tree
 from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
+from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param
+from lineshaft.errors import LayoutError
 from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.checks import Failure
-from lineshaft_conformance.harness.rig import ONE, Rig
+from lineshaft_conformance.checks import Failure, NotClaimed, require
+from lineshaft_conformance.harness.rig import ONE, Rig, stored
 from lineshaft_conformance.subject import Subject, Target
 
 Axes = tuple[tuple[str, int], ...]
@@ -45,6 +52,7 @@ CLOSE_SECONDS = 5.0
 """How long all ranks together may take to close their sessions before they are killed."""
 
 INPUT = "x"
+RANK = "rank"
 
 
 def mesh_axes(**degrees: int) -> Axes:
@@ -76,30 +84,134 @@ class Exchange:
     collectives: tuple[Collective, ...]
 
     def function(self, ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: Any) -> Any:
-        """A StepFunction: output "0" is the input handed through, "n" the result of the n-th collective."""
-        values = [step.arrays[INPUT]]
+        """A StepFunction: output "0" is the rank's array handed through, "n" the result of the n-th collective.
+
+        Where one session runs all ranks, the input holds the arrays of all; a weight tells each rank which is its own.
+        """
+        x = step.arrays[INPUT]
+        values = [ops.gather_rows(x, weights[RANK]).reshape(*self.shape) if weights else x]
         for each in self.collectives:
             values.append(getattr(ops, each.op)(values[each.source], *each.arguments))
         return {str(i): value for i, value in enumerate(values)}, caches
 
-    def program(self) -> ProgramSpec:
+    def program(self, ranks: int = 1) -> ProgramSpec:
+        """The program, for a session of so many ranks."""
         shape = StepShape(tokens=1, rows=1, pages=(), logits=1, max_query=1)
-        return ProgramSpec("exchange", self.function, shape, InputLayout([InputField(INPUT, self.dtype, self.shape)]))
+        given = self.shape if ranks == 1 else (ranks, math.prod(self.shape))
+        return ProgramSpec("exchange", self.function, shape, InputLayout([InputField(INPUT, self.dtype, given)]))
+
+
+def rank_param(world: World) -> Param:
+    """int32[1]: the number of a rank among those of its session. Each rank has another value."""
+
+    def shard(checkpoint: Checkpoint, coordinate: Coordinate) -> Local:
+        return Local((stored(np.array([rank_number(world, coordinate) - world.rank], np.int32)),))
+
+    problem = ConstProblem(dtype="int32", shape=(1,))
+    varies = tuple(axis for axis, degree in world.axes if degree > 1)
+    return Param(RANK, RANK, (1,), "int32", {"const": problem}, shard, varies)
+
+
+def rank_number(world: World, coordinate: Coordinate) -> int:
+    """The rank at a place of the mesh."""
+    at = [getattr(coordinate, axis) for axis, _ in world.axes]
+    return int(np.ravel_multi_index(at, [degree for _, degree in world.axes]))
 
 
 def capture(subject: Subject, exchanges: Sequence[Exchange], world: World) -> Rig:
-    """A frozen session at one place of a mesh, with a program of each exchange."""
-    backend = subject.start(world)
+    """A frozen session of a worker's ranks, with a program of each exchange. Raises NotClaimed, see `place`."""
     return Rig(
-        subject, [exchange.program() for exchange in exchanges], kernels=subject.kernels_of(backend),
-        degrees=dict(world.axes), session=backend.session(world.rank),
+        subject, [exchange.program(world.ranks) for exchange in exchanges],
+        params={RANK: rank_param(world)} if world.ranks > 1 else (), **place(subject, world),
     )  # fmt: skip
 
 
+def place(subject: Subject, world: World) -> dict[str, Any]:
+    """What a Rig at a place in a mesh is given: its kernels, degrees and session.
+
+    Raises NotClaimed where a session of several ranks needs more devices than this machine has.
+    """
+    try:
+        backend = subject.start(world)
+        session = backend.session(world.rank)
+    except LayoutError as error:
+        if world.ranks == 1:
+            raise
+        raise NotClaimed(f"this machine cannot hold the mesh: {error}") from error
+    return {"kernels": subject.kernels_of(backend), "degrees": dict(world.axes), "session": session}
+
+
 def outputs(rig: Rig, program: int, x: HostArray) -> list[HostArray]:
-    """One step of a captured exchange."""
+    """One step of a captured exchange, in a session of one rank."""
     found = rig.run({INPUT: x}, program)
     return [found[str(i)] for i in range(len(found))]
+
+
+def shared_outputs(rig: Rig, program: int, xs: Sequence[HostArray]) -> list[list[HostArray]]:
+    """One step of a captured exchange in a session of several ranks: the outputs of each. Raises Failure."""
+    pending = rig.submit({INPUT: np.stack(xs).reshape(len(xs), -1)}, program)
+    found = [results(pending, str(i), len(xs)) for i in range(len(rig.planned.outputs[program]))]
+    return [list(own) for own in zip(*found, strict=True)]
+
+
+def results(pending: Any, name: str, ranks: int) -> list[HostArray]:
+    """An output of every rank of a session of several; `result` must be the first rank's. Raises Failure."""
+    shared: SharedPending = pending
+    found, first = shared.results(name), shared.result(name)
+    require(len(found) == ranks, f"results({name!r}) of a session of {ranks} ranks gives {len(found)} arrays")
+    require(first.tobytes() == found[0].tobytes(), f"result({name!r}) is not the first of results({name!r})")
+    return found
+
+
+class Ranks(Protocol):
+    """All ranks of a mesh."""
+
+    def run(
+        self, name: str, exchanges: Sequence[Exchange], program: int, xs: Sequence[HostArray]
+    ) -> tuple[tuple[str, ...], list[list[HostArray]]]:
+        """The kernels' names and, per rank, the outputs of `exchanges[program]` on that rank's array.
+
+        All exchanges of one `name` are captured together, in a world of their own, when one of them is run first.
+        Raises Failure.
+        """
+        ...
+
+    def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
+def make_ranks(subject: Subject, axes: Axes) -> Ranks:
+    """The ranks of a mesh, as the backend runs them."""
+    return OneProgram(subject, axes) if subject.info.single_program else Mesh(subject.target, axes)
+
+
+class OneProgram:
+    """Ranks of a single-program backend: one session of all of them, in this process, which may own the devices."""
+
+    def __init__(self, subject: Subject, axes: Axes) -> None:
+        self._subject, self._axes = subject, axes
+        self._rigs: dict[str, Rig] = {}
+
+    def run(
+        self, name: str, exchanges: Sequence[Exchange], program: int, xs: Sequence[HostArray]
+    ) -> tuple[tuple[str, ...], list[list[HostArray]]]:
+        """See `Ranks`. Raises NotClaimed where this machine has too few devices."""
+        if name not in self._rigs:
+            self._rigs[name] = capture(self._subject, exchanges, World(axes=self._axes, threads=1, ranks=len(xs)))
+        rig = self._rigs[name]
+        return collective_kernels(self._subject, rig), shared_outputs(rig, program, xs)
+
+    def close(self) -> None:
+        """Idempotent: closes the sessions. A later `run` starts new ones."""
+        while self._rigs:
+            self._rigs.popitem()[1].session.close()
+
+
+def collective_kernels(subject: Subject, rig: Rig) -> tuple[str, ...]:
+    """The kernels of collectives that the plan chose, each once."""
+    entries = rig.planned.plan.entries
+    return tuple(dict.fromkeys(entry.kernel for entry in entries if subject.ops[entry.op].collective))
 
 
 @dataclass
@@ -119,7 +231,7 @@ class Child:
 
 
 class Mesh:
-    """The ranks of a mesh. They start when first needed and again after a failure, which ends all of them."""
+    """Ranks in a process each. They start when first needed and again after a failure, which ends all of them."""
 
     def __init__(self, target: Target, axes: Axes) -> None:
         self._target, self._axes = target, axes
@@ -132,11 +244,7 @@ class Mesh:
     def run(
         self, name: str, exchanges: Sequence[Exchange], program: int, xs: Sequence[HostArray]
     ) -> tuple[tuple[str, ...], list[list[HostArray]]]:
-        """The kernels' names and, per rank, the outputs of `exchanges[program]` on that rank's array.
-
-        All exchanges of one `name` are captured together, in a world of their own, when one of them is run first.
-        Raises Failure; then every later call with this name does at once.
-        """
+        """See `Ranks`. Raises Failure; then every later call with this name does at once."""
         if name in self._failed:
             raise Failure(f"the mesh broke before, on {name}: {self._failed[name]}")
         try:

@@ -9,7 +9,9 @@ from lineshaft.contract.ops.spec import Size
 from lineshaft_conformance.checks import Check
 from lineshaft_conformance.subject import Subject
 
-THEMES = ("load", "ahead", "ops", "paging", "graphs", "weights", "collectives", "engine", "determinism", "speed")
+THEMES = (
+    "load", "ahead", "ops", "paging", "graphs", "weights", "collectives", "ranks", "engine", "determinism", "speed",
+)  # fmt: skip
 """Files of this folder, in the order in which their checks run, each with `checks(subject, size)`."""
 
 

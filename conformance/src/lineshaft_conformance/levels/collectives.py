@@ -1,4 +1,4 @@
-"""L3: every collective at world 1, and on a mesh of processes: its groups, message sizes, order and replays.
+"""L3: every collective at world 1, and on a mesh of ranks: its groups, message sizes, order and replays.
 
 Calls, references and tolerances come from the OpSpecs. A mesh of 2 x 2 has two groups of each axis, and the whole.
 """
@@ -24,7 +24,7 @@ from lineshaft.errors import ContractViolation
 from lineshaft.plan import Resolver, Workload, make_plan
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, require_dtype
 from lineshaft_conformance.harness.rig import ONE, Rig
-from lineshaft_conformance.harness.world import Axes, Collective, Exchange, Mesh, mesh_axes, outputs
+from lineshaft_conformance.harness.world import Axes, Collective, Exchange, Ranks, make_ranks, mesh_axes, outputs
 from lineshaft_conformance.levels.ops import claims, deviation, refusal
 from lineshaft_conformance.results import Deviation
 from lineshaft_conformance.subject import Subject
@@ -35,6 +35,10 @@ GROUPS: Mapping[str, tuple[Axes, tuple[str, ...]]] = {
     "world": (FOUR, ("dp", "tp")), "tp": (FOUR, ("tp",)), "dp": (FOUR, ("dp",)), "tp3": (THREE, ("tp",)),
 }  # fmt: skip
 """Groups that collectives run over: the mesh and the axes. The members of dp are not neighbours."""
+
+EIGHT = mesh_axes(dp=2, tp=4)
+MORE: Mapping[str, tuple[Axes, tuple[str, ...]]] = {"world8": (EIGHT, ("dp", "tp")), "tp4": (EIGHT, ("tp",))}
+"""Groups of a mesh that only a session of all its ranks makes cheap; their messages are small."""
 
 LARGE = 2**18
 """Elements of a large message: 1 MB of float32."""
@@ -73,6 +77,7 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
         for dtype in dict.fromkeys(way.dtype for way in ways):
             yield _alone_check(spec.name, [way for way in ways if way.dtype == dtype and way.members == 2])
         trials = list(group_trials(spec.name, ways, size))
+        trials += more_trials(spec.name, ways) if subject.info.single_program else []
         yield _minimum_check(spec, trials)
         yield from (_trial_check(trial, trials, spec.name) for trial in trials)
     yield from (_refusal_check(op, statics) for op, statics in (("reduce_scatter", (1,)), ("all_to_all", (1, 0))))
@@ -105,6 +110,18 @@ def group_trials(op: str, ways: Sequence[Way], size: Size) -> Iterator[Trial]:
             for name in ("small", "large") if size == "full" or firsts[way.dtype] == way else ("small",):
                 exchange = Exchange(way.dtype, shapes[name], (collective,))
                 yield Trial(f"{op}/{group}-{name}-{way.label}", mesh, exchange, rule)
+
+
+def more_trials(op: str, ways: Sequence[Way]) -> Iterator[Trial]:
+    """The op's first way of four members in each dtype, in the groups of MORE; the shape grows with the group."""
+    for group, (mesh, axes) in MORE.items():
+        members = members_of(mesh, axes)
+        firsts = {way.dtype: way for way in reversed(ways) if way.members == 4}
+        for way in firsts.values():
+            shape = tuple(dim * members // 4 for dim in way.shape)
+            exchange = Exchange(way.dtype, shape, (Collective(op, axes, way.statics),))
+            rule = f"ops.{op} over {members} of eight ranks, all of them in one program"
+            yield Trial(f"{op}/{group}-small-{way.label}", mesh, exchange, rule)
 
 
 def enlarged(shape: Sequence[int]) -> tuple[int, ...]:
@@ -241,7 +258,7 @@ def _trial_check(trial: Trial, family: Sequence[Trial], op: str) -> Check:
     def run(subject: Subject, seed: int) -> Found:
         require_collectives(subject)
         require_claim(subject, trial.exchange, trial.mesh)
-        mesh: Mesh = subject.keep(("mesh", trial.mesh), lambda: Mesh(subject.target, trial.mesh))
+        mesh: Ranks = subject.keep(("mesh", trial.mesh), lambda: make_ranks(subject, trial.mesh))
         together = subject.keep(("exchanges", trial.mesh, op), lambda: claimed(subject, trial.mesh, family))
         program = together.index(trial.exchange)
         deviations: list[Deviation] = []

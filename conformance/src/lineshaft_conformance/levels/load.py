@@ -18,6 +18,7 @@ from lineshaft.config import validate_options
 from lineshaft.contract.backends import (
     API_VERSION,
     Backend,
+    BackendInfo,
     BackendKind,
     Capabilities,
     DeterminismClaims,
@@ -93,10 +94,24 @@ def _probe(subject: Subject, seed: int) -> Found:
     probe = load_attribute(info.probe)()
     require(isinstance(probe, Probe), f"the probe returns {type(probe).__name__}, not a Probe")
     require(probe.reason.strip(), "the probe gives no reason for what it found")
-    require(probe.usable, f"the backend runs, but its probe says it cannot: {probe.reason}")
+    runs = probe.runs_with(subject.target.options)
+    require(runs, f"the backend runs, but its probe says it cannot: {probe.reason}")
+    _unless(info, probe)
     boast = boasts(info, probe, subject.target.options, os.environ, os_devices)
     require(boast is None, boast or "")
     return Found()
+
+
+def _unless(info: BackendInfo, probe: Probe) -> None:
+    """Raises Failure unless `Probe.unless` names options of the backend, with values that they take."""
+    model = load_attribute(info.options) if info.options else None
+    for name, value in probe.unless.items():
+        known = model is not None and name in model.model_fields
+        require(known, f"the probe's `unless` names {name!r}, which is no option of the backend")
+        try:
+            validate_options(info, {name: value})
+        except LineshaftError as error:
+            fail(f"the probe's `unless` has {name} = {value!r}, which the backend refuses: {error}")
 
 
 def _options(subject: Subject, seed: int) -> Found:

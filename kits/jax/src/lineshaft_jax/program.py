@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,25 @@ class DeviceArray:
     def spec(self) -> ArraySpec:
         first, *rest = self.array.shape
         return ArraySpec((first // self.ranks, *rest), self.array.dtype.name)
+
+
+class InFlight:
+    """What was submitted and may not be done: steps may finish in any order, and their outputs may be dropped."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Any] = []
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        """Note a step, by its smallest output; forget those that are done."""
+        smallest = sorted(outputs.values(), key=lambda array: array.nbytes)[:1]
+        self._arrays = [array for array in self._arrays if not array.is_ready()] + smallest
+
+    def wait(self) -> None:
+        """Wait until all of them are done; one that failed tells that to whoever reads it."""
+        for array in self._arrays:
+            with suppress(jax.errors.JaxRuntimeError):
+                array.block_until_ready()
+        self._arrays = []
 
 
 class StepPending:
@@ -179,6 +199,7 @@ class JaxProgram:
             outputs, changed = self._run(words, session.weights.arrays, held, given)
         for cache, now in zip(session.caches, changed, strict=True):
             cache.arrays.update(now)
+        session.flight.add(outputs)
         return StepPending(session, outputs)
 
 

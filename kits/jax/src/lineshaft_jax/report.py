@@ -31,6 +31,7 @@ def make_report(compiled: Any, session: JaxSession, seconds: float, *, cached: b
         outputs=memory.output_size_in_bytes,
         flops=int(cost.get("flops", 0)),
         moved=int(cost.get("bytes accessed", 0)),
+        code=memory.generated_code_size_in_bytes,
         cached=cached,
         details=session.inspect(compiled),
     )

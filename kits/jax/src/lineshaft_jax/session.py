@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.problems import KVProblem, StateProblem
+from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.sessions import (
     Cache,
     DoneTransfer,
@@ -31,7 +30,7 @@ from lineshaft_jax.arrays import HostArray
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs
 from lineshaft_jax.mesh import Placement, coordinates_of, mesh_of
 from lineshaft_jax.packing import host_leaves
-from lineshaft_jax.program import Capture, JaxProgram, StepPending
+from lineshaft_jax.program import Capture, InFlight, JaxProgram, StepPending
 from lineshaft_jax.store import ProgramStore
 from lineshaft_jax.transfers import PageMover
 from lineshaft_jax.weights import Weights
@@ -43,10 +42,12 @@ class SessionOptions:
 
     lanes   the head dim of pages is padded to a multiple of this
     store   where compiled programs are kept from one start to the next (None: nowhere)
+    flight  where steps are noted as long as they run
     """
 
     lanes: int = 1
     store: ProgramStore | None = None
+    flight: InFlight = field(default_factory=InFlight)
 
 
 class JaxSession(SessionState):
@@ -57,6 +58,7 @@ class JaxSession(SessionState):
 
     def __init__(self, world: World, devices: Sequence[Any], options: SessionOptions | None = None) -> None:
         self.world, self.options = world, options or SessionOptions()
+        self.flight = self.options.flight
         self.placement = Placement(mesh_of(world, devices))
         self.weights = Weights()
         self.caches: list[Cache] = []
@@ -128,23 +130,24 @@ class JaxSession(SessionState):
         """An array of zeros on each rank."""
         return self.placement.zeros(shape, dtype)
 
-    def mover(self, problem: KVProblem | StateProblem) -> PageMover:
+    def mover(self, cache: Cache) -> PageMover:
         """What moves pages of caches like this one."""
-        assert isinstance(problem, KVProblem)
-        if problem not in self._movers:
-            self._movers[problem] = PageMover(self.placement, problem)
-        return self._movers[problem]
+        assert isinstance(cache.problem, KVProblem)
+        if cache.problem not in self._movers:
+            pages = len(next(iter(cache.arrays.values()))) // self.ranks
+            self._movers[cache.problem] = PageMover(self.placement, cache.problem, pages)
+        return self._movers[cache.problem]
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
         self.require_usable()
         held = self.caches[cache]
-        return self.mover(held.problem).read(held.arrays, ids)
+        return self.mover(held).read(held.arrays, ids)
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
         held = self.caches[cache]
         with self.poison_on_failure():
-            held.arrays.update(self.mover(held.problem).write(held.arrays, ids, pages))
+            held.arrays.update(self.mover(held).write(held.arrays, ids, pages))
         return DoneTransfer()
 
     def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
@@ -152,7 +155,7 @@ class JaxSession(SessionState):
         with self.poison_on_failure():
             for cache in self.caches:
                 if cache.problem.group == group:
-                    cache.arrays.update(self.mover(cache.problem).copy(cache.arrays, src, dst))
+                    cache.arrays.update(self.mover(cache).copy(cache.arrays, src, dst))
         return DoneTransfer()
 
     # ---- programs ----------------------------------------------------------------------------------------------
@@ -214,10 +217,9 @@ class JaxSession(SessionState):
     def freeze(self) -> None:
         """Also runs each transfer of pages once, on the null page, so that none compiles later."""
         super().freeze()
-        for cache in {cache.problem: cache for cache in self.caches}.values():
-            null = np.zeros(1, np.int32)
-            self.write_pages(cache.key, null, self.read_pages(cache.key, null))
-            self.copy_pages(cache.problem.group, null, null)
+        with self.poison_on_failure():
+            for cache in {cache.problem: cache for cache in self.caches}.values():
+                cache.arrays.update(self.mover(cache).warm(cache.arrays))
 
     def constant(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once per session: tables that bound kernels share."""

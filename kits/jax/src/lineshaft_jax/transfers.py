@@ -1,81 +1,103 @@
-"""Moves pages between a cache and the host, or within a cache, a few at a time so that nothing compiles twice."""
+"""Moves pages between a cache and the host, or within a cache, a fixed number at a time so that nothing compiles late.
+
+Devices only take pages out of a cache and put them into one; the canonical form is made and unmade on the host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.problems import KVProblem
 from lineshaft_jax.arrays import HostArray
-from lineshaft_jax.kernels.pages import from_canonical, to_canonical
 from lineshaft_jax.mesh import Placement, shards
 
-AT_ONCE = 8
-"""Pages that one call moves; the rest of a call is the null page."""
+FEW, MANY = 8, 512
+"""Pages that one call moves; where fewer are left, the last one is moved several times."""
 
 Arrays = Mapping[str, Any]
 
 
-def chunks(*ids: HostArray) -> Iterator[list[HostArray]]:
-    """The ids, AT_ONCE at a time, padded with the null page."""
-    for first in range(0, len(ids[0]), AT_ONCE):
-        part = [np.asarray(each[first : first + AT_ONCE], np.int32) for each in ids]
-        yield [np.pad(each, (0, AT_ONCE - len(each))) for each in part]
+def chunks(most: int, *ids: HostArray) -> Iterator[list[HostArray]]:
+    """The ids, MANY at a time as long as there are so many and `most` pages are no fewer, then FEW at a time."""
+    first, count = 0, len(ids[0])
+    while first < count:
+        size = MANY if min(count - first, most) >= MANY else FEW
+        yield [padded(np.asarray(each[first : first + size], np.int32), size) for each in ids]
+        first += size
+
+
+def padded(rows: HostArray, size: int) -> HostArray:
+    """[n, ...] -> [size, ...], the last row repeated."""
+    return np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
 
 
 class PageMover:
-    """Moves pages of caches of one problem on one mesh."""
+    """Moves pages of caches of one problem on one mesh, in pools of `pages` pages."""
 
-    def __init__(self, placement: Placement, problem: KVProblem) -> None:
-        self._placement, self._problem = placement, problem
-        self._read, self._write, self._take, self._put = programs(placement.mesh, problem)
+    def __init__(self, placement: Placement, problem: KVProblem, pages: int) -> None:
+        self._placement, self._problem, self._pages = placement, problem, pages
+        self._take, self._put = programs(placement.mesh)
 
     def read(self, held: Arrays, ids: HostArray) -> dict[str, HostArray]:
         """Pages in canonical form [n, page, heads, ...], the heads of one rank after another."""
-        found = [self._joined(self._read(dict(held), part)) for (part,) in chunks(ids)]
-        empty = self._empty()
-        return {name: np.concatenate([empty[name], *(part[name] for part in found)])[: len(ids)] for name in empty}
+        found = [self._take(dict(held), part) for (part,) in chunks(self._pages, ids)]
+        return {name: self._joined(name, [part[name] for part in found])[: len(ids)] for name in held}
 
-    def _joined(self, pages: Arrays) -> dict[str, HostArray]:
-        return {name: np.concatenate(shards(array), axis=2) for name, array in pages.items()}
-
-    def _empty(self) -> dict[str, HostArray]:
-        ranks = self._placement.ranks
-        return {
-            name: np.empty((0, shape[0], ranks * shape[1], *shape[2:]), jnp.dtype(dtype))
-            for name, (shape, dtype) in self._problem.page_arrays.items()
-        }
+    def _joined(self, name: str, parts: Sequence[Any]) -> HostArray:
+        """Pages [n, Hkv, page, Dp] of each rank, part by part -> [n, page, heads of all ranks, ...]."""
+        (page, heads, *rest), dtype = self._problem.page_arrays[name]
+        shape = (page, heads * self._placement.ranks, *rest)
+        if not parts:
+            return np.empty((0, *shape), numpy_dtype(dtype))
+        whole = np.concatenate([np.concatenate(shards(part), axis=1) for part in parts])
+        values = np.ascontiguousarray(whole[..., : (*rest, 1)[0]].swapaxes(1, 2))
+        return values.view(numpy_dtype(dtype)).reshape(-1, *shape)
 
     def write(self, held: Arrays, ids: HostArray, pages: Mapping[str, HostArray]) -> Arrays:
         """The arrays with these canonical pages in them; those given are consumed."""
-        for first, (part,) in enumerate(chunks(ids)):
-            start = first * AT_ONCE
-            new = {name: self._cut(values[start : start + AT_ONCE]) for name, values in pages.items()}
-            held = self._write(dict(held), part, new)
+        kept = {name: self._kept(name, pages[name], array) for name, array in held.items()}
+        first = 0
+        for (part,) in chunks(self._pages, ids):
+            size = len(part)
+            new = {name: self._own(values[first : first + size], size) for name, values in kept.items()}
+            held, first = self._put(dict(held), part, new), first + size
         return held
 
-    def _cut(self, values: HostArray) -> Any:
-        """[n, page, heads of all ranks, ...] -> each rank's own, padded to AT_ONCE pages."""
-        full = np.zeros((AT_ONCE, *values.shape[1:]), values.dtype)
-        full[: len(values)] = values
-        return self._placement.put_own(np.split(full, self._placement.ranks, axis=2))
+    def _kept(self, name: str, pages: HostArray, like: Any) -> HostArray:
+        """[n, page, heads of all ranks, ...] -> [n, heads of all ranks, page, Dp], as the array `like` holds them."""
+        (page, heads, *rest), dtype = self._problem.page_arrays[name]
+        shape = (len(pages), page, heads * self._placement.ranks, (*rest, 1)[0])
+        values = np.asarray(pages, numpy_dtype(dtype)).reshape(shape).swapaxes(1, 2)
+        bits = np.ascontiguousarray(values).view(like.dtype)
+        return np.pad(bits, [(0, 0)] * 3 + [(0, like.shape[-1] - bits.shape[-1])])
+
+    def _own(self, values: HostArray, size: int) -> Any:
+        """[n, heads of all ranks, page, Dp] -> each rank's own, `size` pages."""
+        return self._placement.put_own(np.split(padded(values, size), self._placement.ranks, axis=1))
 
     def copy(self, held: Arrays, src: HostArray, dst: HostArray) -> Arrays:
         """The arrays with pages `src` copied to `dst`, all read before any is written; those given are consumed."""
-        taken = [(part, self._take(dict(held), pages)) for pages, part in chunks(src, dst)]
+        taken = [(part, self._take(dict(held), pages)) for pages, part in chunks(self._pages, src, dst)]
         for part, pages in taken:
             held = self._put(dict(held), part, pages)
         return held
 
+    def warm(self, held: Arrays) -> Arrays:
+        """The arrays after the null page was moved onto itself by every program that a later move may need."""
+        for size in (FEW, MANY) if self._pages >= MANY else (FEW,):
+            null = np.zeros(size, np.int32)
+            held = self.copy(held, null, null)
+        return held
+
 
 @lru_cache(maxsize=256)
-def programs(mesh: Any, problem: KVProblem) -> tuple[Callable[..., Any], ...]:
-    """(read, write, take, put), compiled when first called and shared by all sessions of a process: the first two move
-    canonical pages, the others pages as they are held."""
+def programs(mesh: Any) -> tuple[Callable[..., Any], ...]:
+    """(take, put) of pages as they are held, compiled for each shape and shared by all sessions of a process."""
     placement = Placement(mesh)
 
     def take(held: Arrays, ids: Any) -> dict[str, Any]:
@@ -84,15 +106,7 @@ def programs(mesh: Any, problem: KVProblem) -> tuple[Callable[..., Any], ...]:
     def put(held: Arrays, ids: Any, pages: Arrays) -> dict[str, Any]:
         return {name: array.at[ids].set(pages[name]) for name, array in held.items()}
 
-    def read(held: Arrays, ids: Any) -> dict[str, Any]:
-        return to_canonical(problem, take(held, ids))
-
-    def write(held: Arrays, ids: Any, pages: Arrays) -> dict[str, Any]:
-        return put(held, ids, from_canonical(problem, pages, held))
-
     return (
-        placement.program(read, own=(True, False)),
-        placement.program(write, own=(True, False, True), donate=(0,)),
         placement.program(take, own=(True, False)),
         placement.program(put, own=(True, False, True), donate=(0,)),
     )

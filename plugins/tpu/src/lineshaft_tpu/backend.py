@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft.contract.kernels import Kernel
 from lineshaft_jax.devices import cpu_devices
 from lineshaft_jax.kernels import xla_kernels
+from lineshaft_jax.program import InFlight
 from lineshaft_jax.report import device_facts
 from lineshaft_jax.session import JaxSession, SessionOptions
 from lineshaft_jax.store import ProgramStore, default_folder, open_store, source_digest
@@ -26,6 +27,9 @@ from lineshaft_tpu.tiling import LANES
 
 PACKAGES = ("lineshaft", "lineshaft_jax", "lineshaft_tpu")
 """Whose source a compiled program depends on."""
+
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Variables that a compiled program depends on."""
 
 CAPABILITIES = Capabilities(
     dtypes=("bfloat16", "float32"),
@@ -51,6 +55,7 @@ class TpuBackend:
     store: ProgramStore | None
     name: str = "tpu"
     capabilities: Capabilities = CAPABILITIES
+    flight: InFlight = field(default_factory=InFlight)
 
     @property
     def lanes(self) -> int:
@@ -68,22 +73,23 @@ class TpuBackend:
         return kernels if self.chip is None else [*kernels, *pallas_kernels(self.name, self.chip, self.mode)]
 
     def session(self, rank: int) -> JaxSession:
-        return JaxSession(self.world, self.devices, SessionOptions(self.lanes, self.store))
+        return JaxSession(self.world, self.devices, SessionOptions(self.lanes, self.store, self.flight))
 
 
 def create(options: TpuOptions, world: World) -> TpuBackend:
     """The factory that the plugin registers. Raises BackendUnavailable without a TPU, LayoutError for too few devices,
     InvalidValue for a folder of compiled programs that cannot be used."""
+    flight = InFlight()
     if options.platform == "cpu":
         devices = cpu_devices(world.size)
         chip = CHIPS[options.chip] if options.interpret else None
-        memory = RankMemory(lambda: None, LANES if chip else 1)
+        memory = RankMemory(lambda: None, LANES if chip else 1, flight)
     else:
         devices = tpu_devices()
         chip = chip_of_kind(devices[0].device_kind)
         own = devices[world.rank : world.rank + world.ranks]
-        memory = RankMemory(partial(device_memory, own), LANES)
-    return TpuBackend(options, world, devices, chip, memory, store_of(options, devices))
+        memory = RankMemory(partial(device_memory, own), LANES, flight)
+    return TpuBackend(options, world, devices, chip, memory, store_of(options, devices), flight=flight)
 
 
 def store_of(options: TpuOptions, devices: list[Any]) -> ProgramStore | None:
@@ -91,4 +97,5 @@ def store_of(options: TpuOptions, devices: list[Any]) -> ProgramStore | None:
     if options.cache_dir == "off":
         return None
     folder = default_folder(os.environ) if options.cache_dir == "auto" else Path(options.cache_dir).expanduser()
-    return open_store(folder, {**device_facts(devices), "source": source_digest(PACKAGES)})
+    flags = {name: os.environ.get(name, "") for name in FLAGS}
+    return open_store(folder, {**device_facts(devices), **flags, "source": source_digest(PACKAGES)})

@@ -61,15 +61,28 @@ class Topology:
         return math.prod(self.shape) * self.chip.devices
 
 
-def parse_topology(text: str) -> Topology:
-    """A topology by name; a generation alone stands for one chip. Raises InvalidValue."""
+SLICES = {
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4)),
+}
+"""Shapes that machines come in, by the dims of the torus, smallest first."""
+
+
+def smallest(chip: Chip, devices: int) -> Topology:
+    """The smallest topology with so many devices; the largest known where none has."""
+    found = [Topology(chip, shape) for shape in SLICES[chip.dims]]
+    return next((topology for topology in found if topology.devices >= devices), found[-1])
+
+
+def parse_topology(text: str, devices: int = 1) -> Topology:
+    """A topology by name; a generation alone stands for its smallest with `devices` devices. Raises InvalidValue."""
     name, _, sizes = text.partition(":")
     known = ", ".join(CHIPS)
     if name not in CHIPS:
         raise InvalidValue(f"topology {text!r}: no generation {name!r}; known are {known}, written like v5e:2x4")
     chip = CHIPS[name]
-    if not sizes and ":" not in text:
-        return Topology(chip, (1,) * chip.dims)
+    if ":" not in text:
+        return smallest(chip, devices)
     example = "x".join(["2", "4"] if chip.dims == 2 else ["2", "2", "1"])
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", sizes) or sizes.count("x") + 1 != chip.dims:
         raise InvalidValue(f"topology {text!r}: chips of {name} lie in {chip.dims} dims, written like {name}:{example}")

@@ -9,15 +9,17 @@ from typing import Any
 from lineshaft.contract.problems import KVProblem
 from lineshaft_jax.arrays import jax_dtype
 from lineshaft_jax.kernels.pages import cache_specs
+from lineshaft_jax.program import InFlight
 
 Free = Callable[[], tuple[int, int] | None]
 
 
 class RankMemory:
-    """Implements `lineshaft.contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages."""
+    """Implements `lineshaft.contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages, `flight`
+    has the steps that run."""
 
-    def __init__(self, free: Free, lanes: int) -> None:
-        self._free, self._lanes = free, lanes
+    def __init__(self, free: Free, lanes: int, flight: InFlight | None = None) -> None:
+        self._free, self._lanes, self._flight = free, lanes, flight or InFlight()
 
     def total_free(self) -> tuple[int, int] | None:
         return self._free()
@@ -27,7 +29,8 @@ class RankMemory:
         return sum(prod(shape) * jax_dtype(dtype).itemsize for shape, dtype in specs)
 
     def synchronize(self) -> None:
-        """Nothing to wait for: whatever is read waits for itself."""
+        """Wait until every step that was submitted is done."""
+        self._flight.wait()
 
 
 def device_memory(devices: list[Any]) -> tuple[int, int] | None:

@@ -46,7 +46,7 @@ class TpuToolchain:
         return [problem for op, problem in eight_b() if op == kernel.op and kernel.supports(problem) is None]
 
     def start(self, target: str, world: World) -> AheadBackend:
-        topology = parse_topology(target)
+        topology = parse_topology(target, world.size)
         if world.size > topology.devices:
             raise LayoutError(too_small(topology, world))
         devices = topology_devices(topology)
