@@ -129,6 +129,7 @@ class JaxProgram:
         began = time.perf_counter()
         self.session, self.capture, self.shape = session, capture, capture.shape
         self._generation = session.generation
+        self.changes: tuple[bool, ...] = ()  # of each cache, whether the program changes it
         for item in capture.inputs.fields:
             check_field(item)
         if capture.ops.prepares(session):
@@ -141,7 +142,7 @@ class JaxProgram:
     def body(
         self, buffer: Any, weights: Sequence[Any], caches: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One step on one rank, to be traced."""
+        """One step on one rank, to be traced. Only changed caches come back, so that others are no arguments at all."""
         session, capture = self.session, self.capture
         step = StepInputs(
             {item.name: unpack(buffer, capture.inputs, item) for item in capture.inputs.fields}, self.shape
@@ -150,7 +151,9 @@ class JaxProgram:
         tree = session.weights.dressed(weights)
         outputs, after = capture.fn(capture.ops.bind(session), tree, list(given), step, dict(arrays))
         check_results(capture, given, outputs, after)
-        return dict(outputs), [dict(cache.arrays) for cache in after]
+        self.changes = tuple(is_changed(old, new) for old, new in zip(caches, after, strict=True))
+        changed = (cache.arrays for cache, flag in zip(after, self.changes, strict=True) if flag)
+        return dict(outputs), list(map(dict, changed))
 
     def arguments(self) -> tuple[Any, ...]:
         """Shapes and places of all arguments, those of `body`."""
@@ -163,11 +166,17 @@ class JaxProgram:
         held = [dict(cache.arrays) for cache in self.session.caches]
         return buffer, abstract(self.session.weights.arrays), abstract(held), arrays
 
-    def trees(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-        """The structures of the arguments and of the results, which a compiled program on disk lacks."""
-        held = [dict.fromkeys(cache.arrays, 0) for cache in self.session.caches]
+    def adopt(self, changes: Sequence[bool]) -> tuple[Any, Any]:
+        """Take over what was known of the program when it was compiled: which caches it changes. Returns the structures
+        of its arguments and of its results, which a compiled program on disk lacks."""
+        self.changes = tuple(changes)
+        held = [dict.fromkeys(cache.arrays, 0) for cache in self.changed_caches()]
         outputs = dict.fromkeys(self.capture.ops.outputs, 0)
-        return jax.tree.structure((arguments, {})), jax.tree.structure((outputs, held))
+        return jax.tree.structure((self.arguments(), {})), jax.tree.structure((outputs, held))
+
+    def changed_caches(self) -> list[Cache]:
+        """The session's caches that the program changes."""
+        return [cache for cache, flag in zip(self.session.caches, self.changes, strict=True) if flag]
 
     # ---- replay ------------------------------------------------------------------------------------------------
 
@@ -197,7 +206,7 @@ class JaxProgram:
         with session.poison_on_failure():
             held = [cache.arrays for cache in session.caches]
             outputs, changed = self._run(words, session.weights.arrays, held, given)
-        for cache, now in zip(session.caches, changed, strict=True):
+        for cache, now in zip(self.changed_caches(), changed, strict=True):
             cache.arrays.update(now)
         session.flight.add(outputs)
         return StepPending(session, outputs)
@@ -225,6 +234,11 @@ def check_results(capture: Capture, given: Sequence[Cache], outputs: Mapping[str
     missing = capture.host_outputs - outputs.keys()
     if missing:
         raise ContractViolation(f"host_outputs {sorted(missing)} are no outputs of the forward: {sorted(outputs)}")
+
+
+def is_changed(given: Mapping[str, Any], after: Cache) -> bool:
+    """Whether a cache comes back with other arrays than it went in with."""
+    return any(after.arrays[name] is not array for name, array in given.items())
 
 
 def abstract(tree: Any) -> Any:

@@ -185,11 +185,11 @@ class JaxSession(SessionState):
         if store is None:
             return self.compile(program, arguments), False
         key = store.key(self._identity(program, arguments))
-        found = store.load(key, list(self.placement.mesh.devices.flat), program.trees(arguments))
+        found = store.load(key, list(self.placement.mesh.devices.flat), program.adopt)
         if found is not None:
             return found, True
         compiled = self.compile(program, arguments)
-        store.save(key, compiled)
+        store.save(key, compiled, list(program.changes))
         return compiled, False
 
     def compile(self, program: JaxProgram, arguments: tuple[Any, ...]) -> Any:

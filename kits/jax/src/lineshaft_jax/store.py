@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,33 +43,39 @@ class ProgramStore:
         content = json.dumps([sorted(self.facts.items()), list(parts)], default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def load(self, key: str, devices: list[Any], trees: tuple[Any, Any]) -> Any | None:
-        """The compiled program on these devices, or None where there is none that can be used."""
+    def load(self, key: str, devices: list[Any], adopt: Callable[[Any], tuple[Any, Any]]) -> Any | None:
+        """The compiled program on these devices, or None where there is none that can be used. `adopt` takes the note
+        that was kept with it and returns the structures of its arguments and results."""
         path = self.folder / key
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        payload = content[CHECKSUM:]
-        if hashlib.sha256(payload).digest() != content[:CHECKSUM]:
+        kept = content[CHECKSUM:]
+        if hashlib.sha256(kept).digest() != content[:CHECKSUM]:
             log.warning("%s is damaged: the program is compiled anew", path)
             return None
+        note, _, payload = kept.partition(b"\n")
         try:
+            trees = adopt(json.loads(note))
             found = serialize_executable.deserialize_and_load(payload, *trees, devices[0].client, devices)
         except Exception as error:
             log.warning("%s cannot be loaded (%s): the program is compiled anew", path, " ".join(str(error).split()))
             return None
-        path.touch()
+        with suppress(OSError):  # a folder that can only be read
+            path.touch()
         return found
 
-    def save(self, key: str, compiled: Any) -> None:
-        """Keep a compiled program; one that cannot be kept is compiled again at the next start."""
+    def save(self, key: str, compiled: Any, note: Any) -> None:
+        """Keep a compiled program and a note that JSON can hold. One that cannot be kept is compiled again."""
+        part = self.folder / f".{key}.{os.getpid()}"
         try:
             payload, *_ = serialize_executable.serialize(compiled)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            Path(file.name).replace(self.folder / key)
+            kept = json.dumps(note).encode() + b"\n" + payload
+            part.write_bytes(hashlib.sha256(kept).digest() + kept)
+            part.replace(self.folder / key)
         except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            part.unlink(missing_ok=True)
             log.warning("a compiled program is not kept in %s: %s", self.folder, " ".join(str(error).split()))
 
     def prune(self) -> None:

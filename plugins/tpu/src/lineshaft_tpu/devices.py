@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from lineshaft.errors import BackendUnavailable, InvalidValue
 from lineshaft_jax.devices import cpu_devices
-from lineshaft_tpu.chips import Topology
+from lineshaft_tpu.chips import SLICES, Topology
 
 HOST = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
@@ -55,4 +55,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **one).devices)
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())
-        raise InvalidValue(f"topology {topology.name!r} is refused by the compiler: {said:.300}") from error
+        known = ", ".join("x".join(map(str, shape)) for shape in SLICES[topology.chip.dims])
+        raise InvalidValue(
+            f"topology {topology.name!r} is refused by the compiler ({said:.300}); shapes that it takes: {known}"
+        ) from error

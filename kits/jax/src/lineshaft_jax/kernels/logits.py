@@ -75,7 +75,7 @@ def logprobs(problem: SampleProblem, logits: Array, ids: Array, k: int) -> tuple
     lowered = x - jnp.where(peak == -jnp.inf, 0.0, peak)
     logs = lowered - jnp.log(jnp.exp(lowered).sum(-1, keepdims=True))
     chosen = jnp.take_along_axis(logs, jnp.maximum(ids, 0)[:, None], 1)[:, 0]
-    top = ranked(x)[0][:, :k]
+    top = lax.top_k(jnp.where(x == 0, 0.0, x), k)[1]  # which ranks 0.0 above -0.0
     return chosen, top, jnp.take_along_axis(logs, top, 1)
 
 
