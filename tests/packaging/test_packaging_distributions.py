@@ -257,11 +257,11 @@ def test_a_backend_on_plain_numpy_answers_and_is_certified(built: dict[str, Buil
     assert "plainnp is certified at L4" in run(python.parent / "lineshaft", *certify, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("kit", ["torch", "numpy"])
+@pytest.mark.parametrize("kit", ["torch", "jax", "numpy"])
 def test_a_new_plugin_installs_and_passes_its_own_tests(kit: str, built: dict[str, Built], tmp_path: Path) -> None:
     """`new-plugin` and the suite come from wheels; the repository's tests run levels 0 and 1."""
     python = borrowing_environment(tmp_path / "author")
-    names = {"lineshaft", "lineshaft-conformance", *(["lineshaft-torch"] if kit == "torch" else [])}
+    names = {"lineshaft", "lineshaft-conformance", *({f"lineshaft-{kit}"} & set(built))}
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", *(built[name].wheel for name in names))
     run(python.parent / "lineshaft", "new-plugin", "mychip", "--kit", kit, cwd=tmp_path)
     folder = tmp_path / "lineshaft-mychip"

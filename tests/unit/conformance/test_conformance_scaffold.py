@@ -22,8 +22,8 @@ from lineshaft_conformance.subject import Subject, Target
 
 ROOT = Path(__file__).parents[3]
 LONGEST = "a" * new_plugin.LONGEST
-UNREAD = '[[tool.mypy.overrides]]\nmodule = ["torch.*"]\nfollow_imports = "skip"\n'
-"""To read the types of PyTorch takes mypy half a minute."""
+UNREAD = '[[tool.mypy.overrides]]\nmodule = ["torch.*", "jax.*"]\nfollow_imports = "skip"\n'
+"""To read the types of PyTorch takes mypy half a minute, those of JAX some seconds."""
 FIRST_CHECKS = ("L1/minimum/", "L1/linear/", "L1/argmax/")
 
 

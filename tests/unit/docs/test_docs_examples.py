@@ -112,6 +112,27 @@ def test_its_options_are_checked(tiny_llama: Path) -> None:
         plan_of(tiny_llama, backend="mychip", backend_options={"program": "fast"})
 
 
+# ---- and on the JAX kit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_new_xla_backend_generates_what_the_reference_does(
+    tp: int, install: Install, tiny_llama: Path, tmp_path: Path
+) -> None:
+    write(render("myxla", "jax"), tmp_path / "myxla")
+    install(tmp_path / "myxla")
+    config: dict[str, Any] = {"backend": "myxla", "layout": {"tp": tp}}
+    assert kernels(plan_of(tiny_llama, **config), "linear") == {"myxla_linear"}
+    assert tokens(tiny_llama, **config) == tokens(tiny_llama, backend="numpy")
+
+
+def test_a_new_xla_backend_keeps_its_programs_where_asked(install: Install, tiny_llama: Path, tmp_path: Path) -> None:
+    write(render("myxla", "jax"), tmp_path / "myxla")
+    install(tmp_path / "myxla")
+    tokens(tiny_llama, backend="myxla", backend_options={"cache_dir": str(tmp_path / "programs")})
+    assert list((tmp_path / "programs").iterdir())
+
+
 # ---- a backend from scratch ------------------------------------------------------------------------------------------
 
 

@@ -280,8 +280,9 @@ def test_every_program_runs(block: Block, tiny_llama: Path, tmp_path: Path, monk
 @pytest.mark.parametrize("block", blocks(excerpt=True), ids=lambda block: Path(block.title).name)
 def test_every_excerpt_is_what_the_file_says(block: Block) -> None:
     folder, _, path = block.title.partition("/")
-    written = render("mychip", "torch").get(path) if folder == "lineshaft-mychip" else None
-    assert block.text in (written or (ROOT / block.title).read_text(encoding="utf-8"))
+    new = {f"lineshaft-{name}": (name, kit) for name, kit in (("mychip", "torch"), ("myxla", "jax"))}
+    written = render(*new[folder])[path] if folder in new else (ROOT / block.title).read_text(encoding="utf-8")
+    assert block.text in written
 
 
 def test_there_are_programs_and_excerpts_to_check() -> None:

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from lineshaft.contract.backends import World
 from lineshaft.contract.problems import KVProblem
 from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
+from lineshaft_jax.memory import RankMemory, device_memory
 from lineshaft_tpu import devices, probe
 from lineshaft_tpu.backend import TpuBackend, create
 from lineshaft_tpu.chips import CHIPS, chip_of_kind, parse_topology
-from lineshaft_tpu.memory import RankMemory, device_memory
 from lineshaft_tpu.options import TpuOptions
 from lineshaft_tpu.toolchain import TpuToolchain
 

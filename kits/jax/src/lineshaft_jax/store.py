@@ -23,6 +23,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from lineshaft.errors import InvalidValue
+from lineshaft_jax.report import device_facts
 
 log = logging.getLogger(__name__)
 CHECKSUM = 32
@@ -86,6 +87,21 @@ class ProgramStore:
                 break
             path.unlink(missing_ok=True)
             total -= stat.st_size
+
+
+def find_store(
+    cache_dir: str, devices: list[Any], packages: Iterable[str], variables: Iterable[str] = ("XLA_FLAGS",)
+) -> ProgramStore | None:
+    """The store that a user's `cache_dir` names: a folder, or "auto" for the default one; None for "off".
+
+    Its programs depend on the devices, on the source of `packages` and on the values of environment `variables`.
+    Raises InvalidValue for a folder that cannot be used.
+    """
+    if cache_dir == "off":
+        return None
+    folder = default_folder(os.environ) if cache_dir == "auto" else Path(cache_dir).expanduser()
+    values = {name: os.environ.get(name, "") for name in variables}
+    return open_store(folder, {**device_facts(devices), **values, "source": source_digest(packages)})
 
 
 def open_store(folder: Path, facts: Mapping[str, str]) -> ProgramStore:

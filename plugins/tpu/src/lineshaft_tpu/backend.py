@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft.contract.kernels import Kernel
+from lineshaft_jax.devices import cpu_devices
 from lineshaft_jax.kernels import xla_kernels
+from lineshaft_jax.memory import RankMemory, device_memory
 from lineshaft_jax.program import InFlight
-from lineshaft_jax.report import device_facts
 from lineshaft_jax.session import JaxSession, SessionOptions
-from lineshaft_jax.store import ProgramStore, default_folder, open_store, source_digest
+from lineshaft_jax.store import ProgramStore, find_store
 from lineshaft_tpu.chips import CHIPS, Chip, chip_of_kind
-from lineshaft_tpu.devices import cpu_devices, tpu_devices
-from lineshaft_tpu.memory import RankMemory, device_memory
+from lineshaft_tpu.devices import tpu_devices
 from lineshaft_tpu.options import TpuOptions
 from lineshaft_tpu.pallas.interpreting import Mode
 from lineshaft_tpu.pallas.recipes import pallas_kernels
@@ -88,13 +86,5 @@ def create(options: TpuOptions, world: World) -> TpuBackend:
         chip = chip_of_kind(devices[0].device_kind)
         own = devices[world.rank : world.rank + world.ranks]
         memory = RankMemory(partial(device_memory, own), LANES, flight)
-    return TpuBackend(options, world, devices, chip, memory, store_of(options, devices), flight=flight)
-
-
-def store_of(options: TpuOptions, devices: list[Any]) -> ProgramStore | None:
-    """Where compiled programs are kept."""
-    if options.cache_dir == "off":
-        return None
-    folder = default_folder(os.environ) if options.cache_dir == "auto" else Path(options.cache_dir).expanduser()
-    flags = {name: os.environ.get(name, "") for name in FLAGS}
-    return open_store(folder, {**device_facts(devices), **flags, "source": source_digest(PACKAGES)})
+    store = find_store(options.cache_dir, devices, PACKAGES, FLAGS)
+    return TpuBackend(options, world, devices, chip, memory, store, flight=flight)

@@ -1,40 +1,23 @@
-"""The devices that JAX gives this process: real TPUs, virtual CPU devices, or those of a topology that is not here."""
+"""The devices that JAX gives this process: real TPUs, or those of a topology that is not here."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
+from lineshaft.errors import BackendUnavailable, InvalidValue
+from lineshaft_jax.devices import cpu_devices
 from lineshaft_tpu.chips import SLICES, Topology
-
-VIRTUAL = 8
-"""Fewest virtual devices: JAX fixes their number when it starts, and a later engine may want more than the first."""
 
 HOST = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5e-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 """What libtpu must be told where there is no TPU, or it looks for a machine that it cannot find."""
-
-
-def cpu_devices(count: int) -> list[Any]:
-    """At least so many virtual devices. Raises LayoutError where JAX was started with fewer."""
-    jax.config.update("jax_platforms", "cpu")
-    with suppress(RuntimeError):  # JAX has started: what it has must do
-        jax.config.update("jax_num_cpu_devices", max(count, VIRTUAL))
-    found = jax.devices("cpu")
-    if len(found) < count:
-        raise LayoutError(
-            f"the layout has {count} ranks, and JAX started with {len(found)} virtual devices in this process; "
-            "use a process of its own for the larger layout"
-        )
-    return list(found)
 
 
 def tpu_devices() -> list[Any]:

@@ -11,12 +11,12 @@ from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
 from lineshaft.errors import LayoutError
 from lineshaft_jax.ahead import AheadSession
+from lineshaft_jax.memory import RankMemory
 from lineshaft_jax.session import SessionOptions
 from lineshaft_tpu.backend import TpuBackend
 from lineshaft_tpu.chips import CHIPS, Topology, parse_topology
 from lineshaft_tpu.devices import topology_devices
 from lineshaft_tpu.inspection import COLUMNS, inspect
-from lineshaft_tpu.memory import RankMemory
 from lineshaft_tpu.options import TpuOptions
 from lineshaft_tpu.tiling import LANES
 
