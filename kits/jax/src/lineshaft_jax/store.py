@@ -80,7 +80,10 @@ class ProgramStore:
 
     def prune(self) -> None:
         """Remove the files that were used longest ago, until the rest is within `most` bytes."""
-        found = [(path.stat(), path) for path in self.folder.iterdir()]
+        found = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another process is at work here too
+                found.append((path.stat(), path))
         total = sum(stat.st_size for stat, _ in found)
         for stat, path in sorted(found, key=lambda pair: pair[0].st_mtime):
             if total <= self.most:
