@@ -41,6 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "seed": 12, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "hidden_size": 64,
         "intermediate_size": 96,
     },
+    "lanes": {  # sizes that fill whole lanes of a tile
+        "seed": 13, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 128,
+        "intermediate_size": 128,
+    },
     "lone-kv": {  # fewer kv heads than workers
         "seed": 9, "num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 64, "intermediate_size": 96,
     },

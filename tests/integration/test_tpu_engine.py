@@ -109,6 +109,25 @@ def programs(engine: Engine) -> list[Any]:
     return list(worker._programs.values())
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_pallas_kernels_interpreted_change_nothing(llama: Llama, quantization: str) -> None:
+    """In an engine, with chunks, mixed steps and preemption; products of 128 lanes exist in that variant alone."""
+    checkpoint = llama("lanes")
+    settings = {"max_model_len": 64, "cache.pages": 7, "cache.page_size": 16, "scheduler.token_budget": 16}
+    settings["quantization"] = quantization
+    tokens = []
+    for interpret in (False, True):
+        more = {"backend_options.interpret": interpret}
+        with Engine(on_tpu(checkpoint.path, **settings, **more)) as engine:
+            run = drive(engine, checkpoint.oracle.prompts(3, (5, 30, 40)), greedy(12), look=False)
+            used = {entry.kernel for entry in engine.plan.entries}
+        assert run.mixed_steps and run.preemptions
+        assert ({"pallas_attend", "pallas_write_kv"} <= used) == interpret
+        assert (f"pallas_linear_{quantization}" in used) == (interpret and quantization != "none")
+        tokens.append(run.tokens)
+    assert tokens[0] == tokens[1]
+
+
 def test_without_a_tpu_it_does_not_run_on_the_cpu_unasked(llama: Llama) -> None:
     with pytest.raises(BackendUnavailable, match="platform"):
         Engine(config(llama("even").path, backend="tpu"))

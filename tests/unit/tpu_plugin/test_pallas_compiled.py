@@ -88,9 +88,9 @@ def test_attend_compiles_within_vmem(compile_for: Compile, chip: str, name: str)
     compiled = compiled_attend(compile_for, chip, problem)
     report = inspect(compiled)
     planned = attend_blocks.vmem_bytes(problem, attend_blocks.blocks(problem, where))
-    assert report["kernels"] == "lineshaft_attend"
+    assert "lineshaft_attend" in compiled.as_text()
     assert planned <= attend_blocks.budget(where)
-    assert 0 < int(report["vmem"]) <= min(2 * planned, usable_vmem(where))  # what the compiler adds is its own affair
+    assert 0 < int(report["vmem_bytes"]) <= min(2 * planned, usable_vmem(where))
     assert int(report["mxu"]) >= 2
     queries = problem.tokens * problem.q_heads * problem.qk_dim * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * queries + 2**20  # never a copy of the pages
@@ -141,7 +141,7 @@ def test_linear_compiles(compile_for: Compile, chip: str, scheme: str, codes: st
     specs = [((m, 4096), dtype), ((14_336, 4096), codes), ((14_336,), "float32")]
     compiled = compile_for(chip, run, *specs)
     report = inspect(compiled)
-    assert report["kernels"] == "lineshaft_quantized_linear" and report["mxu"] == 1
+    assert "lineshaft_quantized_linear" in compiled.as_text() and report["mxu"] == 1
     assert compiled.memory_analysis().temp_size_in_bytes < 14_336 * 4096 // 4  # the weight is never widened in memory
 
 
@@ -156,4 +156,4 @@ def test_a_report_counts_the_compilers_own_products(compile_for: Compile) -> Non
         return jnp.tanh(x @ y) @ y
 
     report = inspect(compile_for("v5e", run, *[((512, 512), "bfloat16")] * 2))
-    assert report["mxu"] == 2 and report["kernels"] == "" and int(report["vmem"]) > 0
+    assert report["mxu"] == 2 and int(report["vmem_bytes"]) > 0

@@ -41,25 +41,27 @@ def rows(matrix: Matrix, *, reasons: bool = False) -> list[Sequence[str]]:
 
 
 def cell_text(matrix: Matrix, cell: Cell, *, reasons: bool) -> str:
-    """ "compiled 3: 0 B, 256" for the problems compiled, temporaries, and each column of the toolchain."""
+    """ "3: temporaries 0 B, vmem 12.00 KiB, mxu 1": the problems compiled, and of the first of them what it takes."""
     if cell.outcome != COMPILED:
         word = "FAILS" if cell.outcome == FAILS else cell.outcome
         return f"{word}: {cell.why}" if reasons else word
     figures = cell.compiled[0]["figures"]
-    shown = [human(figures["temporaries"]), *(plain(figures.get(name)) for name in matrix.columns)]
-    return f"compiled {len(cell.compiled)}: {', '.join(shown)}"
+    shown = [figure("temporaries_bytes", figures["temporaries"])]
+    shown += [figure(name, figures[name]) for name in matrix.columns if name in figures]
+    return f"{len(cell.compiled)}: {', '.join(shown)}"
 
 
-def plain(value: Any) -> str:
-    return "-" if value is None else str(value)
+def figure(name: str, value: Any) -> str:
+    """A figure with its name; one whose name ends in "_bytes" in a unit to read."""
+    title = name.removesuffix("_bytes")
+    return f"{title} {value if title == name else human(value)}"
 
 
 def legend(matrix: Matrix) -> str:
-    figures = ", ".join(("temporaries", *matrix.columns))
     return (
         f"{matrix.backend}: {len(matrix.kernels)} kernels, {len(matrix.targets)} targets, {len(matrix.failures)} cells "
-        "fail. A cell: how many problems were compiled, then of the first, which is a real model's where there is one: "
-        f"{figures}. Evidence: compiled-only"
+        "fail. A cell: how many problems were compiled, and figures of the first, which is a real model's where there "
+        "is one. Evidence: compiled-only"
     )
 
 

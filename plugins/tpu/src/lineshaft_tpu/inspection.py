@@ -14,34 +14,27 @@ VMEM = "1"
 """The number of VMEM among the memory spaces of compiled text."""
 
 
-COLUMNS = ("vmem", "mxu", "kernels")
+COLUMNS = ("vmem_bytes", "mxu")
 
 
-def inspect(compiled: Any) -> dict[str, int | str]:
+def inspect(compiled: Any) -> dict[str, int]:
     """Facts of a `jax.stages.Compiled`, made of kernels of our own, of the compiler's, or of both.
 
-    vmem     most bytes of scoped VMEM that one operation takes (0 where the platform has none)
-    mxu      products of matrices: in the kernels' bodies, each as often as it is written there, and outside
-    kernels  names of the Pallas kernels, in the order of the text
+    vmem_bytes  most scoped VMEM that one operation takes (0 where the platform has none)
+    mxu         products of matrices: in the bodies of Pallas kernels, each as often as it is written there, and outside
     """
     text = compiled.as_text()
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     outside = re.findall(r"= \S+ (?:dot|convolution)\(", text)
     return {
-        "vmem": max(map(int, _scoped(text)), default=0),
+        "vmem_bytes": max(map(int, _scoped(text)), default=0),
         "mxu": len(outside) + sum(_products(line) for line in calls),
-        "kernels": ",".join(_name(line) for line in calls),
     }
 
 
 def _scoped(text: str) -> list[str]:
     used = "".join(re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', text))
     return re.findall(rf'"memory_space":"{VMEM}","offset":"\d+","size":"(\d+)"', used)
-
-
-def _name(call: str) -> str:
-    found = re.search(r'op_name="[^"]*?([^/"]+)/pallas_call', call)
-    return found.group(1) if found else "?"
 
 
 def _products(call: str) -> int:
