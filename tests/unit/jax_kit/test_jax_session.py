@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,24 @@ def test_a_folder_that_is_gone_costs_a_warning(
     assert "not kept" in caplog.text
 
 
+def test_weights_that_share_an_array_make_another_program(subject: Subject, tmp_path: Path) -> None:
+    """Three of one shape, of which two are one: neither shapes nor calls tell which two."""
+    store = open_store(tmp_path / "programs", {})
+
+    def sums(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
+        return {name: ops.add(step.arrays["x"], value) for name, value in weights.items()}, caches
+
+    def found(**sources: str) -> dict[str, float]:
+        values = {name: Y * ord(source) for name, source in sources.items()}
+        params = {name: replace(const_param(name, Y), source_id=source) for name, source in sources.items()}
+        spec = ProgramSpec("sums", sums, SHAPE, InputLayout([InputField("x", "float32", X.shape)]))
+        with Rig(subject, [spec], params=params, values=values, session=session(store)) as rig:
+            return {name: float(value[0, 0]) for name, value in rig.run({"x": X}).items()}
+
+    for sources in ({"a": "p", "b": "p", "c": "q"}, {"a": "p", "b": "q", "c": "q"}):
+        assert found(**sources) == {name: ord(source) for name, source in sources.items()}
+
+
 def test_a_folder_that_others_may_write_to_or_that_is_a_file_is_refused(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -116,11 +135,12 @@ def test_a_folder_that_others_may_write_to_or_that_is_a_file_is_refused(tmp_path
 
 def test_the_programs_used_longest_ago_go_first(tmp_path: Path) -> None:
     store = ProgramStore(tmp_path, {}, most=20)
-    for age, name in enumerate(("new", "old", "older")):
+    new, old, older = (store.key([name]) for name in ("new", "old", "older"))
+    for age, name in enumerate((new, old, older, "thesis.odt")):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     store.prune()
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
+    assert {path.name for path in tmp_path.iterdir()} == {new, old, "thesis.odt"}
 
 
 # ---- programs ----------------------------------------------------------------------------------------------------

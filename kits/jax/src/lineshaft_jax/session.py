@@ -207,7 +207,7 @@ class JaxSession(SessionState):
         devices = [device.id for device in mesh.devices.flat]
         return [
             capture.ops.digest, capture.inputs.fields, sorted(capture.arrays.items()), shapes, problems,
-            self.weights.own, mesh.devices.shape, devices,
+            self.weights.places(), self.weights.own, mesh.devices.shape, devices,
         ]  # fmt: skip
 
     def inspect(self, compiled: Any) -> Mapping[str, str | int]:
