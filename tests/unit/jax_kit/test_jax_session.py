@@ -17,14 +17,14 @@ import pytest
 from lineshaft.contract.backends import World
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
+from lineshaft.contract.steps import ArraySpec, InputField, InputLayout, StepInputs, StepShape
 from lineshaft.errors import ContractViolation, InvalidValue
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.rig import Rig, const_param
 from lineshaft_conformance.subject import Subject, Target
 from lineshaft_jax.kernels.pages import cache_specs
 from lineshaft_jax.mesh import Placement, mesh_of
-from lineshaft_jax.program import InFlight
+from lineshaft_jax.program import DeviceArray, InFlight
 from lineshaft_jax.session import JaxSession, SessionOptions
 from lineshaft_jax.store import CHECKSUM, ProgramStore, open_store
 from lineshaft_jax.transfers import FEW, MANY, PageMover, chunks
@@ -154,6 +154,21 @@ def test_a_program_of_weights_that_were_loaded_over_is_refused(subject: Subject)
         with pytest.raises(ContractViolation, match="capture it again"):
             stale(rig.host({"x": X}))
         np.testing.assert_array_equal(rig.run({"x": X})["sum"], X + Y)
+
+
+def test_a_handle_of_other_devices_is_refused_and_harms_nothing(subject: Subject) -> None:
+    def doubled(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
+        return {"doubled": ops.add(arrays["held"], arrays["held"])}, caches
+
+    held = ArraySpec((1, 4), "float32")
+    spec = ProgramSpec("doubled", doubled, SHAPE, InputLayout([]), {"held": held})
+    elsewhere = JaxSession(World(), jax.devices("cpu")[1:], SessionOptions())
+    with started(subject, session()) as rig, Rig(subject, [spec], session=elsewhere) as other:
+        foreign = rig.submit({"x": X}).handle("sum")
+        with pytest.raises(ContractViolation, match="other devices"):
+            other.submit({}, 0, {"held": foreign})
+        own = DeviceArray(elsewhere.placement.zeros((1, 4), np.float32), 1)
+        np.testing.assert_array_equal(other.submit({}, 0, {"held": own}).result("doubled"), 0 * X)
 
 
 def test_waiting_covers_steps_whose_outputs_nobody_holds() -> None:
