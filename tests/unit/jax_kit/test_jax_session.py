@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import pytest
 from lineshaft.contract.backends import World
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
+from lineshaft.contract.steps import ArraySpec, InputField, InputLayout, StepInputs, StepShape
 from lineshaft.errors import ContractViolation, InvalidValue
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.rig import Rig, const_param
 from lineshaft_conformance.subject import Subject, Target
 from lineshaft_jax.kernels.pages import cache_specs
 from lineshaft_jax.mesh import Placement, mesh_of
-from lineshaft_jax.program import InFlight
+from lineshaft_jax.program import DeviceArray, InFlight
 from lineshaft_jax.session import JaxSession, SessionOptions
 from lineshaft_jax.store import CHECKSUM, ProgramStore, open_store
 from lineshaft_jax.transfers import FEW, MANY, PageMover, chunks
@@ -103,6 +104,24 @@ def test_a_folder_that_is_gone_costs_a_warning(
     assert "not kept" in caplog.text
 
 
+def test_weights_that_share_an_array_make_another_program(subject: Subject, tmp_path: Path) -> None:
+    """Three of one shape, of which two are one: neither shapes nor calls tell which two."""
+    store = open_store(tmp_path / "programs", {})
+
+    def sums(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
+        return {name: ops.add(step.arrays["x"], value) for name, value in weights.items()}, caches
+
+    def found(**sources: str) -> dict[str, float]:
+        values = {name: Y * ord(source) for name, source in sources.items()}
+        params = {name: replace(const_param(name, Y), source_id=source) for name, source in sources.items()}
+        spec = ProgramSpec("sums", sums, SHAPE, InputLayout([InputField("x", "float32", X.shape)]))
+        with Rig(subject, [spec], params=params, values=values, session=session(store)) as rig:
+            return {name: float(value[0, 0]) for name, value in rig.run({"x": X}).items()}
+
+    for sources in ({"a": "p", "b": "p", "c": "q"}, {"a": "p", "b": "q", "c": "q"}):
+        assert found(**sources) == {name: ord(source) for name, source in sources.items()}
+
+
 def test_a_folder_that_others_may_write_to_or_that_is_a_file_is_refused(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -116,11 +135,12 @@ def test_a_folder_that_others_may_write_to_or_that_is_a_file_is_refused(tmp_path
 
 def test_the_programs_used_longest_ago_go_first(tmp_path: Path) -> None:
     store = ProgramStore(tmp_path, {}, most=20)
-    for age, name in enumerate(("new", "old", "older")):
+    new, old, older = (store.key([name]) for name in ("new", "old", "older"))
+    for age, name in enumerate((new, old, older, "thesis.odt")):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     store.prune()
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
+    assert {path.name for path in tmp_path.iterdir()} == {new, old, "thesis.odt"}
 
 
 # ---- programs ----------------------------------------------------------------------------------------------------
@@ -134,6 +154,21 @@ def test_a_program_of_weights_that_were_loaded_over_is_refused(subject: Subject)
         with pytest.raises(ContractViolation, match="capture it again"):
             stale(rig.host({"x": X}))
         np.testing.assert_array_equal(rig.run({"x": X})["sum"], X + Y)
+
+
+def test_a_handle_of_other_devices_is_refused_and_harms_nothing(subject: Subject) -> None:
+    def doubled(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
+        return {"doubled": ops.add(arrays["held"], arrays["held"])}, caches
+
+    held = ArraySpec((1, 4), "float32")
+    spec = ProgramSpec("doubled", doubled, SHAPE, InputLayout([]), {"held": held})
+    elsewhere = JaxSession(World(), jax.devices("cpu")[1:], SessionOptions())
+    with started(subject, session()) as rig, Rig(subject, [spec], session=elsewhere) as other:
+        foreign = rig.submit({"x": X}).handle("sum")
+        with pytest.raises(ContractViolation, match="other devices"):
+            other.submit({}, 0, {"held": foreign})
+        own = DeviceArray(elsewhere.placement.zeros((1, 4), np.float32), 1)
+        np.testing.assert_array_equal(other.submit({}, 0, {"held": own}).result("doubled"), 0 * X)
 
 
 def test_waiting_covers_steps_whose_outputs_nobody_holds() -> None:

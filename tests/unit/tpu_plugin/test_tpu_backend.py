@@ -121,6 +121,29 @@ def test_a_tpu_that_does_not_start_is_explained(said: str, told: str, monkeypatc
         create(TpuOptions(cache_dir="off"), World())
 
 
+def test_a_host_with_fewer_tpus_than_ranks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.jax, "devices", lambda platform: [object()] * 2)
+    axes = (("dp", 2), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", 2))
+    with pytest.raises(LayoutError, match=r"4 ranks.* 2 TPU"):
+        create(TpuOptions(cache_dir="off"), World(rank=2, axes=axes, ranks=2))
+
+
+def test_programs_of_other_options_are_others(tmp_path: Path) -> None:
+    """Kernels of one name say what else they are made for, and those that look for races are never kept."""
+    shared: dict[str, Any] = {"platform": "cpu", "interpret": True, "cache_dir": str(tmp_path / "programs")}
+    runs: tuple[dict[str, Any], ...] = ({}, {"detect_races": True}, {"chip": "v5p"}, {"attention_memory_mib": 1})
+    backends = [create(TpuOptions(**shared, **more), World()) for more in runs]
+    made = [[(kernel.name, dict(kernel.options)) for kernel in backend.kernels()] for backend in backends]
+    assert all(made.count(each) == 1 for each in made)
+    assert [backend.store is None for backend in backends] == [False, True, False, False]
+
+
+def test_compiling_ahead_interprets_nothing() -> None:
+    toolchain = TpuToolchain(TpuOptions(platform="cpu", interpret=True))
+    (attend,) = [k for k in toolchain.start("v5e:1x1", World()).kernels() if k.name == "pallas_attend"]
+    assert attend.options == {"chip": "v5e", "run": "compiled"}
+
+
 def test_compiling_ahead_needs_libtpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match="libtpu"):

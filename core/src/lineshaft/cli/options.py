@@ -20,7 +20,6 @@ KEYS = {
     "tp": ("N", "tensor-parallel degree"),
     "dp": ("N", "data-parallel degree"),
 }
-AXES = ("dp", "pp", "cp", "ep", "tp")
 DOTTED = {"tp": "layout.tp", "dp": "layout.dp"}
 
 
@@ -58,6 +57,8 @@ def overrides(args: Namespace) -> dict[str, str]:
 
 def degrees(texts: Iterable[str]) -> dict[str, str]:
     """The dotted key of each degree of KEY=N[,KEY=N]. Raises InvalidValue."""
+    from lineshaft.layout import AXES
+
     parts = [part.strip() for text in texts for part in text.split(",")]
     found = list(pairs("--layout", parts))
     keys = [key for key, _ in found]

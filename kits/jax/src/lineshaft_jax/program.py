@@ -192,14 +192,14 @@ class JaxProgram:
     def __call__(
         self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()
     ) -> StepPending:
-        """Submit one step. Raises ContractViolation for arrays that were not captured; a step that fails otherwise
-        poisons the session."""
+        """Submit one step. Raises ContractViolation for arrays that were not captured or lie elsewhere; a step that
+        fails otherwise poisons the session."""
         session = self.session
         session.require_usable()
         if self._generation != session.generation:
             raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
         check_handles(self.capture.arrays, arrays or {})
-        given = {name: handle.array for name, handle in (arrays or {}).items()}  # type: ignore[attr-defined]
+        given = self._own(arrays or {})
         for transfer in after:
             transfer.wait()
         words = host.buffer[: self.capture.inputs.nbytes].view(np.int32).copy()  # XLA may keep reading what it is given
@@ -210,6 +210,16 @@ class JaxProgram:
             cache.arrays.update(now)
         session.flight.add(outputs)
         return StepPending(session, outputs)
+
+    def _own(self, handles: Mapping[str, Handle]) -> dict[str, Any]:
+        """The arrays of handles. Raises ContractViolation for one of a session on other devices."""
+        own, given = self.session.placement.own, {}
+        for name, handle in handles.items():
+            array = getattr(handle, "array", None)
+            if not isinstance(array, jax.Array) or not array.sharding.is_equivalent_to(own, array.ndim):
+                raise ContractViolation(f"array {name!r} is of a session on other devices; give this session's own")
+            given[name] = array
+        return given
 
 
 def check_field(item: InputField) -> None:

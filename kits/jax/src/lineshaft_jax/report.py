@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jaxlib import _jax
 
 from lineshaft.contract.sessions import CaptureReport
 
@@ -44,6 +46,17 @@ def collectives(compiled: Any) -> tuple[str, ...]:
 
 
 def device_facts(devices: list[Any]) -> dict[str, str]:
-    """What a compiled program depends on besides its own making: versions and the kind of device."""
-    client = devices[0].client
-    return {"jax": jax.__version__, "runtime": str(client.platform_version), "device": str(devices[0].device_kind)}
+    """What a compiled program depends on besides its own making: versions, and the devices with their features."""
+    return {
+        "jax": version("jax"), "jaxlib": version("jaxlib"), "runtime": str(devices[0].client.platform_version),
+        "device": str(devices[0].device_kind), "topology": topology(devices),
+    }  # fmt: skip
+
+
+def topology(devices: list[Any]) -> str:
+    """What tells devices apart that programs are compiled for, such as the instructions of a CPU; "" where the runtime
+    does not tell."""
+    try:
+        return str(_jax.get_topology_for_devices(devices).fingerprint())
+    except (jax.errors.JaxRuntimeError, NotImplementedError):
+        return ""

@@ -5,7 +5,7 @@ Knows no model, no kernel and no vendor; the devices and the place of compiled p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +65,6 @@ class JaxSession(SessionState):
         self.generation = 0  # of weights and caches: what was captured over others must not run again
         self.compiled = 0  # programs that a compiler made, not the store
         self._movers: dict[Any, PageMover] = {}
-        self._constants: dict[Hashable, Any] = {}
 
     @property
     def ranks(self) -> int:
@@ -207,7 +206,7 @@ class JaxSession(SessionState):
         devices = [device.id for device in mesh.devices.flat]
         return [
             capture.ops.digest, capture.inputs.fields, sorted(capture.arrays.items()), shapes, problems,
-            self.weights.own, mesh.devices.shape, devices,
+            self.weights.places(), self.weights.own, mesh.devices.shape, devices,
         ]  # fmt: skip
 
     def inspect(self, compiled: Any) -> Mapping[str, str | int]:
@@ -221,16 +220,10 @@ class JaxSession(SessionState):
             for cache in {cache.problem: cache for cache in self.caches}.values():
                 cache.arrays.update(self.mover(cache).warm(cache.arrays))
 
-    def constant(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once per session: tables that bound kernels share."""
-        if key not in self._constants:
-            self._constants[key] = make()
-        return self._constants[key]
-
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self.weights, self.caches, self._movers, self._constants = Weights(), [], {}, {}
+            self.weights, self.caches, self._movers = Weights(), [], {}
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Compiled programs on disk, so that a second start does not compile: one file each, named by what it was made from.
 
 The key covers the program's digest (its calls, kernels and problems), the shapes of all arguments, the mesh, the
-versions of JAX, of the compiler and of the runtime, and the source of the packages that programs are made of. A file is
-checked against its checksum, and one that cannot be used is compiled anew. Files are loaded as code: the folder must
-belong to the user alone.
+versions of JAX, of the compiler and of the runtime, the devices with their features, and the source of the packages
+that programs are made of. A file is checked against its checksum, and one that cannot be used is compiled anew. Files
+are loaded as code: the folder must belong to the user alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.experimental import serialize_executable
 
 from lineshaft.errors import InvalidValue
@@ -28,6 +27,8 @@ from lineshaft_jax.report import device_facts
 log = logging.getLogger(__name__)
 CHECKSUM = 32
 """Bytes of the sha256 that a file begins with."""
+OURS = "[0-9a-f]" * 64
+"""Names of programs: what else lies in the folder is the user's."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class ProgramStore:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            log.warning("%s cannot be read (%s): the program is compiled anew", path, error.strerror)
+            return None
         kept = content[CHECKSUM:]
         if hashlib.sha256(kept).digest() != content[:CHECKSUM]:
             log.warning("%s is damaged: the program is compiled anew", path)
@@ -62,26 +66,26 @@ class ProgramStore:
         except Exception as error:
             log.warning("%s cannot be loaded (%s): the program is compiled anew", path, " ".join(str(error).split()))
             return None
-        with suppress(OSError):  # a folder that can only be read
-            path.touch()
+        with suppress(OSError):  # a folder that can only be read, or a file that another process has removed
+            os.utime(path)
         return found
 
     def save(self, key: str, compiled: Any, note: Any) -> None:
         """Keep a compiled program and a note that JSON can hold. One that cannot be kept is compiled again."""
-        part = self.folder / f".{key}.{os.getpid()}"
+        part = self.folder / f"{key}.{os.getpid()}"
         try:
             payload, *_ = serialize_executable.serialize(compiled)
             kept = json.dumps(note).encode() + b"\n" + payload
             part.write_bytes(hashlib.sha256(kept).digest() + kept)
             part.replace(self.folder / key)
-        except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:
             part.unlink(missing_ok=True)
             log.warning("a compiled program is not kept in %s: %s", self.folder, " ".join(str(error).split()))
 
     def prune(self) -> None:
         """Remove the files that were used longest ago, until the rest is within `most` bytes."""
         found = []
-        for path in self.folder.iterdir():
+        for path in self.folder.glob(f"{OURS}*"):
             with suppress(FileNotFoundError):  # another process is at work here too
                 found.append((path.stat(), path))
         total = sum(stat.st_size for stat, _ in found)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lineshaft.contract.sessions import Packing, Tree, map_tree
+from lineshaft.contract.sessions import Packing, Tree, leaves, map_tree
 from lineshaft.contract.weights import Local, Param, Stored, Weight
 from lineshaft.errors import MisshapenTensor
 from lineshaft_jax.arrays import HostArray
@@ -61,6 +61,10 @@ class Weights:
         self.arrays += leaves.values()
         self.own += [own] * len(leaves)
         return {name: first + i for i, name in enumerate(leaves)}
+
+    def places(self) -> list[Any]:
+        """Which arrays each Param has: those of one source share them, and a program is made for that."""
+        return [item if isinstance(item, int) else item.arrays for item in leaves(self.tree)]
 
     def dressed(self, arrays: Sequence[Any]) -> Tree:
         """The tree with the arrays of a list like `self.arrays` in it: Weights, and bare arrays for const Params."""

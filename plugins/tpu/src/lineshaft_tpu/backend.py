@@ -82,9 +82,10 @@ def create(options: TpuOptions, world: World) -> TpuBackend:
         chip = CHIPS[options.chip] if options.interpret else None
         memory = RankMemory(lambda: None, LANES if chip else 1, flight)
     else:
-        devices = tpu_devices()
+        devices = tpu_devices(world.size)
         chip = chip_of_kind(devices[0].device_kind)
         own = devices[world.rank : world.rank + world.ranks]
         memory = RankMemory(partial(device_memory, own), LANES, flight)
-    store = find_store(options.cache_dir, devices, PACKAGES, FLAGS)
+    cache_dir = "off" if options.detect_races else options.cache_dir  # such programs call Python: no file holds them
+    store = find_store(cache_dir, devices, PACKAGES, FLAGS)
     return TpuBackend(options, world, devices, chip, memory, store, flight=flight)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from lineshaft.errors import BackendUnavailable, InvalidValue
+from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
 from lineshaft_jax.devices import cpu_devices
 from lineshaft_tpu.chips import SLICES, Topology
 
@@ -20,12 +20,16 @@ HOST = {
 """What libtpu must be told where there is no TPU, or it looks for a machine that it cannot find."""
 
 
-def tpu_devices() -> list[Any]:
-    """All TPUs of this host. Raises BackendUnavailable where they cannot be had, with who has them if that is said."""
+def tpu_devices(count: int) -> list[Any]:
+    """All TPUs of this host. Raises BackendUnavailable where they cannot be had, with who has them if that is said, and
+    LayoutError where they are fewer than `count`."""
     try:
-        return list(jax.devices("tpu"))
+        found = list(jax.devices("tpu"))
     except RuntimeError as error:
         raise BackendUnavailable(refusal(str(error))) from error
+    if len(found) < count:
+        raise LayoutError(f"the layout has {count} ranks, and this host {len(found)} TPU devices; lower a degree")
+    return found
 
 
 def refusal(text: str) -> str:

@@ -12,7 +12,7 @@ class TpuOptions(BaseModel):
 
     platform              "tpu", or "cpu" to run the whole engine on JAX's CPU platform, on virtual devices
     interpret             on the CPU platform: the Pallas kernels take part too, in JAX's interpreter (slow, for checks)
-    detect_races          with interpret: raise where two accesses of a kernel race
+    detect_races          with interpret: raise where two accesses of a kernel race; such programs are not kept
     chip                  the chip whose tiling rules hold where there is none: under interpret
     attention_memory_mib  largest temporaries, in MiB, of one call of the attention without Pallas
     cache_dir             folder of compiled programs; "auto": lineshaft/programs in the user's cache, "off": none

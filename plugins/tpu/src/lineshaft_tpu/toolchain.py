@@ -18,12 +18,17 @@ from lineshaft_tpu.chips import CHIPS, Topology, parse_topology
 from lineshaft_tpu.devices import topology_devices
 from lineshaft_tpu.inspection import COLUMNS, inspect
 from lineshaft_tpu.options import TpuOptions
+from lineshaft_tpu.pallas.interpreting import Mode
 from lineshaft_tpu.tiling import LANES
 
 
 @dataclass(frozen=True)
 class AheadBackend(TpuBackend):
     """The backend on a topology that is not here."""
+
+    @property
+    def mode(self) -> Mode:
+        return ""
 
     def session(self, rank: int) -> AheadSession:
         return AheadSession(self.world, self.devices, SessionOptions(self.lanes, self.store), inspect)

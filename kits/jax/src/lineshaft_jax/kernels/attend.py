@@ -366,7 +366,8 @@ def recipes(budget_mib: int = MEMORY_MIB) -> list[Recipe]:
     def bind(problem: AttendProblem, session: Any) -> Any:
         return partial(attend, budget_mib * 2**20, problem)
 
+    options = {"memory_mib": str(budget_mib)}
     return [
-        recipe("xla_attend", "attend", bind, layout=LAYOUT, handles=FEATURES, supports=supports),
+        recipe("xla_attend", "attend", bind, layout=LAYOUT, handles=FEATURES, supports=supports, options=options),
         recipe("xla_merge_states", "merge_states", stateless(merge_states), handles=frozenset({"sinks"})),
     ]

@@ -48,10 +48,12 @@ def pallas_kernels(backend: str, where: Chip, interpret: Mode = "") -> list[Kern
             name="pallas_attend", op="attend", backend=backend, bind=partial(_bind_attend, where, interpret),
             priority=PRIORITY, layout=LAYOUT, supports=partial(attend_reason, where),
             handles=frozenset({"causal", "window", "softcap", "sinks", "value_in_key", "return_lse"}),
+            options=made_for(where, interpret),
         ),
         Kernel(
             name="pallas_write_kv", op="write_kv", backend=backend, bind=partial(_bind_write, where, interpret),
             priority=PRIORITY, layout=LAYOUT, supports=partial(write_reason, where),
+            options=made_for(where, interpret),
         ),
         *(_linear_kernel(backend, where, interpret, scheme) for scheme in WEIGHT_SCHEMES),
     ]  # fmt: skip
@@ -61,8 +63,13 @@ def _linear_kernel(backend: str, where: Chip, interpret: Mode, scheme: str) -> K
     return Kernel(
         name=f"pallas_linear_{scheme}", op="linear", backend=backend, bind=partial(_bind_linear, where, interpret),
         priority=PRIORITY, layout=f"{scheme}_rows", pack=pack_rows(scheme), handles=frozenset({"scheme"}),
-        supports=partial(linear_reason, where, scheme),
+        supports=partial(linear_reason, where, scheme), options=made_for(where, interpret),
     )  # fmt: skip
+
+
+def made_for(where: Chip, interpret: Mode) -> dict[str, str]:
+    """A kernel's options: another chip or way to run makes another program of the same name."""
+    return {"chip": where.name, "run": interpret or "compiled"}
 
 
 # ---- which problems --------------------------------------------------------------------------------------------
