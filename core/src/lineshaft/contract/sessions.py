@@ -46,6 +46,18 @@ class Packing:
 
 
 @dataclass(frozen=True)
+class Capture:
+    """What `Session.capture` is given, for sessions to pass on."""
+
+    fn: StepFunction
+    shape: StepShape
+    inputs: InputLayout
+    ops: PlannedOps
+    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
+    host_outputs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class CaptureReport:
     """What a capture cost and what a replay will cost, in bytes unless said otherwise; of one rank.
 
@@ -307,7 +319,7 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 __all__ = [
-    "Array", "Cache", "CaptureReport", "DoneTransfer", "Handle", "HostArray", "Memory", "Packing", "Pending",
+    "Array", "Cache", "Capture", "CaptureReport", "DoneTransfer", "Handle", "HostArray", "Memory", "Packing", "Pending",
     "PlannedOps", "Program", "Session", "SessionState", "SharedPending", "StepFunction", "Transfer", "Tree",
     "UncountedMemory", "Weight", "check_handles", "leaves", "map_tree",
 ]  # fmt: skip

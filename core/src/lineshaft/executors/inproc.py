@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 
 from lineshaft.config import EngineConfig
 from lineshaft.contract.backends import Backend, World
@@ -24,8 +25,14 @@ class InprocExecutor:
         if degrees.world > 1:
             check_layout(config, registry)
         ranks = range(0, degrees.world, degrees.replica if one_program(config, registry) else 1)
-        self._workers = [Worker(config, rank, registry=registry, start=start) for rank in ranks]
         self._threads = ThreadPoolExecutor(len(ranks)) if len(ranks) > 1 else None
+        self._workers: list[Worker] = []
+        try:
+            for rank in ranks:
+                self._workers.append(Worker(config, rank, registry=registry, start=start))
+        except BaseException:
+            self.close()
+            raise
 
     def size(self) -> list[Sizes]:
         return [worker.size() for worker in self._workers]
@@ -36,10 +43,13 @@ class InprocExecutor:
     def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
         if self._threads is None:
             return [self._workers[0].execute(steps[0])]
-        return list(self._threads.map(Worker.execute, self._workers, steps))
+        waiting = [self._threads.submit(w.execute, step) for w, step in zip(self._workers, steps, strict=True)]
+        wait(waiting)  # all of them, also where one fails: none is to be at work when this returns
+        return [future.result() for future in waiting]
 
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown()
-        for worker in self._workers:
-            worker.close()
+        with ExitStack() as stack:
+            for worker in self._workers:
+                stack.callback(worker.close)

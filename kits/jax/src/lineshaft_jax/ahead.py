@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 import jax
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.sessions import Handle, Packing, SessionState, Transfer, Tree
+from lineshaft.contract.sessions import Capture, Handle, Packing, SessionState, Transfer, Tree
 from lineshaft.contract.steps import HostStep
 from lineshaft.contract.weights import Checkpoint, Param
 from lineshaft.errors import Unsupported
 from lineshaft_jax.packing import empty_share, host_leaves
-from lineshaft_jax.program import Capture, JaxProgram
+from lineshaft_jax.program import JaxProgram
 from lineshaft_jax.session import JaxSession, SessionOptions
 from lineshaft_jax.weights import Weights
 

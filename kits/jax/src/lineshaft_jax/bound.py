@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+from lineshaft.contract.binding import DENSE, Recipe, dense, stateless, with_problem
 from lineshaft.contract.kernels import Kernel, always
 from lineshaft.contract.problems import itemsize
-from lineshaft.contract.weights import Weight
 
-DENSE = "dense"
-"""The packing of a weight that is one plain array, in checkpoint order: {"data": ...}."""
-
-Recipe = Callable[[str], Kernel]
-"""A kernel that still lacks its backend's name."""
+__all__ = ["DENSE", "Recipe", "dense", "recipe", "stateless", "with_problem"]
 
 
 def declines_width(dtype: str) -> str | None:
@@ -35,18 +30,3 @@ def recipe(name: str, op: str, bind: Callable[[Any, Any], Callable[..., Any]], *
         return declines_width(problem.dtype) or declines(problem)
 
     return lambda backend: Kernel(name=name, op=op, backend=backend, bind=bind, supports=supports, **fields)
-
-
-def stateless(run: Callable[..., Any]) -> Callable[[Any, Any], Callable[..., Any]]:
-    """A `bind` for a function that needs neither problem nor session."""
-    return lambda problem, session: run
-
-
-def with_problem(run: Callable[..., Any]) -> Callable[[Any, Any], Callable[..., Any]]:
-    """A `bind` for a function whose first argument is the problem."""
-    return lambda problem, session: partial(run, problem)
-
-
-def dense(weight: Any) -> Any:
-    """The array of a densely packed weight; a bare array passes."""
-    return weight.arrays["data"] if isinstance(weight, Weight) else weight

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,14 +20,13 @@ from jax import lax
 from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.contract.sessions import (
     Cache,
+    Capture,
     CaptureReport,
     Handle,
-    PlannedOps,
-    StepFunction,
     Transfer,
     check_handles,
 )
-from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
+from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs
 from lineshaft.errors import ContractViolation
 from lineshaft_jax.arrays import HostArray
 from lineshaft_jax.mesh import shards
@@ -38,18 +37,6 @@ if TYPE_CHECKING:
 
 WORD = 4
 """Bytes of the int32 words in which the packed buffer travels."""
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What `Session.capture` was given."""
-
-    fn: StepFunction
-    shape: StepShape
-    inputs: InputLayout
-    ops: PlannedOps
-    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
-    host_outputs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

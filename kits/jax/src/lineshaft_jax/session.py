@@ -16,6 +16,7 @@ from lineshaft.contract.backends import World
 from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.sessions import (
     Cache,
+    Capture,
     DoneTransfer,
     Packing,
     PlannedOps,
@@ -30,7 +31,7 @@ from lineshaft_jax.arrays import HostArray
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs
 from lineshaft_jax.mesh import Placement, coordinates_of, mesh_of
 from lineshaft_jax.packing import host_leaves
-from lineshaft_jax.program import Capture, InFlight, JaxProgram, StepPending
+from lineshaft_jax.program import InFlight, JaxProgram, StepPending
 from lineshaft_jax.store import ProgramStore
 from lineshaft_jax.transfers import PageMover
 from lineshaft_jax.weights import Weights
@@ -96,10 +97,11 @@ class JaxSession(SessionState):
         return {name: self.placement.put(shares[0][name]) for name in names}
 
     def update(self, weights: Mapping[str, HostArray]) -> StepPending:
-        """Raises MisshapenTensor for a name that was not loaded or another shape; then nothing has changed."""
+        """Raises MisshapenTensor for a name that was not loaded or another shape, OutOfMemory; then nothing has changed."""
         self.require_usable()
         found = [pair for name, values in weights.items() for pair in self.weights.repacked(name, values, self.ranks)]
-        made = [(source, self._put(shares, own=bool(source.param.varies))) for source, shares in found]
+        with memory("the updated weights"):
+            made = [(source, self._put(shares, own=bool(source.param.varies))) for source, shares in found]
         for source, arrays in made:
             for name, index in source.leaves.items():
                 self.weights.arrays[index] = arrays[name]

@@ -7,17 +7,12 @@ a replay calls the kernel and nothing around it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+from lineshaft.contract.binding import DENSE, Recipe, dense, stateless, with_problem
 from lineshaft.contract.kernels import Kernel, always
-from lineshaft.contract.weights import Weight
 
-DENSE = "dense"
-"""The packing of a weight that is one plain array, in checkpoint order."""
-
-Recipe = Callable[[str], Kernel]
-"""A kernel that still lacks its backend's name."""
+__all__ = ["DENSE", "BoundKernel", "Recipe", "dense", "recipe", "stateless", "with_problem"]
 
 
 class BoundKernel:
@@ -54,18 +49,3 @@ def recipe(
         return BoundKernel(bind(problem, session), session, out)
 
     return lambda backend: Kernel(name=name, op=op, backend=backend, bind=bind_recorded, supports=supports, **fields)
-
-
-def stateless(run: Callable[..., Any]) -> Callable[[Any, Any], Callable[..., Any]]:
-    """A `bind` for a function that needs neither problem nor session."""
-    return lambda problem, session: run
-
-
-def with_problem(run: Callable[..., Any]) -> Callable[[Any, Any], Callable[..., Any]]:
-    """A `bind` for a function whose first argument is the problem."""
-    return lambda problem, session: partial(run, problem)
-
-
-def dense(weight: Any) -> Any:
-    """The tensor of a densely packed weight; a bare tensor passes."""
-    return weight.arrays["data"] if isinstance(weight, Weight) else weight

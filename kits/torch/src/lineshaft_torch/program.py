@@ -7,37 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lineshaft.contract.sessions import (
     Cache,
+    Capture,
     CaptureReport,
     Handle,
-    PlannedOps,
-    StepFunction,
     Transfer,
     check_handles,
 )
-from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
+from lineshaft.contract.steps import ArraySpec, HostStep, StepInputs, StepShape
 from lineshaft.errors import ContractViolation
 from lineshaft_torch.arrays import HostArray, to_host, torch_dtype
 from lineshaft_torch.recording import Placement, Recorder, ReshapeRecording, Step, Survey, Taping, recorded_namespace
 from lineshaft_torch.tensors import spec_of, storage_key, storage_keys, view_at
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What `Session.capture` was given."""
-
-    fn: StepFunction
-    shape: StepShape
-    inputs: InputLayout
-    ops: PlannedOps
-    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
-    host_outputs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

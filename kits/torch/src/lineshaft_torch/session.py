@@ -17,6 +17,7 @@ from lineshaft.contract.backends import World
 from lineshaft.contract.problems import KVProblem
 from lineshaft.contract.sessions import (
     Cache,
+    Capture,
     DoneTransfer,
     Packing,
     PlannedOps,
@@ -32,7 +33,7 @@ from lineshaft_torch.arrays import HostArray, from_host, to_host
 from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
 from lineshaft_torch.packing import dense_leaves, host_pack
 from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, movable, page_view
-from lineshaft_torch.program import Capture, EagerProgram, StepPending, TapeProgram
+from lineshaft_torch.program import EagerProgram, StepPending, TapeProgram
 from lineshaft_torch.recording import Recorder
 
 

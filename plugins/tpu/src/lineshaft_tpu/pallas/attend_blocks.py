@@ -49,7 +49,7 @@ def blocks(problem: AttendProblem, chip: Chip) -> Blocks:
     """
     group = problem.q_heads // problem.kv_heads
     small = math.lcm(group, sublanes(problem.dtype))
-    longest = max(min(problem.max_query, problem.tokens), 1) * group
+    longest = max(min(problem.max_query or problem.tokens, problem.tokens), 1) * group
     rows = padded(min(longest, ROWS), small)
     pages = max(1, min(LIVE_BITS, KEYS // problem.page_size, problem.pages))
     heads = problem.kv_heads // (chip.cores if problem.kv_heads % chip.cores == 0 else 1)
