@@ -97,7 +97,7 @@ class JaxSession(SessionState):
         return {name: self.placement.put(shares[0][name]) for name in names}
 
     def update(self, weights: Mapping[str, HostArray]) -> StepPending:
-        """Raises MisshapenTensor for a name that was not loaded or another shape, OutOfMemory; then nothing has changed."""
+        """Raises MisshapenTensor for an unknown name or another shape, OutOfMemory; then nothing has changed."""
         self.require_usable()
         found = [pair for name, values in weights.items() for pair in self.weights.repacked(name, values, self.ranks)]
         with memory("the updated weights"):
