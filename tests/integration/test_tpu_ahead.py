@@ -47,6 +47,7 @@ def test_every_program_of_a_small_model_compiles(tmp_path: Path, topology: str) 
     for program in found.programs[:2]:
         assert program.report.aliased == pool_bytes(found)
         assert bool(program.report.collectives) == (TOPOLOGIES[topology] > 1)
+    assert not any(program.report.cache_copied for program in found.programs)
     found.require_fit()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from lineshaft_jax.kernels.pages import cache_specs
 from lineshaft_jax.mesh import Placement, mesh_of
 from lineshaft_jax.program import DeviceArray, InFlight
 from lineshaft_jax.session import JaxSession, SessionOptions
-from lineshaft_jax.store import CHECKSUM, ProgramStore, open_store
+from lineshaft_jax.store import CHECKSUM, ProgramStore, checksum, find_store, open_store
 from lineshaft_jax.transfers import FEW, MANY, PageMover, chunks
 
 SHAPE = StepShape(tokens=1, rows=1, pages=(), logits=1, max_query=1)
@@ -86,7 +85,7 @@ def test_a_damaged_program_is_compiled_anew(
     foreign = b"no program"
     path.write_bytes({
         "flipped": bytes(content), "cut": bytes(content[:100]), "empty": b"",
-        "foreign": hashlib.sha256(foreign).digest() + foreign,
+        "foreign": checksum(path.name, foreign) + foreign,
     }[damage])  # fmt: skip
     with caplog.at_level(logging.WARNING):
         assert compiled(subject, store) == 1
@@ -136,11 +135,63 @@ def test_a_folder_that_others_may_write_to_or_that_is_a_file_is_refused(tmp_path
 def test_the_programs_used_longest_ago_go_first(tmp_path: Path) -> None:
     store = ProgramStore(tmp_path, {}, most=20)
     new, old, older = (store.key([name]) for name in ("new", "old", "older"))
-    for age, name in enumerate((new, old, older, "thesis.odt")):
+    for age, name in enumerate((new, old, older)):
         (tmp_path / name).write_bytes(b"x" * 10)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     store.prune()
-    assert {path.name for path in tmp_path.iterdir()} == {new, old, "thesis.odt"}
+    assert {path.name for path in tmp_path.iterdir()} == {new, old}
+
+
+def test_files_that_the_store_has_not_written_stay(tmp_path: Path) -> None:
+    store = ProgramStore(tmp_path, {}, most=0)
+    key = store.key([])
+    (tmp_path / key).mkdir()  # of a program's name, and not the store's all the same
+    foreign = ["model.safetensors", ".hidden", f"{key}.bak", key[:-1]]
+    for name in foreign:
+        (tmp_path / name).write_bytes(b"x" * 10)
+        os.utime(tmp_path / name, (1000, 1000))
+    store.prune()
+    assert {path.name for path in tmp_path.iterdir()} == {key, *foreign}
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    store = ProgramStore(tmp_path, {})
+    left, writing = (tmp_path / f".{store.key([])}.{pid}" for pid in (1, 2))
+    left.write_bytes(b"x")
+    os.utime(left, (1000, 1000))
+    writing.write_bytes(b"x")
+    store.prune()
+    assert list(tmp_path.iterdir()) == [writing]
+
+
+def test_a_program_under_the_name_of_another_is_compiled_anew(subject: Subject, tmp_path: Path) -> None:
+    first, second = (open_store(tmp_path / "programs", {"jax": version}) for version in "12")
+    compiled(subject, first)
+    (one,) = first.folder.iterdir()
+    compiled(subject, second)
+    (two,) = {*first.folder.iterdir()} - {one}
+    two.write_bytes(one.read_bytes())
+    assert [compiled(subject, first), compiled(subject, second)] == [0, 1]
+
+
+def test_a_folder_in_the_place_of_a_program_costs_a_warning(
+    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path / "programs", {})
+    compiled(subject, store)
+    (path,) = store.folder.iterdir()
+    path.unlink()
+    path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert compiled(subject, store) == 1
+    assert f"{path} cannot be read" in caplog.text and "not kept" in caplog.text
+    assert list(store.folder.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["~no-such-user/programs", "nul\0byte"])
+def test_a_folder_that_cannot_be_named_is_refused(name: str) -> None:
+    with pytest.raises(InvalidValue, match="cache_dir"):
+        find_store(name, jax.devices("cpu"), ())
 
 
 # ---- programs ----------------------------------------------------------------------------------------------------

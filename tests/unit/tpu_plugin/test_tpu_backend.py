@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,22 @@ def test_a_topology_is_a_generation_and_a_shape(text: str, name: str, count: int
 def test_what_is_no_topology_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(InvalidValue, match=r"written like \w+:\d"):
         parse_topology(text)
+
+
+@pytest.mark.parametrize("text", ["v5e:64x64", "v6e:1x257", "v4:16x16x17", "v5p:400x400x400", "tpu7x:9999x9999x9999"])
+def test_a_topology_larger_than_any_is_refused_before_its_compiler_dies(text: str) -> None:
+    with pytest.raises(InvalidValue, match=rf"{text}.* at most \d+"):
+        parse_topology(text)
+
+
+def test_a_topology_leaves_no_log_behind(tmp_path: Path) -> None:
+    script = "from lineshaft_tpu.chips import parse_topology; from lineshaft_tpu.devices import topology_devices; "
+    script += "print(len(topology_devices(parse_topology('v5e:2x2'))))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    environment["TPU_LOG_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["4"], done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_chip_is_known_by_the_name_that_jax_gives_it() -> None:

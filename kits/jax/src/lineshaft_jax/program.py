@@ -122,7 +122,8 @@ class JaxProgram:
         if capture.ops.prepares(session):
             raise ContractViolation("a kernel plans on the host, but programs of this kit take inputs alone")
         self._run, cached = session.executable(self)
-        self.report: CaptureReport = make_report(self._run, session, time.perf_counter() - began, cached=cached)
+        seconds = time.perf_counter() - began
+        self.report: CaptureReport = make_report(self._run, session, self.changed_caches(), seconds, cached=cached)
 
     # ---- what is compiled --------------------------------------------------------------------------------------
 

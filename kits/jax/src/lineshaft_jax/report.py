@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jaxlib import _jax
 
-from lineshaft.contract.sessions import CaptureReport
+from lineshaft.contract.sessions import Cache, CaptureReport
 
 if TYPE_CHECKING:
     from lineshaft_jax.session import JaxSession
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 COLLECTIVES = re.compile(r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
-def make_report(compiled: Any, session: JaxSession, seconds: float, *, cached: bool) -> CaptureReport:
-    """The report of a program of the session, per rank."""
+def make_report(
+    compiled: Any, session: JaxSession, changed: Sequence[Cache], seconds: float, *, cached: bool
+) -> CaptureReport:
+    """The report of a program of the session that changes these caches, per rank."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    arrays = [array for cache in session.caches for array in cache.arrays.values()]
+    arrays = [array for cache in changed for array in cache.arrays.values()]
     held = sum(array.size * array.dtype.itemsize for array in arrays) // session.ranks
     return CaptureReport(
         seconds,

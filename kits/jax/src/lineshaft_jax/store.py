@@ -2,8 +2,8 @@
 
 The key covers the program's digest (its calls, kernels and problems), the shapes of all arguments, the mesh, the
 versions of JAX, of the compiler and of the runtime, the devices with their features, and the source of the packages
-that programs are made of. A file is checked against its checksum, and one that cannot be used is compiled anew. Files
-are loaded as code: the folder must belong to the user alone.
+that programs are made of. A file is checked against a checksum of its name and content, and one that cannot be used is
+compiled anew. Files are loaded as code: the folder must belong to the user alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,8 +29,10 @@ from lineshaft_jax.report import device_facts
 log = logging.getLogger(__name__)
 CHECKSUM = 32
 """Bytes of the sha256 that a file begins with."""
-OURS = "[0-9a-f]" * 64
-"""Names of programs: what else lies in the folder is the user's."""
+OWN = re.compile(r"(?P<part>\.)?[0-9a-f]{64}(?(part)\.\d+)")
+"""Names of the files that a store writes: a program's, and that of one being written."""
+STALE = 3600.0
+"""Seconds after which a file that is still being written was left behind by a process that died."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class ProgramStore:
             log.warning("%s cannot be read (%s): the program is compiled anew", path, error.strerror)
             return None
         kept = content[CHECKSUM:]
-        if hashlib.sha256(kept).digest() != content[:CHECKSUM]:
+        if checksum(key, kept) != content[:CHECKSUM]:
             log.warning("%s is damaged: the program is compiled anew", path)
             return None
         note, _, payload = kept.partition(b"\n")
@@ -72,28 +76,47 @@ class ProgramStore:
 
     def save(self, key: str, compiled: Any, note: Any) -> None:
         """Keep a compiled program and a note that JSON can hold. One that cannot be kept is compiled again."""
-        part = self.folder / f"{key}.{os.getpid()}"
+        part = self.folder / f".{key}.{os.getpid()}"
         try:
             payload, *_ = serialize_executable.serialize(compiled)
             kept = json.dumps(note).encode() + b"\n" + payload
-            part.write_bytes(hashlib.sha256(kept).digest() + kept)
+            part.write_bytes(checksum(key, kept) + kept)
             part.replace(self.folder / key)
         except Exception as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             log.warning("a compiled program is not kept in %s: %s", self.folder, " ".join(str(error).split()))
 
     def prune(self) -> None:
-        """Remove the files that were used longest ago, until the rest is within `most` bytes."""
+        """Remove what processes that died left half written, then the programs that were used longest ago, until the
+        rest is within `most` bytes. Only files that a store has written are counted and removed."""
         found = []
-        for path in self.folder.glob(f"{OURS}*"):
-            with suppress(FileNotFoundError):  # another process is at work here too
-                found.append((path.stat(), path))
+        for path, part in self.own_files():
+            with suppress(OSError):  # another process is at work here too
+                stat = path.stat()
+                if part and time.time() - stat.st_mtime > STALE:
+                    path.unlink()
+                else:
+                    found.append((stat, path))
         total = sum(stat.st_size for stat, _ in found)
         for stat, path in sorted(found, key=lambda pair: pair[0].st_mtime):
             if total <= self.most:
                 break
-            path.unlink(missing_ok=True)
-            total -= stat.st_size
+            with suppress(OSError):
+                path.unlink()
+                total -= stat.st_size
+
+    def own_files(self) -> Iterator[tuple[Path, bool]]:
+        """The files that a store has written to the folder, and of each whether it is half written."""
+        for path in self.folder.iterdir():
+            name = OWN.fullmatch(path.name)
+            if name and path.is_file():
+                yield path, name["part"] is not None
+
+
+def checksum(key: str, kept: bytes) -> bytes:
+    """What the file of the program of this key begins with; another program's content does not fit it."""
+    return hashlib.sha256(key.encode() + b"\0" + kept).digest()
 
 
 def find_store(
@@ -106,7 +129,10 @@ def find_store(
     """
     if cache_dir == "off":
         return None
-    folder = default_folder(os.environ) if cache_dir == "auto" else Path(cache_dir).expanduser()
+    try:
+        folder = default_folder(os.environ) if cache_dir == "auto" else Path(cache_dir).expanduser()
+    except RuntimeError as error:
+        raise InvalidValue(f"cache_dir = {cache_dir!r}: no home folder is known; name another or 'off'") from error
     values = {name: os.environ.get(name, "") for name in variables}
     return open_store(folder, {**device_facts(devices), **values, "source": source_digest(packages)})
 
@@ -116,10 +142,10 @@ def open_store(folder: Path, facts: Mapping[str, str]) -> ProgramStore:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-    except OSError as error:
-        raise InvalidValue(
-            f"cache_dir = {str(folder)!r} cannot be used ({error.strerror}); name another or 'off'"
-        ) from error
+        next(folder.iterdir(), None)
+    except (OSError, ValueError) as error:
+        said = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise InvalidValue(f"cache_dir = {str(folder)!r} cannot be used ({said}); name another or 'off'") from error
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise InvalidValue(
             f"cache_dir = {str(folder)!r}: others may write to it, and compiled programs are run as they are; "

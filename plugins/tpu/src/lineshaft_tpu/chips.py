@@ -15,6 +15,7 @@ MIB, GIB = 1 << 20, 1 << 30
 class Chip:
     """One generation. Memories are in bytes.
 
+    pod      the most chips that one torus has
     hbm      of a device, as much as programs may use by its compiler's count
     vmem     of a core, beside the matrix unit; smem: of a core, for scalars
     dims     of the torus
@@ -25,6 +26,7 @@ class Chip:
 
     name: str
     kind: str
+    pod: int
     hbm: int
     vmem: int
     dims: int
@@ -36,11 +38,11 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", hbm=int(15.25 * GIB), vmem=16 * MIB, dims=3, devices=2),
-        Chip("v5e", "TPU v5 lite", hbm=int(15.75 * GIB), vmem=128 * MIB, dims=2),
-        Chip("v5p", "TPU v5", hbm=int(95.74 * GIB), vmem=64 * MIB, dims=3, cores=2),
-        Chip("v6e", "TPU v6 lite", hbm=int(31.25 * GIB), vmem=128 * MIB, dims=2),
-        Chip("tpu7x", "TPU7x", hbm=int(94.75 * GIB), vmem=64 * MIB, dims=3, devices=2),
+        Chip("v4", "TPU v4", pod=4096, hbm=int(15.25 * GIB), vmem=16 * MIB, dims=3, devices=2),
+        Chip("v5e", "TPU v5 lite", pod=256, hbm=int(15.75 * GIB), vmem=128 * MIB, dims=2),
+        Chip("v5p", "TPU v5", pod=8960, hbm=int(95.74 * GIB), vmem=64 * MIB, dims=3, cores=2),
+        Chip("v6e", "TPU v6 lite", pod=256, hbm=int(31.25 * GIB), vmem=128 * MIB, dims=2),
+        Chip("tpu7x", "TPU7x", pod=9216, hbm=int(94.75 * GIB), vmem=64 * MIB, dims=3, devices=2),
     )
 }
 
@@ -86,7 +88,12 @@ def parse_topology(text: str, devices: int = 1) -> Topology:
     example = "x".join(["2", "4"] if chip.dims == 2 else ["2", "2", "1"])
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", sizes) or sizes.count("x") + 1 != chip.dims:
         raise InvalidValue(f"topology {text!r}: chips of {name} lie in {chip.dims} dims, written like {name}:{example}")
-    return Topology(chip, tuple(map(int, sizes.split("x"))))
+    shape = tuple(map(int, sizes.split("x")))
+    if math.prod(shape) > chip.pod:
+        raise InvalidValue(
+            f"topology {text!r}: {math.prod(shape)} chips, {name} has at most {chip.pod}; name a smaller one"
+        )
+    return Topology(chip, shape)
 
 
 def chip_of_kind(kind: str) -> Chip:

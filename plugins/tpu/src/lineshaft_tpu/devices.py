@@ -16,8 +16,10 @@ from lineshaft_tpu.chips import SLICES, Topology
 HOST = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5e-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
 }  # fmt: skip
-"""What libtpu must be told where there is no TPU, or it looks for a machine that it cannot find."""
+"""What libtpu must be told where there is no TPU, or it looks for a machine that it cannot find; and that it logs
+errors alone, or each process leaves a file of some 50 KB in /tmp/tpu_logs."""
 
 
 def tpu_devices(count: int) -> list[Any]:
