@@ -21,6 +21,7 @@ from lineshaft.errors import ContractViolation, InvalidValue
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.rig import Rig, const_param
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_jax.devices import cpu_devices
 from lineshaft_jax.kernels.pages import cache_specs
 from lineshaft_jax.mesh import Placement, mesh_of
 from lineshaft_jax.program import DeviceArray, InFlight
@@ -280,3 +281,14 @@ def test_moves_are_of_two_sizes_and_small_pools_need_but_one() -> None:
     assert {len(part) for (part,) in chunks(MANY - 1, ids)} == {FEW}
     (*_, (last,)) = chunks(MANY, ids)
     assert last.tolist() == [MANY + FEW] * FEW
+
+
+@pytest.mark.parametrize("mode", ["jax_enable_x64", "jax_disable_jit"])
+def test_a_mode_of_jax_that_changes_programs_is_refused_by_name(mode: str) -> None:
+    before = getattr(jax.config, mode)
+    try:
+        jax.config.update(mode, True)
+        with pytest.raises(InvalidValue, match=f"unset {mode.upper()}"):
+            cpu_devices(1)
+    finally:
+        jax.config.update(mode, before)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lineshaft.cli.compile import check_writable
 from lineshaft.cli.options import pairs
 from lineshaft.cli.table import table
+from lineshaft.errors import InvalidValue
 from lineshaft_conformance.cli.conformance import backend_arguments, limit, positive
 
 if TYPE_CHECKING:
@@ -118,8 +119,11 @@ def act_compile(args: Namespace) -> int:
 
 
 def names(texts: Sequence[str]) -> list[str]:
-    """The names of A,B and A,B, each as given."""
-    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    """The names of A,B and A,B, each as given. Raises InvalidValue for an empty one."""
+    found = [name.strip() for text in texts for name in text.split(",")]
+    if not all(found):
+        raise InvalidValue(f"{','.join(texts)!r} holds an empty name; names or patterns are written like A,B")
+    return found
 
 
 def store(matrix: Matrix, args: Namespace) -> None:

@@ -7,14 +7,29 @@ from typing import Any
 
 import jax
 
-from lineshaft.errors import LayoutError
+from lineshaft.errors import InvalidValue, LayoutError
 
 VIRTUAL = 8
 """Fewest virtual devices: JAX fixes their number when it starts, and a later engine may want more than the first."""
 
 
+MODES = {"jax_enable_x64": False, "jax_disable_jit": False}
+"""What JAX must be set to: programs are compiled, and no default dtype has 64 bits."""
+
+
+def require_modes() -> None:
+    """Raises InvalidValue where JAX, or a variable that sets it, is in another mode."""
+    for name, wanted in MODES.items():
+        if getattr(jax.config, name) != wanted:
+            raise InvalidValue(
+                f"{name} is {not wanted}; unset {name.upper()} in the environment, or set it to {wanted}"
+            )
+
+
 def cpu_devices(count: int) -> list[Any]:
-    """At least so many virtual devices. Raises LayoutError where JAX was started with fewer."""
+    """At least so many virtual devices. Raises LayoutError where JAX was started with fewer, InvalidValue for a mode of
+    JAX that programs cannot be made in."""
+    require_modes()
     jax.config.update("jax_platforms", "cpu")
     with suppress(RuntimeError):  # JAX has started: what it has must do
         jax.config.update("jax_num_cpu_devices", max(count, VIRTUAL))

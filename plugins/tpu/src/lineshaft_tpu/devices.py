@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
-from lineshaft_jax.devices import cpu_devices
+from lineshaft_jax.devices import cpu_devices, require_modes
 from lineshaft_tpu.chips import SLICES, Topology
 
 HOST = {
@@ -25,6 +25,7 @@ errors alone, or each process leaves a file of some 50 KB in /tmp/tpu_logs."""
 def tpu_devices(count: int) -> list[Any]:
     """All TPUs of this host. Raises BackendUnavailable where they cannot be had, with who has them if that is said, and
     LayoutError where they are fewer than `count`."""
+    require_modes()
     try:
         found = list(jax.devices("tpu"))
     except RuntimeError as error:
