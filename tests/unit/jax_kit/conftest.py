@@ -6,13 +6,10 @@ import os
 
 import jax
 
+from lineshaft_tpu.devices import HOST
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-COMPILER_ONLY = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5e-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
-"""What libtpu wants to know where it only compiles."""
-for name, value in COMPILER_ONLY.items():
+for name, value in HOST.items():
     os.environ.setdefault(name, value)

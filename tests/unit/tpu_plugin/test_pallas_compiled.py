@@ -86,7 +86,7 @@ def test_attend_compiles_within_vmem(compile_for: Compile, chip: str, name: str)
     problem, where = ATTENDS[name], CHIPS[chip]
     assert attend_reason(where, problem) is None
     compiled = compiled_attend(compile_for, chip, problem)
-    report = inspect(compiled)
+    report = inspect(compiled.as_text)
     planned = attend_blocks.vmem_bytes(problem, attend_blocks.blocks(problem, where))
     assert "lineshaft_attend" in compiled.as_text()
     assert planned <= attend_blocks.budget(where)
@@ -140,7 +140,7 @@ def test_linear_compiles(compile_for: Compile, chip: str, scheme: str, codes: st
 
     specs = [((m, 4096), dtype), ((14_336, 4096), codes), ((14_336,), "float32")]
     compiled = compile_for(chip, run, *specs)
-    report = inspect(compiled)
+    report = inspect(compiled.as_text)
     assert "lineshaft_quantized_linear" in compiled.as_text() and report["mxu"] == 1
     assert compiled.memory_analysis().temp_size_in_bytes < 14_336 * 4096 // 4  # the weight is never widened in memory
 
@@ -155,5 +155,5 @@ def test_a_report_counts_the_compilers_own_products(compile_for: Compile) -> Non
     def run(x: Any, y: Any) -> Any:
         return jnp.tanh(x @ y) @ y
 
-    report = inspect(compile_for("v5e", run, *[((512, 512), "bfloat16")] * 2))
+    report = inspect(compile_for("v5e", run, *[((512, 512), "bfloat16")] * 2).as_text)
     assert report["mxu"] == 2 and int(report["vmem_bytes"]) > 0

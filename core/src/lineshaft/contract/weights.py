@@ -6,7 +6,7 @@ models. This file knows no checkpoint format and no array library but NumPy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,6 +62,14 @@ class Coordinate:
     cp: int = 0
     ep: int = 0
     tp: int = 0
+
+
+def coordinate_at(axes: Sequence[tuple[str, int]], rank: int) -> Coordinate:
+    """The place of a rank on every axis: ranks are numbered row-major over (axis, degree), the last axis innermost."""
+    place = {}
+    for axis, degree in reversed(axes):
+        rank, place[axis] = divmod(rank, degree)
+    return Coordinate(**place)
 
 
 @dataclass(frozen=True)

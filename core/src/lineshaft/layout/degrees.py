@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lineshaft.contract.weights import Coordinate
+from lineshaft.contract.weights import Coordinate, coordinate_at
 from lineshaft.errors import LayoutError
 
 AXES = ("dp", "pp", "cp", "ep", "tp")
@@ -62,10 +62,7 @@ class Degrees:
         """The place of `rank` on every axis (row-major). Raises LayoutError outside [0, world)."""
         if not 0 <= rank < self.world:
             raise LayoutError(f"rank {rank} is outside 0..{self.world - 1}, the ranks of {self}")
-        place = {}
-        for axis, degree in reversed(self.axes):
-            rank, place[axis] = divmod(rank, degree)
-        return Coordinate(**place)
+        return coordinate_at(self.axes, rank)
 
     def heads(self, shape: ModelShape, tp: int) -> HeadShare:
         """The heads of tp rank `tp`; kv heads are replicated where there are fewer of them than ranks."""

@@ -8,17 +8,16 @@ from typing import Any, NoReturn
 import jax
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.sessions import Capture, Handle, Packing, SessionState, Transfer, Tree
+from lineshaft.contract.sessions import Capture, Handle, Packing, SessionState, Transfer
 from lineshaft.contract.steps import HostStep
 from lineshaft.contract.weights import Checkpoint, Param
 from lineshaft.errors import Unsupported
 from lineshaft_jax.packing import empty_share, host_leaves
 from lineshaft_jax.program import JaxProgram
 from lineshaft_jax.session import JaxSession, SessionOptions
-from lineshaft_jax.weights import Weights
 
-Inspect = Callable[[Any], Mapping[str, str | int]]
-"""What to tell of a compiled program beside memory and work."""
+Inspect = Callable[[Callable[[], str]], Mapping[str, str | int]]
+"""What to tell of a compiled program beside memory and work, from its text."""
 
 
 class AheadSession(JaxSession):
@@ -29,20 +28,13 @@ class AheadSession(JaxSession):
         world: World,
         devices: Sequence[Any],
         options: SessionOptions,
-        inspect: Inspect = lambda compiled: {},
+        inspect: Inspect = lambda text: {},
     ) -> None:
         super().__init__(world, devices, options)
         self._inspect = inspect
         self._shapes: dict[Any, dict[str, Any]] = {}
 
-    def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
-        self.require_changeable("load")
-        self.generation += 1
-        self.weights = Weights()
-        self.weights.load(params, packings, self._leaves)
-        return self.weights.dressed(self.weights.arrays)
-
-    def _leaves(self, param: Param, packing: Packing) -> dict[str, Any]:
+    def place(self, checkpoint: Checkpoint, param: Param, packing: Packing) -> dict[str, Any]:
         """The shapes of a parameter's leaves, which depend on nothing else of it than its own shape and dtype."""
         same = (param.shape, param.dtype, packing)
         if same not in self._shapes:
@@ -62,8 +54,8 @@ class AheadSession(JaxSession):
     def make_program(self, capture: Capture) -> AheadProgram:
         return AheadProgram(self, capture)
 
-    def inspect(self, compiled: Any) -> Mapping[str, str | int]:
-        return self._inspect(compiled)
+    def inspect(self, text: Callable[[], str]) -> Mapping[str, str | int]:
+        return self._inspect(text)
 
     def freeze(self) -> None:
         SessionState.freeze(self)

@@ -12,18 +12,15 @@ from lineshaft.errors import InvalidValue, LayoutError
 VIRTUAL = 8
 """Fewest virtual devices: JAX fixes their number when it starts, and a later engine may want more than the first."""
 
-
-MODES = {"jax_enable_x64": False, "jax_disable_jit": False}
-"""What JAX must be set to: programs are compiled, and no default dtype has 64 bits."""
+MODES = ("jax_enable_x64", "jax_disable_jit")
+"""What JAX must not be set to: programs are compiled, and no default dtype has 64 bits."""
 
 
 def require_modes() -> None:
     """Raises InvalidValue where JAX, or a variable that sets it, is in another mode."""
-    for name, wanted in MODES.items():
-        if getattr(jax.config, name) != wanted:
-            raise InvalidValue(
-                f"{name} is {not wanted}; unset {name.upper()} in the environment, or set it to {wanted}"
-            )
+    for name in MODES:
+        if getattr(jax.config, name):
+            raise InvalidValue(f"{name} is True; unset {name.upper()} in the environment, or set it to False")
 
 
 def cpu_devices(count: int) -> list[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.weights import Coordinate
+from lineshaft.contract.weights import Coordinate, coordinate_at
 from lineshaft.errors import LayoutError
 from lineshaft_jax.arrays import HostArray
 
@@ -42,13 +42,7 @@ def mesh_of(world: World, devices: Sequence[Any]) -> Mesh:
 
 def coordinates_of(world: World) -> list[Coordinate]:
     """The place of each of the worker's ranks on every axis, in their order."""
-    places = []
-    for rank in range(world.rank, world.rank + world.ranks):
-        at = {}
-        for axis, degree in reversed(world.axes):
-            rank, at[axis] = divmod(rank, degree)
-        places.append(Coordinate(**at))
-    return places
+    return [coordinate_at(world.axes, rank) for rank in range(world.rank, world.rank + world.ranks)]
 
 
 class Placement:

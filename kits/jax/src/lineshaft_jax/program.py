@@ -79,13 +79,17 @@ class StepPending:
         self._began = time.perf_counter()
         self._seconds: float | None = None
 
-    @property
-    def kernel_seconds(self) -> float:
+    def wait(self) -> float:
+        """Wait for all outputs. Returns `kernel_seconds`; a step that failed raises, and poisons the session."""
         if self._seconds is None:
             with self._session.poison_on_failure():
                 jax.block_until_ready(list(self._outputs.values()))
             self._seconds = time.perf_counter() - self._began
         return self._seconds
+
+    @property
+    def kernel_seconds(self) -> float:
+        return self.wait()
 
     def _array(self, name: str) -> Any:
         if name not in self._outputs:
@@ -94,15 +98,16 @@ class StepPending:
 
     def result(self, name: str) -> HostArray:
         """A private host copy from the first rank. Raises ContractViolation for an unknown output."""
-        array = self._array(name)
-        _ = self.kernel_seconds
-        return shards(array, first=True)[0]
+        return self._read(name, first=True)[0]
 
     def results(self, name: str) -> list[HostArray]:
         """A private host copy from each rank. Raises ContractViolation for an unknown output."""
+        return self._read(name, first=False)
+
+    def _read(self, name: str, *, first: bool) -> list[HostArray]:
         array = self._array(name)
-        _ = self.kernel_seconds
-        return shards(array)
+        self.wait()
+        return shards(array, first=first)
 
     def handle(self, name: str) -> DeviceArray:
         """Raises ContractViolation for an unknown output."""
@@ -175,7 +180,7 @@ class JaxProgram:
             name: DeviceArray(place.zeros(spec.shape, numpy_dtype(spec.dtype)), place.ranks)
             for name, spec in self.capture.arrays.items()
         }
-        _ = self(HostStep(self.capture.inputs), arrays).kernel_seconds
+        self(HostStep(self.capture.inputs), arrays).wait()
 
     def __call__(
         self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()

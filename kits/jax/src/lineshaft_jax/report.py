@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def make_report(
     compiled: Any, session: JaxSession, changed: Sequence[Cache], seconds: float, *, cached: bool
 ) -> CaptureReport:
     """The report of a program of the session that changes these caches, per rank."""
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, cache(compiled.as_text)
     arrays = [array for cache in changed for array in cache.arrays.values()]
     held = sum(array.size * array.dtype.itemsize for array in arrays) // session.ranks
     return CaptureReport(
@@ -31,20 +32,20 @@ def make_report(
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         cache_copied=max(0, held - memory.alias_size_in_bytes),
-        collectives=collectives(compiled) if session.ranks > 1 else (),
+        collectives=collectives(text()) if session.ranks > 1 else (),
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         flops=int(cost.get("flops", 0)),
         moved=int(cost.get("bytes accessed", 0)),
         code=memory.generated_code_size_in_bytes,
         cached=cached,
-        details=session.inspect(compiled),
+        details=session.inspect(text),
     )
 
 
-def collectives(compiled: Any) -> tuple[str, ...]:
+def collectives(text: str) -> tuple[str, ...]:
     """The collectives that the compiler kept, with how often each is there: "all-reduce x 4"."""
-    found = Counter(COLLECTIVES.findall(compiled.as_text()))
+    found = Counter(COLLECTIVES.findall(text))
     return tuple(f"{name} x {count}" for name, count in sorted(found.items()))
 
 

@@ -5,9 +5,10 @@ Knows no model, no kernel and no vendor; the devices and the place of compiled p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,16 +80,16 @@ class JaxSession(SessionState):
         self.require_changeable("load")
         self.generation += 1
         self.weights = Weights()
-        coordinates = coordinates_of(self.world)
-
-        def place(param: Param, packing: Packing) -> Mapping[str, Any]:
-            with memory(f"weight {param.name}"):
-                places = coordinates if param.varies else coordinates[:1]
-                shares = [host_leaves(param, param.shard(checkpoint, at), packing) for at in places]
-                return self._put(shares, own=bool(param.varies))
-
-        self.weights.load(params, packings, place)
+        self.weights.load(params, packings, partial(self.place, checkpoint))
         return self.weights.dressed(self.weights.arrays)
+
+    def place(self, checkpoint: Checkpoint, param: Param, packing: Packing) -> Mapping[str, Any]:
+        """The leaves of a parameter, from each rank's share of it, on their devices."""
+        coordinates = coordinates_of(self.world)
+        with memory(f"weight {param.name}"):
+            places = coordinates if param.varies else coordinates[:1]
+            shares = [host_leaves(param, param.shard(checkpoint, at), packing) for at in places]
+            return self._put(shares, own=bool(param.varies))
 
     def _put(self, shares: Sequence[Mapping[str, HostArray]], *, own: bool) -> dict[str, Any]:
         names = list(shares[0])
@@ -211,8 +212,8 @@ class JaxSession(SessionState):
             self.weights.places(), self.weights.own, mesh.devices.shape, devices,
         ]  # fmt: skip
 
-    def inspect(self, compiled: Any) -> Mapping[str, str | int]:
-        """What else is to be told of a compiled program (`CaptureReport.details`)."""
+    def inspect(self, text: Callable[[], str]) -> Mapping[str, str | int]:
+        """What else is to be told of a program (`CaptureReport.details`); `text` gives what it was compiled to."""
         return {}
 
     def freeze(self) -> None:

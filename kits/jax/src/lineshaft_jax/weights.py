@@ -42,17 +42,18 @@ class Weights:
     def load(self, params: Tree, packings: Mapping[str, Packing], place: Place) -> None:
         """Place every Param once; those of equal source, packing, shape and dtype share their leaves."""
 
+        keys: dict[str, int] = {}
+
         def one(param: Param) -> Weight | int:
             packing = packings.get(param.name, Packing())
             same = (param.source_id, packing.layout, param.shape, param.dtype)
             if same not in self._sources:
                 self._sources[same] = Source(param, packing, self._add(place(param, packing), bool(param.varies)))
-            key = list(self._names).index(param.name) if param.name in self._names else len(self._names)
             self._names[param.name] = param
-            leaves = dict(self._sources[same].leaves)
-            return leaves["data"] if "const" in param.problems else Weight(
-                key, param.name, param.problems, packing.layout, leaves
-            )  # fmt: skip
+            key, found = keys.setdefault(param.name, len(keys)), dict(self._sources[same].leaves)
+            if "const" in param.problems:
+                return found["data"]
+            return Weight(key, param.name, param.problems, packing.layout, found)
 
         self.tree = map_tree(one, params)
 

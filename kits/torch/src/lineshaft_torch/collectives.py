@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lineshaft.contract.backends import World
-from lineshaft.contract.weights import Coordinate
+from lineshaft.contract.weights import Coordinate, coordinate_at
 from lineshaft.errors import ContractViolation, WorkerDied
 from lineshaft_torch.arrays import accumulator
 
@@ -33,10 +33,7 @@ def gloo_group(store: Store, index: int, members: int, timeout: timedelta) -> An
 
 def coordinate_of(world: World) -> Coordinate:
     """This rank's place on every axis."""
-    rank, at = world.rank, {}
-    for axis, degree in reversed(world.axes):
-        rank, at[axis] = divmod(rank, degree)
-    return Coordinate(**at)
+    return coordinate_at(world.axes, world.rank)
 
 
 def members_of(world: World, axes: Sequence[str]) -> list[int]:

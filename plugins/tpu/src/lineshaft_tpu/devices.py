@@ -12,6 +12,7 @@ from jax.experimental import topologies
 from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
 from lineshaft_jax.devices import cpu_devices, require_modes
 from lineshaft_tpu.chips import SLICES, Topology
+from lineshaft_tpu.probe import NO_LIBTPU
 
 HOST = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
@@ -19,7 +20,7 @@ HOST = {
     "TPU_MIN_LOG_LEVEL": "3",
 }  # fmt: skip
 """What libtpu must be told where there is no TPU, or it looks for a machine that it cannot find; and that it logs
-errors alone, or each process leaves a file of some 50 KB in /tmp/tpu_logs."""
+errors alone, or each process leaves a temporary file of some 50 KB behind."""
 
 
 def tpu_devices(count: int) -> list[Any]:
@@ -41,7 +42,7 @@ def refusal(text: str) -> str:
     if "already in use" in said or "libtpu_lockfile" in said:
         return f"the TPU is in use by another process; end that one first ({said:.300})"
     if find_spec("libtpu") is None:
-        return "libtpu is not installed; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"
+        return NO_LIBTPU
     return f'JAX finds no TPU ({said:.300}); for its CPU platform set platform = "cpu" under [backend_options]'
 
 
@@ -51,9 +52,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     Raises BackendUnavailable without libtpu, InvalidValue for a shape that its compiler refuses.
     """
     if find_spec("libtpu") is None:
-        raise BackendUnavailable(
-            "compiling for a TPU needs libtpu; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"
-        )
+        raise BackendUnavailable(f"compiling for a TPU needs its compiler: {NO_LIBTPU}")
     cpu_devices(1)
     for name, value in HOST.items():
         os.environ.setdefault(name, value)

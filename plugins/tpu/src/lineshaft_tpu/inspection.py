@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import Any
+from collections.abc import Callable
 
 from jax._src.interpreters import mlir
 from jaxlib.mlir import ir
@@ -17,13 +17,13 @@ VMEM = "1"
 COLUMNS = ("vmem_bytes", "mxu")
 
 
-def inspect(compiled: Any) -> dict[str, int]:
-    """Facts of a `jax.stages.Compiled`, made of kernels of our own, of the compiler's, or of both.
+def inspect(compiled_text: Callable[[], str]) -> dict[str, int]:
+    """Facts of a compiled program, made of kernels of our own, of the compiler's, or of both.
 
     vmem_bytes  most scoped VMEM that one operation takes (0 where the platform has none)
     mxu         products of matrices: in the bodies of Pallas kernels, each as often as it is written there, and outside
     """
-    text = compiled.as_text()
+    text = compiled_text()
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     outside = re.findall(r"= \S+ (?:dot|convolution)\(", text)
     return {

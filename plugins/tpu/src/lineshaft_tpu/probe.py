@@ -24,8 +24,7 @@ def probe() -> Probe:
     if not devices:
         return Probe(False, NO_TPU, unless=WITHOUT_TPU)
     if find_spec("libtpu") is None:
-        reason = "libtpu is not installed; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"
-        return Probe(False, reason, devices, unless=WITHOUT_TPU)
+        return Probe(False, NO_LIBTPU, devices, unless=WITHOUT_TPU)
     return Probe(True, "JAX and libtpu are installed", devices, unless=WITHOUT_TPU)
 
 
@@ -33,6 +32,9 @@ NO_TPU = (
     'there is no TPU on the PCI bus; to run on JAX\'s CPU platform set platform = "cpu" under [backend_options], '
     "to compile for a TPU use `lineshaft compile`"
 )
+
+
+NO_LIBTPU = "libtpu is not installed; run `pip install './plugins/tpu[libtpu]'` in a checkout of lineshaft"
 
 
 def chips(root: Path) -> Iterator[str]:

@@ -1,11 +1,6 @@
 """What pages hold under each `kv_scheme`: codes of keys and values, and back.
 
-scheme      kv_scales (k and v)   scale of a value
-none        not passed            1
-tensor      f32[2]                kv_scales
-head        f32[2, Hkv]           kv_scales[head]
-token_head  f32[2]                kv_scales * the stored scale, which is max |x| of (token, head) / largest code
-block       f32[2]                the same per 32 values of the head
+`lineshaft.contract.ops.cache.encode` says what each scheme's scales are.
 """
 
 from __future__ import annotations
