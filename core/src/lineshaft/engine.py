@@ -180,11 +180,16 @@ class Engine:
         if not need.tokens:
             return []
         shape = fit(self._facts.shapes, need)
-        messages = [self._message(r, b, shape) for r, b in zip(self._replicas, batches, strict=True)]
-        results = self._executor.execute(messages)
-        tokens = []
-        for replica, batch, result in zip(self._replicas, batches, results, strict=True):
-            tokens += self._commit(replica, batch, result, began)
+        try:
+            messages = [self._message(r, b, shape) for r, b in zip(self._replicas, batches, strict=True)]
+            results = self._executor.execute(messages)
+            tokens = []
+            for replica, batch, result in zip(self._replicas, batches, results, strict=True):
+                tokens += self._commit(replica, batch, result, began)
+        except BaseException:
+            for replica in self._replicas:
+                replica.scheduler.discard()
+            raise
         self._book(batches, results, now() - began, len(tokens))
         return tokens
 

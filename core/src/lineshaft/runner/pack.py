@@ -18,7 +18,7 @@ def need_of(rows: Sequence[Row]) -> Need:
     return Need(
         tokens=sum(row.count for row in rows),
         rows=len(rows),
-        logits=sum(row.samples for row in rows),
+        logits=sum(row.logits for row in rows),
         max_query=max((row.count for row in rows), default=0),
     )
 
@@ -27,16 +27,15 @@ def pack_forward(batch: Batch, cache: CacheManager, page_sizes: Sequence[int], s
     """The forward's inputs for this batch in this bucket; rows past the batch stay zero, which is padding."""
     host = HostStep(forward_inputs(shape))
     tokens, positions, starts = host["token_ids"], host["positions"], host["query_starts"]
-    at = sampled = 0
+    at = scored = 0
     for b, row in enumerate(batch.rows):
         end = at + row.count
         tokens[at:end] = row.request.tokens[row.start : row.start + row.count]
         positions[at:end] = np.arange(row.start, row.start + row.count, dtype=np.int32)
         for group, page_size in enumerate(page_sizes):
             _pack_group(host, group, page_size, cache.pages(row.request.id, group), b, at, row)
-        if row.samples:
-            host["logit_rows"][sampled] = end - 1
-            sampled += 1
+        host["logit_rows"][scored : scored + row.logits] = np.arange(end - row.logits, end, dtype=np.int32)
+        scored += row.logits
         at = starts[b + 1] = end
     starts[len(batch.rows) + 1 :] = at
     return host
