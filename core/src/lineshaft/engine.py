@@ -153,20 +153,53 @@ class Engine:
         return self._facts.vocab
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset(), salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int] = frozenset(),
+        salt: bytes = b"",
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        parent: Request | None = None,
+        fork: int = 0,
     ) -> Request:
-        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
+        """Queue a prompt.
+
+        salt        requests share cached prefixes only under an equal one
+        priority    lower runs first
+        deadline_s  seconds from now after which the request ends, wherever it is
+        parent      a request of the same prompt, of which this is sample number `fork`, from 1 on: it shares the
+                    parent's pages and, where it brings none, its seed
+
+        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
+        """
         self._require_open()
         self._check(prompt, params)
-        request_id = self._next_id
+        request_id, clock = self._next_id, Clock()
         if params.seed is None:
-            params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
-        request = Request(request_id, tuple(map(int, prompt)), params, eos_ids, salt)
-        replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
+            seed = (self.config.seed + request_id) % 2**64 if parent is None else parent.params.seed
+            params = dataclasses.replace(params, seed=seed)
+        deadline = None if deadline_s is None else clock.arrived + deadline_s
+        request = Request(
+            request_id, tuple(map(int, prompt)), params, eos_ids, salt, priority=priority, arrival=clock.arrived,
+            deadline=deadline, parent=parent, fork=fork,
+        )  # fmt: skip
+        replica = self._replica_for(parent)
         self._replicas[replica].scheduler.add(request)
-        self._live[request_id] = Live(request, replica)
+        self._live[request_id] = Live(request, replica, clock)
         self._next_id += 1
         return request
+
+    def _replica_for(self, parent: Request | None) -> int:
+        """The replica of the parent, whose pages are there; else the one with the fewest requests."""
+        relative = None if parent is None else self._live.get(parent.id)
+        if relative is not None:
+            return relative.replica
+        counts = [0] * len(self._replicas)
+        for live in self._live.values():
+            counts[live.replica] += 1
+        return counts.index(min(counts))
 
     def _require_open(self) -> None:
         if self.closed:
