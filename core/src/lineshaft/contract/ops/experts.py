@@ -230,7 +230,8 @@ def _activate(problem: ExpertProblem, gate: HostArray, up: HostArray) -> HostArr
     """act(gate) * up; "swigluoai": g / (1 + exp(-alpha g)) * (u + 1) of the gate cut off above and of up cut off on
     both sides at the limit (https://huggingface.co/openai/gpt-oss-20b)."""
     if problem.activation != "swigluoai":
-        return {"silu": silu, "gelu": gelu}[problem.activation](gate) * up
+        plain = {"silu": silu, "gelu": gelu}[problem.activation]
+        return np.multiply(plain(gate), up)
     alpha, limit = problem.swiglu_alpha, problem.swiglu_limit
     return silu(alpha * np.minimum(gate, limit)) / alpha * (np.clip(up, -limit, limit) + 1)
 
