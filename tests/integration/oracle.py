@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 Array = np.ndarray[Any, Any]
 
@@ -98,8 +98,6 @@ def make_llama(
     folder: Path, seed: int, *, store: torch.dtype = torch.float32, shards: str = "1GB", **more: Any
 ) -> Oracle:
     """Write a random Llama to `folder` and return the oracle of what was written."""
-    print(f"random llama: seed {seed}")
-    torch.manual_seed(seed)
     config = LlamaConfig(
         **{
             "hidden_size": 72, "intermediate_size": 100, "vocab_size": 131, "num_hidden_layers": 3,
@@ -107,10 +105,21 @@ def make_llama(
             **more,
         }
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    return make_model(folder, seed, config, store=store, shards=shards)
+
+
+def make_model(
+    folder: Path, seed: int, config: PreTrainedConfig, *, store: torch.dtype = torch.float32, shards: str = "1GB"
+) -> Oracle:
+    """Write a random model of `config` to `folder` and return the oracle of what was written."""
+    print(f"random {config.model_type}: seed {seed}")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # they start as ones, which would hide a norm that is left out
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        if "bias" in name or "sinks" in name:  # and these as zeros
+            torch.nn.init.uniform_(parameter, -1, 1)
     model.to(store).save_pretrained(folder, max_shard_size=shards)
     return Oracle.of(folder)
 

@@ -229,11 +229,13 @@ def grouped_mlp(
 def _activate(problem: ExpertProblem, gate: HostArray, up: HostArray) -> HostArray:
     """act(gate) * up; "swigluoai": g / (1 + exp(-alpha g)) * (u + 1) of the gate cut off above and of up cut off on
     both sides at the limit (https://huggingface.co/openai/gpt-oss-20b)."""
-    if problem.activation != "swigluoai":
-        plain = {"silu": silu, "gelu": gelu}[problem.activation]
-        return np.multiply(plain(gate), up)
     alpha, limit = problem.swiglu_alpha, problem.swiglu_limit
-    return silu(alpha * np.minimum(gate, limit)) / alpha * (np.clip(up, -limit, limit) + 1)
+    if problem.activation == "swigluoai":
+        active, up = silu(alpha * np.minimum(gate, limit)) / alpha, np.clip(up, -limit, limit) + 1
+    else:
+        active = {"silu": silu, "gelu": gelu}[problem.activation](gate)
+    out: HostArray = active * up
+    return out
 
 
 def moe_combine(
