@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integration.checkpoints import CHAT, VARIANTS, add_tokenizer
-from tests.integration.oracle import Oracle, make_llama
+from tests.integration.checkpoints import CHAT, EXPERTS, VARIANTS, add_tokenizer
+from tests.integration.oracle import Oracle, make_llama, make_model
 
 from lineshaft.weights import resolve
 
@@ -27,7 +27,7 @@ class Checkpoint:
 
 
 Llama = Callable[[str], Checkpoint]
-"""The checkpoint of a variant (`checkpoints.VARIANTS`)."""
+"""The checkpoint of a variant (`checkpoints.VARIANTS`, or `EXPERTS`)."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,6 +58,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Llama:
         folder = tmp_path_factory.mktemp(variant)
         settings: dict[str, Any] = VARIANTS[variant]
         return Checkpoint(folder, make_llama(folder, **settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    """Random checkpoints of models with experts by the name of their variant, each written once."""
+
+    @cache
+    def make(variant: str) -> Checkpoint:
+        folder = tmp_path_factory.mktemp(variant)
+        heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return Checkpoint(folder, make_model(folder, **{**heads, **EXPERTS[variant]}))
 
     return make
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 Array = np.ndarray[Any, Any]
 
@@ -98,28 +98,34 @@ def make_llama(
     folder: Path, seed: int, *, store: torch.dtype = torch.float32, shards: str = "1GB", **more: Any
 ) -> Oracle:
     """Write a random Llama to `folder` and return the oracle of what was written."""
-    config = LlamaConfig(
-        **{
-            "hidden_size": 72, "intermediate_size": 100, "vocab_size": 131, "num_hidden_layers": 3,
-            "max_position_embeddings": 256, "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None,
-            **more,
-        }
-    )  # fmt: skip
-    return make_model(folder, seed, config, store=store, shards=shards)
+    sizes = {"hidden_size": 72, "intermediate_size": 100, **more}
+    return make_model(folder, seed, "llama", store=store, shards=shards, **sizes)
 
 
 def make_model(
-    folder: Path, seed: int, config: PreTrainedConfig, *, store: torch.dtype = torch.float32, shards: str = "1GB"
+    folder: Path,
+    seed: int,
+    model_type: str,
+    *,
+    store: torch.dtype = torch.float32,
+    shards: str = "1GB",
+    change: Callable[[Any], None] = lambda model: None,
+    **more: Any,
 ) -> Oracle:
-    """Write a random model of `config` to `folder` and return the oracle of what was written."""
-    print(f"random {config.model_type}: seed {seed}")
+    """Write a random model, which `change` may still change, to `folder` and return the oracle of what was written."""
+    print(f"random {model_type}: seed {seed}")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    sizes = {
+        "vocab_size": 131, "num_hidden_layers": 3, "max_position_embeddings": 256, "initializer_range": 0.15,
+        "bos_token_id": None, "eos_token_id": None, **more,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
     for name, parameter in model.named_parameters():
         if "norm" in name:  # they start as ones, which would hide a norm that is left out
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         if "bias" in name or "sinks" in name:  # and these as zeros
             torch.nn.init.uniform_(parameter, -1, 1)
+    change(model)
     model.to(store).save_pretrained(folder, max_shard_size=shards)
     return Oracle.of(folder)
 
