@@ -106,8 +106,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "seed": 30, "model_type": "phi3", "num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": 11,
     },
     "phi3-longrope": {
-        "seed": 31, "model_type": "phi3", "num_attention_heads": 6, "num_key_value_heads": 3, "rope_parameters": LONGROPE,
-        "partial_rotary_factor": 0.67, "original_max_position_embeddings": 8,
+        "seed": 31, "model_type": "phi3", "num_attention_heads": 6, "num_key_value_heads": 3,
+        "rope_parameters": LONGROPE, "partial_rotary_factor": 0.67, "original_max_position_embeddings": 8,
     },
     "even-qwen2": {"seed": 32, "model_type": "qwen2", **EVEN},
     "even-qwen3": {"seed": 33, "model_type": "qwen3", "attention_bias": True, **EVEN},
