@@ -43,8 +43,8 @@ def full(variant: str) -> Any:
 
 
 @pytest.fixture(scope="module", params=EXPERTS)
-def checkpoint(request: pytest.FixtureRequest, experts: Llama) -> Checkpoint:
-    return experts(request.param)
+def checkpoint(request: pytest.FixtureRequest, llama: Llama) -> Checkpoint:
+    return llama(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +89,17 @@ def test_chunked_and_preempted_prompts(checkpoint: Checkpoint, expected: list[Ex
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_bfloat16(experts: Llama, variant: str) -> None:
-    oracle = experts(variant).oracle
-    with Engine(config(experts(variant).path, dtype="bfloat16", **ROOMY)) as engine:
+def test_bfloat16(llama: Llama, variant: str) -> None:
+    oracle = llama(variant).oracle
+    with Engine(config(llama(variant).path, dtype="bfloat16", **ROOMY)) as engine:
         run = follow(engine, expected := expect(oracle), arrivals=[0, 3, 5, 6])
     check_bfloat16(expected, run.logits, oracle.bfloat16(), least_decided=0)  # one token routed elsewhere decides it
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_the_reference_runs_the_same_forward(experts: Llama, variant: str) -> None:
-    expected = expect(experts(variant).oracle)[:3]
-    with Engine(config(experts(variant).path, backend="numpy", **CRAMPED)) as engine:
+def test_the_reference_runs_the_same_forward(llama: Llama, variant: str) -> None:
+    expected = expect(llama(variant).oracle)[:3]
+    with Engine(config(llama(variant).path, backend="numpy", **CRAMPED)) as engine:
         check_float32(expected, follow(engine, expected).logits)
 
 
@@ -107,30 +107,29 @@ def test_the_reference_runs_the_same_forward(experts: Llama, variant: str) -> No
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_two_ranks_share_every_expert(experts: Llama, variant: str) -> None:
-    expected = expect(experts(variant).oracle)
-    with Engine(config(experts(variant).path, **CRAMPED, **{"layout.tp": 2})) as engine:
+def test_two_ranks_share_every_expert(llama: Llama, variant: str) -> None:
+    expected = expect(llama(variant).oracle)
+    with Engine(config(llama(variant).path, **CRAMPED, **{"layout.tp": 2})) as engine:
         check_float32(expected, follow(engine, expected, arrivals=[0, 2, 2, 3]).logits)
 
 
 @pytest.mark.parametrize("variant", [*map(full, ("mixtral", "qwen3-moe")), "gpt-oss", "deepseek-v2"])
-def test_two_ranks_in_one_program(experts: Llama, variant: str) -> None:
-    expected = expect(experts(variant).oracle)[1:3]
+def test_two_ranks_in_one_program(llama: Llama, variant: str) -> None:
+    expected = expect(llama(variant).oracle)[1:3]
     few = {"scheduler.token_budget": 16, "scheduler.max_rows": 2, "layout.tp": 2}
-    with Engine(config(experts(variant).path, **{**TPU_ON_CPU, **CRAMPED, **few})) as engine:
+    with Engine(config(llama(variant).path, **{**TPU_ON_CPU, **CRAMPED, **few})) as engine:
         check_float32(expected, follow(engine, expected, arrivals=[0, 1]).logits)
 
 
 def test_a_degree_that_does_not_divide_an_expert_is_refused(tmp_path: Path) -> None:
-    make_model(tmp_path, **{**EXPERTS["qwen3-moe"], "moe_intermediate_size": 25, "num_attention_heads": 4,
-                            "num_key_value_heads": 2, "hidden_size": 64})  # fmt: skip
+    make_model(tmp_path, **{**EXPERTS["qwen3-moe"], "moe_intermediate_size": 25})
     with pytest.raises(LayoutError, match="tp=2 does not divide the experts' width 25"):
         Engine(config(tmp_path, **ROOMY, **{"layout.tp": 2}))
 
 
-def test_quantized_experts_are_refused(experts: Llama) -> None:
+def test_quantized_experts_are_refused(llama: Llama) -> None:
     with pytest.raises(Unsupported, match=r"grouped_mlp.*does not handle .*scheme"):
-        Engine(config(experts("mixtral").path, quantization="int8", **ROOMY))
+        Engine(config(llama("mixtral").path, quantization="int8", **ROOMY))
 
 
 # ---- routers -----------------------------------------------------------------------------------------------------
@@ -160,8 +159,7 @@ def test_experts_that_get_every_token_and_experts_that_get_none(tmp_path: Path, 
         for layer in model.model.layers:
             layer.mlp.router.bias.data += favoured
 
-    settings = {**EXPERTS["gpt-oss"], "num_experts_per_tok": k, "hidden_size": 64, "num_attention_heads": 4}
-    oracle = make_model(tmp_path, change=force, num_key_value_heads=2, **settings)
+    oracle = make_model(tmp_path, change=force, **{**EXPERTS["gpt-oss"], "num_experts_per_tok": k})
     expected = expect(oracle)
     for chosen in routed(oracle, expected):
         assert 3 in chosen and 1 not in chosen and (k == 2 or len(chosen) == 1)
@@ -170,8 +168,7 @@ def test_experts_that_get_every_token_and_experts_that_get_none(tmp_path: Path, 
 
 
 def test_every_expert_gets_every_token(tmp_path: Path) -> None:
-    settings = {**EXPERTS["mixtral"], "num_experts_per_tok": 5, "hidden_size": 64, "num_attention_heads": 4}
-    expected = expect(make_model(tmp_path, num_key_value_heads=2, **settings))
+    expected = expect(make_model(tmp_path, **{**EXPERTS["mixtral"], "num_experts_per_tok": 5}))
     with Engine(config(tmp_path, **ROOMY)) as engine:
         check_float32(expected, follow(engine, expected).logits)
 
@@ -194,8 +191,7 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
                 decoded = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
                 getattr(layer.mlp.experts, name).data = decoded
 
-    settings = {**EXPERTS["gpt-oss"], "intermediate_size": 64, "hidden_size": 64, "num_attention_heads": 4}
-    expected = expect(make_model(tmp_path, change=quantize, num_key_value_heads=2, **settings))
+    expected = expect(make_model(tmp_path, change=quantize, **{**EXPERTS["gpt-oss"], "intermediate_size": 64}))
     kept = load_file(tmp_path / "model.safetensors")
     plain = {name: tensor for name, tensor in kept.items() if f"{name}_blocks" not in packed}
     save_file(plain | packed, tmp_path / "model.safetensors")

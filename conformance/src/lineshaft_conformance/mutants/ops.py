@@ -243,6 +243,8 @@ ROWS = (
     mutant("clamps-outside", "embed gives 0 outside the shard (ops)", "embed/first_shard*",
            with_call("embed", lambda p, run, ids, table, start: run(
                ids.clamp(int(start), int(start) + p.vocab - 1), table, start))),
+    mutant("scale-ignored", "embed multiplies by the scale (ops)", "embed/scaled*",
+           with_problem("embed", lambda p: {"scale": 1.0})),
     mutant("ids-of-16-bits", "ids are int32 (step)", "embed/vocabulary*",
            before("embed", lambda ids, table, start: (ids & 0xFFFF, table, start))),
     mutant("last-row-of-shard", "the shard's last row is inside (ops)", "embed/*",
@@ -338,6 +340,14 @@ ROPE = (
     mutant("llama3-as-linear", "llama3 scaling blends by wavelength", "rope/llama3*",
            with_problem("rope", lambda p: {"scaling": replace(p.scaling, kind=p.scaling.kind.replace(
                "llama3", "linear"))})),
+    mutant("yarn-as-linear", "yarn scaling blends by the number of the pair", "rope/yarn*",
+           with_problem("rope", lambda p: {"scaling": replace(p.scaling, kind=p.scaling.kind.replace(
+               "yarn", "linear"))})),
+    mutant("attention-factor-ignored", "the rotated values are multiplied by attention_factor (ops)", "rope/grown*",
+           with_problem("rope", lambda p: {"attention_factor": 1.0})),
+    mutant("whole-head-grows", "values beyond dim do not grow (ops)", "rope/grown*",
+           with_result("rope", lambda p, pair: tuple(torch.cat([x[..., : p.dim], x[..., p.dim :] * p.attention_factor],
+                                                               -1) for x in pair))),
     mutant("factors-ignored", "freq_factors divide the frequencies", "rope/freq_factors*",
            with_problem("rope", lambda p: {"scaling": replace(p.scaling, freq_factors=())})),
     mutant("narrow-angles", "angles are computed in f32 (ops)", "rope/*",
