@@ -116,14 +116,29 @@ def forward_inputs(shape: StepShape, page_starts: frozenset[int] = frozenset()) 
     return InputLayout(fields)
 
 
-def sample_inputs(rows: int) -> InputLayout:
-    """The inputs of a sampling program over R rows: u f32[R,1], temperature, top_p, min_p f32[R], top_k int32[R].
+def sample_inputs(rows: int, typical: bool = False) -> InputLayout:
+    """The inputs of a sampling program over R rows: u f32[R,1], temperature, top_p, min_p f32[R], top_k int32[R], and
+    for a `typical` one typical_p f32[R].
 
-    All-zero is greedy: a row of temperature 0 takes the largest logit, lowest index first. top_k 0 and top_p 0 keep
-    every token.
+    All-zero is greedy: a row of temperature 0 takes the largest logit, lowest index first. top_k 0, top_p 0 and
+    typical_p 0 keep every token.
     """
-    floats = [InputField(name, "float32", (rows,)) for name in ("temperature", "top_p", "min_p")]
+    names = ("temperature", "top_p", "min_p", *(("typical_p",) if typical else ()))
+    floats = [InputField(name, "float32", (rows,)) for name in names]
     return InputLayout([InputField("u", "float32", (rows, 1)), *floats, InputField("top_k", "int32", (rows,))])
+
+
+def mask_inputs(rows: int, vocab: int) -> InputLayout:
+    """The input of a program that masks R rows of logits: mask uint32[R, ceil(V / 32)]. All-zero allows no token."""
+    return InputLayout([InputField("mask", "uint32", (rows, -(-vocab // 32)))])
+
+
+def edit_inputs(rows: int, edits: int) -> InputLayout:
+    """The inputs of a program that edits K logits in each of R rows: edit_ids int32[R,K], edit_scale and edit_bias
+    f32[R,K]. All-zero edits nothing."""
+    shape = (rows, edits)
+    floats = [InputField(name, "float32", shape) for name in ("edit_scale", "edit_bias")]
+    return InputLayout([InputField("edit_ids", "int32", shape), *floats])
 
 
 @dataclass(frozen=True)
