@@ -21,8 +21,9 @@ from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
 from lineshaft.runner.messages import Logprobs, Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import need_of, pack_forward, pack_sampling
+from lineshaft.runner.pack import need_of, pack_forward
 from lineshaft.runner.worker import Progress, silent
+from lineshaft.sampling.pack import pack_sampling
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
 
@@ -195,7 +196,9 @@ class Engine:
             shape,
             pack_forward(batch, replica.cache, self._facts.page_sizes, shape),
             copies,
-            pack_sampling(sampled, shape.logits),
+            pack_sampling(
+                [r.params for r in sampled], [0] * len(sampled), [len(r.tokens) for r in sampled], shape.logits
+            ),
             logprobs=any(request.params.logprobs is not None for request in sampled),
             logits=self.teacher is not None,
         )

@@ -39,7 +39,8 @@ from lineshaft_conformance.subject import Subject, Target
 ROOT = Path(__file__).parents[3]
 PLAIN, KERNEL = ROOT / "examples" / "numpy_backend", ROOT / "examples" / "kernel"
 SMALL: dict[str, Any] = {
-    "dtype": "float32", "max_model_len": 64, "max_logprobs": 0, "scheduler": {"max_rows": 2, "token_budget": 16},
+    "dtype": "float32", "max_model_len": 64, "max_logprobs": 0, "sampling_extras": False,
+    "scheduler": {"max_rows": 2, "token_budget": 16},
 }  # fmt: skip
 PROMPTS = ["The capital of France is", "a"]
 Install = Callable[[Path], None]

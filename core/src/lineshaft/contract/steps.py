@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -58,21 +58,19 @@ class InputLayout:
     def __init__(self, fields: Sequence[InputField]) -> None:
         self.fields = tuple(fields)
         self.offsets: dict[str, int] = {}
+        self._places: list[tuple[str, slice, np.dtype[Any], tuple[int, ...]]] = []
         end = 0
         for item in self.fields:
             self.offsets[item.name] = end
-            size = int(np.prod(item.shape, dtype=np.int64)) * np.dtype(item.dtype).itemsize
+            dtype = np.dtype(item.dtype)
+            size = math.prod(item.shape) * dtype.itemsize
+            self._places.append((item.name, slice(end, end + size), dtype, item.shape))
             end += -(-size // ALIGNMENT) * ALIGNMENT
         self.nbytes = max(end, ALIGNMENT)
 
     def views(self, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, np.ndarray[Any, Any]]:
         """Named views into `buffer`, a uint8 array of at least `nbytes` bytes."""
-        out = {}
-        for item in self.fields:
-            start = self.offsets[item.name]
-            size = int(np.prod(item.shape, dtype=np.int64)) * np.dtype(item.dtype).itemsize
-            out[item.name] = buffer[start : start + size].view(item.dtype).reshape(item.shape)
-        return out
+        return {name: buffer[place].view(dtype).reshape(shape) for name, place, dtype, shape in self._places}
 
 
 class HostStep:
@@ -116,6 +114,7 @@ def forward_inputs(shape: StepShape, page_starts: frozenset[int] = frozenset()) 
     return InputLayout(fields)
 
 
+@cache
 def sample_inputs(rows: int, typical: bool = False) -> InputLayout:
     """The inputs of a sampling program over R rows: u f32[R,1], temperature, top_p, min_p f32[R], top_k int32[R], and
     for a `typical` one typical_p f32[R].
@@ -128,11 +127,13 @@ def sample_inputs(rows: int, typical: bool = False) -> InputLayout:
     return InputLayout([InputField("u", "float32", (rows, 1)), *floats, InputField("top_k", "int32", (rows,))])
 
 
+@cache
 def mask_inputs(rows: int, vocab: int) -> InputLayout:
     """The input of a program that masks R rows of logits: mask uint32[R, ceil(V / 32)]. All-zero allows no token."""
     return InputLayout([InputField("mask", "uint32", (rows, -(-vocab // 32)))])
 
 
+@cache
 def edit_inputs(rows: int, edits: int) -> InputLayout:
     """The inputs of a program that edits K logits in each of R rows: edit_ids int32[R,K], edit_scale and edit_bias
     f32[R,K]. All-zero edits nothing."""

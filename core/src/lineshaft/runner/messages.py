@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
+from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
 from lineshaft.scheduler import Limits
@@ -23,7 +23,8 @@ Frames = tuple[dict[str, Any], list[HostArray]]
 class StepMessage:
     """One step of one replica: the packed inputs, page copies to make first, and which extra outputs are wanted.
 
-    `copies` is int32 [n, 3] of (group, src, dst). `sampling` is None where every row is greedy.
+    `copies` is int32 [n, 3] of (group, src, dst). `sampling` is None where every row is greedy; `adjust` are the steps
+    that mask and edit the logits first, each over the result of the one before.
     """
 
     shape: StepShape
@@ -32,6 +33,7 @@ class StepMessage:
     sampling: HostStep | None = None
     logprobs: bool = False
     logits: bool = False
+    adjust: tuple[HostStep, ...] = ()
 
     def copies_by_group(self) -> Iterator[tuple[int, HostArray, HostArray]]:
         """(group, src int32 [n], dst int32 [n]) of each group that has copies: what `Session.copy_pages` takes."""
@@ -41,18 +43,28 @@ class StepMessage:
 
     def to_frames(self) -> Frames:
         header = {
-            "shape": dataclasses.asdict(self.shape), "sampling": self.sampling is not None,
-            "logprobs": self.logprobs, "logits": self.logits,
+            "shape": dataclasses.asdict(self.shape), "logprobs": self.logprobs, "logits": self.logits,
+            "sampling": None if self.sampling is None else _fields(self.sampling),
+            "adjust": [_fields(host) for host in self.adjust],
         }  # fmt: skip
-        arrays = [self.forward.buffer, self.copies]
+        arrays = [self.forward.buffer, self.copies, *(host.buffer for host in self.adjust)]
         return header, arrays if self.sampling is None else [*arrays, self.sampling.buffer]
 
     @classmethod
     def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> StepMessage:
         shape = make_shape(header["shape"])
-        sampling = HostStep(sample_inputs(shape.logits), arrays[2]) if header["sampling"] else None
+        sampling = None if header["sampling"] is None else _host(header["sampling"], arrays[-1])
         forward = HostStep(forward_inputs(shape), arrays[0])
-        return cls(shape, forward, arrays[1], sampling, header["logprobs"], header["logits"])
+        adjust = tuple(map(_host, header["adjust"], arrays[2:]))
+        return cls(shape, forward, arrays[1], sampling, header["logprobs"], header["logits"], adjust)
+
+
+def _fields(host: HostStep) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(item.name, item.dtype, item.shape) for item in host.layout.fields]
+
+
+def _host(fields: Sequence[tuple[str, str, Sequence[int]]], buffer: HostArray) -> HostStep:
+    return HostStep(InputLayout([InputField(name, dtype, tuple(shape)) for name, dtype, shape in fields]), buffer)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lineshaft.cache import CacheManager
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
+from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.runner.buckets import Need
-from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
-from lineshaft.scheduler import Batch, Request, Row
+from lineshaft.scheduler import Batch, Row
 
 
 def need_of(rows: Sequence[Row]) -> Need:
@@ -50,21 +49,3 @@ def _pack_group(host: HostStep, group: int, page_size: int, pages: Sequence[int]
     positions = np.arange(row.start, stop, dtype=np.int32)
     host[f"slots.{group}"][at : at + row.count] = table[b][positions // page_size] * page_size + positions % page_size
     host[f"context_lens.{group}"][b] = stop
-
-
-def pack_sampling(requests: Sequence[Request], rows: int) -> HostStep | None:
-    """The sampling program's inputs, or None when every request is greedy (the forward's own argmax serves).
-
-    The uniform number of a row depends on its seed and on the position of the token to come, and on nothing else.
-    """
-    if all(request.params.greedy for request in requests):
-        return None
-    host = HostStep(sample_inputs(rows))
-    for r, request in enumerate(requests):
-        params = request.params
-        if params.greedy:
-            continue
-        host["temperature"][r], host["top_p"][r] = params.temperature, params.top_p
-        host["min_p"][r], host["top_k"][r] = params.min_p, params.top_k
-        host["u"][r, 0] = draw(params.seed or 0, 0, len(request.tokens), PURPOSE_SAMPLE, 0)
-    return host

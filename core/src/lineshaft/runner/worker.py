@@ -15,7 +15,7 @@ from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShap
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import Logprobs, Sizes, Started, StepMessage, StepResult
-from lineshaft.runner.programs import FORWARD, LOGPROBS, SAMPLE
+from lineshaft.runner.programs import FORWARD, LOGPROBS, program_of
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import sizes
 from lineshaft.weights.memory import breakdown
@@ -107,22 +107,25 @@ class Worker:
     def execute(self, step: StepMessage) -> StepResult:
         """Run one step and wait for what the message wants back."""
         forward = self._programs[FORWARD, step.shape](step.forward, {}, self._copy_pages(step))
-        chosen = forward if step.sampling is None else self._sample(step.shape.logits, step.sampling, forward)
+        rows, seconds, last = step.shape.logits, forward.kernel_seconds, forward
+        for host in step.adjust:
+            last = self._over_logits(program_of(host), rows, host, last)
+            seconds += last.kernel_seconds
+        chosen = (
+            last if step.sampling is None else self._over_logits(program_of(step.sampling), rows, step.sampling, last)
+        )
         token_ids = chosen.result("token_ids")
-        seconds = forward.kernel_seconds + (chosen.kernel_seconds if chosen is not forward else 0.0)
-        logits = forward.result("logits").astype(np.float32) if step.logits else None
-        logprobs = self._logprobs(step.shape.logits, token_ids, forward) if step.logprobs else None
+        seconds += chosen.kernel_seconds if chosen is not last else 0.0
+        logits = last.result("logits").astype(np.float32) if step.logits else None
+        logprobs = self._logprobs(rows, token_ids, last) if step.logprobs else None
         return StepResult(token_ids, seconds, logprobs, logits)
 
     def _copy_pages(self, step: StepMessage) -> list[Transfer]:
         return [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
 
-    def _over_logits(self, name: str, rows: int, host: HostStep, forward: Pending) -> Pending:
+    def _over_logits(self, name: str, rows: int, host: HostStep, before: Pending) -> Pending:
         shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)
-        return self._programs[name, shape](host, {"logits": forward.handle("logits")})
-
-    def _sample(self, rows: int, host: HostStep, forward: Pending) -> Pending:
-        return self._over_logits(SAMPLE, rows, host, forward)
+        return self._programs[name, shape](host, {"logits": before.handle("logits")})
 
     def _logprobs(self, rows: int, ids: Any, forward: Pending) -> Logprobs:
         host = HostStep(InputLayout([InputField("ids", "int32", (rows,))]))

@@ -1,4 +1,4 @@
-"""A kernel for each op that the contract requires, and for edits of logits: float32, dense weights, pages as the canonical form has them."""
+"""A kernel for each op that the contract requires and for edits of logits: float32, dense weights, canonical pages."""
 
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ def plain_kernels(backend: str, query_block: int) -> list[Kernel]:
         make("attend", partial(attend, query_block), "plain_pages", attends, query_block=str(query_block)),
         make("argmax", argmax),
         make("apply_logits", apply_logits, handles="mask edits"),
-        make("sample", sample, handles="typical"),
+        make("sample", sample),
         make("logprobs", logprobs),
     ]
 
@@ -148,22 +148,10 @@ def sample(p: Any, logits: Array, params: Any, u: Array) -> Array:
     kept[(np.arange(p.vocab) >= top_k) & (top_k > 0)] = 0
     before = np.cumsum(kept, -1) - kept
     kept[(before >= top_p * kept.sum(-1, keepdims=True)) & (top_p > 0) & (top_p < 1) | (kept < min_p)] = 0
-    if p.typical:
-        kept[untypical(kept / kept.sum(-1, keepdims=True), params["typical_p"][rows, None])] = 0
     np.put_along_axis(x, order, kept, 1)
     gathered = np.cumsum(x, -1)
     out[rows] = np.argmax(gathered > u[rows] * gathered[:, -1:], -1)
     return out
-
-
-def untypical(shares: Array, typical_p: Array) -> Array:
-    """shares f64[R, V], largest first: those too far from the entropy, after typical_p of the mass nearest to it."""
-    surprise = -np.log(np.maximum(shares, 1e-300))
-    distance = np.where(shares > 0, np.abs(surprise - (shares * surprise).sum(-1, keepdims=True)), np.inf)
-    near = np.argsort(distance, -1, kind="stable")
-    mass = np.take_along_axis(shares, near, 1)
-    far = (np.cumsum(mass, -1) - mass >= typical_p) & (typical_p > 0) & (typical_p < 1)
-    return np.take_along_axis(far, np.argsort(near, -1), 1)
 
 
 def apply_logits(p: Any, logits: Array, mask: Any = None, edit_ids: Any = None, **edits: Array) -> Array:
