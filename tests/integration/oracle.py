@@ -113,9 +113,8 @@ def make_model(
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (
-                parameter.dim() == 1 or "bias" in name
-            ):  # norms start as one value and biases as zero, which would hide one left out
+            if parameter.dim() == 1 or "bias" in name:
+                # norms start as one value and biases as zero, which would hide one left out
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
     change(model)
     model.to(store).save_pretrained(folder, max_shard_size=shards)

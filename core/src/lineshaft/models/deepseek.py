@@ -17,14 +17,18 @@ from lineshaft.models.reading import Config, Sizes, count, number, refuse_varian
 
 ONLY: Final[dict[str, Any]] = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "norm_topk_prob": False, "moe_layer_freq": 1,
-    "scoring_func": "softmax", "quantization_config": None,
+    "scoring_func": "softmax", "partial_rotary_factor": 1.0, "quantization_config": None,
 }  # fmt: skip
-"""Keys that change what is computed, with the one value that this family computes."""
+ABSENT: Final[dict[str, Any]] = {
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_shared_experts": 2, "topk_method": "greedy",
+}  # fmt: skip
 
 
 def build(config: Config, context: BuildContext) -> Decoder:
     """Build a DeepSeek-V2 at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
     refuse_variants(config, ONLY, "deepseek_v2")
+    config = {**ABSENT, **config}
     sizes = Sizes.read(config)
     sizes = replace(sizes, shape=replace(sizes.shape, kv_heads=1))  # of latents, whatever the config says
     attention = _attention(config, context, sizes)
@@ -36,14 +40,14 @@ def build(config: Config, context: BuildContext) -> Decoder:
 
 
 def _attention(config: Config, context: BuildContext, sizes: Sizes) -> LatentAttention:
-    nope, rotated = count(config, "qk_nope_head_dim", 128), count(config, "qk_rope_head_dim", 64)
+    nope, rotated = count(config, "qk_nope_head_dim"), count(config, "qk_rope_head_dim")
     scale, table = (nope + rotated) ** -0.5, rope_table(config)
     if table.get("factor") and table.get("mscale_all_dim"):
         scale *= yarn_scale(number(table, "factor"), number(table, "mscale_all_dim")) ** 2
     return LatentAttention(
         context=context, hidden=sizes.shape.hidden, heads=sizes.shape.q_heads, q_rank=_some(config, "q_lora_rank"),
-        rank=count(config, "kv_lora_rank", 512), nope_dim=nope, rope_dim=rotated,
-        v_dim=count(config, "v_head_dim", 128), rope=replace(rope(config, context), interleaved=True),
+        rank=count(config, "kv_lora_rank"), nope_dim=nope, rope_dim=rotated,
+        v_dim=count(config, "v_head_dim"), rope=replace(rope(config, context), interleaved=True),
         max_position=sizes.max_position, scale=scale,
     )  # fmt: skip
 

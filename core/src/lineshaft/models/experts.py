@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lineshaft.contract.problems import ConstProblem, ExpertProblem, LinearProblem, RouterProblem
 from lineshaft.contract.sessions import Tree
 from lineshaft.contract.weights import Array, Coordinate, Param
-from lineshaft.errors import LayoutError
+from lineshaft.errors import CorruptCheckpoint, LayoutError
 from lineshaft.layout import Layout, choose_layout
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
@@ -82,7 +82,9 @@ class ExpertMlp:
     shared: GatedMlp | None = None
 
     def __post_init__(self) -> None:
-        tp = self.context.degrees.tp
+        tp, k, experts = self.context.degrees.tp, self.router.k, self.router.experts
+        if k > experts:
+            raise CorruptCheckpoint(f"config.json: {k} experts per token are more than the {experts} that there are")
         if self.width % tp:
             raise LayoutError(f"tp={tp} does not divide the experts' width {self.width}: set tp to one of its divisors")
 

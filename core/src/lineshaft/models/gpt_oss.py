@@ -16,12 +16,12 @@ from lineshaft.contract.problems import RouterProblem
 from lineshaft.contract.weights import Coordinate
 from lineshaft.errors import UnknownArchitecture
 from lineshaft.models import shards
-from lineshaft.models.attention import Attention
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.experts import ExpertMlp
 from lineshaft.models.experts import Sizes as ExpertSizes
 from lineshaft.models.family import BuildContext, ModelFamily
 from lineshaft.models.parameters import RmsNorm
+from lineshaft.models.plain import attentions
 from lineshaft.models.reading import (
     FULL,
     SLIDING,
@@ -29,7 +29,6 @@ from lineshaft.models.reading import (
     Sizes,
     count,
     flag,
-    groups,
     layer_types,
     number,
     refuse_variants,
@@ -38,8 +37,11 @@ from lineshaft.models.reading import (
 )
 from lineshaft.models.shards import Numbers
 
-ONLY: Final[dict[str, Any]] = {"hidden_act": "silu"}
-"""Keys that change what is computed, with the one value that this family computes."""
+ONLY: Final[dict[str, Any]] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+ABSENT: Final[dict[str, Any]] = {
+    "head_dim": 64, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    "sliding_window": 128, "attention_bias": True, "num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+}  # fmt: skip
 
 FP4: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The numbers of MXFP4's codes of four bits (OCP Microscaling Formats, 1.0)."""
@@ -106,35 +108,26 @@ def decode_mxfp4(blocks: Numbers, scales: Numbers) -> Numbers:
 def build(config: Config, context: BuildContext) -> Decoder:
     """Build a gpt-oss at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
     refuse_variants(config, ONLY, "gpt_oss")
+    config = {**ABSENT, **config}
     sizes = Sizes.read(config)
-    hidden = sizes.shape.hidden
     router = RouterProblem(
-        dtype=context.dtype, experts=count(config, "num_local_experts"), k=count(config, "num_experts_per_tok", 4),
+        dtype=context.dtype, experts=count(config, "num_local_experts"), k=count(config, "num_experts_per_tok"),
         softmax="after",
     )  # fmt: skip
     activation = {
-        "activation": "swigluoai", "swiglu_alpha": number(config, "swiglu_alpha", 1.702),
-        "swiglu_limit": number(config, "swiglu_limit", 7.0),
+        "activation": "swigluoai", "swiglu_alpha": number(config, "swiglu_alpha"),
+        "swiglu_limit": number(config, "swiglu_limit"),
     }  # fmt: skip
     experts = ExpertMlp(
-        context=context, hidden=hidden, width=sizes.shape.intermediate, router=router, gate="router", bias=True,
-        stored=FusedExperts(_is_mxfp4(config)), activation=activation,
+        context=context, hidden=sizes.shape.hidden, width=sizes.shape.intermediate, router=router, gate="router",
+        bias=True, stored=FusedExperts(_is_mxfp4(config)), activation=activation,
     )  # fmt: skip
-    norm = RmsNorm(context, hidden, sizes.eps)
-    return Decoder(context, sizes, [Layer(block, experts, norm) for block in _attentions(config, context, sizes)], norm)
-
-
-def _attentions(config: Config, context: BuildContext, sizes: Sizes) -> list[Attention]:
+    norm = RmsNorm(context, sizes.shape.hidden, sizes.eps)
     kinds = layer_types(config, sizes.layers, [FULL if layer % 2 else SLIDING for layer in range(sizes.layers)])
     windows = [window(config) if kind == SLIDING else 0 for kind in kinds]
-    turned, bias = rope(config, context, base=150000.0), flag(config, "attention_bias", True)
-    return [
-        Attention(
-            context=context, shape=sizes.shape, head_dim=sizes.head_dim, max_position=sizes.max_position, rope=turned,
-            kind="local" if size else "", group=group, window=size, qkv_bias=bias, out_bias=bias, sinks=True,
-        )
-        for size, group in zip(windows, groups(windows), strict=True)
-    ]  # fmt: skip
+    turned, bias = rope(config, context, base=150000.0), flag(config, "attention_bias")
+    found = attentions(context, sizes, windows, turned, qkv_bias=bias, out_bias=bias, sinks=True)
+    return Decoder(context, sizes, [Layer(attention, experts, norm) for attention in found], norm)
 
 
 def _is_mxfp4(config: Config) -> bool:
