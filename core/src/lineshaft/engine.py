@@ -20,11 +20,15 @@ from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import Logprobs, Sizes, StepMessage, StepResult
+from lineshaft.runner.messages import Sizes, StepMessage, StepResult
 from lineshaft.runner.pack import need_of, pack_forward
 from lineshaft.runner.worker import Progress, silent
-from lineshaft.sampling.pack import pack_sampling
-from lineshaft.sampling.params import SamplingParams
+from lineshaft.sampling.choice import Choice, make_choice
+from lineshaft.sampling.logprobs import TokenLogprobs, top_logprobs
+from lineshaft.sampling.pack import pack_adjust, pack_sampling
+from lineshaft.sampling.params import EXTRAS, SamplingParams, check_extras
+from lineshaft.sampling.processors import ProcessedRow, choose_processed
+from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
 
 Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
@@ -47,6 +51,7 @@ class Live:
 
     request: Request
     replica: int
+    choice: Choice | None = None
     clock: Clock = field(default_factory=Clock)
 
 
@@ -57,13 +62,14 @@ class Token:
     request: Request
     clock: Clock
     token_id: int
-    logprobs: dict[int, tuple[float, int]] | None  # id -> (log-probability, rank; 0 = below those asked for)
+    logprobs: TokenLogprobs | None
 
 
 class Engine:
     """Runs requests of token ids to the end. Use `add`, then `step` while `has_work`; `close` at the end.
 
-    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor`, if given, runs the
+    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `vocabulary`, if set, serves
+    requests that ask for a structured output. `executor`, if given, runs the
     steps in the place of the configured one, and is closed with the engine.
     """
 
@@ -78,6 +84,7 @@ class Engine:
         registry = registry or discover()
         self.config = config
         self.teacher: Teacher | None = None
+        self.vocabulary: Vocabulary | None = None
         self.meter = Meter()
         self._executor = executor or make_executor(config, registry)
         try:
@@ -88,6 +95,8 @@ class Engine:
         except BaseException:
             self._executor.close()
             raise
+        off = "the engine was made with sampling_extras = false; set it to true"
+        self._declined = self.plan.declined if config.sampling_extras else dict.fromkeys(EXTRAS, off)
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
@@ -131,13 +140,14 @@ class Engine:
         """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
         self._require_open()
         self._check(prompt, params)
+        choice = make_choice(params, prompt, self.vocab, eos_ids, self.vocabulary)
         request_id = self._next_id
         if params.seed is None:
             params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
         request = Request(request_id, tuple(map(int, prompt)), params, eos_ids, salt)
         replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
         self._replicas[replica].scheduler.add(request)
-        self._live[request_id] = Live(request, replica)
+        self._live[request_id] = Live(request, replica, choice)
         self._next_id += 1
         return request
 
@@ -153,6 +163,8 @@ class Engine:
             raise InvalidSamplingParams(
                 f"logprobs = {params.logprobs}: the engine was made with max_logprobs = {self.config.max_logprobs}"
             )
+
+        check_extras(params, self._declined)
 
     def _check_token(self, what: str, token: object) -> None:
         if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
@@ -200,7 +212,8 @@ class Engine:
                 [r.params for r in sampled], [0] * len(sampled), [len(r.tokens) for r in sampled], shape.logits
             ),
             logprobs=any(request.params.logprobs is not None for request in sampled),
-            logits=self.teacher is not None,
+            logits=self.teacher is not None or any(request.params.logits_processors for request in sampled),
+            adjust=pack_adjust([self._live[r.id].choice for r in sampled], shape.logits, self.vocab),
         )
 
     def _commit(self, replica: Replica, batch: Batch, result: StepResult, began: float) -> list[Token]:
@@ -208,13 +221,29 @@ class Engine:
             clock = self._live[row.request.id].clock
             clock.scheduled = clock.scheduled or began
         sampled = [self._live[row.request.id] for row in batch.rows if row.samples]
+        result = self._processed(sampled, result)
         ids = [self._taught(live.request, r, result) for r, live in enumerate(sampled)]
         for live, token in zip(sampled, ids, strict=True):
             if token < 0:  # NaN logits: no token can be sampled; the others go on
                 replica.scheduler.finish(live.request, FinishReason.ERROR)
         replica.scheduler.commit(batch, ids)
+        for live, token in zip(sampled, ids, strict=True):
+            if live.choice is not None and not live.request.finished and live.choice.token(token):
+                replica.scheduler.finish(live.request, FinishReason.STOP)
         at = now()
         return [self._token(live, r, ids[r], result, at) for r, live in enumerate(sampled)]
+
+    def _processed(self, sampled: Sequence[Live], result: StepResult) -> StepResult:
+        rows = [
+            ProcessedRow(r, q.params, 0, len(q.tokens), q.prompt, q.output)
+            for r, q in enumerate(live.request for live in sampled)
+            if q.params.logits_processors
+        ]
+        if not rows:
+            return result
+        assert result.logits is not None
+        ids, found = choose_processed(rows, result.logits, result.token_ids, result.logprobs)
+        return dataclasses.replace(result, token_ids=ids, logprobs=found)
 
     def _taught(self, request: Request, row: int, result: StepResult) -> int:
         token = int(result.token_ids[row])
@@ -289,13 +318,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def top_logprobs(found: Logprobs, row: int, token: int, wanted: int) -> dict[int, tuple[float, int]]:
-    """The `wanted` likeliest tokens of a row and the chosen one: id -> (log-probability, rank)."""
-    top = {
-        int(i): (float(p), rank + 1) for rank, (i, p) in enumerate(zip(found.top_ids[row], found.top[row], strict=True))
-    }
-    kept = dict(list(top.items())[:wanted])
-    kept[token] = top.get(token, (float(found.chosen[row]), 0))
-    return kept

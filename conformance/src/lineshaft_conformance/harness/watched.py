@@ -14,8 +14,9 @@ import numpy as np
 from lineshaft.config import EngineConfig
 from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
-from lineshaft.runner.messages import Logprobs, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.worker import Progress, Worker
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft_conformance.subject import Subject
 
 

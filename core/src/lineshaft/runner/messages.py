@@ -13,6 +13,7 @@ from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.scheduler import Limits
 
 Frames = tuple[dict[str, Any], list[HostArray]]
@@ -65,15 +66,6 @@ def _fields(host: HostStep) -> list[tuple[str, str, tuple[int, ...]]]:
 
 def _host(fields: Sequence[tuple[str, str, Sequence[int]]], buffer: HostArray) -> HostStep:
     return HostStep(InputLayout([InputField(name, dtype, tuple(shape)) for name, dtype, shape in fields]), buffer)
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Natural-log probabilities of R rows: the chosen token's [R], and the k likeliest [R, k] with their ids [R, k]."""
-
-    chosen: HostArray
-    top_ids: HostArray
-    top: HostArray
 
 
 @dataclass(frozen=True)
