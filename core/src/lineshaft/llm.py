@@ -11,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from lineshaft.config import EngineConfig, make_config
-from lineshaft.engine import Engine, Token
+from lineshaft.engine import Engine
 from lineshaft.errors import InvalidSamplingParams, RequestError, SessionClosed
+from lineshaft.flight import Token
 from lineshaft.outputs import (
     CompletionOutput,
     Logprob,
@@ -26,6 +27,7 @@ from lineshaft.registry import Registry
 from lineshaft.runner.worker import Progress, silent
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.sampling.stop import StopStrings
+from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.scheduler import FinishReason, Request
 from lineshaft.tokenizer import Detokenizer, Tokenizer
 from lineshaft.weights import resolve
@@ -54,7 +56,7 @@ class Text:
     def feed(self, token: Token) -> bool:
         """Take one token; return whether a stop string was hit."""
         self._book(token)
-        stop_token = self.request.finish_reason is FinishReason.STOP
+        stop_token = self.request.finish_reason is FinishReason.STOP and self.request.stop_reason is not None
         text = "" if token.token_id < 0 or stop_token else self._detokenizer.feed(token.token_id)
         shown, hit = self._stops.feed(text)
         if not hit and self.request.finished:
@@ -135,6 +137,7 @@ class LLM:
         self.config = config
         self.tokenizer = Tokenizer.from_checkpoint(resolve(config.tokenizer or config.model))
         self.engine = Engine(config, registry=registry, progress=progress)
+        self.engine.vocabulary = Vocabulary(self.tokenizer, self.engine.vocab, self.tokenizer.eos_ids)
         self._texts: dict[int, Text] = {}
         self._lock = RLock()  # several threads may generate at once; whoever holds it steps for all
 
