@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
 from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import Packed, need_of, pack_forward, pack_sampling
+from lineshaft.runner.pack import Packed, Sampled, need_of, pack_forward, pack_sampling, sampled_rows
 from lineshaft.runner.worker import Progress, silent
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
@@ -62,7 +62,7 @@ class Token:
     logprobs: dict[int, tuple[float, int]] | None = None  # id -> (log-probability, rank; 0 = below those asked for)
 
 
-@dataclass(slots=True)
+@dataclass
 class Flight:
     """A step of all replicas, from when it is scheduled until it is committed."""
 
@@ -71,9 +71,10 @@ class Flight:
     packed: list[Packed]
     began: float  # when its scheduling began, in seconds
 
-    def sampled(self, replica: int) -> list[Request]:
-        """The requests of a replica that get a token, in the order of their logit rows."""
-        return [row.request for row in self.batches[replica].rows if row.samples]
+    @cached_property
+    def sampled(self) -> list[list[Sampled]]:
+        """By replica, the requests that get a token."""
+        return [sampled_rows(batch.rows) for batch in self.batches]
 
 
 class Recorder(Protocol):
@@ -152,20 +153,53 @@ class Engine:
         return self._facts.vocab
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset(), salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int] = frozenset(),
+        salt: bytes = b"",
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        parent: Request | None = None,
+        fork: int = 0,
     ) -> Request:
-        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
+        """Queue a prompt.
+
+        salt        requests share cached prefixes only under an equal one
+        priority    lower runs first
+        deadline_s  seconds from now after which the request ends, wherever it is
+        parent      a request of the same prompt, of which this is sample number `fork`, from 1 on: it shares the
+                    parent's pages and, where it brings none, its seed
+
+        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
+        """
         self._require_open()
         self._check(prompt, params)
-        request_id = self._next_id
+        request_id, clock = self._next_id, Clock()
         if params.seed is None:
-            params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
-        request = Request(request_id, tuple(map(int, prompt)), params, eos_ids, salt)
-        replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
+            seed = (self.config.seed + request_id) % 2**64 if parent is None else parent.params.seed
+            params = dataclasses.replace(params, seed=seed)
+        deadline = None if deadline_s is None else clock.arrived + deadline_s
+        request = Request(
+            request_id, tuple(map(int, prompt)), params, eos_ids, salt, priority=priority, arrival=clock.arrived,
+            deadline=deadline, parent=parent, fork=fork,
+        )  # fmt: skip
+        replica = self._replica_for(parent)
         self._replicas[replica].scheduler.add(request)
-        self._live[request_id] = Live(request, replica)
+        self._live[request_id] = Live(request, replica, clock)
         self._next_id += 1
         return request
+
+    def _replica_for(self, parent: Request | None) -> int:
+        """The replica of the parent, whose pages are there; else the one with the fewest requests."""
+        relative = None if parent is None else self._live.get(parent.id)
+        if relative is not None:
+            return relative.replica
+        counts = [0] * len(self._replicas)
+        for live in self._live.values():
+            counts[live.replica] += 1
+        return counts.index(min(counts))
 
     def _require_open(self) -> None:
         if self.closed:
@@ -205,17 +239,26 @@ class Engine:
         one is scheduled and packed while this one runs, and is on its way when this returns.
         """
         self._require_open()
+        try:
+            return self._step()
+        except BaseException:
+            self._flight = None
+            for replica in self._replicas:
+                replica.scheduler.discard()
+            raise
+
+    def _step(self) -> list[Token]:
         flight, self._flight = self._flight or self._launch(self._schedule()), None
         if flight is None:
             return []
         at, rows = now(), flight.shape.logits
-        self._executor.choose([self._choice(flight.sampled(r), rows) for r in range(len(self._replicas))])
+        self._executor.choose([self._choice(sampled, rows) for sampled in flight.sampled])
         self._mark("sample", flight, at)
         following = self._schedule() if self._overlap else None
         at = now()
         results = self._executor.collect()
         self._mark("run", flight, at)
-        ids = [self._taught(flight.sampled(r), result) for r, result in enumerate(results)]
+        ids = [self._taught(sampled, result) for sampled, result in zip(flight.sampled, results, strict=True)]
         if following is not None:
             self._fill(following, flight, ids)
             self._flight = self._launch(following)
@@ -250,43 +293,47 @@ class Engine:
 
     def _fill(self, following: Flight, flight: Flight, ids: Sequence[Sequence[int]]) -> None:
         """Put the tokens of a step into the one that was scheduled before they were known."""
-        for r, packed in enumerate(following.packed):
-            packed.fill(dict(zip((request.id for request in flight.sampled(r)), ids[r], strict=True)))
+        for packed, sampled, given in zip(following.packed, flight.sampled, ids, strict=True):
+            packed.fill({request.id: token for (_, request), token in zip(sampled, given, strict=True)})
 
-    def _choice(self, sampled: Sequence[Request], rows: int) -> ChoiceMessage:
+    def _choice(self, sampled: Sequence[Sampled], rows: int) -> ChoiceMessage:
         return ChoiceMessage(
             pack_sampling(sampled, rows),
-            logprobs=any(request.params.logprobs is not None for request in sampled),
+            logprobs=any(request.params.logprobs is not None for _, request in sampled),
             logits=self.teacher is not None,
         )
 
-    def _taught(self, sampled: Sequence[Request], result: StepResult) -> list[int]:
-        """The tokens that a replica's requests get, in the order of their logit rows."""
-        ids: list[int] = result.token_ids[: len(sampled)].tolist()
+    def _taught(self, sampled: Sequence[Sampled], result: StepResult) -> list[int]:
+        """The token of each request that gets one."""
+        given = result.token_ids.tolist()
+        ids = [given[row] for row, _ in sampled]
         if self.teacher is None or result.logits is None:
             return ids
-        for row, request in enumerate(sampled):
+        for index, (row, request) in enumerate(sampled):
             forced = self.teacher(request, result.logits[row])
             if forced is not None:
                 self._check_token(f"the teacher's token for request {request.id}", forced)
-                ids[row] = int(forced)
+                ids[index] = int(forced)
         return ids
 
     def _commit(self, flight: Flight, results: Sequence[StepResult], ids: Sequence[list[int]]) -> list[Token]:
         """Book a step that has run. What ended while it ran gets no token."""
         tokens: list[Token] = []
-        for r, (replica, batch) in enumerate(zip(self._replicas, flight.batches, strict=True)):
+        parts = zip(self._replicas, flight.batches, flight.sampled, results, ids, strict=True)
+        for replica, batch, sampled, result, given in parts:
             for row in batch.rows:
                 live = self._live.get(row.request.id)
                 if live is not None and not live.clock.scheduled:
                     live.clock.scheduled = flight.began
-            sampled = [self._live.get(request.id) for request in flight.sampled(r)]
-            for live, token in zip(sampled, ids[r], strict=True):
-                if token < 0 and live is not None:  # NaN logits: no token can be sampled; the others go on
-                    replica.scheduler.finish(live.request, FinishReason.ERROR)
-            replica.scheduler.commit(batch, ids[r])
+            for (_, request), token in zip(sampled, given, strict=True):
+                if token < 0:  # NaN logits: no token can be sampled; the others go on
+                    replica.scheduler.finish(request, FinishReason.ERROR)
+            replica.scheduler.commit(batch, given)
             at = now()
-            tokens += [self._token(live, row, ids[r][row], results[r], at) for row, live in enumerate(sampled) if live]
+            for (place, request), token in zip(sampled, given, strict=True):
+                live = self._live.get(request.id)
+                if live is not None:
+                    tokens.append(self._token(live, place, token, result, at))
         self._book(flight, results, len(tokens))
         return tokens
 

@@ -50,8 +50,8 @@ def test_slots_lie_in_the_row_s_own_pages() -> None:
 def test_sampling_inputs_depend_on_the_row_alone() -> None:
     hot = Request(7, (1, 2, 3), SamplingParams(temperature=0.7, top_k=5, seed=42))
     cold = Request(8, (1,), SamplingParams(temperature=0.0, seed=1))
-    assert pack_sampling([cold], 4) is None
-    alone, among = pack_sampling([hot], 1), pack_sampling([cold, hot], 4)
+    assert pack_sampling([(0, cold)], 4) is None
+    alone, among = pack_sampling([(0, hot)], 1), pack_sampling([(0, cold), (1, hot)], 4)
     assert alone is not None and among is not None
     assert alone["u"][0, 0] == among["u"][1, 0] == draw(42, 0, 3, 0, 0)
     assert among["temperature"].tolist() == [0.0, np.float32(0.7), 0.0, 0.0]
@@ -61,7 +61,7 @@ def test_sampling_inputs_depend_on_the_row_alone() -> None:
 def test_messages_survive_their_frames() -> None:
     host, _, _, _ = run_one_step()
     shape = StepShape(tokens=16, rows=4, pages=(4,), logits=4, max_query=16)
-    sampling = pack_sampling([Request(7, (1,), SamplingParams(seed=3))], 4)
+    sampling = pack_sampling([(0, Request(7, (1,), SamplingParams(seed=3)))], 4)
     message = StepMessage(shape, host, np.array([[0, 1, 2]], np.int32))
     again = StepMessage.from_frames(*message.to_frames())
     assert again.shape == shape and again.copies.tolist() == [[0, 1, 2]]

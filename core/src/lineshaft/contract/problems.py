@@ -221,7 +221,10 @@ class RouterProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertProblem(Problem):
-    """Gated MLP of routed experts: `local` of `experts` experts live on this rank; capacity is static, T * k."""
+    """Gated MLP of routed experts: `local` of `experts` experts live on this rank; capacity is static, T * k.
+
+    `activation` is "silu", "gelu" or "swigluoai", that of gpt-oss, which alone has `swiglu_alpha` and `swiglu_limit`.
+    """
 
     experts: int
     local: int
@@ -231,6 +234,9 @@ class ExpertProblem(Problem):
     rows: int = 0
     activation: str = "silu"
     scheme: str = feature("none")
+    bias: bool = feature(False)
+    swiglu_alpha: float = feature(0.0)
+    swiglu_limit: float = feature(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

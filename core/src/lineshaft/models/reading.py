@@ -142,7 +142,7 @@ def rope(config: Config, context: BuildContext, layer_type: str = "", base: floa
     base = number(given, "rope_theta", config.get("rope_theta") or base)
     share = number({**config, **given}, "partial_rotary_factor", 1.0)
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "su":  # what LongRoPE was called first
+    if kind == "su" or "long_factor" in given:  # what LongRoPE was called before
         kind = "longrope"
     if kind not in _KINDS:
         raise UnknownArchitecture(f"config.json: rope_type {kind!r:.80}; known are {', '.join(_KINDS)}{_hint(kind)}")

@@ -20,9 +20,23 @@ def need_of(rows: Sequence[Row]) -> Need:
     return Need(
         tokens=sum(row.count for row in rows),
         rows=len(rows),
-        logits=sum(row.samples for row in rows),
+        logits=sum(row.logits for row in rows),
         max_query=max((row.count for row in rows), default=0),
     )
+
+
+Sampled = tuple[int, Request]
+"""A row of logits, and the request whose next token is chosen from it."""
+
+
+def sampled_rows(rows: Sequence[Row]) -> list[Sampled]:
+    """Where the requests of a step that get a token have their logits."""
+    found, end = [], 0
+    for row in rows:
+        end += row.logits
+        if row.samples:
+            found.append((end - 1, row.request))
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,23 +98,23 @@ def _token_ids(rows: Sequence[Row], ends: HostArray) -> tuple[list[int], list[tu
 
 
 def _logit_rows(rows: Sequence[Row], ends: HostArray) -> list[int]:
-    """The tokens whose logits are wanted: of a row that samples, the last."""
-    return [int(end) - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
+    """The tokens whose logits are wanted: the last ones of each row."""
+    return [at for row, end in zip(rows, ends.tolist(), strict=True) for at in range(end - row.logits, end)]
 
 
-def pack_sampling(requests: Sequence[Request], rows: int) -> HostStep | None:
+def pack_sampling(sampled: Sequence[Sampled], rows: int) -> HostStep | None:
     """The sampling program's inputs, or None when every request is greedy (the forward's own argmax serves).
 
     The uniform number of a row depends on its seed and on the position of the token to come, and on nothing else.
     """
-    if all(request.params.greedy for request in requests):
+    if all(request.params.greedy for _, request in sampled):
         return None
     host = HostStep(sample_inputs(rows))
-    for r, request in enumerate(requests):
+    for r, request in sampled:
         params = request.params
         if params.greedy:
             continue
         host["temperature"][r], host["top_p"][r] = params.temperature, params.top_p
         host["min_p"][r], host["top_k"][r] = params.min_p, params.top_k
-        host["u"][r, 0] = draw(params.seed or 0, 0, len(request.tokens), PURPOSE_SAMPLE, 0)
+        host["u"][r, 0] = draw(params.seed or 0, request.fork, len(request.tokens), PURPOSE_SAMPLE, 0)
     return host
