@@ -22,8 +22,9 @@ from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
 from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import Packed, Sampled, need_of, pack_forward, pack_sampling, sampled_rows
+from lineshaft.runner.pack import Packed, Sampled, need_of, pack_forward, rows_of, sampled_rows
 from lineshaft.runner.worker import Progress, silent
+from lineshaft.sampling.pack import pack_sampling
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
 
@@ -298,7 +299,7 @@ class Engine:
 
     def _choice(self, sampled: Sequence[Sampled], rows: int) -> ChoiceMessage:
         return ChoiceMessage(
-            pack_sampling(sampled, rows),
+            pack_sampling(*rows_of(sampled), rows),
             logprobs=any(request.params.logprobs is not None for _, request in sampled),
             logits=self.teacher is not None,
         )

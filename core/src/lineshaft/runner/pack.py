@@ -9,9 +9,9 @@ import numpy as np
 
 from lineshaft.cache import CacheManager
 from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
+from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.runner.buckets import Need
-from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
+from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, Request, Row
 
 
@@ -25,6 +25,8 @@ def need_of(rows: Sequence[Row]) -> Need:
     )
 
 
+GREEDY = SamplingParams(temperature=0)
+
 Sampled = tuple[int, Request]
 """A row of logits, and the request whose next token is chosen from it."""
 
@@ -37,6 +39,19 @@ def sampled_rows(rows: Sequence[Row]) -> list[Sampled]:
         if row.samples:
             found.append((end - 1, row.request))
     return found
+
+
+def rows_of(sampled: Sequence[Sampled]) -> tuple[list[SamplingParams], list[int], list[int]]:
+    """For each row of logits, up to the last that a token is chosen from: params, fork and position of that token. A
+    row that none is chosen from counts as greedy."""
+    if len(sampled) == (sampled[-1][0] + 1 if sampled else 0):
+        requests = [request for _, request in sampled]
+        return [r.params for r in requests], [r.fork for r in requests], [len(r.tokens) for r in requests]
+    size = sampled[-1][0] + 1
+    params, forks, positions = [GREEDY] * size, [0] * size, [0] * size
+    for row, request in sampled:
+        params[row], forks[row], positions[row] = request.params, request.fork, len(request.tokens)
+    return params, forks, positions
 
 
 @dataclass(frozen=True)
@@ -100,21 +115,3 @@ def _token_ids(rows: Sequence[Row], ends: HostArray) -> tuple[list[int], list[tu
 def _logit_rows(rows: Sequence[Row], ends: HostArray) -> list[int]:
     """The tokens whose logits are wanted: the last ones of each row."""
     return [at for row, end in zip(rows, ends.tolist(), strict=True) for at in range(end - row.logits, end)]
-
-
-def pack_sampling(sampled: Sequence[Sampled], rows: int) -> HostStep | None:
-    """The sampling program's inputs, or None when every request is greedy (the forward's own argmax serves).
-
-    The uniform number of a row depends on its seed and on the position of the token to come, and on nothing else.
-    """
-    if all(request.params.greedy for _, request in sampled):
-        return None
-    host = HostStep(sample_inputs(rows))
-    for r, request in sampled:
-        params = request.params
-        if params.greedy:
-            continue
-        host["temperature"][r], host["top_p"][r] = params.temperature, params.top_p
-        host["min_p"][r], host["top_k"][r] = params.min_p, params.top_k
-        host["u"][r, 0] = draw(params.seed or 0, request.fork, len(request.tokens), PURPOSE_SAMPLE, 0)
-    return host
