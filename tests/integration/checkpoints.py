@@ -119,7 +119,44 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "even-phi3": {"seed": 35, "model_type": "phi3", **EVEN},
 }  # fmt: skip
 
-VARIANTS |= FAMILIES
+FEW: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        **FEW, "seed": 41, "model_type": "mixtral", "intermediate_size": 40, "num_local_experts": 5,
+        "num_experts_per_tok": 2, "sliding_window": 9,
+    },
+    "qwen3-moe": {  # the second layer is dense
+        **FEW, "seed": 42, "model_type": "qwen3_moe", "intermediate_size": 100, "moe_intermediate_size": 24,
+        "num_experts": 6, "num_experts_per_tok": 3, "head_dim": 20, "norm_topk_prob": True, "mlp_only_layers": [1],
+        "attention_bias": True,
+    },
+    "qwen3-moe-step2": {  # so are the first and the third
+        **FEW, "seed": 43, "model_type": "qwen3_moe", "intermediate_size": 36, "moe_intermediate_size": 28,
+        "num_experts": 9, "num_experts_per_tok": 4, "head_dim": 16, "decoder_sparse_step": 2,
+        "tie_word_embeddings": True,
+    },
+    "gpt-oss": {
+        **FEW, "seed": 44, "model_type": "gpt_oss", "intermediate_size": 40, "num_local_experts": 5,
+        "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 9, "swiglu_limit": 0.75,
+        "rope_parameters": YARN | {"truncate": False},
+    },
+    "deepseek-v2": {
+        **FEW, "seed": 45, "model_type": "deepseek_v2", "intermediate_size": 100, "moe_intermediate_size": 24,
+        "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 3, "first_k_dense_replace": 1, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
+        "q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
+        "num_key_value_heads": 4, "rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 0.5},
+    },
+    "deepseek-v2-lite": {  # queries without a latent, and no group
+        **FEW, "seed": 46, "model_type": "deepseek_v2", "intermediate_size": 36, "moe_intermediate_size": 20,
+        "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "q_lora_rank": None,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+"""Random models of experts. Two ranks can share each."""
+
+VARIANTS |= FAMILIES | EXPERTS
 
 ODD = ("gqa1", "gqa3-tied", "gqa8", "llama3-rope", "linear-rope", "sharded", "stored-bfloat16")
 

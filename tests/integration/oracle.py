@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,10 @@ class Oracle:
 
 def make_model(
     folder: Path, seed: int, *, model_type: str = "llama", store: torch.dtype = torch.float32, shards: str = "1GB",
-    **more: Any,
+    change: Callable[[Any], None] = lambda model: None, **more: Any,
 ) -> Oracle:  # fmt: skip
-    """Write a random model to `folder`, a Llama unless told otherwise, and return the oracle of what was written."""
+    """Write a random model to `folder`, a Llama unless told otherwise, which `change` may change first, and return the
+    oracle of what was written."""
     print(f"random {model_type}: seed {seed}")
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
@@ -111,9 +112,11 @@ def make_model(
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms start as one value and biases as zero, which would hide one left out
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "bias" in name:
+                # norms start as one value and biases as zero, which would hide one left out
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+    change(model)
     model.to(store).save_pretrained(folder, max_shard_size=shards)
     return Oracle.of(folder)
 

@@ -382,14 +382,25 @@ def backwards_within(p: Any, run: Any, x: Tensor, ids: Tensor, mapping: Tensor, 
     return rows, offsets, (ids.numel() - 1 - source).int()
 
 
-def skips_empty_experts(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor) -> Any:
+def skips_empty_experts(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor, **biases: Any) -> Any:
     counts = offsets.diff()
     packed = torch.cat([counts[counts > 0], counts[counts == 0]])
-    return run(x, w13, w2, torch.cat([offsets[:1], packed.cumsum(0)]).int())
+    return run(x, w13, w2, torch.cat([offsets[:1], packed.cumsum(0)]).int(), **biases)
 
 
-def reads_beyond(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor) -> Any:
-    return run(x, w13, w2, torch.cat([offsets[:-1], offsets[-1:] * 0 + len(x)]).int())
+def reads_beyond(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor, **biases: Any) -> Any:
+    return run(x, w13, w2, torch.cat([offsets[:-1], offsets[-1:] * 0 + len(x)]).int(), **biases)
+
+
+def biases_everywhere(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor, **biases: Any) -> Any:
+    out = run(x, w13, w2, offsets, **biases)
+    return torch.where((torch.arange(len(x)) < offsets[-1])[:, None], out, biases["w2_bias"][-1]) if biases else out
+
+
+def with_biases(change: Callable[[Tensor], Tensor]) -> Make:
+    """Makes a mutant whose experts have `change(bias)` for each of their biases."""
+    return with_call("grouped_mlp", lambda p, run, *args, **biases: run(
+        *args, **{name: change(bias) for name, bias in biases.items()}))  # fmt: skip
 
 
 def whole_mlp(p: Any, x: Tensor, ids: Tensor, probs: Tensor, w13: Any, w2: Any, expert_map: Tensor) -> Tensor:
@@ -431,6 +442,14 @@ EXPERTS = (
            with_call("grouped_mlp", skips_empty_experts)),
     mutant("reads-beyond", "rows after the last offset are 0 and not read", "grouped_mlp/beyond_is_nan*",
            with_call("grouped_mlp", reads_beyond)),
+    mutant("biased-beyond", "rows after the last offset are 0, whatever the biases", "grouped_mlp/bias*",
+           with_call("grouped_mlp", biases_everywhere)),
+    mutant("one-bias-for-all", "each expert has biases of its own", "grouped_mlp/bias*",
+           with_biases(lambda bias: bias[:1].expand_as(bias))),
+    mutant("unlimited", "swigluoai cuts gate and up off at the limit", "grouped_mlp/*swigluoai*",
+           with_problem("grouped_mlp", lambda p: {"swiglu_limit": 1e9} if p.swiglu_limit else {})),
+    mutant("alpha-is-1", "swigluoai has the problem's alpha", "grouped_mlp/*swigluoai*",
+           with_problem("grouped_mlp", lambda p: {"swiglu_alpha": 1.0} if p.swiglu_alpha else {})),
     mutant("always-silu", "the activation is the problem's", "expert_mlp/gelu*",
            with_problem("grouped_mlp", lambda p: {"activation": "silu"})),
     mutant("unweighted", "moe_combine multiplies by probs (ops)", "moe_combine/*",
