@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 YARN: dict[str, Any] = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 24,
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 128,
     "beta_fast": 4.0,
 }  # fmt: skip
 LONGROPE: dict[str, Any] = {
@@ -96,6 +96,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "seed": 28, "model_type": "gemma3_text", "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20,
         "sliding_window": 8, "query_pre_attn_scalar": 30, "num_hidden_layers": 4, "sliding_window_pattern": 3,
         "rope_parameters": BY_LAYER,
+    },
+    "gemma3-gguf": {  # what files of that format do not say is as in the published models
+        "seed": 36, "model_type": "gemma3_text", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20,
+        "sliding_window": 8, "query_pre_attn_scalar": 20, "num_hidden_layers": 7, "rope_parameters": BY_LAYER,
     },
     "gemma3-untied": {
         "seed": 29, "model_type": "gemma3_text", "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16,

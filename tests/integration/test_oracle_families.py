@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tests.integration.checkpoints import FAMILIES, LONGROPE
 from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import config, drive, follow, greedy
+from tests.integration.gguf_files import convert
 from tests.integration.oracle import Expected, check_bfloat16, check_float32, float32_tolerance, undisputed
 
 from lineshaft.engine import Engine
@@ -41,6 +44,20 @@ def test_two_workers(llama: Llama, variant: str) -> None:
     checkpoint = llama(variant)
     expected = expect(checkpoint, (5, 17), 4)
     with Engine(config(checkpoint.path, **CRAMPED, **{"layout.tp": 2})) as engine:
+        run = follow(engine, expected)
+    check_float32(expected, run.logits)
+
+
+GGUF = ("llama-yarn", "mistral", "qwen2", "qwen3", "gemma3-gguf", "phi3", "phi3-longrope")
+
+
+@pytest.mark.parametrize("variant", GGUF)
+def test_gguf_files(llama: Llama, tmp_path: Path, variant: str) -> None:
+    """The file's words for the config, the names of its tensors and what converters change in them."""
+    checkpoint = llama(variant)
+    path = convert(checkpoint.path, tmp_path / f"{variant}.gguf")
+    expected = expect(checkpoint, (9, 30), 6)
+    with Engine(config(path, max_model_len=60, **{"cache.page_size": 8})) as engine:
         run = follow(engine, expected)
     check_float32(expected, run.logits)
 

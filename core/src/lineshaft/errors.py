@@ -29,6 +29,7 @@ LineshaftError
 │   ├── PromptTooLong               longer than the model's context or than the KV pool holds
 │   ├── TokenOutOfRange             a token id outside the vocabulary
 │   └── InvalidSamplingParams       a sampling parameter that means nothing (temperature NaN, max_tokens <= 0, ...)
+│       └── InvalidStructure        a schema, expression or grammar of a structured output that cannot be used
 ├── ResourceError                   the machine is too small
 │   ├── OutOfMemory                 weights, caches or workspaces do not fit; says by how much
 │   └── PoolTooSmall                the KV pool cannot hold even one request of the configured length
@@ -146,6 +147,10 @@ class TokenOutOfRange(RequestError):
 
 class InvalidSamplingParams(RequestError):
     """A sampling parameter that means nothing."""
+
+
+class InvalidStructure(InvalidSamplingParams):
+    """A JSON schema, regular expression or grammar of a structured output that is wrong, or too large to follow."""
 
 
 class ResourceError(LineshaftError):

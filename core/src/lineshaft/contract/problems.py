@@ -241,14 +241,17 @@ class ExpertProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleProblem(Problem):
-    """Everything that turns logits `[rows, vocab]` into ids; which optional inputs exist is a feature each."""
+    """Everything that turns logits `[rows, vocab]` into ids; which optional inputs exist is a feature each.
+
+    `edits` counts the sparse edits of a row, 0 where there are none; `typical` says that rows have a `typical_p`.
+    """
 
     vocab: int
     rows: int = 0
     top: int = 0  # how many alternatives logprobs returns
     mask: bool = feature(False)
-    bias: bool = feature(False)
-    counts: bool = feature(False)
+    edits: int = feature(0)
+    typical: bool = feature(False)
 
 
 @dataclass(frozen=True, kw_only=True)
