@@ -125,7 +125,16 @@ class Engine:
         return self._facts.vocab
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset(), salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int] = frozenset(),
+        salt: bytes = b"",
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        parent: Request | None = None,
+        fork: int = 0,
     ) -> Request:
         """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
         self._require_open()
@@ -133,7 +142,11 @@ class Engine:
         request_id = self._next_id
         if params.seed is None:
             params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
-        request = Request(request_id, tuple(map(int, prompt)), params, eos_ids, salt)
+        arrival = now()
+        request = Request(
+            request_id, tuple(map(int, prompt)), params, eos_ids, salt, priority=priority, arrival=arrival,
+            deadline=None if deadline_s is None else arrival + deadline_s, parent=parent, fork=fork,
+        )  # fmt: skip
         replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
         self._replicas[replica].scheduler.add(request)
         self._live[request_id] = Live(request, replica)

@@ -66,5 +66,5 @@ def pack_sampling(requests: Sequence[Request], rows: int) -> HostStep | None:
             continue
         host["temperature"][r], host["top_p"][r] = params.temperature, params.top_p
         host["min_p"][r], host["top_k"][r] = params.min_p, params.top_k
-        host["u"][r, 0] = draw(params.seed or 0, 0, len(request.tokens), PURPOSE_SAMPLE, 0)
+        host["u"][r, 0] = draw(params.seed or 0, request.fork, len(request.tokens), PURPOSE_SAMPLE, 0)
     return host

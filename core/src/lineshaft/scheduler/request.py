@@ -45,6 +45,11 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the token id, or the stop string that the engine names
+    priority: int = 0
+    arrival: float = 0.0
+    deadline: float | None = None
+    parent: Request | None = None
+    fork: int = 0
     _tokens: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
