@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import Any
+from functools import cached_property, reduce
+from typing import Any, Protocol
 
 import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import StepShape
 from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
@@ -20,11 +21,14 @@ from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import Logprobs, Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import need_of, pack_forward, pack_sampling
+from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, StepMessage, StepResult
+from lineshaft.runner.pack import Packed, Sampled, need_of, pack_forward, rows_of, sampled_rows
 from lineshaft.runner.worker import Progress, silent
+from lineshaft.sampling.pack import pack_sampling
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
+
+NO_COPIES = np.zeros((0, 3), np.int32)
 
 Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
 """Sees a request and the logits f32 [V] of its next token; a token id that it returns is taken instead of the sampled
@@ -40,7 +44,7 @@ class Replica:
     cache: CacheManager
 
 
-@dataclass
+@dataclass(slots=True)
 class Live:
     """A request while it runs."""
 
@@ -49,14 +53,35 @@ class Live:
     clock: Clock = field(default_factory=Clock)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Token:
     """One token that a step gave to a request."""
 
     request: Request
     clock: Clock
-    token_id: int
-    logprobs: dict[int, tuple[float, int]] | None  # id -> (log-probability, rank; 0 = below those asked for)
+    token_id: int  # -1: there is none, the request ended without
+    logprobs: dict[int, tuple[float, int]] | None = None  # id -> (log-probability, rank; 0 = below those asked for)
+
+
+@dataclass
+class Flight:
+    """A step of all replicas, from when it is scheduled until it is committed."""
+
+    shape: StepShape
+    batches: list[Batch]
+    packed: list[Packed]
+    began: float  # when its scheduling began, in seconds
+
+    @cached_property
+    def sampled(self) -> list[list[Sampled]]:
+        """By replica, the requests that get a token."""
+        return [sampled_rows(batch.rows) for batch in self.batches]
+
+
+class Recorder(Protocol):
+    """Sees when each phase of a step began and ended, in seconds of `meter.now`."""
+
+    def span(self, name: str, begin: float, end: float, **facts: int) -> None: ...
 
 
 class Engine:
@@ -90,6 +115,10 @@ class Engine:
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
+        self._overlap = config.overlap == "on" or (config.overlap == "auto" and self._facts.asynchronous)
+        self._flight: Flight | None = None  # submitted before the step that returns its tokens
+        self._committed = 0.0
+        self.recorder: Recorder | None = None
         self.closed = False
 
     def _make_replica(self) -> Replica:
@@ -103,7 +132,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._live)
+        return bool(self._live) or self._flight is not None
 
     @property
     def plan(self) -> Plan:
@@ -136,22 +165,42 @@ class Engine:
         parent: Request | None = None,
         fork: int = 0,
     ) -> Request:
-        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
+        """Queue a prompt.
+
+        salt        requests share cached prefixes only under an equal one
+        priority    lower runs first
+        deadline_s  seconds from now after which the request ends, wherever it is
+        parent      a request of the same prompt, of which this is sample number `fork`, from 1 on: it shares the
+                    parent's pages and, where it brings none, its seed
+
+        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
+        """
         self._require_open()
         self._check(prompt, params)
-        request_id = self._next_id
+        request_id, clock = self._next_id, Clock()
         if params.seed is None:
-            params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
-        arrival = now()
+            seed = (self.config.seed + request_id) % 2**64 if parent is None else parent.params.seed
+            params = dataclasses.replace(params, seed=seed)
+        deadline = None if deadline_s is None else clock.arrived + deadline_s
         request = Request(
-            request_id, tuple(map(int, prompt)), params, eos_ids, salt, priority=priority, arrival=arrival,
-            deadline=None if deadline_s is None else arrival + deadline_s, parent=parent, fork=fork,
+            request_id, tuple(map(int, prompt)), params, eos_ids, salt, priority=priority, arrival=clock.arrived,
+            deadline=deadline, parent=parent, fork=fork,
         )  # fmt: skip
-        replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
+        replica = self._replica_for(parent)
         self._replicas[replica].scheduler.add(request)
-        self._live[request_id] = Live(request, replica)
+        self._live[request_id] = Live(request, replica, clock)
         self._next_id += 1
         return request
+
+    def _replica_for(self, parent: Request | None) -> int:
+        """The replica of the parent, whose pages are there; else the one with the fewest requests."""
+        relative = None if parent is None else self._live.get(parent.id)
+        if relative is not None:
+            return relative.replica
+        counts = [0] * len(self._replicas)
+        for live in self._live.values():
+            counts[live.replica] += 1
+        return counts.index(min(counts))
 
     def _require_open(self) -> None:
         if self.closed:
@@ -185,56 +234,109 @@ class Engine:
     # ---- the step ----------------------------------------------------------------------------------------------
 
     def step(self) -> list[Token]:
-        """One iteration: every replica schedules, all run the same bucket, each commits what it sampled."""
+        """Run until the tokens of one step are known, and return them.
+
+        Every replica schedules, all run the same bucket, each commits what it sampled. Where steps overlap, the next
+        one is scheduled and packed while this one runs, and is on its way when this returns.
+        """
         self._require_open()
+        try:
+            return self._step()
+        except BaseException:
+            self._flight = None
+            for replica in self._replicas:
+                replica.scheduler.discard()
+            raise
+
+    def _step(self) -> list[Token]:
+        flight, self._flight = self._flight or self._launch(self._schedule()), None
+        if flight is None:
+            return []
+        at, rows = now(), flight.shape.logits
+        self._executor.choose([self._choice(sampled, rows) for sampled in flight.sampled])
+        self._mark("sample", flight, at)
+        following = self._schedule() if self._overlap else None
+        at = now()
+        results = self._executor.collect()
+        self._mark("run", flight, at)
+        ids = [self._taught(sampled, result) for sampled, result in zip(flight.sampled, results, strict=True)]
+        if following is not None:
+            self._fill(following, flight, ids)
+            self._flight = self._launch(following)
+        at = now()
+        tokens = self._commit(flight, results, ids)
+        self._mark("commit", flight, at)
+        return tokens
+
+    def _schedule(self) -> Flight | None:
+        """The next step of every replica, packed; None where none has work."""
         began = now()
         batches = [replica.scheduler.schedule() for replica in self._replicas]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
         if not need.tokens:
-            return []
+            return None
         shape = fit(self._facts.shapes, need)
-        messages = [self._message(r, b, shape) for r, b in zip(self._replicas, batches, strict=True)]
-        results = self._executor.execute(messages)
-        tokens = []
-        for replica, batch, result in zip(self._replicas, batches, results, strict=True):
-            tokens += self._commit(replica, batch, result, began)
-        self._book(batches, results, now() - began, len(tokens))
-        return tokens
+        flight = Flight(shape, batches, [], began)
+        at = self._mark("schedule", flight, began)
+        for replica, batch in zip(self._replicas, batches, strict=True):
+            flight.packed.append(pack_forward(batch, replica.cache, self._facts.page_sizes, shape))
+        self._mark("prepare", flight, at)
+        return flight
 
-    def _message(self, replica: Replica, batch: Batch, shape: StepShape) -> StepMessage:
-        sampled = [row.request for row in batch.rows if row.samples]
-        copies = np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32).reshape(-1, 3)
-        return StepMessage(
-            shape,
-            pack_forward(batch, replica.cache, self._facts.page_sizes, shape),
-            copies,
-            pack_sampling(sampled, shape.logits),
-            logprobs=any(request.params.logprobs is not None for request in sampled),
+    def _launch(self, flight: Flight | None) -> Flight | None:
+        """Submit the forward of a step whose tokens are all known."""
+        if flight is not None:
+            at = now()
+            parts = zip(flight.packed, flight.batches, strict=True)
+            self._executor.submit([StepMessage(flight.shape, p.host, page_copies(b)) for p, b in parts])
+            self._mark("run", flight, at)
+        return flight
+
+    def _fill(self, following: Flight, flight: Flight, ids: Sequence[Sequence[int]]) -> None:
+        """Put the tokens of a step into the one that was scheduled before they were known."""
+        for packed, sampled, given in zip(following.packed, flight.sampled, ids, strict=True):
+            packed.fill({request.id: token for (_, request), token in zip(sampled, given, strict=True)})
+
+    def _choice(self, sampled: Sequence[Sampled], rows: int) -> ChoiceMessage:
+        return ChoiceMessage(
+            pack_sampling(*rows_of(sampled), rows),
+            logprobs=any(request.params.logprobs is not None for _, request in sampled),
             logits=self.teacher is not None,
         )
 
-    def _commit(self, replica: Replica, batch: Batch, result: StepResult, began: float) -> list[Token]:
-        for row in batch.rows:
-            clock = self._live[row.request.id].clock
-            clock.scheduled = clock.scheduled or began
-        sampled = [self._live[row.request.id] for row in batch.rows if row.samples]
-        ids = [self._taught(live.request, r, result) for r, live in enumerate(sampled)]
-        for live, token in zip(sampled, ids, strict=True):
-            if token < 0:  # NaN logits: no token can be sampled; the others go on
-                replica.scheduler.finish(live.request, FinishReason.ERROR)
-        replica.scheduler.commit(batch, ids)
-        at = now()
-        return [self._token(live, r, ids[r], result, at) for r, live in enumerate(sampled)]
-
-    def _taught(self, request: Request, row: int, result: StepResult) -> int:
-        token = int(result.token_ids[row])
+    def _taught(self, sampled: Sequence[Sampled], result: StepResult) -> list[int]:
+        """The token of each request that gets one."""
+        given = result.token_ids.tolist()
+        ids = [given[row] for row, _ in sampled]
         if self.teacher is None or result.logits is None:
-            return token
-        forced = self.teacher(request, result.logits[row])
-        if forced is None:
-            return token
-        self._check_token(f"the teacher's token for request {request.id}", forced)
-        return int(forced)
+            return ids
+        for index, (row, request) in enumerate(sampled):
+            forced = self.teacher(request, result.logits[row])
+            if forced is not None:
+                self._check_token(f"the teacher's token for request {request.id}", forced)
+                ids[index] = int(forced)
+        return ids
+
+    def _commit(self, flight: Flight, results: Sequence[StepResult], ids: Sequence[list[int]]) -> list[Token]:
+        """Book a step that has run. What ended while it ran gets no token."""
+        tokens: list[Token] = []
+        parts = zip(self._replicas, flight.batches, flight.sampled, results, ids, strict=True)
+        for replica, batch, sampled, result, given in parts:
+            for row in batch.rows:
+                live = self._live.get(row.request.id)
+                if live is not None and not live.clock.scheduled:
+                    live.clock.scheduled = flight.began
+            for (_, request), token in zip(sampled, given, strict=True):
+                if token < 0:  # NaN logits: no token can be sampled; the others go on
+                    replica.scheduler.finish(request, FinishReason.ERROR)
+            replica.scheduler.commit(batch, given)
+            at = now()
+            for (place, request), token in zip(sampled, given, strict=True):
+                live = self._live.get(request.id)
+                if live is not None:
+                    tokens.append(self._token(live, place, token, result, at))
+        self._book(flight, results, len(tokens))
+        return tokens
 
     def _token(self, live: Live, row: int, token: int, result: StepResult, at: float) -> Token:
         if token >= 0:
@@ -251,11 +353,22 @@ class Engine:
         del self._live[request.id]
         self.meter.request(live.clock.metrics(request.cached, request.preemptions), len(request.prompt))
 
-    def _book(self, batches: Sequence[Batch], results: Sequence[StepResult], wall: float, sampled: int) -> None:
-        single = all(len(batch.rows) <= 1 for batch in batches) and sum(batch.tokens for batch in batches) == 1
+    def _book(self, flight: Flight, results: Sequence[StepResult], sampled: int) -> None:
+        wall = now() - max(flight.began, self._committed)
+        self._committed = now()
+        tokens = sum(batch.tokens for batch in flight.batches)
+        single = tokens == 1 and all(len(batch.rows) <= 1 for batch in flight.batches)
         kernels = max(result.kernel_seconds for result in results)
         used = sum(r.cache.used_pages(g) for r in self._replicas for g in range(len(self.pages)))
         self.meter.step(wall, kernels, single, sampled, used)
+
+    def _mark(self, phase: str, flight: Flight, began: float) -> float:
+        """Tell the recorder of a phase that ends now; return now."""
+        at = now()
+        if self.recorder is not None:
+            rows = sum(len(batch.rows) for batch in flight.batches)
+            self.recorder.span(phase, began, at, rows=rows, tokens=sum(batch.tokens for batch in flight.batches))
+        return at
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -309,3 +422,10 @@ def top_logprobs(found: Logprobs, row: int, token: int, wanted: int) -> dict[int
     kept = dict(list(top.items())[:wanted])
     kept[token] = top.get(token, (float(found.chosen[row]), 0))
     return kept
+
+
+def page_copies(batch: Batch) -> HostArray:
+    """The copies to make before a step, int32 [n, 3] of (group, src, dst)."""
+    if not batch.copies:
+        return NO_COPIES
+    return np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32)

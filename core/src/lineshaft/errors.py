@@ -30,6 +30,7 @@ LineshaftError
 │   ├── TokenOutOfRange             a token id outside the vocabulary
 │   ├── ChatError                   messages or tools are malformed, or the chat template is missing or refuses them
 │   └── InvalidSamplingParams       a sampling parameter that means nothing (temperature NaN, max_tokens <= 0, ...)
+│       └── InvalidStructure        a schema, expression or grammar of a structured output that cannot be used
 ├── ResourceError                   the machine is too small
 │   ├── OutOfMemory                 weights, caches or workspaces do not fit; says by how much
 │   └── PoolTooSmall                the KV pool cannot hold even one request of the configured length
@@ -151,6 +152,10 @@ class ChatError(RequestError):
 
 class InvalidSamplingParams(RequestError):
     """A sampling parameter that means nothing."""
+
+
+class InvalidStructure(InvalidSamplingParams):
+    """A JSON schema, regular expression or grammar of a structured output that is wrong, or too large to follow."""
 
 
 class ResourceError(LineshaftError):
