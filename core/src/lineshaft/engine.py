@@ -148,6 +148,8 @@ class Engine:
         Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
         """
         self._require_open()
+        if params.truncate_prompt_tokens is not None:
+            prompt = prompt[-params.truncate_prompt_tokens :]
         self._check(prompt, params)
         if parent is not None:
             params = dataclasses.replace(params, prompt_logprobs=None)

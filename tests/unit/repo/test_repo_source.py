@@ -38,7 +38,8 @@ RANKS = (
     {"runner"},
     {"executors"},
     {"engine"},
-    {"llm", "explain"},
+    {"frontend", "explain"},
+    {"llm", "async_llm"},
     {"cli"},
 )
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
