@@ -24,7 +24,8 @@ MOST_THREADS = 8
 
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,100}"
-"""Between two parts of a JSON text: more than an indentation needs, less than a model that has gone astray writes."""
+"""Between two parts of a JSON text: more than an indentation needs, less than a model that has gone astray writes. A
+schema with "x-guidance" says for itself what may stand there."""
 
 
 class Pieces(Protocol):
@@ -140,7 +141,8 @@ def _grammar_text(structured: Structured) -> str:
     if not isinstance(value, str):
         return grammar_from("choice", json.dumps(value))
     if structured.kind == "json":
-        return LLMatcher.grammar_from_json_schema(value, defaults={"whitespace_pattern": WHITESPACE})
+        defaults = None if '"x-guidance"' in value else {"whitespace_pattern": WHITESPACE}
+        return LLMatcher.grammar_from_json_schema(value, defaults=defaults)  # type: ignore[arg-type]
     return grammar_from("regex" if structured.kind == "regex" else "grammar", value)
 
 
