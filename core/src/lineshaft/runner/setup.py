@@ -73,7 +73,7 @@ def build_model(
     config: EngineConfig, checkpoint: Checkpoint, family: ModelFamily, dtype: str = "float32", page_size: int = 1
 ) -> Model:
     """The model as configured. Raises LayoutError, ModelError, InvalidValue for a family that quantizes no weight."""
-    context = BuildContext(dtype, dtype, page_size, degrees_of(config), config.quantization)
+    context = BuildContext(dtype, dtype, page_size, degrees_of(config), config.quantization, config.max_model_len)
     model = family.build(checkpoint.config, context)
     wanted = config.quantization
     if wanted != NONE and not any(param.scheme == wanted for param in distinct_params(model.params())):
@@ -121,7 +121,7 @@ def make_setup(
 
 def make_planned(config: EngineConfig, setup: Setup, registry: Registry | None = None) -> Planned:
     """Resolve the plan of this rank. Raises Unsupported, Ambiguous, ContractViolation."""
-    programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs)
+    programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs, config.sampling_extras)
     return plan_programs(config, setup, registry or discover(), programs)
 
 
