@@ -291,6 +291,11 @@ class CacheManager:
         for pool in self._pools:
             pool.reset()
 
+    @property
+    def on_host(self) -> list[int]:
+        """The sequences whose pages are saved on the host."""
+        return [seq for seq, sequence in self._sequences.items() if sequence.saved]
+
     # ---- swapping ----------------------------------------------------------------------------------------------
 
     def swap_out(self, seq: int, computed: int) -> list[PageSwap] | None:
@@ -348,7 +353,7 @@ class CacheManager:
         for page in filter(None, found.values()):
             pool.hold(page)  # before anything is allocated, which may evict it
         restored = []
-        for index, page in found.items():
+        for page in found.values():
             pages.append(page or pool.allocate())
             restored.append(0 if page else pages[-1])
         whole = sequence.registered[group]

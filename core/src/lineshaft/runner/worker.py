@@ -13,6 +13,7 @@ from lineshaft.contract.sessions import HostArray, Pending, Program, Session
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
+from lineshaft.runner.host_pages import HostPages
 from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, program_of
 from lineshaft.runner.setup import Setup, make_planned, make_setup
@@ -48,6 +49,7 @@ class Worker:
         self._programs: dict[tuple[str, StepShape], Program] = {}
         self._stages: list[Pending] = []  # of the latest step: its forward, then what chooses its tokens
         self._choice = ChoiceMessage()
+        self._pages = HostPages([cache.group for cache in self.setup.caches])
         self._rows = 0
 
     @property
@@ -109,8 +111,11 @@ class Worker:
 
     def submit(self, step: StepMessage) -> None:
         """Start one step's forward. `choose` follows, then `collect`, before the next step is submitted."""
-        copies = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
-        self._stages = [self._programs[FORWARD, step.shape](step.forward, {}, copies)]
+        if step.swaps_out:
+            self._pages.save(self.session, step.swaps_out, step.on_host)
+        moved = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
+        moved += self._pages.restore(self.session, step.swaps_in)
+        self._stages = [self._programs[FORWARD, step.shape](step.forward, {}, moved)]
         self._rows = step.shape.logits
 
     def choose(self, choice: ChoiceMessage) -> None:
