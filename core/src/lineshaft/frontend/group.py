@@ -26,7 +26,7 @@ class Group:
         self.texts = [Text(request, i, self.label, tokenizer, streamed) for i, request in enumerate(requests)]
         self.error: BaseException | None = None
         self._ask, self._tokenizer = ask, tokenizer
-        self._n = samples(ask.params)[0]
+        self._n = ask.params.n
         self._read = False
 
     @property
@@ -97,12 +97,6 @@ class Group:
         )
 
 
-def samples(params: SamplingParams) -> tuple[int, int]:
-    """How many samples are wanted, and how many are made to choose them from."""
-    n: int = getattr(params, "n", 1)
-    return n, getattr(params, "best_of", None) or n
-
-
 def start(
     engine: Engine, ask: Ask, tokenizer: Tokenizer, *, label: RequestId | None = None, streamed: bool = True
 ) -> Group:
@@ -110,7 +104,7 @@ def start(
     params = drawn_params(engine, ask.params)
     requests: list[Request] = []
     try:
-        for fork in range(samples(params)[1]):
+        for fork in range(params.width):
             parent = requests[0] if requests else None
             request = engine.add(
                 ask.ids, params, tokenizer.eos_ids, ask.salt,
@@ -126,22 +120,19 @@ def start(
 
 def drawn_params(engine: Engine, params: SamplingParams) -> SamplingParams:
     """The parameters with the log-probabilities that choosing the best of several needs."""
-    n, drawn = samples(params)
-    if n == drawn or params.logprobs is not None:
+    if params.n == params.width or params.logprobs is not None:
         return params
     if not engine.config.max_logprobs:
         raise InvalidSamplingParams(
-            f"best_of = {drawn} for n = {n}: choosing needs log-probabilities, and the engine was made with "
-            "max_logprobs = 0; raise it, or leave best_of out"
+            f"best_of = {params.width} for n = {params.n}: choosing needs log-probabilities, and the engine was made "
+            "with max_logprobs = 0; raise it, or leave best_of out"
         )
     return dataclasses.replace(params, logprobs=0)
 
 
 def forked(params: SamplingParams) -> SamplingParams:
     """The parameters of further samples: the first one's, with its seed, and without what is told of the prompt."""
-    if getattr(params, "prompt_logprobs", None) is None:
-        return params
-    return dataclasses.replace(params, prompt_logprobs=None)  # type: ignore[call-arg]
+    return params if params.prompt_logprobs is None else dataclasses.replace(params, prompt_logprobs=None)
 
 
 def cancel(engine: Engine, requests: Iterable[Request]) -> None:

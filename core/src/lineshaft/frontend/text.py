@@ -28,11 +28,9 @@ class Text:
         self.pending: deque[StreamDelta] = deque(maxlen=None if streamed else 0)
         self.total = 0.0  # the sum of the log-probabilities, where they were asked for
         self._tokenizer = tokenizer
-        self._detokenizer = (
-            Detokenizer(tokenizer, params.skip_special_tokens) if getattr(params, "detokenize", True) else None
-        )
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize else None
         self._stops = StopStrings(params.stop or (), params.include_stop_str_in_output)
-        self._unstoppable = getattr(params, "min_tokens", 0)
+        self._unstoppable = params.min_tokens
         self._parts: list[str] = []
         self._logprobs: list[dict[int, Logprob]] = []
 
@@ -42,7 +40,8 @@ class Text:
             return False
         ended = self.request.finish_reason if last else None
         logprobs = self._book(token)
-        shown, hit = self._grow("" if ended is FinishReason.STOP else self._piece(token), ends=last)
+        stopped = ended is FinishReason.STOP and self.request.stop_reason is not None
+        shown, hit = self._grow("" if stopped else self._piece(token), ends=last)
         ids = (token.token_id,) if token.token_id >= 0 else ()
         reason = "stop" if hit else None if ended is None else str(ended)
         if reason is not None:
