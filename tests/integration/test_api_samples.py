@@ -101,7 +101,7 @@ def test_a_reader_that_leaves_cancels_all_samples(llm: LLM) -> None:
 def test_best_of_without_log_probabilities_is_refused(even_chat: Path) -> None:
     small = SETTINGS | {"max_logprobs": 0, "max_model_len": 32, "cache.pages": 8, "scheduler.max_rows": 2}
     with LLM(str(even_chat), **small) as llm:
-        with pytest.raises(InvalidSamplingParams, match="best_of = 3 for n = 1: .*max_logprobs = 0"):
+        with pytest.raises(InvalidSamplingParams, match=r"best_of = 3 for n = 1: .*max_logprobs = 0"):
             llm.generate("a", params(n=1, best_of=3))
         assert not llm.engine.has_work
         assert len(one(llm.generate("a", params(n=2))).outputs) == 2

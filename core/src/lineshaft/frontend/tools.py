@@ -58,9 +58,10 @@ def _values(text: str, at: int) -> tuple[list[Any], int]:
         except (ValueError, RecursionError):
             return found, at
         found.append(value)
-        if text[_skipped(text, at) :][:1] != ";":
+        following = _skipped(text, at)
+        if not text.startswith(";", following):
             return found, at
-        at = _skipped(text, at) + 1
+        at = following + 1
 
 
 def _skipped(text: str, at: int) -> int:
