@@ -16,8 +16,8 @@ from threading import Lock
 from typing import Any, Unpack
 
 from lineshaft.config import EngineConfig
-from lineshaft.engine import Token
 from lineshaft.errors import RequestError, SessionClosed
+from lineshaft.flight import Token
 from lineshaft.frontend.base import Base
 from lineshaft.frontend.group import Group, cancel, start
 from lineshaft.frontend.prompts import Ask, ChatOptions, Conversation, Options, Prompt, chats, completions

@@ -46,7 +46,7 @@ RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 NARROW = {
     "contract": {"errors"},
     "cache": {"errors"},
-    "sampling": {"errors", "contract"},
+    "sampling": {"errors", "host", "contract"},
     "scheduler": {"errors", "cache", "sampling"},
 }
 WITHOUT_ARRAYS = ("cache", "scheduler", "config", "registry", "cli")

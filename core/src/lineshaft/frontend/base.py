@@ -12,6 +12,7 @@ from lineshaft.errors import RequestError, TokenOutOfRange
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry
 from lineshaft.runner.worker import Progress, silent
+from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.tokenizer import Tokenizer
 from lineshaft.weights import resolve
 
@@ -45,6 +46,7 @@ class Base:
         self.config = config
         self.tokenizer = Tokenizer.from_checkpoint(resolve(config.tokenizer or config.model))
         self.engine = Engine(config, registry=registry, progress=progress)
+        self.engine.vocabulary = Vocabulary(self.tokenizer, self.engine.vocab, self.tokenizer.eos_ids)
 
     @property
     def plan(self) -> Plan:

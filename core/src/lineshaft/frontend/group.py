@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
-from lineshaft.engine import Engine, Token
+from lineshaft.engine import Engine
 from lineshaft.errors import InvalidSamplingParams
+from lineshaft.flight import Token
 from lineshaft.frontend.prompts import Ask
 from lineshaft.frontend.text import Text, spelled
 from lineshaft.frontend.tools import tool_calls
@@ -57,7 +58,7 @@ class Group:
     def output(self) -> RequestOutput:
         """What became of the prompt so far."""
         first = self.texts[0].request
-        prompt_logprobs = getattr(first, "prompt_logprobs", None)
+        scores = self.texts[0].prompt_logprobs
         return RequestOutput(
             self.label,
             self._ask.text,
@@ -66,7 +67,7 @@ class Group:
             self._metrics(),
             self.finished,
             first.cached,
-            prompt_logprobs and [found and spelled(self._tokenizer, found) for found in prompt_logprobs],
+            None if scores is None else [None if one is None else spelled(self._tokenizer, one) for one in scores],
         )
 
     @property
@@ -111,7 +112,7 @@ def start(
                 priority=ask.priority, deadline_s=ask.deadline_s, parent=parent, fork=fork,
             )  # fmt: skip
             requests.append(request)
-            params = forked(request.params)
+            params = request.params
     except BaseException:
         cancel(engine, requests)
         raise
@@ -128,11 +129,6 @@ def drawn_params(engine: Engine, params: SamplingParams) -> SamplingParams:
             "with max_logprobs = 0; raise it, or leave best_of out"
         )
     return dataclasses.replace(params, logprobs=0)
-
-
-def forked(params: SamplingParams) -> SamplingParams:
-    """The parameters of further samples: the first one's, with its seed, and without what is told of the prompt."""
-    return params if params.prompt_logprobs is None else dataclasses.replace(params, prompt_logprobs=None)
 
 
 def cancel(engine: Engine, requests: Iterable[Request]) -> None:

@@ -12,8 +12,9 @@ from contextlib import suppress
 from threading import Condition, Thread
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from lineshaft.engine import Engine, Token
+from lineshaft.engine import Engine
 from lineshaft.errors import SessionClosed
+from lineshaft.flight import Token
 from lineshaft.frontend.group import cancel, marked
 from lineshaft.scheduler import Request
 

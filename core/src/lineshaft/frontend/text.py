@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from lineshaft.engine import Token
+from lineshaft.flight import Token
 from lineshaft.outputs import CompletionOutput, Logprob, RequestId, RequestMetrics, StreamDelta
+from lineshaft.sampling.logprobs import TokenLogprobs
 from lineshaft.sampling.stop import StopStrings
 from lineshaft.scheduler import FinishReason, Request
 from lineshaft.tokenizer import Detokenizer, Tokenizer
@@ -26,6 +27,7 @@ class Text:
         self.stop_reason: int | str | None = None
         self.metrics = RequestMetrics(0.0, 0.0, 0.0, 0.0, 0, 0)
         self.pending: deque[StreamDelta] = deque(maxlen=None if streamed else 0)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.total = 0.0  # the sum of the log-probabilities, where they were asked for
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize else None
@@ -40,8 +42,8 @@ class Text:
             return False
         ended = self.request.finish_reason if last else None
         logprobs = self._book(token)
-        stopped = ended is FinishReason.STOP and self.request.stop_reason is not None
-        shown, hit = self._grow("" if stopped else self._piece(token), ends=last)
+        stop_token = ended is FinishReason.STOP and self.request.stop_reason is not None
+        shown, hit = self._grow("" if stop_token else self._piece(token), ends=last)
         ids = (token.token_id,) if token.token_id >= 0 else ()
         reason = "stop" if hit else None if ended is None else str(ended)
         if reason is not None:
@@ -86,6 +88,7 @@ class Text:
     def _book(self, token: Token) -> tuple[dict[int, Logprob], ...]:
         if token.token_id >= 0:
             self.token_ids.append(token.token_id)
+        self.prompt_logprobs = token.prompt_logprobs or self.prompt_logprobs
         if token.logprobs is None:
             return ()
         self.total += token.logprobs[token.token_id][0]

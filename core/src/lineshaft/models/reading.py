@@ -230,10 +230,10 @@ def _longrope(given: Config, config: Config, context: BuildContext) -> tuple[Rop
     change in the middle of a text would make cached keys wrong."""
     original, most = _original(given, config), count(config, "max_position_embeddings", 2048)
     longest = most if context.max_model_len is None else context.max_model_len
-    factors = _factors(given, "long_factor" if longest > original else "short_factor")
+    short, long = _factors(given, "short_factor"), _factors(given, "long_factor")
     factor = number(given, "factor", most / original)
     usual = 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return RopeScaling(freq_factors=factors), number(given, "attention_factor", usual)
+    return RopeScaling(freq_factors=long if longest > original else short), number(given, "attention_factor", usual)
 
 
 _KINDS: Final = MappingProxyType(

@@ -13,6 +13,7 @@ from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.scheduler import Limits
 
 Frames = tuple[dict[str, Any], list[HostArray]]
@@ -75,15 +76,6 @@ class ChoiceMessage:
         adjust, sampling = hosts[: header["adjust"]], hosts[header["adjust"] :]
         scored = arrays[len(hosts)] if len(arrays) > len(hosts) else None
         return cls(sampling[0] if sampling else None, adjust, header["logprobs"], header["logits"], scored)
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Natural-log probabilities of R rows: the chosen token's [R], and the k likeliest [R, k] with their ids [R, k]."""
-
-    chosen: HostArray
-    top_ids: HostArray
-    top: HostArray
 
 
 @dataclass(frozen=True)

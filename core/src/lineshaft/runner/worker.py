@@ -13,10 +13,11 @@ from lineshaft.contract.sessions import HostArray, Pending, Program, Session
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
-from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, program_of
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import sizes
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.weights.memory import breakdown
 
 Progress = Callable[[str, int, int], None]
