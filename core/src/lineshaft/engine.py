@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import StepShape
 from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
@@ -20,11 +21,13 @@ from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import Logprobs, Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import need_of, pack_forward, pack_sampling
+from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, StepMessage, StepResult
+from lineshaft.runner.pack import Packed, need_of, pack_forward, pack_sampling
 from lineshaft.runner.worker import Progress, silent
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
+
+NO_COPIES = np.zeros((0, 3), np.int32)
 
 Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
 """Sees a request and the logits f32 [V] of its next token; a token id that it returns is taken instead of the sampled
@@ -40,7 +43,7 @@ class Replica:
     cache: CacheManager
 
 
-@dataclass
+@dataclass(slots=True)
 class Live:
     """A request while it runs."""
 
@@ -49,14 +52,34 @@ class Live:
     clock: Clock = field(default_factory=Clock)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Token:
     """One token that a step gave to a request."""
 
     request: Request
     clock: Clock
-    token_id: int
-    logprobs: dict[int, tuple[float, int]] | None  # id -> (log-probability, rank; 0 = below those asked for)
+    token_id: int  # -1: there is none, the request ended without
+    logprobs: dict[int, tuple[float, int]] | None = None  # id -> (log-probability, rank; 0 = below those asked for)
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step of all replicas, from when it is scheduled until it is committed."""
+
+    shape: StepShape
+    batches: list[Batch]
+    packed: list[Packed]
+    began: float  # when its scheduling began, in seconds
+
+    def sampled(self, replica: int) -> list[Request]:
+        """The requests of a replica that get a token, in the order of their logit rows."""
+        return [row.request for row in self.batches[replica].rows if row.samples]
+
+
+class Recorder(Protocol):
+    """Sees when each phase of a step began and ended, in seconds of `meter.now`."""
+
+    def span(self, name: str, begin: float, end: float, **facts: int) -> None: ...
 
 
 class Engine:
@@ -90,6 +113,10 @@ class Engine:
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
+        self._overlap = config.overlap == "on" or (config.overlap == "auto" and self._facts.asynchronous)
+        self._flight: Flight | None = None  # submitted before the step that returns its tokens
+        self._committed = 0.0
+        self.recorder: Recorder | None = None
         self.closed = False
 
     def _make_replica(self) -> Replica:
@@ -103,7 +130,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._live)
+        return bool(self._live) or self._flight is not None
 
     @property
     def plan(self) -> Plan:
@@ -172,56 +199,96 @@ class Engine:
     # ---- the step ----------------------------------------------------------------------------------------------
 
     def step(self) -> list[Token]:
-        """One iteration: every replica schedules, all run the same bucket, each commits what it sampled."""
+        """Run until the tokens of one step are known, and return them.
+
+        Every replica schedules, all run the same bucket, each commits what it sampled. Where steps overlap, the next
+        one is scheduled and packed while this one runs, and is on its way when this returns.
+        """
         self._require_open()
+        flight, self._flight = self._flight or self._launch(self._schedule()), None
+        if flight is None:
+            return []
+        at, rows = now(), flight.shape.logits
+        self._executor.choose([self._choice(flight.sampled(r), rows) for r in range(len(self._replicas))])
+        self._mark("sample", flight, at)
+        following = self._schedule() if self._overlap else None
+        at = now()
+        results = self._executor.collect()
+        self._mark("run", flight, at)
+        ids = [self._taught(flight.sampled(r), result) for r, result in enumerate(results)]
+        if following is not None:
+            self._fill(following, flight, ids)
+            self._flight = self._launch(following)
+        at = now()
+        tokens = self._commit(flight, results, ids)
+        self._mark("commit", flight, at)
+        return tokens
+
+    def _schedule(self) -> Flight | None:
+        """The next step of every replica, packed; None where none has work."""
         began = now()
         batches = [replica.scheduler.schedule() for replica in self._replicas]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
         if not need.tokens:
-            return []
+            return None
         shape = fit(self._facts.shapes, need)
-        messages = [self._message(r, b, shape) for r, b in zip(self._replicas, batches, strict=True)]
-        results = self._executor.execute(messages)
-        tokens = []
-        for replica, batch, result in zip(self._replicas, batches, results, strict=True):
-            tokens += self._commit(replica, batch, result, began)
-        self._book(batches, results, now() - began, len(tokens))
-        return tokens
+        flight = Flight(shape, batches, [], began)
+        at = self._mark("schedule", flight, began)
+        for replica, batch in zip(self._replicas, batches, strict=True):
+            flight.packed.append(pack_forward(batch, replica.cache, self._facts.page_sizes, shape))
+        self._mark("prepare", flight, at)
+        return flight
 
-    def _message(self, replica: Replica, batch: Batch, shape: StepShape) -> StepMessage:
-        sampled = [row.request for row in batch.rows if row.samples]
-        copies = np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32).reshape(-1, 3)
-        return StepMessage(
-            shape,
-            pack_forward(batch, replica.cache, self._facts.page_sizes, shape),
-            copies,
-            pack_sampling(sampled, shape.logits),
+    def _launch(self, flight: Flight | None) -> Flight | None:
+        """Submit the forward of a step whose tokens are all known."""
+        if flight is not None:
+            at = now()
+            parts = zip(flight.packed, flight.batches, strict=True)
+            self._executor.submit([StepMessage(flight.shape, p.host, page_copies(b)) for p, b in parts])
+            self._mark("run", flight, at)
+        return flight
+
+    def _fill(self, following: Flight, flight: Flight, ids: Sequence[Sequence[int]]) -> None:
+        """Put the tokens of a step into the one that was scheduled before they were known."""
+        for r, packed in enumerate(following.packed):
+            packed.fill(dict(zip((request.id for request in flight.sampled(r)), ids[r], strict=True)))
+
+    def _choice(self, sampled: Sequence[Request], rows: int) -> ChoiceMessage:
+        return ChoiceMessage(
+            pack_sampling(sampled, rows),
             logprobs=any(request.params.logprobs is not None for request in sampled),
             logits=self.teacher is not None,
         )
 
-    def _commit(self, replica: Replica, batch: Batch, result: StepResult, began: float) -> list[Token]:
-        for row in batch.rows:
-            clock = self._live[row.request.id].clock
-            clock.scheduled = clock.scheduled or began
-        sampled = [self._live[row.request.id] for row in batch.rows if row.samples]
-        ids = [self._taught(live.request, r, result) for r, live in enumerate(sampled)]
-        for live, token in zip(sampled, ids, strict=True):
-            if token < 0:  # NaN logits: no token can be sampled; the others go on
-                replica.scheduler.finish(live.request, FinishReason.ERROR)
-        replica.scheduler.commit(batch, ids)
-        at = now()
-        return [self._token(live, r, ids[r], result, at) for r, live in enumerate(sampled)]
-
-    def _taught(self, request: Request, row: int, result: StepResult) -> int:
-        token = int(result.token_ids[row])
+    def _taught(self, sampled: Sequence[Request], result: StepResult) -> list[int]:
+        """The tokens that a replica's requests get, in the order of their logit rows."""
+        ids: list[int] = result.token_ids[: len(sampled)].tolist()
         if self.teacher is None or result.logits is None:
-            return token
-        forced = self.teacher(request, result.logits[row])
-        if forced is None:
-            return token
-        self._check_token(f"the teacher's token for request {request.id}", forced)
-        return int(forced)
+            return ids
+        for row, request in enumerate(sampled):
+            forced = self.teacher(request, result.logits[row])
+            if forced is not None:
+                self._check_token(f"the teacher's token for request {request.id}", forced)
+                ids[row] = int(forced)
+        return ids
+
+    def _commit(self, flight: Flight, results: Sequence[StepResult], ids: Sequence[list[int]]) -> list[Token]:
+        """Book a step that has run. What ended while it ran gets no token."""
+        tokens: list[Token] = []
+        for r, (replica, batch) in enumerate(zip(self._replicas, flight.batches, strict=True)):
+            for row in batch.rows:
+                live = self._live.get(row.request.id)
+                if live is not None and not live.clock.scheduled:
+                    live.clock.scheduled = flight.began
+            sampled = [self._live.get(request.id) for request in flight.sampled(r)]
+            for live, token in zip(sampled, ids[r], strict=True):
+                if token < 0 and live is not None:  # NaN logits: no token can be sampled; the others go on
+                    replica.scheduler.finish(live.request, FinishReason.ERROR)
+            replica.scheduler.commit(batch, ids[r])
+            at = now()
+            tokens += [self._token(live, row, ids[r][row], results[r], at) for row, live in enumerate(sampled) if live]
+        self._book(flight, results, len(tokens))
+        return tokens
 
     def _token(self, live: Live, row: int, token: int, result: StepResult, at: float) -> Token:
         if token >= 0:
@@ -238,11 +305,22 @@ class Engine:
         del self._live[request.id]
         self.meter.request(live.clock.metrics(request.cached, request.preemptions), len(request.prompt))
 
-    def _book(self, batches: Sequence[Batch], results: Sequence[StepResult], wall: float, sampled: int) -> None:
-        single = all(len(batch.rows) <= 1 for batch in batches) and sum(batch.tokens for batch in batches) == 1
+    def _book(self, flight: Flight, results: Sequence[StepResult], sampled: int) -> None:
+        wall = now() - max(flight.began, self._committed)
+        self._committed = now()
+        tokens = sum(batch.tokens for batch in flight.batches)
+        single = tokens == 1 and all(len(batch.rows) <= 1 for batch in flight.batches)
         kernels = max(result.kernel_seconds for result in results)
         used = sum(r.cache.used_pages(g) for r in self._replicas for g in range(len(self.pages)))
         self.meter.step(wall, kernels, single, sampled, used)
+
+    def _mark(self, phase: str, flight: Flight, began: float) -> float:
+        """Tell the recorder of a phase that ends now; return now."""
+        at = now()
+        if self.recorder is not None:
+            rows = sum(len(batch.rows) for batch in flight.batches)
+            self.recorder.span(phase, began, at, rows=rows, tokens=sum(batch.tokens for batch in flight.batches))
+        return at
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -296,3 +374,10 @@ def top_logprobs(found: Logprobs, row: int, token: int, wanted: int) -> dict[int
     kept = dict(list(top.items())[:wanted])
     kept[token] = top.get(token, (float(found.chosen[row]), 0))
     return kept
+
+
+def page_copies(batch: Batch) -> HostArray:
+    """The copies to make before a step, int32 [n, 3] of (group, src, dst)."""
+    if not batch.copies:
+        return NO_COPIES
+    return np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32)

@@ -4,7 +4,7 @@ import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
-from lineshaft.runner.messages import Logprobs, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Logprobs, StepMessage, StepResult
 from lineshaft.runner.pack import need_of, pack_forward, pack_sampling
 from lineshaft.sampling.draw import draw
 from lineshaft.sampling.params import SamplingParams
@@ -23,7 +23,7 @@ def run_one_step() -> tuple[HostStep, Scheduler, CacheManager, list[Request]]:
     batch = scheduler.schedule()
     shape = StepShape(tokens=16, rows=4, pages=(4,), logits=4, max_query=16)
     assert need_of(batch.rows).tokens == 10
-    return pack_forward(batch, cache, (4,), shape), scheduler, cache, requests
+    return pack_forward(batch, cache, (4,), shape).host, scheduler, cache, requests
 
 
 def test_tokens_positions_and_rows() -> None:
@@ -62,13 +62,15 @@ def test_messages_survive_their_frames() -> None:
     host, _, _, _ = run_one_step()
     shape = StepShape(tokens=16, rows=4, pages=(4,), logits=4, max_query=16)
     sampling = pack_sampling([Request(7, (1,), SamplingParams(seed=3))], 4)
-    message = StepMessage(shape, host, np.array([[0, 1, 2]], np.int32), sampling, logprobs=True)
+    message = StepMessage(shape, host, np.array([[0, 1, 2]], np.int32))
     again = StepMessage.from_frames(*message.to_frames())
-    assert again.shape == shape and again.logprobs and not again.logits
+    assert again.shape == shape and again.copies.tolist() == [[0, 1, 2]]
     for field in forward_inputs(shape).fields:
         assert np.array_equal(again.forward[field.name], host[field.name])
-    assert again.sampling is not None and sampling is not None
-    assert np.array_equal(again.sampling["u"], sampling["u"])
+    choice = ChoiceMessage.from_frames(*ChoiceMessage(sampling, logprobs=True).to_frames())
+    assert choice.logprobs and not choice.logits and choice.sampling is not None and sampling is not None
+    assert np.array_equal(choice.sampling["u"], sampling["u"])
+    assert ChoiceMessage.from_frames(*ChoiceMessage().to_frames()) == ChoiceMessage()
     result = StepResult(np.arange(4, dtype=np.int32), 0.5, Logprobs(*(np.full((4, 2), float(i)) for i in range(3))))
     back = StepResult.from_frames(*result.to_frames())
     assert back.token_ids.tolist() == [0, 1, 2, 3] and back.kernel_seconds == 0.5 and back.logits is None

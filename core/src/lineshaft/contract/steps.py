@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class InputField:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 class InputLayout:
     """The ordered inputs of a program and their offsets in the packed host buffer."""
@@ -61,18 +65,22 @@ class InputLayout:
         end = 0
         for item in self.fields:
             self.offsets[item.name] = end
-            size = int(np.prod(item.shape, dtype=np.int64)) * np.dtype(item.dtype).itemsize
-            end += -(-size // ALIGNMENT) * ALIGNMENT
+            end += -(-item.nbytes // ALIGNMENT) * ALIGNMENT
         self.nbytes = max(end, ALIGNMENT)
+
+    def to_json(self) -> list[list[Any]]:
+        """The fields as plain lists."""
+        return [[item.name, item.dtype, list(item.shape)] for item in self.fields]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Sequence[Any]]) -> InputLayout:
+        """The inverse of `to_json`."""
+        return cls([InputField(name, dtype, tuple(shape)) for name, dtype, shape in data])
 
     def views(self, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, np.ndarray[Any, Any]]:
         """Named views into `buffer`, a uint8 array of at least `nbytes` bytes."""
-        out = {}
-        for item in self.fields:
-            start = self.offsets[item.name]
-            size = int(np.prod(item.shape, dtype=np.int64)) * np.dtype(item.dtype).itemsize
-            out[item.name] = buffer[start : start + size].view(item.dtype).reshape(item.shape)
-        return out
+        offsets = self.offsets
+        return {item.name: np.ndarray(item.shape, item.dtype, buffer, offsets[item.name]) for item in self.fields}
 
 
 class HostStep:
@@ -94,6 +102,7 @@ def aligned_zeros(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return raw[start : start + nbytes]
 
 
+@lru_cache(maxsize=1024)
 def forward_inputs(shape: StepShape, page_starts: frozenset[int] = frozenset()) -> InputLayout:
     """The inputs of a forward program.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Stored
 from lineshaft.errors import MisshapenTensor
+from lineshaft.weights.schemes import dequantize
 
 Range = Callable[[Coordinate], tuple[int, int]]
 Shard = Callable[[Checkpoint, Coordinate], Local]
@@ -44,6 +45,38 @@ def cols(name: str, shape: tuple[int, ...], where: Range) -> Shard:
 def whole(name: str, shape: tuple[int, ...]) -> Shard:
     """The whole tensor on every rank."""
     return rows((name, shape, lambda at: (0, shape[0])))
+
+
+def moved(where: Range, start: int) -> Range:
+    """`where` in a tensor that holds what it cuts from row `start` on."""
+
+    def place(at: Coordinate) -> tuple[int, int]:
+        first, stop = where(at)
+        return start + first, start + stop
+
+    return place
+
+
+def shifted(name: str, shape: tuple[int, ...], offset: float) -> Shard:
+    """The whole tensor plus a number, in float32, on every rank."""
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        check_shape(checkpoint, name, shape)
+        data = dequantize(checkpoint.rows(name, 0, shape[0]), "float32") + np.float32(offset)
+        return Local((Stored("none", data.shape, {"data": data}),))
+
+    return shard
+
+
+def on_first(name: str, size: int) -> Shard:
+    """A vector [size] on the first tp rank and zeros on the others: what is added once to a sum over ranks."""
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        check_shape(checkpoint, name, (size,))
+        zeros = Stored("none", (size,), {"data": np.zeros(size, np.float32)})
+        return Local((zeros if at.tp else checkpoint.rows(name, 0, size),))
+
+    return shard
 
 
 def padded_rows(name: str, shape: tuple[int, int], share: int) -> Shard:

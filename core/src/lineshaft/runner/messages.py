@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
+from lineshaft.contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
 from lineshaft.scheduler import Limits
@@ -21,17 +21,14 @@ Frames = tuple[dict[str, Any], list[HostArray]]
 
 @dataclass(frozen=True)
 class StepMessage:
-    """One step of one replica: the packed inputs, page copies to make first, and which extra outputs are wanted.
+    """The forward of one step of one replica: its packed inputs and the page copies to make first.
 
-    `copies` is int32 [n, 3] of (group, src, dst). `sampling` is None where every row is greedy.
+    `copies` is int32 [n, 3] of (group, src, dst).
     """
 
     shape: StepShape
     forward: HostStep
     copies: HostArray
-    sampling: HostStep | None = None
-    logprobs: bool = False
-    logits: bool = False
 
     def copies_by_group(self) -> Iterator[tuple[int, HostArray, HostArray]]:
         """(group, src int32 [n], dst int32 [n]) of each group that has copies: what `Session.copy_pages` takes."""
@@ -40,19 +37,36 @@ class StepMessage:
             yield int(group), self.copies[own, 1], self.copies[own, 2]
 
     def to_frames(self) -> Frames:
-        header = {
-            "shape": dataclasses.asdict(self.shape), "sampling": self.sampling is not None,
-            "logprobs": self.logprobs, "logits": self.logits,
-        }  # fmt: skip
-        arrays = [self.forward.buffer, self.copies]
-        return header, arrays if self.sampling is None else [*arrays, self.sampling.buffer]
+        return {"shape": dataclasses.asdict(self.shape)}, [self.forward.buffer, self.copies]
 
     @classmethod
     def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> StepMessage:
         shape = make_shape(header["shape"])
-        sampling = HostStep(sample_inputs(shape.logits), arrays[2]) if header["sampling"] else None
-        forward = HostStep(forward_inputs(shape), arrays[0])
-        return cls(shape, forward, arrays[1], sampling, header["logprobs"], header["logits"])
+        return cls(shape, HostStep(forward_inputs(shape), arrays[0]), arrays[1])
+
+
+@dataclass(frozen=True)
+class ChoiceMessage:
+    """How the tokens of a step are chosen from its R rows of logits, sent while its forward runs.
+
+    `sampling` is None where every row is greedy. Further outputs are made only where they are wanted.
+    """
+
+    sampling: HostStep | None = None
+    logprobs: bool = False
+    logits: bool = False
+
+    def to_frames(self) -> Frames:
+        header = {"logprobs": self.logprobs, "logits": self.logits, "sampling": None}
+        if self.sampling is None:
+            return header, []
+        return {**header, "sampling": self.sampling.layout.to_json()}, [self.sampling.buffer]
+
+    @classmethod
+    def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> ChoiceMessage:
+        given = header["sampling"]
+        sampling = None if given is None else HostStep(InputLayout.from_json(given), arrays[0])
+        return cls(sampling, header["logprobs"], header["logits"])
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,7 @@ class Sizes:
     limits: Limits
     shapes: tuple[StepShape, ...]  # forward buckets, smallest first
     vocab: int
+    asynchronous: bool = False  # whether a step runs on while the host goes on
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "plan": self.plan.to_json()}
@@ -111,6 +126,7 @@ class Sizes:
             plan=Plan.from_json(data["plan"]), weight_bytes=data["weight_bytes"], page_bytes=tuple(data["page_bytes"]),
             pages=tuple(data["pages"]), page_sizes=tuple(data["page_sizes"]), limits=Limits(**data["limits"]),
             shapes=tuple(make_shape(shape) for shape in data["shapes"]), vocab=data["vocab"],
+            asynchronous=data["asynchronous"],
         )  # fmt: skip
 
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from lineshaft.config import EngineConfig
 from lineshaft.contract.backends import Backend, World
-from lineshaft.contract.sessions import Pending, Program, Session, Transfer
+from lineshaft.contract.sessions import Pending, Program, Session
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
-from lineshaft.runner.messages import Logprobs, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, SAMPLE
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import sizes
@@ -29,7 +29,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 class Worker:
-    """`size`, then `start`, then `execute` as often as wanted, then `close`."""
+    """`size`, then `start`, then `submit`, `choose` and `collect` for every step, then `close`."""
 
     def __init__(
         self,
@@ -46,6 +46,10 @@ class Worker:
         self._registry = registry
         self._session: Session | None = None
         self._programs: dict[tuple[str, StepShape], Program] = {}
+        self._forward: Pending | None = None  # of the step that is under way, with what chooses its tokens
+        self._chosen: Pending | None = None
+        self._wanted = ChoiceMessage()
+        self._rows = 0
 
     @property
     def session(self) -> Session:
@@ -104,35 +108,50 @@ class Worker:
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
-    def execute(self, step: StepMessage) -> StepResult:
-        """Run one step and wait for what the message wants back."""
-        forward = self._programs[FORWARD, step.shape](step.forward, {}, self._copy_pages(step))
-        chosen = forward if step.sampling is None else self._sample(step.shape.logits, step.sampling, forward)
+    def submit(self, step: StepMessage) -> None:
+        """Start one step's forward. `choose` follows, then `collect`, before the next step is submitted."""
+        copies = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
+        self._forward = self._programs[FORWARD, step.shape](step.forward, {}, copies)
+        self._rows = step.shape.logits
+
+    def choose(self, choice: ChoiceMessage) -> None:
+        """Start what the step's tokens are chosen by."""
+        assert self._forward is not None, "a step is submitted before its tokens are chosen"
+        sampling, self._wanted = choice.sampling, choice
+        self._chosen = self._forward if sampling is None else self._over_logits(SAMPLE, sampling)
+
+    def collect(self) -> StepResult:
+        """Wait for the step, and return what its choice wants."""
+        forward, chosen, wanted = self._forward, self._chosen, self._wanted
+        assert forward is not None and chosen is not None, "a step is submitted and its tokens chosen before"
         token_ids = chosen.result("token_ids")
         seconds = forward.kernel_seconds + (chosen.kernel_seconds if chosen is not forward else 0.0)
-        logits = forward.result("logits").astype(np.float32) if step.logits else None
-        logprobs = self._logprobs(step.shape.logits, token_ids, forward) if step.logprobs else None
+        logits = forward.result("logits").astype(np.float32) if wanted.logits else None
+        logprobs = self._logprobs(token_ids) if wanted.logprobs else None
+        self._forward = self._chosen = None
         return StepResult(token_ids, seconds, logprobs, logits)
 
-    def _copy_pages(self, step: StepMessage) -> list[Transfer]:
-        return [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
+    def execute(self, step: StepMessage, choice: ChoiceMessage) -> StepResult:
+        """The three in one."""
+        self.submit(step)
+        self.choose(choice)
+        return self.collect()
 
-    def _over_logits(self, name: str, rows: int, host: HostStep, forward: Pending) -> Pending:
-        shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)
-        return self._programs[name, shape](host, {"logits": forward.handle("logits")})
+    def _over_logits(self, name: str, host: HostStep) -> Pending:
+        assert self._forward is not None
+        shape = StepShape(tokens=0, rows=self._rows, pages=(), logits=self._rows, max_query=0)
+        return self._programs[name, shape](host, {"logits": self._forward.handle("logits")})
 
-    def _sample(self, rows: int, host: HostStep, forward: Pending) -> Pending:
-        return self._over_logits(SAMPLE, rows, host, forward)
-
-    def _logprobs(self, rows: int, ids: Any, forward: Pending) -> Logprobs:
-        host = HostStep(InputLayout([InputField("ids", "int32", (rows,))]))
+    def _logprobs(self, ids: Any) -> Logprobs:
+        host = HostStep(InputLayout([InputField("ids", "int32", (self._rows,))]))
         host["ids"][:] = np.maximum(ids, 0)
-        pending = self._over_logits(LOGPROBS, rows, host, forward)
+        pending = self._over_logits(LOGPROBS, host)
         return Logprobs(*(pending.result(name) for name in ("chosen", "top_ids", "top")))
 
     def close(self) -> None:
         """Idempotent: frees everything the session holds."""
         session, self._session = self._session, None
+        self._forward = self._chosen = None
         self._programs.clear()
         if session is not None:
             session.close()

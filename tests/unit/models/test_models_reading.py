@@ -1,4 +1,4 @@
-"""Which config.json the llama family reads, and that it refuses one that would be computed differently."""
+"""Which config.json families read, and that they refuse one that they would compute differently."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from lineshaft.errors import UnknownArchitecture
-from lineshaft.models.llama import LlamaConfig
+from lineshaft.layout import Degrees
+from lineshaft.models import BuildContext, llama
+from lineshaft.models.decoder import Decoder
 
+CONTEXT = BuildContext("float32", "float32", 16, Degrees())
 PLAIN: dict[str, Any] = {
     "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 128, "num_hidden_layers": 2,
 }  # fmt: skip
@@ -19,8 +22,12 @@ NEUTRAL: dict[str, Any] = {
 }  # fmt: skip
 
 
+def described(model: Decoder) -> tuple[Any, ...]:
+    return model.sizes, model.layers, model.uses(), model.caches()
+
+
 def test_keys_that_change_nothing_are_read_over() -> None:
-    assert LlamaConfig.read(PLAIN | NEUTRAL) == LlamaConfig.read(PLAIN)
+    assert described(llama.build(PLAIN | NEUTRAL, CONTEXT)) == described(llama.build(PLAIN, CONTEXT))
 
 
 @pytest.mark.parametrize(
@@ -39,4 +46,4 @@ def test_keys_that_change_nothing_are_read_over() -> None:
 )
 def test_a_key_that_changes_what_is_computed_is_refused(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(UnknownArchitecture, match=words):
-        LlamaConfig.read(PLAIN | changed)
+        llama.build(PLAIN | changed, CONTEXT)
