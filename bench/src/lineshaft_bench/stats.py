@@ -29,7 +29,8 @@ class Percentiles:
         if not len(values):
             return cls()
         array = np.asarray(values, np.float64)
-        return cls(*map(float, np.percentile(array, PERCENTILES)), float(array.mean()), float(array.max()))
+        p50, p90, p95, p99 = map(float, np.percentile(array, PERCENTILES))
+        return cls(p50, p90, p95, p99, float(array.mean()), float(array.max()))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

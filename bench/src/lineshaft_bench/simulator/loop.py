@@ -69,8 +69,10 @@ def params(output_tokens: int) -> SamplingParams:
 class Simulation:
     """One run of a trace. `scheduler` and `cache` are fresh, and belong to each other."""
 
-    def __init__(self, scheduler: Scheduler, cache: CacheManager, cost: StepCost) -> None:
+    def __init__(self, scheduler: Scheduler, cache: CacheManager, cost: StepCost, *, keep: bool = False) -> None:
+        """keep: note every token's moment in `stamps`, by the request's number."""
         self.scheduler, self.cache, self.cost = scheduler, cache, cost
+        self.stamps: dict[int, list[float]] | None = {} if keep else None
         self.now = 0.0
         self.outcome = Outcome()
         self._live: dict[int, Live] = {}
@@ -111,6 +113,10 @@ class Simulation:
                 sampled.append(own)
         self._note(seconds, len(batch.rows))
         self.now = began + seconds
+        if self.stamps is not None:
+            for row in batch.rows:
+                if row.samples:
+                    self.stamps.setdefault(row.request.id, []).append(self.now)
         finished = self.scheduler.commit(batch, [own.arrival.reply for own in sampled])
         self._emit(sampled)
         for request in finished:

@@ -28,11 +28,15 @@ class Setting:
 
     def run(self, trace: Trace, cost: StepCost, policy: str) -> Outcome:
         """Simulate the trace under a policy of admission. Raises InvalidValue for an unknown one."""
+        return self.simulation(cost, policy).run(trace.arrivals)
+
+    def simulation(self, cost: StepCost, policy: str, *, keep: bool = False) -> Simulation:
+        """One that is ready to run."""
         if policy not in POLICIES:
             raise InvalidValue(f"policy {policy!r}: known are {', '.join(POLICIES)}")
         groups = [GroupSpec(self.pages, self.page_size)]
         cache = CacheManager(groups, prefix_caching=self.prefix_caching, watermark=self.watermark)
-        return Simulation(Scheduler(self.limits, cache), cache, cost).run(trace.arrivals)
+        return Simulation(Scheduler(self.limits, cache), cache, cost, keep=keep)
 
 
 def pages_that_fit(model: ModelFigures, device: Device, page_size: int, fraction: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from lineshaft_bench.errors import TraceFileError
@@ -41,16 +41,16 @@ class Reader:
 
     def arrivals(self) -> Iterator[Arrival]:
         """The requests of the file, the first at 0 seconds."""
-        number, first = next(self._lines, (1, ""))
+        at, first = next(self._lines, (1, ""))
         found = parser_of(first.removeprefix("\ufeff"))
         if found is None:
             raise TraceFileError(
-                f"{self.name}:{number}: {first[:60]!r} begins no trace; known are CSV with the header "
+                f"{self.name}:{at}: {first[:60]!r} begins no trace; known are CSV with the header "
                 f"{','.join(AZURE_COLUMNS)}, and JSON lines with {', '.join(MOONCAKE_KEYS)} or {', '.join(OWN_KEYS)}"
             )
         parse, header = found
         begin = last = None
-        for number, line in self._lines if header else self._with(number, first):
+        for number, line in self._lines if header else chain(((at, first),), self._lines):
             try:
                 arrival = parse(line)
                 if last is not None and arrival.at < last:
@@ -61,10 +61,6 @@ class Reader:
             last = arrival.at
             begin = last if begin is None else begin
             yield replace(arrival, at=last - begin)
-
-    def _with(self, number: int, first: str) -> Iterator[tuple[int, str]]:
-        yield number, first
-        yield from self._lines
 
     def _bad(self, number: int, error: BadLine) -> None:
         if not self.skip_bad:
