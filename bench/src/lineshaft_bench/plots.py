@@ -33,7 +33,8 @@ class Curves:
             axes.set_xscale("log")
         axes.set(title=self.title, xlabel=self.unit, ylabel="share of values", ylim=(0, 1.02))
         axes.grid(alpha=0.3, which="both")
-        axes.legend(loc="lower right")
+        if axes.lines:
+            axes.legend(loc="lower right")
 
 
 @dataclass(frozen=True)

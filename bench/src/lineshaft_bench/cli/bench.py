@@ -41,11 +41,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a peer's virtual environment; repeatable",
     )
     add("--peer-model", metavar="PEER=PATH", action="append", default=[], help="a peer's model, where it is not ours")
-    add("--rows", metavar="N,N", default="64,256", help="running sequences of the workload overhead")
+    add("--rows", metavar="N,N", type=counts, default=(64, 256), help="sequences of the workload overhead")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--plot", metavar="FILE", type=Path, help="draw the engines into a .png or .svg file")
     add("--trace", metavar="FILE", type=Path, help="write the phases of all steps as a timeline for Perfetto")
     add_config_arguments(parser)
+
+
+def counts(text: str) -> list[int]:
+    """The whole numbers of N,N."""
+    return [whole(part) for part in names(text)]
 
 
 def run(args: Namespace) -> int:
@@ -179,7 +184,7 @@ def plot(found: Sequence[Comparison], file: Path) -> None:
 def run_overhead(args: Namespace) -> int:
     from lineshaft_bench.overhead import overhead
 
-    found = [overhead(whole(text)) for text in names(args.rows)]
+    found = [overhead(rows) for rows in args.rows]
     if args.json:
         print(json.dumps([asdict(one) for one in found], indent=2))
         return 0

@@ -53,7 +53,7 @@ class Roofline:
             return 0.0
         calls, model, device = 2 * self.model.layers, self.model, self.device
         moved = load.tokens * model.hidden * model.itemsize * 2 * (self.ranks - 1) / self.ranks
-        return calls * (device.link_latency_s + moved / device.link_bandwidth)
+        return calls * (device.link_latency_s + moved / device.link_bytes_per_s)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lineshaft.registry import Registry
 from lineshaft_bench.errors import DeviceError
 
-POSITIVE = Field(gt=0, le=1e21)
+Rate = Annotated[float, Field(gt=0, le=1e21)]
 SHARE = Field(default=1.0, gt=0, le=1)
 TIME = Field(default=0.0, ge=0, le=60)
 
@@ -24,11 +25,11 @@ class Device(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     summary: str = ""
-    memory_bytes: float = POSITIVE
+    memory_bytes: Rate
     """Memory of one device, for weights and KV pages."""
-    memory_bytes_per_s: float = POSITIVE
+    memory_bytes_per_s: Rate
     memory_efficiency: float = SHARE
-    flops_per_s: Mapping[str, float]
+    flops_per_s: Mapping[str, Rate]
     """By dtype."""
     flops_efficiency: float = SHARE
     launch_s: float = TIME
@@ -39,7 +40,7 @@ class Device(BaseModel):
     """Of each sequence of a step, on the host."""
     overlap: bool = False
     """Whether the host works while the device does."""
-    link_bytes_per_s: float = Field(default=1e12, gt=0)
+    link_bytes_per_s: Rate = 1e12
     """Between the devices of a tensor-parallel group, each way."""
     link_latency_s: float = TIME
 
@@ -47,11 +48,6 @@ class Device(BaseModel):
     def bandwidth(self) -> float:
         """Bytes per second that a step reads at."""
         return self.memory_bytes_per_s * self.memory_efficiency
-
-    @property
-    def link_bandwidth(self) -> float:
-        """Bytes per second of a collective."""
-        return self.link_bytes_per_s
 
     def flops(self, dtype: str) -> float:
         """FLOP/s that a step computes at in that dtype. Raises DeviceError."""

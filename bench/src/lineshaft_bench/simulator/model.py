@@ -17,6 +17,8 @@ from lineshaft.plan.trace import distinct_params
 from lineshaft.registry import Registry
 from lineshaft.weights import CONFIG_ALONE, FORMATS, as_dtype, local_bytes, open_checkpoint, resolve
 
+HEAD = "head"
+"""How models name the parameter that makes logits."""
 INLINE = {
     "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "intermediate": "intermediate_size",
@@ -81,8 +83,7 @@ def count(model: Model, dtype: str) -> ModelFigures:
     params = distinct_params(model.params())
     linear, experts = of_kind(params, "linear"), of_kind(params, "experts")
     read = [param for param in params if param.kinds != {"embed"} and "experts" not in param.kinds]
-    padded = max((param.shape[0] for param in of_kind(params, "embed")), default=0)
-    logits = sum(2 * prod(param.shape) for param in linear if param.shape[0] == padded)
+    logits = sum(2 * prod(param.shape) for param in linear if param.name == HEAD)
     share, caches = expert_share(model), list(model.caches())
     token = sum(2 * prod(param.shape) for param in linear) - logits
     return ModelFigures(
