@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-READ_BYTES = 512 << 20
+READ_BYTES = 256 << 20
 """More than any cache holds."""
-GEMM = (2048, 4096, 4096)
+GEMM = (1024, 2048, 2048)
 TIMES = 5
 
 

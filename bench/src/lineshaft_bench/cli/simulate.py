@@ -33,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "bursty, constant or chat",
     )  # fmt: skip
     add("--device", metavar="NAME|FILE", help="a device of a plugin (see --list-devices), or a TOML file")
+    add("--cost", metavar="FILE", type=Path, help="a cost model fitted to measured steps, for the device's time")
     add("--list-devices", action="store_true", help="list the devices that installed plugins describe")
     add("--policy", metavar="A,B", default="fifo", help="policies of admission, compared side by side (default: fifo)")
     shape = "a model reference, a folder with config.json, or hidden=4096,layers=32,..."
@@ -120,6 +121,7 @@ def prepared(args: Namespace) -> tuple[Setting, StepCost]:
     from lineshaft.scheduler import Limits
     from lineshaft_bench.simulator.cost import Roofline
     from lineshaft_bench.simulator.device import find_device
+    from lineshaft_bench.simulator.fit import read_cost
     from lineshaft_bench.simulator.model import model_figures
     from lineshaft_bench.simulator.setup import Setting, pages_that_fit
 
@@ -130,7 +132,7 @@ def prepared(args: Namespace) -> tuple[Setting, StepCost]:
     pages = args.pages or pages_that_fit(model, device, args.page_size, args.memory_fraction)
     limits = Limits(args.token_budget, args.max_rows, args.max_model_len or model.context)
     setting = Setting(limits, pages, args.page_size, not args.no_prefix_caching)
-    return setting, Roofline(model, device, args.dtype, args.tp)
+    return setting, read_cost(args.cost) if args.cost else Roofline(model, device, args.dtype, args.tp)
 
 
 def show(args: Namespace, trace: Trace, setting: Setting, summaries: Mapping[str, Summary], wall: float) -> None:

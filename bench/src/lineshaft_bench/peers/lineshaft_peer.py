@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Any
 
 from protocol import serve
 
-from lineshaft import SamplingParams
 from lineshaft.config import make_config
 from lineshaft.engine import Engine, Token
 from lineshaft.meter import now
 from lineshaft.tokenizer import Detokenizer, Tokenizer
 from lineshaft.weights import resolve
 from lineshaft_bench.bounds import measure
+from lineshaft_bench.drive import drive
 from lineshaft_bench.timeline import Recorder
+from lineshaft_bench.workloads import Job
 
 
 class Lineshaft:
@@ -38,23 +38,8 @@ class Lineshaft:
         return {"version": f"lineshaft {__version__}", "precision": config["dtype"], "vocab": self.engine.vocab}
 
     def run(self, jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Each job is added `at` its time; the steps go on without waiting."""
-        began, stamps = time.perf_counter(), [list[float]() for _ in jobs]
-        waiting, numbers = sorted(range(len(jobs)), key=lambda n: -jobs[n]["at"]), dict[int, int]()
         self.texts: dict[int, Detokenizer] = {}
-        while waiting or self.engine.has_work:
-            while waiting and jobs[waiting[-1]]["at"] <= time.perf_counter() - began:
-                number = waiting.pop()
-                params = SamplingParams(temperature=0.0, max_tokens=jobs[number]["out"], ignore_eos=True)
-                numbers[self.engine.add(jobs[number]["prompt"], params).id] = number
-            if not self.engine.has_work:
-                time.sleep(max(0.0, jobs[waiting[-1]]["at"] - (time.perf_counter() - began)))
-                continue
-            tokens = self.step()
-            at = time.perf_counter() - began
-            for token in tokens:
-                stamps[numbers[token.request.id]].append(at)
-        return {"stamps": stamps}
+        return {"stamps": drive(self.engine, [Job(**job) for job in jobs], self.step)}
 
     def step(self) -> list[Token]:
         meter = self.engine.meter

@@ -17,6 +17,7 @@ class Load(NamedTuple):
     context: int  # tokens whose keys and values are read, over all rows
     pairs: float  # (query, key) pairs that attend
     logits: int  # rows whose next token is sampled
+    longest: int = 1  # tokens of a row
 
 
 class StepCost(Protocol):

@@ -162,15 +162,17 @@ class Simulation:
 
 def load_of(rows: Sequence[Row]) -> Load:
     """The work of a step."""
-    tokens = context = logits = 0
+    tokens = context = logits = longest = 0
     pairs = 0.0
     for row in rows:
         count, end = row.count, row.start + row.count
         tokens += count
         context += end
+        if count > longest:
+            longest = count
         pairs += end if count == 1 else count * (row.start + end + 1) / 2
         logits += row.samples
-    return Load(len(rows), tokens, context, pairs, logits)
+    return Load(len(rows), tokens, context, pairs, logits, longest)
 
 
 @contextmanager
