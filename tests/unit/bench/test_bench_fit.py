@@ -47,7 +47,7 @@ def test_the_prices_are_found_again(noise: float, outliers: float, bar: float) -
 def test_a_step_costs_what_the_bucket_costs_that_the_engine_would_take() -> None:
     found = fit_cost(sampled(1, 0.0), SHAPES)
     assert found.seconds(Load(3, 3, 30, 30, 3, 1)) == pytest.approx(truth(Load(3, 3, 30, 30, 3), DECODE[2]))
-    assert found.seconds(Load(3, 20, 30, 90, 2, 18)) == pytest.approx(truth(Load(3, 20, 30, 90, 3), MIXED[1]))
+    assert found.seconds(Load(3, 20, 30, 30, 2, 18)) == pytest.approx(truth(Load(3, 20, 30, 30, 3), MIXED[1]))
 
 
 def test_a_bucket_that_was_not_seen_is_guessed_from_the_others() -> None:

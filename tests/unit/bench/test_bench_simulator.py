@@ -95,8 +95,8 @@ def test_a_step_is_charged_for_what_it_computes() -> None:
 
     Setting(LIMITS, 200).run(Trace("made", [arrival(0, 0.0, 100, 2), arrival(1, 0.0, 5, 1)]), Noting(), "fifo")
     assert loads == [
-        Load(rows=1, tokens=64, context=64, pairs=64 * 65 / 2, logits=0),
-        Load(rows=2, tokens=41, context=105, pairs=sum(range(65, 101)) + 15, logits=2),
+        Load(rows=1, tokens=64, context=64, pairs=64 * 65 / 2, logits=0, longest=64),
+        Load(rows=2, tokens=41, context=105, pairs=sum(range(65, 101)) + 15, logits=2, longest=36),
         Load(rows=1, tokens=1, context=101, pairs=101, logits=1),
     ]
 
