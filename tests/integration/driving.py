@@ -34,6 +34,7 @@ def config(model: Path | str, **more: Any) -> EngineConfig:
     """A small engine on the CPU backend in float32; `more` overrules, with dotted keys ("cache.pages") too."""
     values: dict[str, Any] = {
         "model": str(model), "backend": "cpu", "dtype": "float32", "threads": 1, "max_logprobs": 0,
+        "sampling_extras": False,
         "scheduler.max_rows": 4, "scheduler.token_budget": 64,
     }  # fmt: skip
     return make_config(**{**values, **more})

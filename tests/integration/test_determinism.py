@@ -9,7 +9,7 @@ import pytest
 from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import Run, config, drive
 
-import lineshaft.runner.pack as pack
+import lineshaft.sampling.pack as pack
 from lineshaft.engine import Engine
 from lineshaft.sampling.params import SamplingParams
 
@@ -52,13 +52,15 @@ def test_neither_batch_nor_chunks_nor_preemption_change_what_is_sampled(llama: L
 
 def test_random_numbers_depend_on_seed_and_position_alone(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[tuple[int, ...], float]] = []
-    draw = pack.draw
+    draws = pack.draws
 
-    def spy(*place: int) -> Any:
-        drawn.append((place, float(draw(*place))))
-        return draw(*place)
+    def spy(seeds: Sequence[int], forks: Sequence[int], positions: Sequence[int], purpose: int, index: int) -> Any:
+        made = draws(seeds, forks, positions, purpose, index)
+        places = [(*place, purpose, index) for place in zip(seeds, forks, positions, strict=True)]
+        drawn.extend(zip(places, map(float, made), strict=True))
+        return made
 
-    monkeypatch.setattr(pack, "draw", spy)
+    monkeypatch.setattr(pack, "draws", spy)
     seen = []
     for settings in (ROOMY, CRAMPED):
         drawn.clear()

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from lineshaft.llm import LLM
     from lineshaft.outputs import CompletionOutput, RequestOutput
     from lineshaft.sampling.params import SamplingParams
+    from lineshaft.sampling.structured import Structured
 
     __version__: str
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "Structured", "__version__"]
 
 _HOMES = {
     "LLM": "lineshaft.llm",
@@ -24,6 +25,7 @@ _HOMES = {
     "EngineConfig": "lineshaft.config",
     "RequestOutput": "lineshaft.outputs",
     "SamplingParams": "lineshaft.sampling.params",
+    "Structured": "lineshaft.sampling.structured",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
 
@@ -12,22 +12,22 @@ import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import StepShape
 from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
+from lineshaft.flight import Flight, Live, Token, token_of
 from lineshaft.meter import Clock, Meter, median, now
 from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import Packed, need_of, pack_forward, pack_sampling
+from lineshaft.runner.messages import Sizes, StepResult
+from lineshaft.runner.pack import Place, need_of, pack_forward
 from lineshaft.runner.worker import Progress, silent
-from lineshaft.sampling.params import SamplingParams
+from lineshaft.sampling.choice import make_choice
+from lineshaft.sampling.logprobs import PromptLogprobs
+from lineshaft.sampling.params import EXTRAS, SamplingParams, check_extras
+from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
-
-NO_COPIES = np.zeros((0, 3), np.int32)
 
 Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
 """Sees a request and the logits f32 [V] of its next token; a token id that it returns is taken instead of the sampled
@@ -43,39 +43,6 @@ class Replica:
     cache: CacheManager
 
 
-@dataclass(slots=True)
-class Live:
-    """A request while it runs."""
-
-    request: Request
-    replica: int
-    clock: Clock = field(default_factory=Clock)
-
-
-@dataclass(slots=True)
-class Token:
-    """One token that a step gave to a request."""
-
-    request: Request
-    clock: Clock
-    token_id: int  # -1: there is none, the request ended without
-    logprobs: dict[int, tuple[float, int]] | None = None  # id -> (log-probability, rank; 0 = below those asked for)
-
-
-@dataclass(slots=True)
-class Flight:
-    """A step of all replicas, from when it is scheduled until it is committed."""
-
-    shape: StepShape
-    batches: list[Batch]
-    packed: list[Packed]
-    began: float  # when its scheduling began, in seconds
-
-    def sampled(self, replica: int) -> list[Request]:
-        """The requests of a replica that get a token, in the order of their logit rows."""
-        return [row.request for row in self.batches[replica].rows if row.samples]
-
-
 class Recorder(Protocol):
     """Sees when each phase of a step began and ended, in seconds of `meter.now`."""
 
@@ -85,7 +52,8 @@ class Recorder(Protocol):
 class Engine:
     """Runs requests of token ids to the end. Use `add`, then `step` while `has_work`; `close` at the end.
 
-    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor`, if given, runs the
+    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `vocabulary`, if set, serves
+    requests that ask for a structured output. `executor`, if given, runs the
     steps in the place of the configured one, and is closed with the engine.
     """
 
@@ -100,6 +68,7 @@ class Engine:
         registry = registry or discover()
         self.config = config
         self.teacher: Teacher | None = None
+        self.vocabulary: Vocabulary | None = None
         self.meter = Meter()
         self._executor = executor or make_executor(config, registry)
         try:
@@ -110,10 +79,15 @@ class Engine:
         except BaseException:
             self._executor.close()
             raise
+        off = "the engine was made with sampling_extras = false; set it to true"
+        self._declined = self.plan.declined if config.sampling_extras else dict.fromkeys(EXTRAS, off)
+        off = "the engine was made with sampling_extras = false; set it to true"
+        self._declined = self.plan.declined if config.sampling_extras else dict.fromkeys(EXTRAS, off)
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
-        self._overlap = config.overlap == "on" or (config.overlap == "auto" and self._facts.asynchronous)
+        beside = self._facts.asynchronous or self._executor.beside
+        self._overlap = config.overlap == "on" or (config.overlap == "auto" and beside)
         self._flight: Flight | None = None  # submitted before the step that returns its tokens
         self._committed = 0.0
         self.recorder: Recorder | None = None
@@ -152,20 +126,60 @@ class Engine:
         return self._facts.vocab
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset(), salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int] = frozenset(),
+        salt: bytes = b"",
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        parent: Request | None = None,
+        fork: int = 0,
     ) -> Request:
-        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
+        """Queue a prompt.
+
+        salt        requests share cached prefixes only under an equal one
+        priority    lower runs first
+        deadline_s  seconds from now after which the request ends, wherever it is
+        parent      a request of the same prompt, of which this is sample number `fork`, from 1 on: it shares the
+                    parent's pages and, where it brings none, its seed
+
+        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
+        """
         self._require_open()
+        if params.truncate_prompt_tokens is not None:
+            prompt = prompt[-params.truncate_prompt_tokens :]
         self._check(prompt, params)
-        request_id = self._next_id
+        if parent is not None:
+            params = dataclasses.replace(params, prompt_logprobs=None)
+        choice = make_choice(params, prompt, self.vocab, eos_ids, self.vocabulary)
+        request_id, clock = self._next_id, Clock()
         if params.seed is None:
-            params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
-        request = Request(request_id, tuple(map(int, prompt)), params, eos_ids, salt)
-        replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
+            seed = (self.config.seed + request_id) % 2**64 if parent is None else parent.params.seed
+            params = dataclasses.replace(params, seed=seed)
+        deadline = None if deadline_s is None else clock.arrived + deadline_s
+        request = Request(
+            request_id, tuple(map(int, prompt)), params, eos_ids, salt, priority=priority, arrival=clock.arrived,
+            deadline=deadline, parent=parent, fork=fork,
+        )  # fmt: skip
+        replica = self._replica_for(parent)
         self._replicas[replica].scheduler.add(request)
-        self._live[request_id] = Live(request, replica)
+        wanted = params.prompt_logprobs
+        scores = None if wanted is None else PromptLogprobs(request.prompt, wanted)
+        self._live[request_id] = Live(request, replica, clock, choice, scores)
         self._next_id += 1
         return request
+
+    def _replica_for(self, parent: Request | None) -> int:
+        """The replica of the parent, whose pages are there; else the one with the fewest requests."""
+        relative = None if parent is None else self._live.get(parent.id)
+        if relative is not None:
+            return relative.replica
+        counts = [0] * len(self._replicas)
+        for live in self._live.values():
+            counts[live.replica] += 1
+        return counts.index(min(counts))
 
     def _require_open(self) -> None:
         if self.closed:
@@ -175,10 +189,13 @@ class Engine:
         for token in prompt:
             self._check_token("prompt token", token)
         most = self.config.max_logprobs
-        if params.logprobs is not None and (params.logprobs > most or not most):
-            raise InvalidSamplingParams(
-                f"logprobs = {params.logprobs}: the engine was made with max_logprobs = {self.config.max_logprobs}"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            if wanted is not None and (wanted > most or not most):
+                raise InvalidSamplingParams(f"{name} = {wanted}: the engine was made with max_logprobs = {most}")
+        check_extras(params, self._declined)
+
+        check_extras(params, self._declined)
 
     def _check_token(self, what: str, token: object) -> None:
         if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
@@ -205,19 +222,28 @@ class Engine:
         one is scheduled and packed while this one runs, and is on its way when this returns.
         """
         self._require_open()
+        try:
+            return self._step()
+        except BaseException:
+            self._flight = None
+            for replica in self._replicas:
+                replica.scheduler.discard()
+            raise
+
+    def _step(self) -> list[Token]:
         flight, self._flight = self._flight or self._launch(self._schedule()), None
         if flight is None:
             return []
-        at, rows = now(), flight.shape.logits
-        self._executor.choose([self._choice(flight.sampled(r), rows) for r in range(len(self._replicas))])
+        at = now()
+        self._executor.choose(flight.choices(self._live, self.vocab, logits=self.teacher is not None))
         self._mark("sample", flight, at)
         following = self._schedule() if self._overlap else None
         at = now()
-        results = self._executor.collect()
+        results = flight.processed(self._executor.collect())
         self._mark("run", flight, at)
-        ids = [self._taught(flight.sampled(r), result) for r, result in enumerate(results)]
+        ids = [self._taught(sampled, result) for sampled, result in zip(flight.sampled, results, strict=True)]
         if following is not None:
-            self._fill(following, flight, ids)
+            following.fill(flight, ids)
             self._flight = self._launch(following)
         at = now()
         tokens = self._commit(flight, results, ids)
@@ -231,11 +257,11 @@ class Engine:
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
         if not need.tokens:
             return None
-        shape = fit(self._facts.shapes, need)
-        flight = Flight(shape, batches, [], began)
-        at = self._mark("schedule", flight, began)
-        for replica, batch in zip(self._replicas, batches, strict=True):
-            flight.packed.append(pack_forward(batch, replica.cache, self._facts.page_sizes, shape))
+        shape, at = fit(self._facts.shapes, need), now()
+        parts = zip(self._replicas, batches, strict=True)
+        packed = [pack_forward(batch, replica.cache, self._facts.page_sizes, shape) for replica, batch in parts]
+        flight = Flight(shape, batches, packed, began)
+        self._mark("schedule", flight, began, at)
         self._mark("prepare", flight, at)
         return flight
 
@@ -243,62 +269,58 @@ class Engine:
         """Submit the forward of a step whose tokens are all known."""
         if flight is not None:
             at = now()
-            parts = zip(flight.packed, flight.batches, strict=True)
-            self._executor.submit([StepMessage(flight.shape, p.host, page_copies(b)) for p, b in parts])
+            self._executor.submit(flight.messages())
             self._mark("run", flight, at)
         return flight
 
-    def _fill(self, following: Flight, flight: Flight, ids: Sequence[Sequence[int]]) -> None:
-        """Put the tokens of a step into the one that was scheduled before they were known."""
-        for r, packed in enumerate(following.packed):
-            packed.fill(dict(zip((request.id for request in flight.sampled(r)), ids[r], strict=True)))
-
-    def _choice(self, sampled: Sequence[Request], rows: int) -> ChoiceMessage:
-        return ChoiceMessage(
-            pack_sampling(sampled, rows),
-            logprobs=any(request.params.logprobs is not None for request in sampled),
-            logits=self.teacher is not None,
-        )
-
-    def _taught(self, sampled: Sequence[Request], result: StepResult) -> list[int]:
-        """The tokens that a replica's requests get, in the order of their logit rows."""
-        ids: list[int] = result.token_ids[: len(sampled)].tolist()
+    def _taught(self, sampled: Sequence[Place], result: StepResult) -> list[int]:
+        """The token of each request that gets one."""
+        given = result.token_ids.tolist()
+        ids = [given[row] for row, _ in sampled]
         if self.teacher is None or result.logits is None:
             return ids
-        for row, request in enumerate(sampled):
+        for index, (row, request) in enumerate(sampled):
             forced = self.teacher(request, result.logits[row])
             if forced is not None:
                 self._check_token(f"the teacher's token for request {request.id}", forced)
-                ids[row] = int(forced)
+                ids[index] = int(forced)
         return ids
 
     def _commit(self, flight: Flight, results: Sequence[StepResult], ids: Sequence[list[int]]) -> list[Token]:
         """Book a step that has run. What ended while it ran gets no token."""
         tokens: list[Token] = []
-        for r, (replica, batch) in enumerate(zip(self._replicas, flight.batches, strict=True)):
-            for row in batch.rows:
-                live = self._live.get(row.request.id)
-                if live is not None and not live.clock.scheduled:
-                    live.clock.scheduled = flight.began
-            sampled = [self._live.get(request.id) for request in flight.sampled(r)]
-            for live, token in zip(sampled, ids[r], strict=True):
-                if token < 0 and live is not None:  # NaN logits: no token can be sampled; the others go on
-                    replica.scheduler.finish(live.request, FinishReason.ERROR)
-            replica.scheduler.commit(batch, ids[r])
+        flight.book_prompts(results, self._live)
+        for replica, batch, sampled, result, given in zip(
+            self._replicas, flight.batches, flight.sampled, results, ids, strict=True
+        ):
+            self._note_start(batch, flight.began)
+            for (_, request), token in zip(sampled, given, strict=True):
+                if token < 0:  # NaN logits: no token can be sampled; the others go on
+                    replica.scheduler.finish(request, FinishReason.ERROR)
+            replica.scheduler.commit(batch, given)
             at = now()
-            tokens += [self._token(live, row, ids[r][row], results[r], at) for row, live in enumerate(sampled) if live]
+            for (row, request), token in zip(sampled, given, strict=True):
+                live = self._live.get(request.id)
+                if live is not None:
+                    tokens.append(self._token(live, row, token, result, at))
         self._book(flight, results, len(tokens))
         return tokens
 
+    def _note_start(self, batch: Batch, began: float) -> None:
+        for row in batch.rows:
+            live = self._live.get(row.request.id)
+            if live is not None and not live.clock.scheduled:
+                live.clock.scheduled = began
+
     def _token(self, live: Live, row: int, token: int, result: StepResult, at: float) -> Token:
+        request = live.request
         if token >= 0:
             live.clock.token(at)
-        if live.request.finished:
+            if live.choice is not None and not request.finished and live.choice.token(token):
+                self._replicas[live.replica].scheduler.finish(request, FinishReason.STOP)
+        if request.finished:
             self._retire(live)
-        wanted, found = live.request.params.logprobs, None
-        if wanted is not None and result.logprobs is not None and token >= 0:
-            found = top_logprobs(result.logprobs, row, token, wanted)
-        return Token(live.request, live.clock, token, found)
+        return token_of(live, row, token, result)
 
     def _retire(self, live: Live) -> None:
         request = live.request
@@ -314,13 +336,11 @@ class Engine:
         used = sum(r.cache.used_pages(g) for r in self._replicas for g in range(len(self.pages)))
         self.meter.step(wall, kernels, single, sampled, used)
 
-    def _mark(self, phase: str, flight: Flight, began: float) -> float:
-        """Tell the recorder of a phase that ends now; return now."""
-        at = now()
+    def _mark(self, phase: str, flight: Flight, began: float, ended: float | None = None) -> None:
+        """Tell the recorder of a phase, which ends now unless said otherwise."""
         if self.recorder is not None:
-            rows = sum(len(batch.rows) for batch in flight.batches)
-            self.recorder.span(phase, began, at, rows=rows, tokens=sum(batch.tokens for batch in flight.batches))
-        return at
+            rows, tokens = (sum(len(b.rows) for b in flight.batches), sum(b.tokens for b in flight.batches))
+            self.recorder.span(phase, began, now() if ended is None else ended, rows=rows, tokens=tokens)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -364,20 +384,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def top_logprobs(found: Logprobs, row: int, token: int, wanted: int) -> dict[int, tuple[float, int]]:
-    """The `wanted` likeliest tokens of a row and the chosen one: id -> (log-probability, rank)."""
-    top = {
-        int(i): (float(p), rank + 1) for rank, (i, p) in enumerate(zip(found.top_ids[row], found.top[row], strict=True))
-    }
-    kept = dict(list(top.items())[:wanted])
-    kept[token] = top.get(token, (float(found.chosen[row]), 0))
-    return kept
-
-
-def page_copies(batch: Batch) -> HostArray:
-    """The copies to make before a step, int32 [n, 3] of (group, src, dst)."""
-    if not batch.copies:
-        return NO_COPIES
-    return np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32)

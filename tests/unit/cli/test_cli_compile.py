@@ -26,7 +26,16 @@ CONFIG = {
     "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": False,
 }  # fmt: skip
-SMALL = ["--set", "scheduler.max_rows=4", "--set", "scheduler.token_budget=32", "--set", "max_logprobs=0"]
+SMALL = [
+    "--set",
+    "scheduler.max_rows=4",
+    "--set",
+    "scheduler.token_budget=32",
+    "--set",
+    "max_logprobs=0",
+    "--set",
+    "sampling_extras=false",
+]
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 
 from lineshaft.contract.ops.logits import allowed_tokens, apply_logits, argmax, kept_tokens, logprobs, sample
 from lineshaft.contract.problems import SampleProblem
-from lineshaft.errors import ContractViolation
 
 INF = math.inf
 
 
 def params(
-    rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0, min_p: float = 0.0
+    rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0, min_p: float = 0.0, typical_p: float = 0.0
 ) -> dict[str, Any]:
-    floats = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+    floats = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
     out = {name: np.full(rows, value, np.float32) for name, value in floats.items()}
     return {**out, "top_k": np.full(rows, top_k, np.int32)}
 
@@ -167,14 +166,31 @@ def test_masks_count_bits_from_the_lowest_of_the_first_word() -> None:
     mask = np.zeros((1, 2), np.uint32)
     mask[0, 0], mask[0, 1] = (1 << 0) | (1 << 31), 1 << 1
     assert np.flatnonzero(allowed_tokens(mask, 40)).tolist() == [0, 31, 33]
-    logits = np.zeros((1, 40))
-    bias = np.arange(40.0)[None]
-    problem = SampleProblem(dtype="float32", rows=1, vocab=40, mask=True, bias=True)
-    got = apply_logits(problem, logits, mask=mask, bias=bias)
+    logits = np.arange(40.0)[None]
+    problem = SampleProblem(dtype="float32", rows=1, vocab=40, mask=True)
+    got = apply_logits(problem, logits, mask=mask)
     assert {i: got[0, i] for i in np.flatnonzero(got[0] > -INF)} == {0: 0.0, 31: 31.0, 33: 33.0}
 
 
-def test_penalties_are_reserved() -> None:
-    with pytest.raises(ContractViolation, match="reserved"):
-        problem = SampleProblem(dtype="float32", rows=1, vocab=2, counts=True)
-        apply_logits(problem, np.zeros((1, 2)), counts=np.zeros((1, 2), np.int32))
+def edit(logits: Any, ids: Any, scale: Any, bias: Any) -> Any:
+    problem = SampleProblem(dtype="float32", rows=1, vocab=len(logits), edits=len(ids))
+    arrays = {"edit_ids": np.array([ids], np.int32), "edit_scale": np.array([scale]), "edit_bias": np.array([bias])}
+    return apply_logits(problem, np.array([logits], np.float64), **arrays)[0].tolist()
+
+
+def test_edits_scale_by_sign_then_add_and_leave_the_rest() -> None:
+    assert edit([2.0, -2.0, 5.0, 0.0], [1, 0, 3], [4.0, 4.0, 4.0], [0.5, 0.25, 1.0]) == [0.75, -7.5, 5.0, 1.0]
+
+
+def test_padding_zeros_and_bans() -> None:
+    assert edit([2.0, -2.0], [2, 2], [math.nan, 0.0], [7.0, math.nan]) == [2.0, -2.0]
+    assert edit([2.0, -2.0], [0, 0, 0], [0.0] * 3, [0.0] * 3) == [2.0, -2.0]
+    assert edit([2.0, -2.0, -INF], [1, 2], [2.0, 2.0], [-INF, 3.0]) == [2.0, -INF, -INF]
+
+
+def test_typical_tokens_are_those_near_the_entropy_not_the_likeliest() -> None:
+    logits = np.log([0.5, 0.2, 0.15, 0.1, 0.05])  # the entropy is that of a token of 0.26
+    assert set(draw(logits, np.linspace(0, 0.999, 50), typical_p=0.1)) == {1}
+    assert set(draw(logits, np.linspace(0, 0.999, 50), typical_p=0.3)) == {1, 2}
+    for off in (0.0, 1.0):
+        np.testing.assert_allclose(counts(logits, typical_p=off), np.exp(logits), atol=1e-4)

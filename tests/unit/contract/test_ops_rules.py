@@ -15,7 +15,7 @@ import pytest
 from lineshaft.contract.ops import all_ops
 from lineshaft.contract.ops.quantize import quantize_rows
 from lineshaft.contract.ops.run import compare, run_reference
-from lineshaft.contract.ops.spec import Case, Numerics, StepArg
+from lineshaft.contract.ops.spec import EXACT, Case, Numerics, StepArg
 
 OPS = all_ops()
 Reference = Callable[..., Any]
@@ -217,10 +217,36 @@ def high_bit_first(p: Any, mask: Any) -> Any:
     return np.packbits(bits[..., ::-1], axis=-1, bitorder="little").view(np.uint32).reshape(mask.shape)
 
 
-def bias_over_mask(ref: Reference) -> Reference:
-    def run(p: Any, logits: Any, *, num: Any, mask: Any = None, bias: Any = None) -> Any:
-        out = ref(p, logits, num=num, mask=mask)
-        return out if bias is None else np.where(np.isneginf(out) & (bias > 1e20), bias, out + bias).astype(out.dtype)
+def edits_over_mask(ref: Reference) -> Reference:
+    """An edited token comes back where the mask has taken it."""
+
+    def run(p: Any, logits: Any, *, num: Any, mask: Any = None, **edits: Any) -> Any:
+        out, bare = ref(p, logits, num=num, mask=mask), ref(p, logits, num=num, **edits)
+        return np.where(bare == ref(p, logits, num=num), out, bare)
+
+    return run
+
+
+def always_divided(ref: Reference) -> Reference:
+    """A scale divides negative logits too: where they are multiplied, it is turned over."""
+
+    def run(p: Any, logits: Any, *, edit_ids: Any = None, edit_scale: Any = None, **k: Any) -> Any:
+        if edit_ids is None:
+            return ref(p, logits, **k)
+        old = np.take_along_axis(logits, np.minimum(edit_ids, p.vocab - 1), 1)
+        with np.errstate(all="ignore"):
+            scale = np.where((old > 0) | (edit_scale == 0), edit_scale, 1 / edit_scale)
+        return ref(p, logits, edit_ids=edit_ids, edit_scale=scale, **k)
+
+    return run
+
+
+def bias_first(ref: Reference) -> Reference:
+    def run(p: Any, logits: Any, *, edit_scale: Any = None, edit_bias: Any = None, **k: Any) -> Any:
+        if edit_scale is None:
+            return ref(p, logits, **k)
+        moved = ref(p, logits, **{**k, "num": EXACT}, edit_scale=edit_scale * 0, edit_bias=edit_bias)
+        return ref(p, moved, **k, edit_scale=edit_scale, edit_bias=edit_bias * 0)
 
     return run
 
@@ -313,9 +339,13 @@ OTHERS: dict[str, dict[str, Break]] = {
         "-1 taken for 0": arg(5, lambda p, m: np.maximum(m, 0)),
         "the gate last": arg(3, lambda p, w: np.roll(w, p.width, 1)),
         "silu for every activation": problem(activation=lambda p: "silu"),
-        "four rows an expert": lambda ref: lambda p, x, ids, probs, *a, num: ref(
-            p, x, ids, probs * (np.arange(len(x)) < 4)[:, None], *a, num=num
+        "four rows an expert": lambda ref: lambda p, x, ids, probs, *a, **k: ref(
+            p, x, ids, probs * (np.arange(len(x)) < 4)[:, None], *a, **k
         ),
+        "biases of the first expert": keyword("w13_bias", lambda p, b: b[:1].repeat(len(b), 0)),
+        "no last bias": keyword("w2_bias", lambda p, b: b * 0),
+        "no limit": problem(swiglu_limit=lambda p: p.swiglu_limit and 1e9),
+        "alpha is 1": problem(swiglu_alpha=lambda p: p.swiglu_alpha and 1.0),
     },
     "moe_dispatch": {"-1 taken for 0": arg(2, lambda p, m: np.maximum(m, 0))},
     "grouped_mlp": {"rows beyond are read": result(lambda p, out: np.where(out == 0, np.nan, out))},
@@ -323,8 +353,12 @@ OTHERS: dict[str, dict[str, Break]] = {
     "gather_rows": {"rows in order": arg(1, lambda p, rows: np.sort(rows))},
     "merge_rows": {"-1 taken for 0": arg(2, lambda p, s: np.maximum(s, 0))},
     "apply_logits": {
-        "the high bit first": keyword("mask", high_bit_first), "a bias over the mask": bias_over_mask,
-        "masked logits are 0": result(no_wrap), "no bias": keyword("bias", lambda p, b: b * 0),
+        "the high bit first": keyword("mask", high_bit_first), "edits over the mask": edits_over_mask,
+        "masked logits are 0": result(no_wrap), "no bias": keyword("edit_bias", lambda p, b: b * 0),
+        "no scale": keyword("edit_scale", lambda p, s: s * 0),
+        "a scale of 0": keyword("edit_scale", lambda p, s: np.maximum(s, 1e-6)),
+        "padding wraps": keyword("edit_ids", lambda p, ids: np.minimum(ids, p.vocab - 1)),
+        "bias before scale": bias_first, "always divided": always_divided,
     },
     "sample": {
         "sorted order": sorted_cdf, "top_p before top_k": top_p_first,
@@ -336,6 +370,10 @@ OTHERS: dict[str, dict[str, Break]] = {
         "min_p ignored": arg(1, lambda p, s: {**s, "min_p": s["min_p"] * 0}),
         "top_k ignored": arg(1, lambda p, s: {**s, "top_k": s["top_k"] * 0}),
         "top_p ignored": arg(1, lambda p, s: {**s, "top_p": s["top_p"] * 0}),
+        "typical_p ignored": arg(1, lambda p, s: {**s, "typical_p": s.get("typical_p", s["top_p"]) * 0}),
+        "typical_p taken for top_p": arg(1, lambda p, s: {
+            **s, "top_p": s.get("typical_p", s["top_p"]), "typical_p": s["top_p"] * 0,
+        }),
     },
     "argmax": {"the last of ties": reversed_ties, "0 for an empty row": result(lambda p, ids: np.maximum(ids, 0))},
     "logprobs": {

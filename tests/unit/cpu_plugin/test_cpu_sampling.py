@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from lineshaft.contract.ops.logits import kept_tokens
+from lineshaft.contract.problems import SampleProblem
 from lineshaft_cpu import sampling
+
+PLAIN = SampleProblem(dtype="float32", vocab=0)
+"""The kernel reads of its problem only whether rows have a typical_p."""
 
 FILTERS = [
     (0, 0.0, 0.0), (1, 0.0, 0.0), (50, 0.0, 0.0), (50, 0.5, 0.0), (0, 0.9, 0.0), (0, 0.999, 0.0), (0, 0.0, 0.02),
@@ -35,7 +39,7 @@ def test_tokens_come_as_often_as_their_probabilities_say() -> None:
     one = torch.ones(rows)
     params = {"temperature": one, "top_k": one.int() * 0, "top_p": one * 0, "min_p": one * 0}
     u = (torch.arange(rows)[:, None] + 0.5) / rows
-    counts = torch.bincount(sampling.sample(logits, params, u).long(), minlength=4) / rows
+    counts = torch.bincount(sampling.sample(PLAIN, logits, params, u).long(), minlength=4) / rows
     assert torch.allclose(counts, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=1e-3)
 
 
@@ -47,8 +51,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         "top_p": torch.tensor([0.0, 0.9, 0.0, 0.0, 0.5, 0.0]), "min_p": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.1, 0.0]),
     }  # fmt: skip
     u = torch.rand(6, 1, generator=rng)
-    together = sampling.sample(logits, params, u)
+    together = sampling.sample(PLAIN, logits, params, u)
     for r in range(6):
-        alone = sampling.sample(logits[r : r + 1], {k: v[r : r + 1] for k, v in params.items()}, u[r : r + 1])
+        alone = sampling.sample(PLAIN, logits[r : r + 1], {k: v[r : r + 1] for k, v in params.items()}, u[r : r + 1])
         assert alone.tolist() == together[r : r + 1].tolist()
     assert together[0] == logits[0].argmax() and together[3] == logits[3].argmax()

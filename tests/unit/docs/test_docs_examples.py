@@ -39,7 +39,8 @@ from lineshaft_conformance.subject import Subject, Target
 ROOT = Path(__file__).parents[3]
 PLAIN, KERNEL = ROOT / "examples" / "numpy_backend", ROOT / "examples" / "kernel"
 SMALL: dict[str, Any] = {
-    "dtype": "float32", "max_model_len": 64, "max_logprobs": 0, "scheduler": {"max_rows": 2, "token_budget": 16},
+    "dtype": "float32", "max_model_len": 64, "max_logprobs": 0, "sampling_extras": False,
+    "scheduler": {"max_rows": 2, "token_budget": 16},
 }  # fmt: skip
 PROMPTS = ["The capital of France is", "a"]
 Install = Callable[[Path], None]
@@ -165,11 +166,11 @@ def test_plain_numpy_declines_other_dtypes_with_a_reason(install: Install, tiny_
         assert kernel.supports(Problem(dtype="bfloat16")) == "NumPy computes in float32 here, not in bfloat16"
 
 
-def test_plain_numpy_has_a_kernel_of_each_required_op_and_passes_the_ops(install: Install) -> None:
+def test_plain_numpy_has_a_kernel_of_each_required_op_and_of_edits_and_passes_the_ops(install: Install) -> None:
     install(PLAIN)
     subject = Subject(Target("plainnp"))
     required = {spec.name for spec in subject.ops.values() if spec.required}
-    assert {kernel.op for kernel in subject.kernels} == required
+    assert {kernel.op for kernel in subject.kernels} == required | {"apply_logits"}
     for check in collect(subject, "smoke", 2):
         if check.dtype in ("", "float32"):
             try:

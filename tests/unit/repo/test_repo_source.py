@@ -34,20 +34,21 @@ TENSOR_LIBRARIES = {"cupy", "jax", "mlx", "tensorflow", "tinygrad", "torch", "tr
 # An import goes from a higher rank to a lower one. A new folder or module gets its rank here, on purpose.
 RANKS = (
     {"errors", "host"},
-    {"contract", "cache", "sampling", "outputs"},
-    {"registry", "layout", "weights", "scheduler", "meter"},
-    {"config", "models", "tokenizer", "plan", "reference"},
+    {"contract", "cache", "outputs"},
+    {"sampling", "registry", "layout", "weights", "meter"},
+    {"scheduler", "config", "models", "tokenizer", "plan", "reference"},
     {"runner"},
     {"executors"},
     {"engine"},
-    {"llm", "explain"},
+    {"frontend", "explain"},
+    {"llm", "async_llm"},
     {"cli"},
 )
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 NARROW = {
     "contract": {"errors"},
     "cache": {"errors"},
-    "sampling": {"errors"},
+    "sampling": {"errors", "host", "contract"},
     "scheduler": {"errors", "cache", "sampling"},
 }
 WITHOUT_ARRAYS = ("cache", "scheduler", "config", "registry", "cli")

@@ -3,10 +3,11 @@
 import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
-from lineshaft.runner.messages import ChoiceMessage, Logprobs, StepMessage, StepResult
-from lineshaft.runner.pack import need_of, pack_forward, pack_sampling
-from lineshaft.sampling.draw import draw
+from lineshaft.contract.steps import HostStep, StepShape, edit_inputs, forward_inputs
+from lineshaft.runner.messages import ChoiceMessage, StepMessage, StepResult
+from lineshaft.runner.pack import need_of, pack_forward
+from lineshaft.sampling.logprobs import Logprobs
+from lineshaft.sampling.pack import pack_sampling
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Limits, Request, Scheduler
 
@@ -47,29 +48,23 @@ def test_slots_lie_in_the_row_s_own_pages() -> None:
     assert not slots[10:].any()
 
 
-def test_sampling_inputs_depend_on_the_row_alone() -> None:
-    hot = Request(7, (1, 2, 3), SamplingParams(temperature=0.7, top_k=5, seed=42))
-    cold = Request(8, (1,), SamplingParams(temperature=0.0, seed=1))
-    assert pack_sampling([cold], 4) is None
-    alone, among = pack_sampling([hot], 1), pack_sampling([cold, hot], 4)
-    assert alone is not None and among is not None
-    assert alone["u"][0, 0] == among["u"][1, 0] == draw(42, 0, 3, 0, 0)
-    assert among["temperature"].tolist() == [0.0, np.float32(0.7), 0.0, 0.0]
-    assert among["top_k"].tolist() == [0, 5, 0, 0]
-
-
 def test_messages_survive_their_frames() -> None:
     host, _, _, _ = run_one_step()
     shape = StepShape(tokens=16, rows=4, pages=(4,), logits=4, max_query=16)
-    sampling = pack_sampling([Request(7, (1,), SamplingParams(seed=3))], 4)
+    sampling = pack_sampling([SamplingParams(seed=3)], [0], [1], 4)
+    edits = HostStep(edit_inputs(4, 64))
+    edits["edit_ids"][:] = 7
     message = StepMessage(shape, host, np.array([[0, 1, 2]], np.int32))
     again = StepMessage.from_frames(*message.to_frames())
     assert again.shape == shape and again.copies.tolist() == [[0, 1, 2]]
     for field in forward_inputs(shape).fields:
         assert np.array_equal(again.forward[field.name], host[field.name])
-    choice = ChoiceMessage.from_frames(*ChoiceMessage(sampling, logprobs=True).to_frames())
+    scored = np.array([3, -1, 4, -1], np.int32)
+    choice = ChoiceMessage.from_frames(*ChoiceMessage(sampling, (edits,), logprobs=True, scored=scored).to_frames())
     assert choice.logprobs and not choice.logits and choice.sampling is not None and sampling is not None
     assert np.array_equal(choice.sampling["u"], sampling["u"])
+    assert [np.array_equal(step["edit_ids"], edits["edit_ids"]) for step in choice.adjust] == [True]
+    assert choice.scored is not None and choice.scored.tolist() == [3, -1, 4, -1]
     assert ChoiceMessage.from_frames(*ChoiceMessage().to_frames()) == ChoiceMessage()
     result = StepResult(np.arange(4, dtype=np.int32), 0.5, Logprobs(*(np.full((4, 2), float(i)) for i in range(3))))
     back = StepResult.from_frames(*result.to_frames())

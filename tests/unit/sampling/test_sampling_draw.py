@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
+from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw, draws
 
 TOP = 2**64 - 1
 # (seed, fork, position, purpose, index) -> draw * 2**24. These never change: a seed must mean the same for ever.
@@ -40,6 +40,14 @@ def test_equals_the_documented_numpy_generator(seed: int, fork: int, position: i
     counter = np.array([position, purpose, index, 0], np.uint64)
     word = int(np.random.Philox(key=key, counter=counter).random_raw())
     assert draw(seed, fork, position, purpose, index) == np.float32((word >> 40) / 2**24)
+
+
+@settings(derandomize=True, max_examples=100)
+@given(st.lists(st.tuples(uint64, uint64, st.integers(0, TOP - 1)), max_size=40), uint64, uint64)
+def test_many_at_once_are_the_same(places: list[tuple[int, int, int]], purpose: int, index: int) -> None:
+    columns = list(zip(*places, strict=True)) or [(), (), ()]
+    expected = [draw(*place, purpose, index) for place in places]
+    assert draws(*columns, purpose, index).tolist() == expected  # type: ignore[call-arg]
 
 
 def test_other_draws_do_not_matter() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.sampling import SamplingParams
-from lineshaft.scheduler import Batch, FinishReason, Limits, Request, Scheduler, Status
+from lineshaft.scheduler import Batch, FinishReason, Limits, Request, Row, Scheduler, Status
 
 VOCABULARY = 11
 EOS = frozenset((0,))
@@ -58,6 +59,19 @@ class Trace:
     groups: list[GroupSpec]
     watermark: float
     events: list[Arrival | int | None]
+    ahead: bool = False  # schedule each step before the one before it is committed
+
+
+@dataclass
+class Packed:
+    """A batch on its way, and the places of each row's positions in every group when it was scheduled."""
+
+    batch: Batch
+    places: list[list[list[tuple[int, int, int]]]]
+
+
+def in_flight_rows(pending: list[Packed], request: Request) -> bool:
+    return any(row.request is request for packed in pending for row in packed.batch.rows)
 
 
 @dataclass
@@ -71,6 +85,9 @@ class Driver:
     returned: list[int] = field(default_factory=list)
     admitted: list[int] = field(default_factory=list)
     memory: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    pending: list[Packed] = field(default_factory=list)
+    sampled: dict[tuple[int, int], int] = field(default_factory=dict)
+    unknown: int = 0  # rows that began at a token in flight
     log: list[object] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -102,6 +119,8 @@ class Driver:
                 break
             self.step([])
         assert not self.scheduler.has_work, "livelock"
+        while self.pending:
+            self.run([])
         assert [self.cache.used_pages(group) for group in range(len(self.trace.groups))] == [0] * len(self.trace.groups)
         self.check_ends()
 
@@ -121,12 +140,22 @@ class Driver:
             self.returned.append(target)
 
     def step(self, midstep: list[int]) -> None:
+        """Schedule a batch; run and commit the one before it (ahead) or itself."""
         running = [request for request in self.requests if request.status is Status.RUNNING]
-        decoding = {request.id for request in running if request.remaining == 1}
+        decoding = {request.id for request in running if request.remaining == 1 and request.length < request.most}
         had_work = self.scheduler.has_work
         batch = self.scheduler.schedule()
         self.check_batch(batch, decoding, had_work)
-        tokens = self.compute(batch)
+        self.unknown += sum(row.start >= len(row.request.tokens) for row in batch.rows)
+        self.pending.append(Packed(batch, [self.pack(row) for row in batch.rows]))
+        if not self.trace.ahead or len(self.pending) > 1 or not batch.rows:
+            self.run(midstep)
+
+    def run(self, midstep: list[int]) -> None:
+        """Run the oldest batch on the shadow device and commit it."""
+        packed = self.pending.pop(0)
+        batch = packed.batch
+        tokens = self.compute(packed)
         for number in midstep:
             self.cancel(number)
         finished = self.scheduler.commit(batch, tokens)
@@ -138,23 +167,33 @@ class Driver:
     def check_batch(self, batch: Batch, decoding: set[int], had_work: bool) -> None:
         limits = self.trace.limits
         self.cache.check_integrity()
-        assert bool(batch.rows) == had_work, "a step makes progress whenever there is work"
+        in_flight = any(packed.batch.rows for packed in self.pending)
+        ending = in_flight and any(request.length >= request.most for request in self.requests)
+        assert bool(batch.rows) == had_work or in_flight, "a step makes progress whenever there is work"
         ids = [row.request.id for row in batch.rows]
         assert len(set(ids)) == len(ids) <= limits.max_rows and batch.tokens <= limits.token_budget
+        assert batch.logits <= limits.max_rows
         prefills = [row for row in batch.rows if row.request.id not in decoding]
         decodes = len(ids) - len(prefills)
         assert set(ids[:decodes]) <= decoding, "decode rows come first"
-        assert not decodes or set(ids[:decodes]) == decoding - set(batch.preempted), "all that can decode do"
-        assert decodes or not limits.mixed_steps or not decoding, "mixed steps never leave decodes out"
+        assert not decodes or ending or set(ids[:decodes]) == decoding - set(batch.preempted), "all that can decode do"
+        assert decodes or not limits.mixed_steps or not decoding or in_flight, "mixed steps never leave decodes out"
         assert ids[:decodes] == sorted(ids[:decodes]) and ids[decodes:] == sorted(ids[decodes:])
         assert limits.max_prefill_rows is None or len(prefills) <= limits.max_prefill_rows
         assert limits.mixed_steps or not decodes or not prefills
         assert not set(batch.preempted) & set(ids)
         for row in batch.rows:
-            assert 1 <= row.count <= min(row.request.remaining, limits.max_query or row.count)
-            assert row.start == row.request.computed
-            assert row.samples == (row.start + row.count == len(row.request.tokens))
+            self.check_row(row)
         self.check_order()
+
+    def check_row(self, row: Row) -> None:
+        request, end = row.request, row.start + row.count
+        assert 1 <= row.count <= (self.trace.limits.max_query or row.count)
+        assert row.start == request.computed or in_flight_rows(self.pending, request), "rows follow each other"
+        assert request.scheduled == end and row.samples == (end == request.length - row.samples)
+        assert request.in_flight <= 1 + self.trace.ahead and end <= len(request.tokens) + request.in_flight
+        scored = request.params.max_tokens == SCORED and end <= len(request.prompt) and not request.output
+        assert row.logits == (row.count if scored else row.samples)
 
     def check_order(self) -> None:
         running = [request.id for request in self.requests if request.status is Status.RUNNING]
@@ -163,28 +202,40 @@ class Driver:
         assert not running or not waiting or max(running) < min(waiting), "older requests run first"
         assert (self.scheduler.stats.running, self.scheduler.stats.waiting) == (len(running), len(waiting))
 
-    def compute(self, batch: Batch) -> list[int]:
+    def pack(self, row: Row) -> list[list[tuple[int, int, int]]]:
+        """Where the row reads and writes each position in each group, by the page tables of now."""
+        end = row.start + row.count
+        return [[self.place(row.request, group, at) for group in range(len(self.trace.groups))] for at in range(end)]
+
+    def compute(self, packed: Packed) -> list[int]:
         """Run the step on the shadow device: copies, then all writes, then all reads."""
-        for copy in batch.copies:
+        for copy in packed.batch.copies:
             for offset in range(self.trace.groups[copy.group].page_size):
                 self.memory[copy.group, copy.dst, offset] = self.memory.get((copy.group, copy.src, offset), -1)
-        for row in batch.rows:
-            value = self.read(row.request, row.start - 1) if row.start else len(row.request.salt)
+        for row, places in zip(packed.batch.rows, packed.places, strict=True):
+            value = self.read(places[row.start - 1]) if row.start else len(row.request.salt)
             for position in range(row.start, row.start + row.count):
-                value = mix(value, row.request.tokens[position])
-                for group in range(len(self.trace.groups)):
-                    self.memory[self.place(row.request, group, position)] = value
-        return [self.sample(row.request, row.start + row.count) for row in batch.rows if row.samples]
+                value = mix(value, self.token(row.request, position))
+                for place in places[position]:
+                    self.memory[place] = value
+        rows = zip(packed.batch.rows, packed.places, strict=True)
+        return [self.sample(row.request, places) for row, places in rows if row.samples]
 
-    def sample(self, request: Request, end: int) -> int:
+    def sample(self, request: Request, places: list[list[tuple[int, int, int]]]) -> int:
         expected = len(request.salt)
-        for position in range(end):
-            expected = mix(expected, request.tokens[position])
-            assert self.read(request, position) == expected, "a token attends to KV that is not its own"
-        return next_token(self.read(request, end - 1))
+        for position, place in enumerate(places):
+            expected = mix(expected, self.token(request, position))
+            assert self.read(place) == expected, "a token attends to KV that is not its own"
+        self.sampled[request.id, len(places)] = token = next_token(expected)
+        return token
 
-    def read(self, request: Request, position: int) -> int:
-        values = {self.memory[self.place(request, group, position)] for group in range(len(self.trace.groups))}
+    def token(self, request: Request, position: int) -> int:
+        """A token of the request; one that was in flight is taken from the step that sampled it."""
+        known = request.tokens
+        return known[position] if position < len(known) else self.sampled[request.id, position]
+
+    def read(self, place: list[tuple[int, int, int]]) -> int:
+        values = {self.memory[group] for group in place}
         assert len(values) == 1
         return values.pop()
 
@@ -210,9 +261,20 @@ prompts = st.one_of(
     st.lists(tokens, min_size=1, max_size=30).map(tuple),
     st.tuples(st.integers(1, 30), st.lists(tokens, max_size=4)).map(lambda cut: (*SHARED[: cut[0]], *cut[1])),
 )
+SCORED = 13
+"""Requests of this many output tokens also want the log-probabilities of their prompts."""
+
+
+@dataclass(frozen=True)
+class Params(SamplingParams):
+    @property
+    def prompt_logprobs(self) -> int | None:
+        return 0 if self.max_tokens == SCORED else None
+
+
 sampling = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(1, 20),
+    Params,
+    max_tokens=st.one_of(st.integers(1, 20), st.just(SCORED)),
     ignore_eos=st.sampled_from([True, True, False]),
     stop_token_ids=st.sampled_from([(), (), (3,)]),
 )
@@ -230,7 +292,8 @@ limits_strategy = st.builds(
     max_query=optional,
 )
 group = st.builds(GroupSpec, pages=st.integers(4, 20), page_size=st.sampled_from([1, 2, 3, 4, 8]))
-traces = st.builds(Trace, limits_strategy, st.lists(group, min_size=1, max_size=2), st.sampled_from([0.0, 0.2]), events)
+groups = st.lists(group, min_size=1, max_size=2)
+traces = st.builds(Trace, limits_strategy, groups, st.sampled_from([0.0, 0.2]), events, st.booleans())
 
 
 @settings(derandomize=True, max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -250,25 +313,29 @@ def test_the_same_trace_gives_the_same_batches(trace: Trace) -> None:
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(st.lists(arrivals, min_size=4, max_size=8), st.integers(5, 9), st.booleans())
+@given(st.lists(arrivals, min_size=4, max_size=8), st.integers(5, 9), st.booleans(), st.booleans())
 def test_preempted_requests_give_the_output_of_an_undisturbed_run(
-    requests: list[Arrival], pages: int, mixed: bool
+    requests: list[Arrival], pages: int, mixed: bool, ahead: bool
 ) -> None:
     limits = Limits(token_budget=30, max_rows=8, max_model_len=200, mixed_steps=mixed)
     outputs = []
     for pool in (pages, 1000):
         prompts_that_fit = [Arrival(arrival.prompt[:8], arrival.params, arrival.salt) for arrival in requests]
-        driver = Driver(Trace(limits, [GroupSpec(pool + 1, 6)], 0.0, list[Arrival | int | None](prompts_that_fit)))
+        played = list[Arrival | int | None](prompts_that_fit)
+        driver = Driver(Trace(limits, [GroupSpec(pool + 1, 6)], 0.0, played, ahead))
         driver.play()
         outputs.append([request.output for request in driver.requests])
     assert outputs[0] == outputs[1]
 
 
-def test_these_traces_do_preempt_and_do_hit_prefixes() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_these_traces_do_preempt_and_do_hit_prefixes(ahead: bool) -> None:
     """Guards the tests above against passing because nothing happens."""
     arrivals = [Arrival(SHARED[:7], SamplingParams(max_tokens=20, ignore_eos=True), b"") for _ in range(6)]
     limits = Limits(token_budget=30, max_rows=8, max_model_len=200)
-    driver = Driver(Trace(limits, [GroupSpec(11, 4), GroupSpec(12, 3)], 0.0, list[Arrival | int | None](arrivals)))
+    played = list[Arrival | int | None](arrivals)
+    driver = Driver(Trace(limits, [GroupSpec(11, 4), GroupSpec(12, 3)], 0.0, played, ahead))
     driver.play()
     assert driver.scheduler.stats.preemptions >= 5
     assert driver.cache.stats.hit_tokens > 0 and driver.cache.stats.evictions > 0
+    assert (driver.unknown > 20) == ahead

@@ -6,6 +6,7 @@ Knows sequences as numbers and tokens as integers; nothing of requests, steps or
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ class PrefixStats:
 class _Sequence:
     hashes: PrefixHashes
     epoch: int  # of the prefix cache; pages computed under an older one are never registered
-    pages: list[list[int]]  # per group, in token order
+    pages: list[array[int]]  # per group, in token order
     registered: list[int]  # per group, how many leading pages `commit` has seen whole
     computed: int = 0  # tokens whose KV is in the pages; later positions are still to be written
     forked: bool = False  # whether pages that are still to be written may be shared
@@ -51,6 +52,10 @@ class CacheManager:
         self._reserved = [int(watermark * (spec.pages - 1)) for spec in self.groups]
         self._alignment = lcm(*self._sizes)
         self._sequences: dict[int, _Sequence] = {}
+        self.writable: dict[int, int] = {}
+        """For each open sequence, how many positions are its own to write without another `extend`; read only."""
+        self.due: dict[int, int] = {}
+        """For each open sequence, the computed count at which `commit` next has something to do; read only."""
         self._epoch = 0
         self._opens = self._hits = self._queried_tokens = self._hit_tokens = 0
 
@@ -65,8 +70,8 @@ class CacheManager:
         evictions = sum(pool.evictions for pool in self._pools)
         return PrefixStats(self._opens, self._hits, self._queried_tokens, self._hit_tokens, evictions)
 
-    def pages(self, seq: int, group: int = 0) -> Sequence[int]:
-        """Return the sequence's pages in token order: a live list, not to be changed."""
+    def pages(self, seq: int, group: int = 0) -> array[int]:
+        """Return the sequence's pages in token order: a live array, not to be changed or kept a view of."""
         return self._sequences[seq].pages[group]
 
     def free_pages(self, group: int = 0) -> int:
@@ -85,9 +90,11 @@ class CacheManager:
         """Return hashes for a sequence that may be tried, opened and closed several times: each page is hashed once."""
         return PrefixHashes(self._sizes, salt)
 
-    def can_admit(self, tokens: Sequence[int], hashes: PrefixHashes, *, reserve: bool = False) -> bool:
+    def can_admit(
+        self, tokens: Sequence[int], hashes: PrefixHashes, *, reserve: bool = False, read: bool = True
+    ) -> bool:
         """Return whether `open` and then `extend` over all of tokens would succeed now. Changes nothing."""
-        cached = self._cached(tokens, hashes)
+        cached = self._cached(tokens, hashes) if read else 0
         for pool, size, reserved in zip(self._pools, self._sizes, self._reserved, strict=True):
             shared = [pool.find(digest) for digest in hashes.known(size)[: cached // size]]
             revived = sum(1 for page in shared if page is not None and not pool.holders(page))
@@ -96,18 +103,28 @@ class CacheManager:
                 return False
         return True
 
-    def open(self, seq: int, tokens: Sequence[int], salt: bytes = b"", hashes: PrefixHashes | None = None) -> int:
+    def open(
+        self,
+        seq: int,
+        tokens: Sequence[int],
+        salt: bytes = b"",
+        hashes: PrefixHashes | None = None,
+        *,
+        read: bool = True,
+    ) -> int:
         """Start a sequence on the pages of its longest cached prefix; return how many tokens that spares.
 
         The prefix is whole pages in every group and leaves at least one token to compute. hashes: from an earlier
-        `hashes(salt)` of this very sequence, to save hashing again; salt is then not read.
+        `hashes(salt)` of this very sequence, to save hashing again; salt is then not read. read=False: on no cached
+        prefix, whose tokens give no logits.
         """
         assert seq not in self._sequences, f"sequence {seq} is open already"
         hashes = hashes or self.hashes(salt)
-        cached = self._cached(tokens, hashes)
+        cached = self._cached(tokens, hashes) if read else 0
         pages = [self._share(pool, hashes, cached // pool.spec.page_size) for pool in self._pools]
         registered = [len(group) for group in pages]
-        self._sequences[seq] = _Sequence(hashes, self._epoch, pages, registered, computed=cached)
+        self._sequences[seq] = sequence = _Sequence(hashes, self._epoch, pages, registered, computed=cached)
+        self._note(seq, sequence)
         self._opens += 1
         self._hits += cached > 0
         self._queried_tokens += len(tokens)
@@ -130,13 +147,18 @@ class CacheManager:
         copies = [self._copy_on_write(sequence, group, index) for group, index in shared]
         for pool, pages, count in zip(self._pools, sequence.pages, grow, strict=True):
             pages.extend(pool.allocate() for _ in range(count))
+        self._note(seq, sequence)
         return copies
 
     def commit(self, seq: int, tokens: Sequence[int], computed: int) -> None:
-        """Note that tokens[:computed] have their KV now, and register the pages that this made whole."""
+        """Note that tokens[:computed] have their KV now, and register the pages that this made whole.
+
+        A caller in a hurry may leave out the calls with a computed count below `due[seq]`.
+        """
         sequence = self._sequences[seq]
         assert computed >= sequence.computed, "computed tokens cannot become fewer"
         sequence.computed = computed
+        self._note(seq, sequence)
         if not self.prefix_caching or sequence.epoch != self._epoch:
             return
         for group, size in enumerate(self._sizes):
@@ -152,15 +174,18 @@ class CacheManager:
             for page in shared:
                 pool.hold(page)
         source.forked = True
-        self._sequences[child] = replace(
+        self._sequences[child] = copy = replace(
             source,
             hashes=source.hashes.fork(source.computed),
-            pages=[list(pages) for pages in source.pages],
+            pages=[pages[:] for pages in source.pages],
             registered=list(source.registered),
         )
+        self._note(parent, source)
+        self._note(child, copy)
 
     def close(self, seq: int) -> None:
         """End a sequence. Its registered pages stay as cache and are evicted deepest first, oldest sequence first."""
+        del self.writable[seq], self.due[seq]
         for pool, pages in zip(self._pools, self._sequences.pop(seq).pages, strict=True):
             for page in reversed(pages):
                 pool.drop(page)
@@ -191,14 +216,24 @@ class CacheManager:
             cached = hits * size
         return cached - cached % self._alignment
 
-    def _share(self, pool: PagePool, hashes: PrefixHashes, count: int) -> list[int]:
-        pages = []
+    def _share(self, pool: PagePool, hashes: PrefixHashes, count: int) -> array[int]:
+        pages = array("i")
         for digest in hashes.known(pool.spec.page_size)[:count]:
             page = pool.find(digest)
             assert page is not None, "a cached prefix lost a page"
             pool.hold(page)
             pages.append(page)
         return pages
+
+    def _note(self, seq: int, sequence: _Sequence) -> None:
+        """Bring `writable` and `due` up to date."""
+        held = min((len(p) * size for p, size in zip(sequence.pages, self._sizes, strict=True)), default=sys.maxsize)
+        if sequence.forked and not (shared := self._shared_ahead(sequence, held)):
+            sequence.forked = False
+        self.writable[seq] = min([i * self._sizes[g] for g, i in shared]) if sequence.forked else held
+        self.due[seq] = (
+            min((sequence.computed // size + 1) * size for size in self._sizes) if self._sizes else sys.maxsize
+        )
 
     def _shared_ahead(self, sequence: _Sequence, total: int) -> list[tuple[int, int]]:
         """Return (group, index) of the pages that hold positions from computed to total and have another holder."""

@@ -110,5 +110,7 @@ class EngineConfig(Table):
     """Kernel by op, for ops whose kernel is not left to the planner; a named kernel runs or raises."""
     max_logprobs: Natural = 20
     """Most top log-probabilities that a request may ask for per token."""
+    sampling_extras: bool = True
+    """Whether penalties, biases, bans, allowed tokens, structured outputs and typical_p are prepared at start."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults of the command line for requests."""

@@ -221,7 +221,10 @@ class RouterProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertProblem(Problem):
-    """Gated MLP of routed experts: `local` of `experts` experts live on this rank; capacity is static, T * k."""
+    """Gated MLP of routed experts: `local` of `experts` experts live on this rank; capacity is static, T * k.
+
+    `activation` is "silu", "gelu" or "swigluoai", that of gpt-oss, which alone has `swiglu_alpha` and `swiglu_limit`.
+    """
 
     experts: int
     local: int
@@ -231,18 +234,24 @@ class ExpertProblem(Problem):
     rows: int = 0
     activation: str = "silu"
     scheme: str = feature("none")
+    bias: bool = feature(False)
+    swiglu_alpha: float = feature(0.0)
+    swiglu_limit: float = feature(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleProblem(Problem):
-    """Everything that turns logits `[rows, vocab]` into ids; which optional inputs exist is a feature each."""
+    """Everything that turns logits `[rows, vocab]` into ids; which optional inputs exist is a feature each.
+
+    `edits` counts the sparse edits of a row, 0 where there are none; `typical` says that rows have a `typical_p`.
+    """
 
     vocab: int
     rows: int = 0
     top: int = 0  # how many alternatives logprobs returns
     mask: bool = feature(False)
-    bias: bool = feature(False)
-    counts: bool = feature(False)
+    edits: int = feature(0)
+    typical: bool = feature(False)
 
 
 @dataclass(frozen=True, kw_only=True)

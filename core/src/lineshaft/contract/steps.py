@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,6 @@ class InputField:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
 
 class InputLayout:
     """The ordered inputs of a program and their offsets in the packed host buffer."""
@@ -62,10 +58,13 @@ class InputLayout:
     def __init__(self, fields: Sequence[InputField]) -> None:
         self.fields = tuple(fields)
         self.offsets: dict[str, int] = {}
+        self._places: list[tuple[str, tuple[int, ...], np.dtype[Any], int]] = []
         end = 0
         for item in self.fields:
             self.offsets[item.name] = end
-            end += -(-item.nbytes // ALIGNMENT) * ALIGNMENT
+            dtype = np.dtype(item.dtype)
+            self._places.append((item.name, item.shape, dtype, end))
+            end += -(-math.prod(item.shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.nbytes = max(end, ALIGNMENT)
 
     def to_json(self) -> list[list[Any]]:
@@ -79,8 +78,7 @@ class InputLayout:
 
     def views(self, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, np.ndarray[Any, Any]]:
         """Named views into `buffer`, a uint8 array of at least `nbytes` bytes."""
-        offsets = self.offsets
-        return {item.name: np.ndarray(item.shape, item.dtype, buffer, offsets[item.name]) for item in self.fields}
+        return {name: np.ndarray(shape, dtype, buffer, offset) for name, shape, dtype, offset in self._places}
 
 
 class HostStep:
@@ -102,7 +100,7 @@ def aligned_zeros(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return raw[start : start + nbytes]
 
 
-@lru_cache(maxsize=1024)
+@cache
 def forward_inputs(shape: StepShape, page_starts: frozenset[int] = frozenset()) -> InputLayout:
     """The inputs of a forward program.
 
@@ -125,14 +123,32 @@ def forward_inputs(shape: StepShape, page_starts: frozenset[int] = frozenset()) 
     return InputLayout(fields)
 
 
-def sample_inputs(rows: int) -> InputLayout:
-    """The inputs of a sampling program over R rows: u f32[R,1], temperature, top_p, min_p f32[R], top_k int32[R].
+@cache
+def sample_inputs(rows: int, typical: bool = False) -> InputLayout:
+    """The inputs of a sampling program over R rows: u f32[R,1], temperature, top_p, min_p f32[R], top_k int32[R], and
+    for a `typical` one typical_p f32[R].
 
-    All-zero is greedy: a row of temperature 0 takes the largest logit, lowest index first. top_k 0 and top_p 0 keep
-    every token.
+    All-zero is greedy: a row of temperature 0 takes the largest logit, lowest index first. top_k 0, top_p 0 and
+    typical_p 0 keep every token.
     """
-    floats = [InputField(name, "float32", (rows,)) for name in ("temperature", "top_p", "min_p")]
+    names = ("temperature", "top_p", "min_p", *(("typical_p",) if typical else ()))
+    floats = [InputField(name, "float32", (rows,)) for name in names]
     return InputLayout([InputField("u", "float32", (rows, 1)), *floats, InputField("top_k", "int32", (rows,))])
+
+
+@cache
+def mask_inputs(rows: int, vocab: int) -> InputLayout:
+    """The input of a program that masks R rows of logits: mask uint32[R, ceil(V / 32)]. All-zero allows no token."""
+    return InputLayout([InputField("mask", "uint32", (rows, -(-vocab // 32)))])
+
+
+@cache
+def edit_inputs(rows: int, edits: int) -> InputLayout:
+    """The inputs of a program that edits K logits in each of R rows: edit_ids int32[R,K], edit_scale and edit_bias
+    f32[R,K]. All-zero edits nothing."""
+    shape = (rows, edits)
+    floats = [InputField(name, "float32", shape) for name in ("edit_scale", "edit_bias")]
+    return InputLayout([InputField("edit_ids", "int32", shape), *floats])
 
 
 @dataclass(frozen=True)

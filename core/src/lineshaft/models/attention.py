@@ -32,9 +32,10 @@ class Rope:
     interleaved: bool = False
 
     def problem(self, dtype: str, head_dim: int, max_position: int) -> RopeProblem:
+        dim = int(head_dim * self.share + 1e-6)  # the share may be a quotient of the dim itself
         return RopeProblem(
-            dtype=dtype, dim=int(head_dim * self.share), base=self.base, scaling=self.scaling,
-            max_position=max_position, interleaved=self.interleaved, attention_factor=self.attention_factor,
+            dtype=dtype, dim=dim, base=self.base, scaling=self.scaling, max_position=max_position,
+            interleaved=self.interleaved, attention_factor=self.attention_factor,
         )  # fmt: skip
 
 

@@ -35,9 +35,12 @@ class GatedMlp:
 
     def __call__(self, ops: Any, w: Tree, x: Array) -> Array:
         """x [T, H] -> [T, H]."""
-        both = product(ops, w, "gate_up", self.layout.enter(ops, x))
-        gated = getattr(ops, ACTIVATIONS[self.activation])(both)
-        return self.layout.leave(ops, product(ops, w, "down", gated))
+        return self.layout.leave(ops, self.partial(ops, w, self.layout.enter(ops, x)))
+
+    def partial(self, ops: Any, w: Tree, x: Array) -> Array:
+        """x [T, H], which has entered the layout -> [T, H] before it leaves it: this rank's part of the sum."""
+        gated = getattr(ops, ACTIVATIONS[self.activation])(product(ops, w, "gate_up", x))
+        return product(ops, w, "down", gated)
 
     def uses(self) -> Uses:
         return {}

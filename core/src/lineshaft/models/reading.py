@@ -142,7 +142,7 @@ def rope(config: Config, context: BuildContext, layer_type: str = "", base: floa
     base = number(given, "rope_theta", config.get("rope_theta") or base)
     share = number({**config, **given}, "partial_rotary_factor", 1.0)
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "su":  # what LongRoPE was called first
+    if kind == "su" or "long_factor" in given:  # what LongRoPE was called before
         kind = "longrope"
     if kind not in _KINDS:
         raise UnknownArchitecture(f"config.json: rope_type {kind!r:.80}; known are {', '.join(_KINDS)}{_hint(kind)}")
@@ -230,10 +230,10 @@ def _longrope(given: Config, config: Config, context: BuildContext) -> tuple[Rop
     change in the middle of a text would make cached keys wrong."""
     original, most = _original(given, config), count(config, "max_position_embeddings", 2048)
     longest = most if context.max_model_len is None else context.max_model_len
-    factors = _factors(given, "long_factor" if longest > original else "short_factor")
+    short, long = _factors(given, "short_factor"), _factors(given, "long_factor")
     factor = number(given, "factor", most / original)
     usual = 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return RopeScaling(freq_factors=factors), number(given, "attention_factor", usual)
+    return RopeScaling(freq_factors=long if longest > original else short), number(given, "attention_factor", usual)
 
 
 _KINDS: Final = MappingProxyType(

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lineshaft.contract.backends import API_VERSION
@@ -51,6 +51,7 @@ class Plan:
     weight_bytes: int
     workspace_bytes: int  # of intermediate results at once, in the bucket that needs most
     notes: tuple[str, ...] = ()  # what a reader should know beside the kernels, a line each
+    declined: Mapping[str, str] = field(default_factory=dict)  # optional programs that were left out: name -> reason
 
     @property
     def hash(self) -> str:
@@ -76,6 +77,7 @@ class Plan:
         width = max((len(op) for op in chosen), default=0)
         lines += [f"  {op:<{width}}  {', '.join(names)}" for op, names in chosen.items()]
         lines += [f"  {note}" for note in self.notes]
+        lines += [f"  without {name}: {reason}" for name, reason in self.declined.items()]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ Uses = Mapping[str, tuple[str, Problem]]
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One function to capture for one bucket."""
+    """One function to capture for one bucket; `optional` names what a run can do without ("": nothing)."""
 
     name: str
     fn: StepFunction
@@ -32,6 +32,7 @@ class ProgramSpec:
     inputs: InputLayout
     arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
     host_outputs: frozenset[str] = frozenset()
+    optional: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ class Planned:
 
 
 def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[str, OpSpec]) -> Planned:
-    """Resolve every problem of every program.
+    """Resolve every problem of every program; an optional one that some kernel is missing for is left out.
 
     Raises Unsupported, Ambiguous, ContractViolation.
     """
-    traces = [_trace(program, work, resolver, specs) for program in work.programs]
+    programs, traces, declined = _programs(backend, work, resolver, specs)
     sites = [site for trace in traces for site in trace.sites.values() if not site.composite]
     layouts = _weight_layouts(work, sites, resolver)
     cache_layout = _cache_layout(sites, resolver)
@@ -128,23 +129,38 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
     chosen: dict[tuple[str, Problem], Kernel] = {}
     packings: dict[str, Packing] = {}
     for site in sites:
-        layout = layouts[names[site.weight]] if site.weight is not None else cache_layout if site.cache else None
+        layout = layouts[names[site.weights[0]]] if site.weights else cache_layout if site.cache else None
         kernel = resolver.candidates(site.op, site.problem).best(layout)
         chosen[site.op, site.problem] = kernel
-        if site.weight is not None:
-            packings[names[site.weight]] = Packing(kernel.layout, kernel.pack)
+        packings |= {names[key]: Packing(kernel.layout, kernel.pack) for key in site.weights}
     plan = Plan(
         backend=backend,
-        shapes=tuple(dict.fromkeys(program.shape for program in work.programs)),
+        shapes=tuple(dict.fromkeys(program.shape for program in programs)),
         entries=_entries(traces, chosen, resolver),
         weight_layouts=layouts,
         cache_layout=cache_layout,
         weight_bytes=local_bytes(params, layouts),
         workspace_bytes=max(trace.workspace.most for trace in traces),
         notes=(*repacked(params, layouts), *quantized(params, layouts)),
+        declined=declined,
     )
-    bound = tuple((p, BoundOps(t, chosen, specs)) for p, t in zip(work.programs, traces, strict=True))
+    bound = tuple((p, BoundOps(t, chosen, specs)) for p, t in zip(programs, traces, strict=True))
     return Planned(plan, bound, packings, tuple(trace.outputs for trace in traces))
+
+
+def _programs(
+    backend: str, work: Workload, resolver: Resolver, specs: Mapping[str, OpSpec]
+) -> tuple[list[ProgramSpec], list[Trace], dict[str, str]]:
+    """The programs to capture, their traces, and for each optional thing that is left out the reason."""
+    traced = [(program, _trace(program, work, resolver, specs)) for program in work.programs]
+    declined: dict[str, str] = {}
+    for program, trace in traced:
+        for site in trace.sites.values():
+            if program.optional and not (site.composite or resolver.resolvable(site.op, site.problem)):
+                reason = resolver.candidates(site.op, site.problem).unsupported()
+                declined[program.optional] = f"backend {backend!r} has {reason}; leave it out, or use another backend"
+    kept = [(program, trace) for program, trace in traced if program.optional not in declined]
+    return [program for program, _ in kept], [trace for _, trace in kept], declined
 
 
 def _trace(program: ProgramSpec, work: Workload, resolver: Resolver, specs: Mapping[str, OpSpec]) -> Trace:
@@ -156,9 +172,9 @@ def _trace(program: ProgramSpec, work: Workload, resolver: Resolver, specs: Mapp
 def _weight_layouts(work: Workload, sites: Sequence[Site], resolver: Resolver) -> dict[str, str]:
     uses: dict[int, dict[tuple[str, Problem], Candidates]] = {}
     for site in sites:
-        if site.weight is not None:
+        for key in site.weights:
             found = resolver.candidates(site.op, site.problem)
-            uses.setdefault(site.weight, {})[site.op, site.problem] = found
+            uses.setdefault(key, {})[site.op, site.problem] = found
     decided: dict[frozenset[tuple[str, Problem]], str] = {}
     layouts = {}
     for key, param in enumerate(distinct_params(work.params)):

@@ -32,7 +32,7 @@ class Candidates:
         """The highest priority (within `layout`). Raises Unsupported with every reason, Ambiguous on a tie."""
         fitting = [k for k in self.taken if layout is None or k.layout == layout]
         if not fitting:
-            raise Unsupported(self._unsupported(layout))
+            raise Unsupported(self.unsupported(layout))
         top = [k for k in fitting if k.priority == fitting[0].priority]
         if len(top) > 1:
             names = ", ".join(k.name for k in top)
@@ -42,7 +42,8 @@ class Candidates:
             )
         return top[0]
 
-    def _unsupported(self, layout: str | None) -> str:
+    def unsupported(self, layout: str | None = None) -> str:
+        """Why no kernel takes the problem (within `layout`), with the reason of each."""
         reasons = [f"{r.kernel}: {r.reason}" for r in self.rejected]
         reasons += [f"{k.name}: uses layout {k.layout!r}, not {layout!r}" for k in self.taken]
         listed = "; ".join(reasons) or "the backend registers no kernel for it"

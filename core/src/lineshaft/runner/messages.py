@@ -13,6 +13,7 @@ from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.scheduler import Limits
 
 Frames = tuple[dict[str, Any], list[HostArray]]
@@ -49,33 +50,32 @@ class StepMessage:
 class ChoiceMessage:
     """How the tokens of a step are chosen from its R rows of logits, sent while its forward runs.
 
-    `sampling` is None where every row is greedy. Further outputs are made only where they are wanted.
+    `adjust` are the steps that edit and mask the logits first, each over the result of the one before; `sampling` is
+    None where every row is greedy. Further outputs are made only where they are wanted.
     """
 
     sampling: HostStep | None = None
+    adjust: tuple[HostStep, ...] = ()
     logprobs: bool = False
-    logits: bool = False
+    logits: bool = False  # as they were adjusted
+    scored: HostArray | None = None  # int32 [R]: ids whose log-probability is wanted; -1: the chosen one's
 
     def to_frames(self) -> Frames:
-        header = {"logprobs": self.logprobs, "logits": self.logits, "sampling": None}
-        if self.sampling is None:
-            return header, []
-        return {**header, "sampling": self.sampling.layout.to_json()}, [self.sampling.buffer]
+        hosts = [*self.adjust, *([] if self.sampling is None else [self.sampling])]
+        header = {
+            "logprobs": self.logprobs, "logits": self.logits, "adjust": len(self.adjust),
+            "hosts": [host.layout.to_json() for host in hosts],
+        }  # fmt: skip
+        scored = [] if self.scored is None else [self.scored]
+        return header, [*(host.buffer for host in hosts), *scored]
 
     @classmethod
     def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> ChoiceMessage:
-        given = header["sampling"]
-        sampling = None if given is None else HostStep(InputLayout.from_json(given), arrays[0])
-        return cls(sampling, header["logprobs"], header["logits"])
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Natural-log probabilities of R rows: the chosen token's [R], and the k likeliest [R, k] with their ids [R, k]."""
-
-    chosen: HostArray
-    top_ids: HostArray
-    top: HostArray
+        layouts = [InputLayout.from_json(fields) for fields in header["hosts"]]
+        hosts = tuple(map(HostStep, layouts, arrays))
+        adjust, sampling = hosts[: header["adjust"]], hosts[header["adjust"] :]
+        scored = arrays[len(hosts)] if len(arrays) > len(hosts) else None
+        return cls(sampling[0] if sampling else None, adjust, header["logprobs"], header["logits"], scored)
 
 
 @dataclass(frozen=True)

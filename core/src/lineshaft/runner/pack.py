@@ -9,9 +9,8 @@ import numpy as np
 
 from lineshaft.cache import CacheManager
 from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
+from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.runner.buckets import Need
-from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
 from lineshaft.scheduler import Batch, Request, Row
 
 
@@ -20,9 +19,18 @@ def need_of(rows: Sequence[Row]) -> Need:
     return Need(
         tokens=sum(row.count for row in rows),
         rows=len(rows),
-        logits=sum(row.samples for row in rows),
+        logits=sum(row.logits for row in rows),
         max_query=max((row.count for row in rows), default=0),
     )
+
+
+Place = tuple[int, Request]
+"""A row of logits, and the request whose next token is chosen from it."""
+
+
+def places(scored: Sequence[tuple[int, Row]]) -> list[Place]:
+    """Where the requests that get a token have the logits of it; `scored`: rows, each with its first row of logits."""
+    return [(start + row.logits - 1, row.request) for start, row in scored if row.samples]
 
 
 @dataclass(frozen=True)
@@ -84,23 +92,5 @@ def _token_ids(rows: Sequence[Row], ends: HostArray) -> tuple[list[int], list[tu
 
 
 def _logit_rows(rows: Sequence[Row], ends: HostArray) -> list[int]:
-    """The tokens whose logits are wanted: of a row that samples, the last."""
-    return [int(end) - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
-
-
-def pack_sampling(requests: Sequence[Request], rows: int) -> HostStep | None:
-    """The sampling program's inputs, or None when every request is greedy (the forward's own argmax serves).
-
-    The uniform number of a row depends on its seed and on the position of the token to come, and on nothing else.
-    """
-    if all(request.params.greedy for request in requests):
-        return None
-    host = HostStep(sample_inputs(rows))
-    for r, request in enumerate(requests):
-        params = request.params
-        if params.greedy:
-            continue
-        host["temperature"][r], host["top_p"][r] = params.temperature, params.top_p
-        host["min_p"][r], host["top_k"][r] = params.min_p, params.top_k
-        host["u"][r, 0] = draw(params.seed or 0, 0, len(request.tokens), PURPOSE_SAMPLE, 0)
-    return host
+    """The tokens whose logits are wanted: the last ones of each row."""
+    return [at for row, end in zip(rows, ends.tolist(), strict=True) for at in range(end - row.logits, end)]

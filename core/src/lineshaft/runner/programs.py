@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lineshaft.contract.sessions import Cache, StepFunction, Tree
 from lineshaft.contract.steps import (
     ArraySpec,
+    HostStep,
     InputField,
     InputLayout,
     StepInputs,
     StepShape,
+    edit_inputs,
     forward_inputs,
+    mask_inputs,
     sample_inputs,
 )
 from lineshaft.contract.weights import Array
 from lineshaft.models import Model
 from lineshaft.plan import ProgramSpec
+from lineshaft.sampling.pack import EDITS
 
 FORWARD, SAMPLE, LOGPROBS = "forward", "sample", "logprobs"
+TYPICAL, MASK, EDIT = "sample_typical", "mask", "edit"
 Outputs = tuple[dict[str, Array], list[Cache]]
 
 
@@ -40,6 +45,21 @@ def sample_function(
     return {"token_ids": ops.sample(arrays["logits"], step.arrays, step.arrays["u"])}, caches
 
 
+def adjust_function(
+    ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: dict[str, Array]
+) -> Outputs:
+    """Masked or edited logits [R, V], which stay on the device, and their greedy token_ids int32 [R]."""
+    logits = ops.apply_logits(arrays["logits"], **step.arrays)
+    return {"logits": logits, "token_ids": ops.argmax(logits)}, caches
+
+
+def program_of(host: HostStep) -> str:
+    """The program that takes a sampling or adjusting step."""
+    if "u" in host.views:
+        return TYPICAL if "typical_p" in host.views else SAMPLE
+    return MASK if "mask" in host.views else f"{EDIT}_{host['edit_ids'].shape[1]}"
+
+
 def logprobs_function(top: int) -> StepFunction:
     """Log-probabilities of the chosen ids and of the `top` likeliest."""
 
@@ -50,9 +70,11 @@ def logprobs_function(top: int) -> StepFunction:
     return logprobs
 
 
-def all_programs(model: Model, shapes: Sequence[StepShape], dtype: str, top: int) -> list[ProgramSpec]:
+def all_programs(
+    model: Model, shapes: Sequence[StepShape], dtype: str, top: int, extras: bool = False
+) -> list[ProgramSpec]:
     """Every program of a run: a forward per bucket, largest first so that arenas are sized once, then sampling per
-    distinct number of logit rows."""
+    distinct number of logit rows. `extras` adds what only some requests need, as far as the backend takes it."""
     vocab = model.shape.vocab
     forward = forward_function(model)
     programs = [
@@ -62,11 +84,21 @@ def all_programs(model: Model, shapes: Sequence[StepShape], dtype: str, top: int
     for rows in sorted({shape.logits for shape in shapes}, reverse=True):
         shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)
         logits = {"logits": ArraySpec((rows, vocab), dtype)}
-        programs.append(
-            ProgramSpec(SAMPLE, sample_function, shape, sample_inputs(rows), logits, frozenset({"token_ids"}))
-        )
+        ids = frozenset({"token_ids"})
+        programs.append(ProgramSpec(SAMPLE, sample_function, shape, sample_inputs(rows), logits, ids))
         if top:
-            ids = InputLayout([InputField("ids", "int32", (rows,))])
+            chosen = InputLayout([InputField("ids", "int32", (rows,))])
             outputs = frozenset({"chosen", "top_ids", "top"})
-            programs.append(ProgramSpec(LOGPROBS, logprobs_function(min(top, vocab)), shape, ids, logits, outputs))
+            programs.append(ProgramSpec(LOGPROBS, logprobs_function(min(top, vocab)), shape, chosen, logits, outputs))
+        if extras:
+            programs += _extra_programs(shape, vocab, logits)
     return programs
+
+
+def _extra_programs(shape: StepShape, vocab: int, logits: dict[str, ArraySpec]) -> Iterator[ProgramSpec]:
+    """Each named by `optional` as `SamplingParams.extras` names what needs it."""
+    rows, ids = shape.logits, frozenset({"token_ids"})
+    yield ProgramSpec(TYPICAL, sample_function, shape, sample_inputs(rows, True), logits, ids, "typical_p")
+    yield ProgramSpec(MASK, adjust_function, shape, mask_inputs(rows, vocab), logits, ids, "mask")
+    for width in EDITS:
+        yield ProgramSpec(f"{EDIT}_{width}", adjust_function, shape, edit_inputs(rows, width), logits, ids, "edits")

@@ -121,7 +121,7 @@ def make_setup(
 
 def make_planned(config: EngineConfig, setup: Setup, registry: Registry | None = None) -> Planned:
     """Resolve the plan of this rank. Raises Unsupported, Ambiguous, ContractViolation."""
-    programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs)
+    programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs, config.sampling_extras)
     return plan_programs(config, setup, registry or discover(), programs)
 
 

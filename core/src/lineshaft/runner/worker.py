@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from lineshaft.config import EngineConfig
 from lineshaft.contract.backends import Backend, World
-from lineshaft.contract.sessions import Pending, Program, Session
+from lineshaft.contract.sessions import HostArray, Pending, Program, Session
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
-from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, Started, StepMessage, StepResult
-from lineshaft.runner.programs import FORWARD, LOGPROBS, SAMPLE
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.programs import FORWARD, LOGPROBS, program_of
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import sizes
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.weights.memory import breakdown
 
 Progress = Callable[[str, int, int], None]
@@ -46,9 +46,8 @@ class Worker:
         self._registry = registry
         self._session: Session | None = None
         self._programs: dict[tuple[str, StepShape], Program] = {}
-        self._forward: Pending | None = None  # of the step that is under way, with what chooses its tokens
-        self._chosen: Pending | None = None
-        self._wanted = ChoiceMessage()
+        self._stages: list[Pending] = []  # of the latest step: its forward, then what chooses its tokens
+        self._choice = ChoiceMessage()
         self._rows = 0
 
     @property
@@ -111,24 +110,25 @@ class Worker:
     def submit(self, step: StepMessage) -> None:
         """Start one step's forward. `choose` follows, then `collect`, before the next step is submitted."""
         copies = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
-        self._forward = self._programs[FORWARD, step.shape](step.forward, {}, copies)
+        self._stages = [self._programs[FORWARD, step.shape](step.forward, {}, copies)]
         self._rows = step.shape.logits
 
     def choose(self, choice: ChoiceMessage) -> None:
-        """Start what the step's tokens are chosen by."""
-        assert self._forward is not None, "a step is submitted before its tokens are chosen"
-        sampling, self._wanted = choice.sampling, choice
-        self._chosen = self._forward if sampling is None else self._over_logits(SAMPLE, sampling)
+        """Start what the step's tokens are chosen by: each stage works on the logits of the one before."""
+        self._choice = choice
+        for host in choice.adjust:
+            self._stages.append(self._over_logits(host, self._stages[-1]))
+        self._adjusted = self._stages[-1]
+        if choice.sampling is not None:
+            self._stages.append(self._over_logits(choice.sampling, self._adjusted))
 
     def collect(self) -> StepResult:
-        """Wait for the step, and return what its choice wants."""
-        forward, chosen, wanted = self._forward, self._chosen, self._wanted
-        assert forward is not None and chosen is not None, "a step is submitted and its tokens chosen before"
-        token_ids = chosen.result("token_ids")
-        seconds = forward.kernel_seconds + (chosen.kernel_seconds if chosen is not forward else 0.0)
-        logits = forward.result("logits").astype(np.float32) if wanted.logits else None
-        logprobs = self._logprobs(token_ids) if wanted.logprobs else None
-        self._forward = self._chosen = None
+        """Wait for the step, and return what its choice wants. Log-probabilities are of the model's own logits."""
+        choice, stages = self._choice, self._stages
+        token_ids = stages[-1].result("token_ids")
+        seconds = sum(stage.kernel_seconds for stage in stages)
+        logits = self._adjusted.result("logits").astype(np.float32) if choice.logits else None
+        logprobs = self._logprobs(token_ids, choice.scored) if choice.logprobs else None
         return StepResult(token_ids, seconds, logprobs, logits)
 
     def execute(self, step: StepMessage, choice: ChoiceMessage) -> StepResult:
@@ -137,21 +137,22 @@ class Worker:
         self.choose(choice)
         return self.collect()
 
-    def _over_logits(self, name: str, host: HostStep) -> Pending:
-        assert self._forward is not None
+    def _over_logits(self, host: HostStep, before: Pending, name: str = "") -> Pending:
         shape = StepShape(tokens=0, rows=self._rows, pages=(), logits=self._rows, max_query=0)
-        return self._programs[name, shape](host, {"logits": self._forward.handle("logits")})
+        return self._programs[name or program_of(host), shape](host, {"logits": before.handle("logits")})
 
-    def _logprobs(self, ids: Any) -> Logprobs:
+    def _logprobs(self, chosen: HostArray, scored: HostArray | None) -> Logprobs:
+        """Of the ids [R] that were chosen or, where it is not -1, of those that `scored` names."""
         host = HostStep(InputLayout([InputField("ids", "int32", (self._rows,))]))
+        ids = chosen if scored is None else np.where(scored >= 0, scored, chosen)
         host["ids"][:] = np.maximum(ids, 0)
-        pending = self._over_logits(LOGPROBS, host)
+        pending = self._over_logits(host, self._stages[0], LOGPROBS)
         return Logprobs(*(pending.result(name) for name in ("chosen", "top_ids", "top")))
 
     def close(self) -> None:
         """Idempotent: frees everything the session holds."""
         session, self._session = self._session, None
-        self._forward = self._chosen = None
+        self._stages.clear()
         self._programs.clear()
         if session is not None:
             session.close()

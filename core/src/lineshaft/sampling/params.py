@@ -1,56 +1,126 @@
 """The sampling parameters of one request, validated and normalised when they are made.
 
-Knows nothing of models: a stop token's upper bound and the end-of-sequence ids are the engine's to know.
+Knows nothing of models: the vocabulary's size and the end-of-sequence ids are the engine's to know.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
+from typing import Any
 
 from lineshaft.errors import InvalidSamplingParams
+from lineshaft.sampling.structured import Structured
+
+LogitsProcessor = Callable[[Sequence[int], Sequence[int], Any], Any]
+"""(output ids, prompt ids, logits float32 [V] as a NumPy array of its own) -> logits float32 [V]."""
 
 _UINT64_END = 1 << 64
 _INT32_END = 1 << 31
+_FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize")
+_REALS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("a finite number >= 0", lambda x: x >= 0),
+    "top_p": ("a number > 0 and <= 1", lambda x: 0 < x <= 1),
+    "min_p": ("a number >= 0 and < 1", lambda x: 0 <= x < 1),
+    "typical_p": ("a number > 0 and <= 1", lambda x: 0 < x <= 1),
+    "repetition_penalty": ("a number from 0.01 to 100", lambda x: 0.01 <= x <= 100),
+    "presence_penalty": ("a number from -2 to 2", lambda x: -2 <= x <= 2),
+    "frequency_penalty": ("a number from -2 to 2", lambda x: -2 <= x <= 2),
+}
+_INTEGERS = {
+    "n": (1, 1 << 16), "best_of": (1, 1 << 16), "top_k": (-1, _INT32_END), "seed": (0, _UINT64_END),
+    "max_tokens": (1, _INT32_END), "min_tokens": (0, _INT32_END), "logprobs": (0, _INT32_END),
+    "prompt_logprobs": (0, _INT32_END), "truncate_prompt_tokens": (1, _INT32_END),
+}  # fmt: skip
+_MAY_BE_NONE = frozenset({"best_of", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"})
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends.
+    """How the tokens of one request are chosen, and when it ends; names and meaning are vLLM's.
 
-    Raises InvalidSamplingParams for any value that means nothing. After construction numbers are plain `int` and
-    `float`, `stop` and `stop_token_ids` are tuples, and `top_k` is 0 where it is off.
+    Raises InvalidSamplingParams for any value that means nothing and for values that contradict each other. After
+    construction numbers are plain `int` and `float`, sequences are tuples, `logit_bias` is a dict, and `top_k` is 0
+    where it is off.
     """
 
+    n: int = 1  # how many outputs of the prompt
+    best_of: int | None = None  # how many are made, of which the n likeliest are kept; None: n
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # 1 is off
     top_k: int = 0  # 0 and -1 are off
     min_p: float = 0.0  # 0 is off
+    typical_p: float = 1.0  # 1 is off
+    repetition_penalty: float = 1.0  # of tokens of prompt and output; 1 is off
+    presence_penalty: float = 0.0  # of tokens of the output, once
+    frequency_penalty: float = 0.0  # of tokens of the output, each time
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # by token id, from -100 to 100
+    allowed_token_ids: Sequence[int] | None = None  # no other token is sampled
+    bad_words: Sequence[str | Sequence[int]] = ()  # texts, or sequences of token ids, that are never completed
     seed: int | None = None  # None: the engine picks one
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0  # before that many, no token that would end the output
     max_tokens: int = 16
     logprobs: int | None = None  # how many alternatives a token; 0 is the chosen token alone, None is off
+    prompt_logprobs: int | None = None  # the same of the prompt's own tokens
+    detokenize: bool = True  # False: token ids alone
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None  # only so many last tokens of the prompt are used
+    structured: Structured | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()  # run on the host, one after the other
 
     def __post_init__(self) -> None:
-        self._set("temperature", _real("temperature", self.temperature, "a finite number >= 0", lambda x: x >= 0))
-        self._set("top_p", _real("top_p", self.top_p, "a number > 0 and <= 1", lambda x: 0 < x <= 1))
-        self._set("min_p", _real("min_p", self.min_p, "a number >= 0 and < 1", lambda x: 0 <= x < 1))
-        self._set("top_k", max(0, _integer("top_k", self.top_k, -1, _INT32_END)))
-        self._set("max_tokens", _integer("max_tokens", self.max_tokens, 1, _INT32_END))
-        if self.seed is not None:
-            self._set("seed", _integer("seed", self.seed, 0, _UINT64_END))
-        if self.logprobs is not None:
-            self._set("logprobs", _integer("logprobs", self.logprobs, 0, _INT32_END))
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _stop_tokens(self.stop_token_ids))
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        for name, (allowed, valid) in _REALS.items():
+            self._set(name, _real(name, getattr(self, name), allowed, valid))
+        for name, (low, end) in _INTEGERS.items():
+            if name not in _MAY_BE_NONE or getattr(self, name) is not None:
+                self._set(name, _integer(name, getattr(self, name), low, end))
+        for name in _FLAGS:
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        self._set("top_k", max(0, self.top_k))
+        self._set("stop", _stop_strings(self.stop))
+        self._set("stop_token_ids", _tokens("stop_token_ids", self.stop_token_ids))
+        self._set("logit_bias", _biases(self.logit_bias))
+        self._set("bad_words", _bad_words(self.bad_words))
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", tuple(sorted(set(_tokens("allowed_token_ids", self.allowed_token_ids)))))
+        self._set("logits_processors", _processors(self.logits_processors))
+        kind = isinstance(self.structured, Structured | None)
+        _require(kind, "structured", self.structured, "a Structured with one of json, regex, grammar, choice")
+        self._check_contradictions()
+
+    def _check_contradictions(self) -> None:
+        width, few, many = self.width, self.min_tokens, self.max_tokens
+        wrong = (
+            (width < self.n, f"best_of = {width} and n = {self.n}: give a best_of of at least n"),
+            (
+                self.greedy and width > 1,
+                f"temperature = 0 and {width} outputs, which would be equal: give n = 1, or a temperature above 0",
+            ),
+            (few > many, f"min_tokens = {few} and max_tokens = {many}: give a min_tokens of at most max_tokens"),
+            (self.allowed_token_ids == (), "allowed_token_ids = (): give at least one token id, or leave it out"),
+            (
+                self.allowed_token_ids is not None and self.structured is not None,
+                "allowed_token_ids and structured: give only one of them",
+            ),
+            (
+                few > 0 and self.structured is not None,
+                "min_tokens and structured: a structured output ends when it is complete; leave min_tokens out",
+            ),
+            (
+                bool(self.stop) and not self.detokenize,
+                "stop and detokenize = false: stop strings are looked for in text; give stop_token_ids",
+            ),
+        )
+        for found, message in wrong:
+            if found:
+                raise InvalidSamplingParams(message)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -61,9 +131,45 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def width(self) -> int:
+        """How many outputs are made."""
+        return self.best_of or self.n
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as it is after construction."""
         return _stop_strings(self.stop)
+
+    @cached_property
+    def filters(self) -> tuple[float, float, float, float, int]:
+        """temperature, top_p, min_p, typical_p and top_k, as the op `sample` reads them."""
+        return self.temperature, self.top_p, self.min_p, self.typical_p, self.top_k
+
+    @cached_property
+    def extras(self) -> Mapping[str, str]:
+        """What of the optional programs this needs: "edits", "mask", "typical_p", each with the parameter that does."""
+        edits = {
+            "repetition_penalty": self.repetition_penalty != 1, "presence_penalty": self.presence_penalty != 0,
+            "frequency_penalty": self.frequency_penalty != 0, "logit_bias": bool(self.logit_bias),
+            "min_tokens": self.min_tokens > 0, "bad_words": bool(self.bad_words),
+        }  # fmt: skip
+        masks = {
+            "allowed_token_ids": self.allowed_token_ids is not None, "structured": self.structured is not None
+        }  # fmt: skip
+        wanted = {"edits": edits, "mask": masks, "typical_p": {"typical_p": self.typical_p < 1 and not self.greedy}}
+        found = {kind: next((name for name, on in names.items() if on), "") for kind, names in wanted.items()}
+        return {kind: name for kind, name in found.items() if name}
+
+
+EXTRAS = ("edits", "mask", "typical_p")
+"""The optional programs, as `SamplingParams.extras` names them."""
+
+
+def check_extras(params: SamplingParams, declined: Mapping[str, str]) -> None:
+    """Raises InvalidSamplingParams where the request needs an optional program that is not there: name -> reason."""
+    for kind, name in params.extras.items():
+        if kind in declined:
+            raise InvalidSamplingParams(f"{name} is not possible here: {declined[kind]}")
 
 
 def _require(valid: bool, name: str, given: object, allowed: str) -> None:
@@ -92,6 +198,12 @@ def _integer(name: str, value: object, low: int, end: int) -> int:
     return int(value)
 
 
+def _listed(name: str, value: object, allowed: str) -> tuple[Any, ...]:
+    _require(isinstance(value, list | tuple | set | frozenset), name, value, allowed)
+    assert isinstance(value, list | tuple | set | frozenset)
+    return tuple(value)
+
+
 def _stop_strings(stop: object) -> tuple[str, ...]:
     if stop is None:
         return ()
@@ -102,7 +214,30 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return stops
 
 
-def _stop_tokens(ids: object) -> tuple[int, ...]:
-    _require(isinstance(ids, list | tuple | set | frozenset), "stop_token_ids", ids, "a list of token ids")
-    assert isinstance(ids, list | tuple | set | frozenset)
-    return tuple(_integer("stop_token_ids", token, 0, _INT32_END) for token in ids)
+def _tokens(name: str, ids: object) -> tuple[int, ...]:
+    return tuple(_integer(name, token, 0, _INT32_END) for token in _listed(name, ids, "a list of token ids"))
+
+
+def _biases(biases: object) -> dict[int, float]:
+    if biases is None:
+        return {}
+    allowed = "a dict of token id to a number from -100 to 100"
+    _require(isinstance(biases, Mapping), "logit_bias", biases, allowed)
+    assert isinstance(biases, Mapping)
+    return {
+        _integer("logit_bias", token, 0, _INT32_END): _real("logit_bias", bias, allowed, lambda x: -100 <= x <= 100)
+        for token, bias in biases.items()
+    }
+
+
+def _bad_words(words: object) -> tuple[str | tuple[int, ...], ...]:
+    allowed = "a list of texts or of lists of token ids, none of them empty"
+    listed = () if words is None else _listed("bad_words", words, allowed)
+    _require(all(isinstance(word, str | list | tuple) and len(word) for word in listed), "bad_words", words, allowed)
+    return tuple(word if isinstance(word, str) else _tokens("bad_words", word) for word in listed)
+
+
+def _processors(processors: object) -> tuple[LogitsProcessor, ...]:
+    listed = () if processors is None else _listed("logits_processors", processors, "a list of functions")
+    _require(all(map(callable, listed)), "logits_processors", processors, "a list of functions")
+    return listed

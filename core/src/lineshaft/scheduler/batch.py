@@ -5,7 +5,7 @@ Knows requests and pages to copy; not how a step is laid out in memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lineshaft.cache import PageCopy
 from lineshaft.errors import InvalidValue
@@ -17,7 +17,7 @@ class Limits:
     """What one step may hold; every number is at least 1. A prefill row is any row that is not a decode row."""
 
     token_budget: int  # tokens a step
-    max_rows: int  # running requests, and so rows a step; more than token_budget are of no use
+    max_rows: int  # running requests, and so rows and rows of logits a step; more than token_budget are of no use
     max_model_len: int  # tokens a request, prompt and output
     max_prefill_rows: int | None = None  # prefill rows a step; None: as many as fit
     mixed_steps: bool = True  # False: a step holds decode rows or prefill rows, and the two take turns
@@ -30,22 +30,24 @@ class Limits:
                 raise InvalidValue(f"{name} = {value}: give a number of at least 1")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Row:
-    """The tokens [start, start + count) of a request, computed in one step."""
+    """The tokens [start, start + count) of a request, computed in one step. Not to be changed.
+
+    The last of them may be a token in flight, which is known only once the batch before is committed.
+    """
 
     request: Request
     start: int
     count: int
-    samples: bool = field(init=False)  # whether the row ends at the request's last token, so that the next is sampled
+    samples: bool  # whether the row ends at the request's last token, so that the next is sampled
+    logits: int  # rows of logits, of its last tokens: all tokens of a scored prompt, else 1 if it samples, else 0
+    epoch: int  # of the request
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", self.count == self.request.remaining)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Batch:
-    """One step: decode rows first, then prefill rows, each oldest request first."""
+    """One step: decode rows first, then prefill rows, each oldest request first. Not to be changed."""
 
     rows: tuple[Row, ...]
     copies: tuple[PageCopy, ...]  # to be made in this order before anything is written
@@ -54,7 +56,17 @@ class Batch:
     @property
     def tokens(self) -> int:
         """How many tokens the step computes."""
-        return sum(row.count for row in self.rows)
+        return sum([row.count for row in self.rows])
+
+    @property
+    def logits(self) -> int:
+        """How many rows of logits the step gives."""
+        return sum([row.logits for row in self.rows])
+
+    @property
+    def samples(self) -> int:
+        """How many rows sample a token."""
+        return sum([row.samples for row in self.rows])
 
 
 class BatchBuilder:
@@ -65,6 +77,7 @@ class BatchBuilder:
         self.copies: list[PageCopy] = []
         self.preempted: list[int] = []
         self.tokens_left = limits.token_budget
+        self.logits_left = limits.max_rows
         self._prefills_left = limits.token_budget if limits.max_prefill_rows is None else limits.max_prefill_rows
         self._max_query = limits.token_budget if limits.max_query is None else limits.max_query
 
@@ -73,19 +86,30 @@ class BatchBuilder:
         """Whether there is room for at least one token of one more prefill row."""
         return self.tokens_left > 0 and self._prefills_left > 0
 
-    def add_decode(self, request: Request) -> None:
-        """Add the one token that a request has left to compute."""
-        self._add(request, 1)
+    def decoded(self) -> None:
+        """Note that all rows so far are decode rows, of one token and one row of logits."""
+        self.tokens_left -= len(self.rows)
+        self.logits_left -= len(self.rows)
 
     def add_prefill(self, request: Request) -> None:
-        """Add as much of what a request has left to compute as there is room for."""
-        self._add(request, min(request.remaining, self.tokens_left, self._max_query))
-        self._prefills_left -= 1
+        """Add as much of what a request has left to compute as there is room for, which may be nothing."""
+        count = min(request.remaining, self.tokens_left, self._max_query)
+        scored = request.scores_prompt
+        if scored:
+            count = min(count, self.logits_left)
+        elif count == request.remaining and not self.logits_left:
+            count -= 1
+        if count > 0:
+            samples = count == request.remaining
+            logits = count if scored else int(samples)
+            self.rows.append(Row(request, request.scheduled, count, samples, logits, request.epoch))
+            self.tokens_left -= count
+            self.logits_left -= logits
+            self._prefills_left -= 1
+            request.scheduled += count
+            request.in_flight += samples
+            request.length += samples
 
     def build(self) -> Batch:
         """Return the finished batch."""
         return Batch(tuple(self.rows), tuple(self.copies), tuple(self.preempted))
-
-    def _add(self, request: Request, count: int) -> None:
-        self.rows.append(Row(request, request.computed, count))
-        self.tokens_left -= count

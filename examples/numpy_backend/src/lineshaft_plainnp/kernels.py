@@ -1,4 +1,4 @@
-"""A kernel for each op that the contract requires: float32, dense weights, pages as the canonical form has them."""
+"""A kernel for each op that the contract requires and for edits of logits: float32, dense weights, canonical pages."""
 
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ def plain_kernels(backend: str, query_block: int) -> list[Kernel]:
         make("write_kv", write_kv, "plain_pages"),
         make("attend", partial(attend, query_block), "plain_pages", attends, query_block=str(query_block)),
         make("argmax", argmax),
+        make("apply_logits", apply_logits, handles="mask edits"),
         make("sample", sample),
         make("logprobs", logprobs),
     ]
@@ -151,6 +152,18 @@ def sample(p: Any, logits: Array, params: Any, u: Array) -> Array:
     gathered = np.cumsum(x, -1)
     out[rows] = np.argmax(gathered > u[rows] * gathered[:, -1:], -1)
     return out
+
+
+def apply_logits(p: Any, logits: Array, mask: Any = None, edit_ids: Any = None, **edits: Array) -> Array:
+    out = np.pad(logits, ((0, 0), (0, 1)))  # id V falls into a column that is cut off
+    if p.edits:
+        old, scale = np.take_along_axis(out, edit_ids, 1), np.where(edits["edit_scale"] == 0, 1, edits["edit_scale"])
+        new = np.where(old > 0, old / scale, old * scale) + edits["edit_bias"]
+        np.put_along_axis(out, edit_ids, new, 1)
+    if p.mask:
+        bits = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little", count=p.vocab)
+        out[:, :-1][bits == 0] = -np.inf
+    return out[:, :-1]
 
 
 def logprobs(p: Any, logits: Array, ids: Array, k: int) -> tuple[Array, Array, Array]:

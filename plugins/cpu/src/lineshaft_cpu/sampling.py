@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from lineshaft.contract.ops.logits import typical_order
+from lineshaft.contract.problems import SampleProblem
 from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.arrays import host_view
-from lineshaft_torch.bound import Recipe, recipe, stateless
+from lineshaft_torch.bound import Recipe, recipe, stateless, with_problem
 
 HostArray = np.ndarray[Any, Any]
 FIRST_SORT = 256
@@ -34,22 +36,29 @@ def _argmax(values: HostArray) -> HostArray:
 
 
 def sample(
-    logits: torch.Tensor, params: Mapping[str, torch.Tensor], u: torch.Tensor, *, out: torch.Tensor | None = None
+    problem: SampleProblem,
+    logits: torch.Tensor,
+    params: Mapping[str, torch.Tensor],
+    u: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """logits [R, V], u f32[R, 1] -> int32[R]; temperature 0 is argmax, -1 stands for a row with NaN or nothing kept."""
     values, best = host_logits(logits), argmax(logits, out=out)
-    keys = ("temperature", "top_k", "top_p", "min_p")
-    settings = zip(*(params[key].tolist() for key in keys), u[:, 0].tolist(), strict=True)
-    for r, (temperature, top_k, top_p, min_p, point) in enumerate(settings):
+    keys = ("temperature", "top_k", "top_p", "min_p", *(("typical_p",) if problem.typical else ()))
+    settings = zip(u[:, 0].tolist(), *(params[key].tolist() for key in keys), strict=True)
+    for r, (point, temperature, *filters) in enumerate(settings):
         if temperature > 0 and best[r] >= 0:
-            best[r] = _draw(values[r].astype(np.float64) / temperature, top_k, top_p, min_p, point)
+            best[r] = _draw(values[r].astype(np.float64) / temperature, point, *filters)
     return best
 
 
-def _draw(x: HostArray, top_k: int, top_p: float, min_p: float, point: float) -> int:
+def _draw(x: HostArray, point: float, top_k: int, top_p: float, min_p: float, typical_p: float = 0.0) -> int:
     """One token of scaled logits x [V]: filter, then inverse CDF over the kept tokens in id order."""
     weights = np.exp(x - x.max())
     kept = _kept(x, weights, top_k, top_p, min_p)
+    if 0 < typical_p < 1:
+        kept = _typical(np.flatnonzero(weights) if kept is None else kept, weights, typical_p)
     gathered = np.cumsum(weights if kept is None else weights[kept])
     at = int(np.searchsorted(gathered, point * gathered[-1], side="right"))
     if kept is not None:
@@ -79,6 +88,12 @@ def _kept(x: HostArray, weights: HostArray, top_k: int, top_p: float, min_p: flo
     return np.sort(ids[keep])
 
 
+def _typical(kept: HostArray, weights: HostArray, typical_p: float) -> HostArray:
+    """Those of the kept ids whose surprise lies nearest to the entropy, in id order."""
+    near, before = typical_order(kept, weights[kept])
+    return np.sort(kept[near[before < typical_p]])
+
+
 def _largest(x: HostArray, count: int) -> HostArray:
     """Ids of the `count` largest values in descending order, ties to the lowest id."""
     if count < len(x):
@@ -92,4 +107,4 @@ def _largest(x: HostArray, count: int) -> HostArray:
 
 def recipes() -> Iterator[Recipe]:
     yield recipe("cpu_argmax", "argmax", stateless(argmax), out=True, priority=TORCH)
-    yield recipe("cpu_sample", "sample", stateless(sample), out=True, priority=TORCH)
+    yield recipe("cpu_sample", "sample", with_problem(sample), out=True, priority=TORCH, handles=frozenset({"typical"}))

@@ -18,6 +18,8 @@ from lineshaft.contract.steps import ArraySpec
 
 Params = Mapping[str, HostArray]
 _KEYS = ("temperature", "top_k", "top_p", "min_p")
+EDITS = ("edit_ids", "edit_scale", "edit_bias")
+"""The arrays of sparse edits, which come together."""
 
 
 def specs() -> tuple[OpSpec, ...]:
@@ -28,7 +30,8 @@ def _apply_spec() -> OpSpec:
     return OpSpec(
         name="apply_logits",
         signature=(
-            "apply_logits(logits [R, V], *, mask uint32[R, ceil(V / 32)], bias f32[R, V], counts int32[R, V]) -> [R, V]"
+            "apply_logits(logits [R, V], *, mask uint32[R, ceil(V / 32)], edit_ids int32[R, K], edit_scale f32[R, K], "
+            "edit_bias f32[R, K]) -> [R, V]"
         ),
         problem=SampleProblem,
         specialise=_specialise_apply,
@@ -36,7 +39,7 @@ def _apply_spec() -> OpSpec:
         reference=apply_logits,
         cases=_apply_cases,
         required=False,
-        optional={"mask": "mask", "bias": "bias", "counts": "counts"},
+        optional={"mask": "mask", **dict.fromkeys(EDITS, "edits")},
         flops=lambda p: p.rows * p.vocab,
         moved=lambda p: 2 * p.rows * p.vocab * itemsize(p.dtype),
     )
@@ -46,7 +49,8 @@ def _sample_spec() -> OpSpec:
     return OpSpec(
         name="sample",
         signature=(
-            "sample(logits [R, V], {temperature, top_p, min_p: f32[R], top_k: int32[R]}, u f32[R, 1]) -> int32[R]; "
+            "sample(logits [R, V], {temperature, top_p, min_p: f32[R], top_k: int32[R], typical_p f32[R] where the "
+            "problem is `typical`}, u f32[R, 1]) -> int32[R]; "
             "-1 for a row with a NaN or without a kept token"
         ),
         problem=SampleProblem,
@@ -99,18 +103,32 @@ def apply_logits(
     *,
     num: Numerics = EXACT,
     mask: HostArray | None = None,
-    bias: HostArray | None = None,
-    counts: HostArray | None = None,
+    edit_ids: HostArray | None = None,
+    edit_scale: HostArray | None = None,
+    edit_bias: HostArray | None = None,
 ) -> HostArray:
-    """logits + bias, then -inf where the token's bit is clear (bit v % 32 of word v // 32).
+    """Logits with sparse edits (x / scale where x > 0, else x * scale, then + bias), then -inf where the mask is clear.
 
-    `counts` is the place of repetition penalties, which no version has yet.
+    edit_ids     distinct in a row, but for V, which edits nothing and whose scale and bias are not read
+    edit_scale   0 counts as 1; a repetition penalty (Keskar et al., 2019)
+    edit_bias    -inf bans a token; neither NaN nor +inf
+    mask         bit v % 32 of word v // 32 allows token v
+
+    All that is rounded once. Zeros in all three edit arrays leave a row as it is, though they name token 0 repeatedly.
     """
-    if counts is not None:
-        refuse("apply_logits", "counts=", "none: penalties are reserved")
     out = num.load(logits)
-    out = out if bias is None else out + num.load(bias)
+    if edit_ids is not None:
+        assert edit_scale is not None and edit_bias is not None
+        out = _edited(out, edit_ids, num.load(edit_scale), num.load(edit_bias))
     return num.save(out if mask is None else np.where(allowed_tokens(mask, problem.vocab), out, -np.inf))
+
+
+def _edited(x: HostArray, ids: HostArray, scale: HostArray, bias: HostArray) -> HostArray:
+    out, (rows, at) = x.copy(), np.nonzero(ids < x.shape[1])
+    old, by = x[rows, ids[rows, at]], scale[rows, at]
+    by = np.where(by == 0, 1, by)
+    out[rows, ids[rows, at]] = np.where(old > 0, old / by, old * by) + bias[rows, at]
+    return out
 
 
 def allowed_tokens(mask: HostArray, vocab: int) -> HostArray:
@@ -131,12 +149,15 @@ def sample(
     top_p           keeps, in descending order (ties: lowest id first) and renormalised over what top_k kept, each token
                     before which less than top_p has been gathered (0, or 1 and above: all)
     min_p           keeps tokens of at least min_p times the largest probability (0: all)
+    typical_p       keeps, in ascending order of |-log p - entropy| (ties: lowest id first) of the probabilities p
+                    renormalised over what is left, each token before which less than typical_p has been gathered (0, or
+                    1 and above: all; Meister et al., "Locally typical sampling", 2023)
     u in [0, 1)     takes the first kept token, in id order, whose cumulative share exceeds u
 
     A logit of -inf is never kept. Sums run in float32 or wider: implementations agree but for u on a border.
     """
     values = num.load(logits)
-    rows = [_sample_row(values[r], {key: params[key][r] for key in _KEYS}, u[r, 0]) for r in range(len(values))]
+    rows = [_sample_row(values[r], {key: params[key][r] for key in params}, u[r, 0]) for r in range(len(values))]
     return np.array(rows, np.int32).reshape(len(values))
 
 
@@ -145,14 +166,16 @@ def _sample_row(x: HostArray, own: Mapping[str, Any], u: Any) -> int:
         return -1
     if own["temperature"] == 0:
         return int(np.argmax(x))
-    filters = int(own["top_k"]), float(own["top_p"]), float(own["min_p"])
+    filters = int(own["top_k"]), float(own["top_p"]), float(own["min_p"]), float(own.get("typical_p", 0))
     order, weights = kept_tokens(x / x.dtype.type(own["temperature"]), *filters)
     ids = np.argsort(order)
     gathered = np.cumsum(weights[ids])
     return int(order[ids][min(np.searchsorted(gathered, u * gathered[-1], side="right"), len(ids) - 1)])
 
 
-def kept_tokens(x: HostArray, top_k: int, top_p: float, min_p: float) -> tuple[HostArray, HostArray]:
+def kept_tokens(
+    x: HostArray, top_k: int, top_p: float, min_p: float, typical_p: float = 0.0
+) -> tuple[HostArray, HostArray]:
     """(ids, weights) of what the filters keep of scaled logits x [V], in descending order; the largest weight is 1."""
     order = np.argsort(-x, kind="stable")
     order = order[: top_k if 0 < top_k < len(x) else len(x)]
@@ -163,7 +186,20 @@ def kept_tokens(x: HostArray, top_k: int, top_p: float, min_p: float) -> tuple[H
         order = order[before < top_p * weights.sum()]
     if min_p > 0:
         order = order[weights[: len(order)] >= min_p]
-    return order, weights[: len(order)]
+    weights = weights[: len(order)]
+    if 0 < typical_p < 1:
+        near, before = typical_order(order, weights)
+        kept = np.sort(near[before < typical_p])
+        order, weights = order[kept], weights[kept]
+    return order, weights
+
+
+def typical_order(ids: HostArray, weights: HostArray) -> tuple[HostArray, HostArray]:
+    """(indices into `ids` from the most typical token on, the share gathered before each) of weights [n] above 0."""
+    shares = weights / weights.sum()
+    surprise = -np.log(np.maximum(shares, np.finfo(shares.dtype).tiny))
+    near = np.lexsort((ids, np.abs(surprise - (shares * surprise).sum())))
+    return near, np.cumsum(shares[near]) - shares[near]
 
 
 def argmax(problem: SampleProblem, logits: HostArray, *, num: Numerics = EXACT) -> HostArray:
@@ -203,19 +239,28 @@ def _over_logits(op: str, call: Call) -> SampleProblem:
 
 def _specialise_apply(base: Any, call: Call) -> SampleProblem:
     p = _over_logits("apply_logits", call)
-    shapes = {"mask": (p.rows, -(-p.vocab // 32)), "bias": (p.rows, p.vocab), "counts": (p.rows, p.vocab)}
-    given = {name: call.kwargs[name] for name in shapes if call.kwargs.get(name) is not None}
-    for name, value in given.items():
-        expect("apply_logits", name, value, shapes[name], {"mask": "uint32", "counts": "int32"}.get(name, "float32"))
-    return SampleProblem(dtype=p.dtype, rows=p.rows, vocab=p.vocab, **dict.fromkeys(given, True))
+    mask, edits = (call.kwargs.get(name) is not None for name in ("mask", "edit_ids"))
+    width = (
+        expect("apply_logits", "edit_ids", call.kwargs["edit_ids"], (p.rows, None), "int32").shape[1] if edits else 0
+    )
+    if mask:
+        expect("apply_logits", "mask", call.kwargs["mask"], (p.rows, -(-p.vocab // 32)), "uint32")
+    for name in EDITS[1:]:
+        given = call.kwargs.get(name)
+        if edits:
+            expect("apply_logits", name, given, (p.rows, width), "float32")
+        elif given is not None:
+            refuse("apply_logits", f"{name} without edit_ids", f"{', '.join(EDITS)}, or none of them")
+    return SampleProblem(dtype=p.dtype, rows=p.rows, vocab=p.vocab, mask=mask, edits=width)
 
 
 def _specialise_sample(base: Any, call: Call) -> SampleProblem:
-    problem = _over_logits("sample", call)
-    for name, dtype in (("temperature", "float32"), ("top_p", "float32"), ("min_p", "float32"), ("top_k", "int32")):
-        expect("sample", name, call.args[1].get(name), (problem.rows,), dtype)
-    expect("sample", "u", call.args[2], (problem.rows, 1), "float32")
-    return problem
+    p, params = _over_logits("sample", call), call.args[1]
+    typical = params.get("typical_p") is not None
+    for name in (*_KEYS, *(("typical_p",) if typical else ())):
+        expect("sample", name, params.get(name), (p.rows,), "int32" if name == "top_k" else "float32")
+    expect("sample", "u", call.args[2], (p.rows, 1), "float32")
+    return SampleProblem(dtype=p.dtype, rows=p.rows, vocab=p.vocab, typical=typical)
 
 
 def _specialise_logprobs(base: Any, call: Call) -> SampleProblem:
@@ -256,32 +301,55 @@ _APPLIES = {
     "plain-v40": "",
     "mask-v40": "bit v % 32 of word v // 32; bits beyond the vocabulary mean nothing",
     "mask-v64": "bit v % 32 of word v // 32",
-    "bias-v40": "the bias is added before the one rounding",
-    "mask-bias-v70": "",
+    "edits-v40": "scale, then bias, and one rounding; ids in any order",
+    "edits_zero-v40": "zeros change nothing",
+    "edits_padding-v40": "the scale and bias of id V are not read",
+    "edits_wide-v40": "more edits than tokens: the rest is id V",
+    "edits_ban-v40": "a bias of -inf bans a token",
+    "edits_signed-v40": "a scale divides what is above 0 and multiplies what is below",
+    "mask-edits-v70": "the mask gives -inf whatever the edits",
     "mask_none_allowed-v33": "a row without an allowed token is all -inf; bits beyond the vocabulary allow none",
-    "mask-bias_huge-v40": "the mask gives -inf whatever the bias, and adds nothing where the bit is set",
-    "bias-masked-v40": "a bias does not bring back a logit of -inf",
+    "edits-masked-v40": "no edit brings back a logit of -inf",
     "mask-extreme-v40": "logits up to half of what float32 holds pass unchanged",
+    "edits-vocabulary-v70000": "an edit lies anywhere in a vocabulary, in any of many rows",
 }
 
 
 def _apply_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     for case_id, dtype, draw in _named(rng, _APPLIES):
-        name, vocab = case_id.rsplit("-", 1)[0], int(case_id.split("-v")[1].split("-")[0])
-        kwargs: dict[str, Any] = {}
+        name, vocab = case_id.rsplit("-", 1)[0], int(case_id.split("-v")[-1].split("-")[0])
+        rows, kwargs = MANY_ROWS if vocab == 70_000 else 3, {}
         if "mask-" in name or "none" in name:
-            kwargs["mask"] = draw.integers(0, 2**32, (3, -(-vocab // 32)), dtype=np.uint32)
+            kwargs["mask"] = draw.integers(0, 2**32, (rows, -(-vocab // 32)), dtype=np.uint32)
         if "none" in name:
             kwargs["mask"][1], kwargs["mask"][1, -1] = 0, 0xFFFFFFFE  # 33 tokens: all but the first bit lie beyond them
-        if "bias" in name:
-            kwargs["bias"] = draw.standard_normal((3, vocab)).astype(np.float32)
-        if "huge" in name:
-            kwargs["bias"][~allowed_tokens(kwargs["mask"], vocab)] = 1e30
-        logits = _logits(draw, dtype, 3, vocab)
+        if "edits" in name:
+            kwargs |= _edits(draw, name, rows, vocab)
+        logits = _logits(draw, dtype, rows, vocab)
         _shape_logits(name.split("-")[1], logits)
-        flags = dict.fromkeys(kwargs, True)
-        problem = SampleProblem(dtype=dtype, rows=3, vocab=vocab, **flags)
+        edits = kwargs["edit_ids"].shape[1] if "edits" in name else 0
+        problem = SampleProblem(dtype=dtype, rows=rows, vocab=vocab, mask="mask" in kwargs, edits=edits)
         yield Case(case_id, problem, (logits,), kwargs, _APPLIES[name])
+
+
+def _edits(rng: np.random.Generator, name: str, rows: int, vocab: int) -> dict[str, HostArray]:
+    """Edits of 12 tokens a row, the last of the vocabulary among them, and four paddings."""
+    width = 64 if "wide" in name else 16
+    if "zero" in name:
+        return dict(
+            zip(EDITS, (np.zeros((rows, width), kind) for kind in (np.int32, np.float32, np.float32)), strict=True)
+        )
+    ids = np.full((rows, width), vocab, np.int32)
+    ids[:, 1:13] = np.stack([rng.permutation(vocab - 1)[:12] for _ in range(rows)])
+    ids[:, 5] = vocab - 1
+    scale = rng.uniform(0.5, 2.0, (rows, width)).astype(np.float32)
+    bias = (np.zeros if "signed" in name else rng.standard_normal)((rows, width)).astype(np.float32)
+    scale[:, 2] = 0  # counts as 1
+    if "ban" in name:
+        bias[:, 3:6] = -np.inf
+    if "padding" in name:
+        scale[ids == vocab], bias[ids == vocab] = np.nan, np.nan
+    return dict(zip(EDITS, (ids, scale, bias), strict=True))
 
 
 _FILTERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -306,6 +374,15 @@ _FILTERS: dict[str, tuple[dict[str, Any], str]] = {
     "top_k_ladder": ({"top_k": 6}, ""),
     "hot_ladder": ({"temperature": 3.0}, "the temperature divides"),
     "all_filters": ({"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.05}, ""),
+    "typical": ({"typical_p": 0.6}, "the most typical tokens, which need not be the likeliest"),
+    "typical_ladder": ({"typical_p": 0.4}, "nearest to the entropy first"),
+    "typical_tiny": ({"typical_p": 1e-6}, "the most typical token is always kept"),
+    "typical_filters": (
+        {"temperature": 0.9, "top_k": 14, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.7},
+        "typical_p counts what the other filters kept, renormalised",
+    ),
+    "typical_masked": ({"typical_p": 0.6}, "a logit of -inf is never kept"),
+    "typical_mixed_rows": ({"typical_p": 0.5}, "each row has a typical_p of its own; 0 and 1 keep all"),
     "mixed_rows": ({}, "each row has parameters and a u of its own"),
     "masked": ({}, "a logit of -inf is never kept"),
     "nan_and_empty_rows": ({}, "-1 for a row with a NaN or no kept token, and for it alone"),
@@ -327,7 +404,7 @@ def _sample_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         _shape_logits(name, logits)
         params = _params(name, rows)
         u = np.array([[_u(draw, name, params, logits, r)] for r in range(rows)], np.float32)
-        problem = SampleProblem(dtype=dtype, rows=rows, vocab=vocab)
+        problem = SampleProblem(dtype=dtype, rows=rows, vocab=vocab, typical="typical_p" in params)
         yield Case(case_id, problem, (logits, params, u), why=_FILTERS[name][1])
 
 
@@ -344,7 +421,7 @@ def _u(rng: np.random.Generator, name: str, params: Params, logits: HostArray, r
 def _shape_logits(name: str, logits: HostArray) -> None:
     if name.endswith("ties"):
         logits[:, 4] = logits[:, 9] = logits[:, 20] = logits[:, 30] = logits.max(-1)
-    if name.startswith(("masked", "all_masked")):
+    if name.endswith("masked"):
         logits[:, :: 1 if name.startswith("all") else 2] = -np.inf
     if name.endswith("close"):
         logits[:, 5], logits[:, 9], logits[:, 11] = 16.0, 16.0 + 2.0**-18, 16.0 + 2.0**-19  # one value in bfloat16
@@ -370,6 +447,8 @@ def _shape_logits(name: str, logits: HostArray) -> None:
 def _params(name: str, rows: int) -> dict[str, HostArray]:
     given = {"temperature": 1.0, "top_k": 0, "top_p": 0.0, "min_p": 0.0, **_FILTERS[name][0]}
     params = {key: np.full(rows, value, np.int32 if key == "top_k" else np.float32) for key, value in given.items()}
+    if name == "typical_mixed_rows":
+        params["typical_p"][1:3] = 0.0, 1.0
     if name == "mixed_rows":
         params["temperature"][::2] = 0.0
         params["top_k"][1], params["top_p"][3] = 4, 0.5
@@ -383,7 +462,8 @@ def _clear_u(rng: np.random.Generator, params: Params, logits: HostArray, row: i
         return 0.0
     scaled = x / np.float64(params["temperature"][row])
     _clear_filters(params, scaled, row)
-    order, weights = kept_tokens(scaled, *(params[key][row].item() for key in ("top_k", "top_p", "min_p")))
+    filters = (params[key][row].item() for key in ("top_k", "top_p", "min_p", "typical_p") if key in params)
+    order, weights = kept_tokens(scaled, *filters)
     shares = (weights / weights.sum())[np.argsort(order)]
     likely = np.flatnonzero(shares >= 0.25 * shares.max())
     pick = int(rng.choice(likely))
@@ -391,7 +471,7 @@ def _clear_u(rng: np.random.Generator, params: Params, logits: HostArray, row: i
 
 
 def _clear_filters(params: Params, scaled: HostArray, row: int) -> None:
-    """Move top_p and min_p to the middle of the gap they fall into, so that rounding decides nothing."""
+    """Move top_p, min_p and typical_p to the middle of the gap they fall into, so that rounding decides nothing."""
     _, weights = kept_tokens(scaled, int(params["top_k"][row]), 0.0, 0.0)
     top_p, min_p = params["top_p"][row], params["min_p"][row]
     if 1e-3 < top_p < 1:
@@ -401,6 +481,11 @@ def _clear_filters(params: Params, scaled: HostArray, row: int) -> None:
     if min_p:
         at = int(np.sum(weights >= min_p))
         params["min_p"][row] = (weights[at - 1] + (weights[at] if at < len(weights) else 0.0)) / 2
+    if 1e-3 < params.get("typical_p", np.zeros(row + 1))[row] < 1:
+        others = (params[key][row].item() for key in ("top_k", "top_p", "min_p"))
+        _, before = typical_order(*kept_tokens(scaled, *others))
+        at = int(np.searchsorted(before, params["typical_p"][row]))
+        params["typical_p"][row] = (before[at - 1] + (before[at] if at < len(before) else 1.0)) / 2
 
 
 _ARGMAXES = {

@@ -1,4 +1,4 @@
-"""From logits to token ids: masks and biases, argmax, sampling by inverse CDF, log-probabilities. All in float32."""
+"""From logits to token ids: edits and masks, argmax, sampling by inverse CDF, log-probabilities. All in float32."""
 
 from __future__ import annotations
 
@@ -38,8 +38,26 @@ def kept_tokens(x: Array, weights: Array, params: Params) -> Array:
     mass = jnp.where(kept, ordered, 0.0)
     gathered = jnp.cumsum(mass, -1)
     kept &= (gathered - mass < top_p * gathered[:, -1:]) | (top_p <= 0) | (top_p >= 1)
-    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    return jnp.zeros(x.shape, bool).at[row, order].set(kept, unique_indices=True)
+    return in_id_order(order, kept)
+
+
+def typical_tokens(weights: Array, kept: Array, typical_p: Array) -> Array:
+    """weights f32[R, V], kept bool[R, V], typical_p f32[R] -> bool[R, V]: of what is kept, the tokens whose surprise
+    lies nearest to the entropy, until typical_p of the mass is gathered."""
+    mass = jnp.where(kept, weights, 0.0)
+    shares = mass / mass.sum(-1, keepdims=True)
+    surprise = -jnp.log(jnp.maximum(shares, jnp.finfo(jnp.float32).tiny))
+    distance = jnp.abs(surprise - (shares * surprise).sum(-1, keepdims=True))
+    order, ordered = ranked(-jnp.where(mass > 0, distance, jnp.inf), shares)
+    most = typical_p[:, None]
+    near = (jnp.cumsum(ordered, -1) - ordered < most) | (most <= 0) | (most >= 1)
+    return kept & in_id_order(order, near)
+
+
+def in_id_order(order: Array, ranked_flags: Array) -> Array:
+    """bool[R, V] by rank -> by id, where `order` int32[R, V] has the id of each rank."""
+    row = lax.broadcasted_iota(jnp.int32, order.shape, 0)
+    return jnp.zeros(order.shape, bool).at[row, order].set(ranked_flags, unique_indices=True)
 
 
 def inverse_cdf(weights: Array, kept: Array, u: Array) -> Array:
@@ -52,7 +70,7 @@ def inverse_cdf(weights: Array, kept: Array, u: Array) -> Array:
     return jnp.minimum(jnp.min(jnp.where(reached, ids, weights.shape[1]), -1), last)
 
 
-def sample(logits: Array, params: Params, u: Array) -> Array:
+def sample(problem: SampleProblem, logits: Array, params: Params, u: Array) -> Array:
     """logits [R, V], u f32[R, 1] -> int32[R]; temperature 0 is argmax, -1 stands for a row with NaN or nothing kept.
 
     Sorting is left out in a step without a row that asks for top_k or top_p.
@@ -63,6 +81,8 @@ def sample(logits: Array, params: Params, u: Array) -> Array:
     sorting = (params["top_k"] > 0) | ((params["top_p"] > 0) & (params["top_p"] < 1))
     kept = lax.cond(jnp.any(sorting), lambda: kept_tokens(x, weights, params), lambda: jnp.ones(x.shape, bool))
     kept &= (x > -jnp.inf) & (weights >= params["min_p"][:, None])
+    if problem.typical:
+        kept = typical_tokens(weights, kept, params["typical_p"])
     drawn = inverse_cdf(weights, kept, u[:, 0])
     return jnp.where((params["temperature"] > 0) & (best >= 0), drawn, best)
 
@@ -79,19 +99,33 @@ def logprobs(problem: SampleProblem, logits: Array, ids: Array, k: int) -> tuple
     return chosen, top, jnp.take_along_axis(logs, top, 1)
 
 
-def apply_logits(logits: Array, *, mask: Array | None = None, bias: Array | None = None) -> Array:
-    """logits [R, V], mask uint32[R, ceil(V / 32)] (bit set = allowed), bias f32[R, V] -> logits with both applied."""
-    wide = widened(logits) if bias is None else widened(logits) + bias
+def apply_logits(
+    logits: Array,
+    *,
+    mask: Array | None = None,
+    edit_ids: Array | None = None,
+    edit_scale: Array | None = None,
+    edit_bias: Array | None = None,
+) -> Array:
+    """logits [R, V] -> x / scale where x > 0, else x * scale (0: 1), plus bias, at edit_ids int32[R, K] (V: nothing);
+    then -inf where the bit of mask uint32[R, ceil(V / 32)] is clear."""
+    out = logits
+    if edit_ids is not None and edit_scale is not None and edit_bias is not None:
+        row = lax.broadcasted_iota(jnp.int32, edit_ids.shape, 0)
+        old = widened(logits.at[row, edit_ids].get(mode="fill", fill_value=0))
+        scale = jnp.where(edit_scale == 0, 1.0, edit_scale)
+        new = jnp.where(old > 0, old / scale, old * scale) + edit_bias
+        out = logits.at[row, edit_ids].set(new.astype(logits.dtype), mode="drop")
     if mask is not None:
         bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        wide = jnp.where(bits.reshape(len(mask), -1)[:, : logits.shape[1]] == 1, wide, -jnp.inf)
-    return wide.astype(logits.dtype)
+        out = jnp.where(bits.reshape(len(mask), -1)[:, : logits.shape[1]] == 1, out, -jnp.inf).astype(logits.dtype)
+    return out
 
 
 def recipes() -> list[Recipe]:
     return [
         recipe("xla_argmax", "argmax", stateless(argmax)),
-        recipe("xla_sample", "sample", stateless(sample)),
+        recipe("xla_sample", "sample", with_problem(sample), handles=frozenset({"typical"})),
         recipe("xla_logprobs", "logprobs", with_problem(logprobs)),
-        recipe("xla_apply_logits", "apply_logits", stateless(apply_logits), handles=frozenset({"mask", "bias"})),
+        recipe("xla_apply_logits", "apply_logits", stateless(apply_logits), handles=frozenset({"mask", "edits"})),
     ]
