@@ -17,8 +17,9 @@ from random import Random
 
 from lineshaft.cli.table import table
 from lineshaft.config import EngineConfig, make_config
-from lineshaft.engine import Engine, Token
+from lineshaft.engine import Engine
 from lineshaft.executors import make_executor
+from lineshaft.flight import Token
 from lineshaft.registry import discover
 from lineshaft_bench.drive import drive, now
 from lineshaft_bench.figures import Ran

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from lineshaft.engine import Engine, Token
+from lineshaft.engine import Engine
+from lineshaft.flight import Token
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_bench.workloads import Job
 

@@ -28,6 +28,8 @@ STEPS = 300
 class AtOnce:
     """An executor that computes nothing: every row gets token 1."""
 
+    beside = False
+
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._step: StepMessage | None = None

@@ -144,7 +144,7 @@ def test_an_empty_timeline_is_still_one(tmp_path: Path) -> None:
 # ---- the overhead ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlap", ["off"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
 def test_the_engine_steps_over_an_executor_that_answers_at_once(overlap: str) -> None:
     found = overhead(4, overlap)
     assert found.rows == 4

@@ -33,6 +33,14 @@ def test_one_request_takes_a_step_for_each_token() -> None:
     assert (list(found.queue), list(found.total), found.seconds, found.steps) == ([0.0], [4.0], 9.0, 4)
 
 
+def test_a_step_that_is_scheduled_ahead_misses_what_arrives_meanwhile() -> None:
+    made = Trace("made", [arrival(0, 0.0, 8, 5), arrival(1, 0.5, 8, 2)])
+    alone, ahead = (Setting(LIMITS, 200, overlap=overlap).run(made, STEP, "fifo") for overlap in (False, True))
+    assert list(alone.ttft) == [1.0, 1.5]
+    assert list(ahead.ttft) == [1.0, 2.5]
+    assert alone.output_tokens == ahead.output_tokens == 7
+
+
 def test_a_long_prompt_takes_a_step_for_each_chunk() -> None:
     found = run([arrival(0, 0.0, 129, 1)])
     assert (list(found.ttft), found.steps) == ([3.0], 3)
@@ -102,11 +110,14 @@ def test_a_step_is_charged_for_what_it_computes() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 120), st.integers(1, 40)), min_size=1, max_size=25))
-def test_every_token_is_accounted_for(drawn: list[tuple[float, int, int]]) -> None:
+@given(
+    st.lists(st.tuples(st.floats(0, 30), st.integers(1, 120), st.integers(1, 40)), min_size=1, max_size=25),
+    st.booleans(),
+)
+def test_every_token_is_accounted_for(drawn: list[tuple[float, int, int]], overlap: bool) -> None:
     made = [arrival(n, at, prompt, out) for n, (at, prompt, out) in enumerate(sorted(drawn))]
     cost = Linear(0.1, row_s=0.01, token_s=0.001, context_s=1e-5)
-    found = run(made, cost, pages=30)
+    found = Setting(LIMITS, 30, overlap=overlap).run(Trace("made", made), cost, "fifo")
     assert found.output_tokens == sum(out for _, _, out in drawn) == len(found.ttft) + len(found.itl)
     assert len(found.total) == len(found.queue) == len(made)
     assert min(found.queue) >= 0 and found.busy <= found.seconds + 1e-6

@@ -131,7 +131,7 @@ def prepared(args: Namespace) -> tuple[Setting, StepCost]:
     device.flops(args.dtype)
     pages = args.pages or pages_that_fit(model, device, args.page_size, args.memory_fraction)
     limits = Limits(args.token_budget, args.max_rows, args.max_model_len or model.context)
-    setting = Setting(limits, pages, args.page_size, not args.no_prefix_caching)
+    setting = Setting(limits, pages, args.page_size, not args.no_prefix_caching, overlap=device.overlap)
     return setting, read_cost(args.cost) if args.cost else Roofline(model, device, args.dtype, args.tp)
 
 

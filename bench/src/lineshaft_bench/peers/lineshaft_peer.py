@@ -11,7 +11,8 @@ from typing import Any
 from protocol import serve
 
 from lineshaft.config import make_config
-from lineshaft.engine import Engine, Token
+from lineshaft.engine import Engine
+from lineshaft.flight import Token
 from lineshaft.meter import now
 from lineshaft.tokenizer import Detokenizer, Tokenizer
 from lineshaft.weights import resolve

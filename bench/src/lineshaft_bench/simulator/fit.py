@@ -49,6 +49,7 @@ class Watching:
 
     def __init__(self, inner: Executor) -> None:
         self._inner = inner
+        self.beside = inner.beside
         self.sizes: Sizes = inner.size()[0]
         self.seen: list[tuple[Bucket, Load]] = []
 

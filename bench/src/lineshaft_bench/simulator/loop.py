@@ -16,7 +16,7 @@ from functools import lru_cache
 from lineshaft.cache import CacheManager
 from lineshaft.errors import RequestError
 from lineshaft.sampling.params import SamplingParams
-from lineshaft.scheduler import Request, Row, Scheduler
+from lineshaft.scheduler import Batch, Request, Row, Scheduler
 from lineshaft_bench.simulator.cost import Load, StepCost
 from lineshaft_bench.traces import Arrival
 
@@ -69,13 +69,18 @@ def params(output_tokens: int) -> SamplingParams:
 class Simulation:
     """One run of a trace. `scheduler` and `cache` are fresh, and belong to each other."""
 
-    def __init__(self, scheduler: Scheduler, cache: CacheManager, cost: StepCost, *, keep: bool = False) -> None:
-        """keep: note every token's moment in `stamps`, by the request's number."""
+    def __init__(
+        self, scheduler: Scheduler, cache: CacheManager, cost: StepCost, *, overlap: bool = False, keep: bool = False
+    ) -> None:
+        """overlap: schedule each step when the one before begins. keep: note every token's moment in `stamps`, by the
+        request's number."""
         self.scheduler, self.cache, self.cost = scheduler, cache, cost
         self.stamps: dict[int, list[float]] | None = {} if keep else None
         self.now = 0.0
         self.outcome = Outcome()
         self._live: dict[int, Live] = {}
+        self._overlap = overlap
+        self._following: Batch | None = None  # scheduled while the step before it runs
         self._pages = sum(group.pages - 1 for group in cache.groups)
 
     def run(self, arrivals: Sequence[Arrival]) -> Outcome:
@@ -102,7 +107,9 @@ class Simulation:
         self.outcome.prompt_tokens += len(request.prompt)
 
     def _step(self) -> None:
-        batch = self.scheduler.schedule()
+        batch = self._following or self.scheduler.schedule()
+        following = self.scheduler.schedule() if self._overlap else None
+        self._following = following if following and following.rows else None
         began, seconds = self.now, self.cost.seconds(load_of(batch.rows))
         sampled = []
         for row in batch.rows:

@@ -25,6 +25,7 @@ class Setting:
     page_size: int = 16
     prefix_caching: bool = True
     watermark: float = 0.01
+    overlap: bool = False  # whether a step is scheduled while the one before runs
 
     def run(self, trace: Trace, cost: StepCost, policy: str) -> Outcome:
         """Simulate the trace under a policy of admission. Raises InvalidValue for an unknown one."""
@@ -36,7 +37,7 @@ class Setting:
             raise InvalidValue(f"policy {policy!r}: known are {', '.join(POLICIES)}")
         groups = [GroupSpec(self.pages, self.page_size)]
         cache = CacheManager(groups, prefix_caching=self.prefix_caching, watermark=self.watermark)
-        return Simulation(Scheduler(self.limits, cache), cache, cost, keep=keep)
+        return Simulation(Scheduler(self.limits, cache), cache, cost, overlap=self.overlap, keep=keep)
 
 
 def pages_that_fit(model: ModelFigures, device: Device, page_size: int, fraction: float) -> int:
