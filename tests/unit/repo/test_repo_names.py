@@ -18,7 +18,7 @@ from lineshaft.config import load_config
 ROOT = Path(__file__).parents[3]
 DISTRIBUTIONS = sorted(
     path.parent
-    for pattern in ("core", "conformance", "kits/*", "plugins/*")
+    for pattern in ("core", "bench", "conformance", "kits/*", "plugins/*")
     for path in ROOT.glob(f"{pattern}/pyproject.toml")
 )
 
