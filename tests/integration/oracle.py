@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 Array = np.ndarray[Any, Any]
 
@@ -94,23 +94,29 @@ class Oracle:
         return [[int(token) for token in rng.integers(0, self.vocab, length)] for length in lengths]
 
 
-def make_llama(
-    folder: Path, seed: int, *, store: torch.dtype = torch.float32, shards: str = "1GB", **more: Any
-) -> Oracle:
-    """Write a random Llama to `folder` and return the oracle of what was written."""
-    print(f"random llama: seed {seed}")
+def make_model(
+    folder: Path, seed: int, *, model_type: str = "llama", store: torch.dtype = torch.float32, shards: str = "1GB",
+    change: Callable[[Any], None] = lambda model: None, **more: Any,
+) -> Oracle:  # fmt: skip
+    """Write a random model to `folder`, a Llama unless told otherwise, which `change` may change first, and return the
+    oracle of what was written."""
+    print(f"random {model_type}: seed {seed}")
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        model_type,
         **{
             "hidden_size": 72, "intermediate_size": 100, "vocab_size": 131, "num_hidden_layers": 3,
             "max_position_embeddings": 256, "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": None,
-            **more,
+            "pad_token_id": None, **more,
         }
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # they start as ones, which would hide a norm that is left out
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "bias" in name:
+                # norms start as one value and biases as zero, which would hide one left out
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+    change(model)
     model.to(store).save_pretrained(folder, max_shard_size=shards)
     return Oracle.of(folder)
 

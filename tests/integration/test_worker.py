@@ -14,7 +14,7 @@ from lineshaft.errors import SessionClosed
 from lineshaft.executors.inproc import InprocExecutor
 from lineshaft.reference.backend import ReferenceBackend, ReferenceOptions, create
 from lineshaft.registry import discover
-from lineshaft.runner.messages import StepMessage, StepResult
+from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.worker import Worker
 
 
@@ -67,9 +67,9 @@ def test_an_engine_runs_on_the_executor_that_it_is_given(llama: Llama) -> None:
     closed: list[bool] = []
 
     class Watching(InprocExecutor):
-        def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
+        def submit(self, steps: Sequence[StepMessage]) -> None:
             seen.extend(steps)
-            return super().execute(steps)
+            super().submit(steps)
 
         def close(self) -> None:
             closed.append(True)

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
-from lineshaft.contract.steps import StepShape
 from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
+from lineshaft.flight import Flight, Live, Token, token_of
 from lineshaft.meter import Clock, Meter, median, now
 from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import need_of, pack_forward
+from lineshaft.runner.messages import Sizes, StepResult
+from lineshaft.runner.pack import Place, need_of, pack_forward
 from lineshaft.runner.worker import Progress, silent
-from lineshaft.sampling.choice import Choice, make_choice
-from lineshaft.sampling.logprobs import TokenLogprobs, top_logprobs
-from lineshaft.sampling.pack import pack_adjust, pack_sampling
+from lineshaft.sampling.choice import make_choice
+from lineshaft.sampling.logprobs import PromptLogprobs
 from lineshaft.sampling.params import EXTRAS, SamplingParams, check_extras
-from lineshaft.sampling.processors import ProcessedRow, choose_processed
 from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
 
@@ -45,24 +43,10 @@ class Replica:
     cache: CacheManager
 
 
-@dataclass
-class Live:
-    """A request while it runs."""
+class Recorder(Protocol):
+    """Sees when each phase of a step began and ended, in seconds of `meter.now`."""
 
-    request: Request
-    replica: int
-    choice: Choice | None = None
-    clock: Clock = field(default_factory=Clock)
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token that a step gave to a request."""
-
-    request: Request
-    clock: Clock
-    token_id: int
-    logprobs: TokenLogprobs | None
+    def span(self, name: str, begin: float, end: float, **facts: int) -> None: ...
 
 
 class Engine:
@@ -100,6 +84,11 @@ class Engine:
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
+        beside = self._facts.asynchronous or self._executor.beside
+        self._overlap = config.overlap == "on" or (config.overlap == "auto" and beside)
+        self._flight: Flight | None = None  # submitted before the step that returns its tokens
+        self._committed = 0.0
+        self.recorder: Recorder | None = None
         self.closed = False
 
     def _make_replica(self) -> Replica:
@@ -113,7 +102,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._live)
+        return bool(self._live) or self._flight is not None
 
     @property
     def plan(self) -> Plan:
@@ -135,21 +124,60 @@ class Engine:
         return self._facts.vocab
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset(), salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_ids: frozenset[int] = frozenset(),
+        salt: bytes = b"",
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        parent: Request | None = None,
+        fork: int = 0,
     ) -> Request:
-        """Queue a prompt. Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed."""
+        """Queue a prompt.
+
+        salt        requests share cached prefixes only under an equal one
+        priority    lower runs first
+        deadline_s  seconds from now after which the request ends, wherever it is
+        parent      a request of the same prompt, of which this is sample number `fork`, from 1 on: it shares the
+                    parent's pages and, where it brings none, its seed
+
+        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
+        """
         self._require_open()
+        if params.truncate_prompt_tokens is not None:
+            prompt = prompt[-params.truncate_prompt_tokens :]
         self._check(prompt, params)
+        if parent is not None:
+            params = dataclasses.replace(params, prompt_logprobs=None)
         choice = make_choice(params, prompt, self.vocab, eos_ids, self.vocabulary)
-        request_id = self._next_id
+        request_id, clock = self._next_id, Clock()
         if params.seed is None:
-            params = dataclasses.replace(params, seed=(self.config.seed + request_id) % 2**64)
-        request = Request(request_id, tuple(map(int, prompt)), params, eos_ids, salt)
-        replica = min(range(len(self._replicas)), key=lambda r: sum(x.replica == r for x in self._live.values()))
+            seed = (self.config.seed + request_id) % 2**64 if parent is None else parent.params.seed
+            params = dataclasses.replace(params, seed=seed)
+        deadline = None if deadline_s is None else clock.arrived + deadline_s
+        request = Request(
+            request_id, tuple(map(int, prompt)), params, eos_ids, salt, priority=priority, arrival=clock.arrived,
+            deadline=deadline, parent=parent, fork=fork,
+        )  # fmt: skip
+        replica = self._replica_for(parent)
         self._replicas[replica].scheduler.add(request)
-        self._live[request_id] = Live(request, replica, choice)
+        wanted = params.prompt_logprobs
+        scores = None if wanted is None else PromptLogprobs(request.prompt, wanted)
+        self._live[request_id] = Live(request, replica, clock, choice, scores)
         self._next_id += 1
         return request
+
+    def _replica_for(self, parent: Request | None) -> int:
+        """The replica of the parent, whose pages are there; else the one with the fewest requests."""
+        relative = None if parent is None else self._live.get(parent.id)
+        if relative is not None:
+            return relative.replica
+        counts = [0] * len(self._replicas)
+        for live in self._live.values():
+            counts[live.replica] += 1
+        return counts.index(min(counts))
 
     def _require_open(self) -> None:
         if self.closed:
@@ -159,11 +187,10 @@ class Engine:
         for token in prompt:
             self._check_token("prompt token", token)
         most = self.config.max_logprobs
-        if params.logprobs is not None and (params.logprobs > most or not most):
-            raise InvalidSamplingParams(
-                f"logprobs = {params.logprobs}: the engine was made with max_logprobs = {self.config.max_logprobs}"
-            )
-
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            if wanted is not None and (wanted > most or not most):
+                raise InvalidSamplingParams(f"{name} = {wanted}: the engine was made with max_logprobs = {most}")
         check_extras(params, self._declined)
 
     def _check_token(self, what: str, token: object) -> None:
@@ -185,96 +212,136 @@ class Engine:
     # ---- the step ----------------------------------------------------------------------------------------------
 
     def step(self) -> list[Token]:
-        """One iteration: every replica schedules, all run the same bucket, each commits what it sampled."""
+        """Run until the tokens of one step are known, and return them.
+
+        Every replica schedules, all run the same bucket, each commits what it sampled. Where steps overlap, the next
+        one is scheduled and packed while this one runs, and is on its way when this returns.
+        """
         self._require_open()
-        began = now()
-        batches = [replica.scheduler.schedule() for replica in self._replicas]
-        need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
-        if not need.tokens:
+        try:
+            return self._step()
+        except BaseException:
+            self._flight = None
+            for replica in self._replicas:
+                replica.scheduler.discard()
+            raise
+
+    def _step(self) -> list[Token]:
+        flight, self._flight = self._flight or self._launch(self._schedule()), None
+        if flight is None:
             return []
-        shape = fit(self._facts.shapes, need)
-        messages = [self._message(r, b, shape) for r, b in zip(self._replicas, batches, strict=True)]
-        results = self._executor.execute(messages)
-        tokens = []
-        for replica, batch, result in zip(self._replicas, batches, results, strict=True):
-            tokens += self._commit(replica, batch, result, began)
-        self._book(batches, results, now() - began, len(tokens))
+        at = now()
+        self._executor.choose(flight.choices(self._live, self.vocab, logits=self.teacher is not None))
+        self._mark("sample", flight, at)
+        following = self._schedule() if self._overlap else None
+        at = now()
+        results = flight.processed(self._executor.collect())
+        self._mark("run", flight, at)
+        ids = [self._taught(sampled, result) for sampled, result in zip(flight.sampled, results, strict=True)]
+        if following is not None:
+            following.fill(flight, ids)
+            self._flight = self._launch(following)
+        at = now()
+        tokens = self._commit(flight, results, ids)
+        self._mark("commit", flight, at)
         return tokens
 
-    def _message(self, replica: Replica, batch: Batch, shape: StepShape) -> StepMessage:
-        sampled = [row.request for row in batch.rows if row.samples]
-        copies = np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32).reshape(-1, 3)
-        return StepMessage(
-            shape,
-            pack_forward(batch, replica.cache, self._facts.page_sizes, shape),
-            copies,
-            pack_sampling(
-                [r.params for r in sampled], [0] * len(sampled), [len(r.tokens) for r in sampled], shape.logits
-            ),
-            logprobs=any(request.params.logprobs is not None for request in sampled),
-            logits=self.teacher is not None or any(request.params.logits_processors for request in sampled),
-            adjust=pack_adjust([self._live[r.id].choice for r in sampled], shape.logits, self.vocab),
-        )
+    def _schedule(self) -> Flight | None:
+        """The next step of every replica, packed; None where none has work."""
+        began = now()
+        batches = [replica.scheduler.schedule(began) for replica in self._replicas]
+        for request in [request for batch in batches for request in batch.finished]:
+            self._retire(self._live[request.id])
+        need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
+        if not need.tokens and not any(batch.swaps_out or batch.swaps_in for batch in batches):
+            return None
+        shape, at = fit(self._facts.shapes, need), now()
+        parts = zip(self._replicas, batches, strict=True)
+        packed = [pack_forward(batch, replica.cache, self._facts.page_sizes, shape) for replica, batch in parts]
+        flight = Flight(shape, batches, packed, began)
+        self._mark("schedule", flight, began, at)
+        self._mark("prepare", flight, at)
+        return flight
 
-    def _commit(self, replica: Replica, batch: Batch, result: StepResult, began: float) -> list[Token]:
-        for row in batch.rows:
-            clock = self._live[row.request.id].clock
-            clock.scheduled = clock.scheduled or began
-        sampled = [self._live[row.request.id] for row in batch.rows if row.samples]
-        result = self._processed(sampled, result)
-        ids = [self._taught(live.request, r, result) for r, live in enumerate(sampled)]
-        for live, token in zip(sampled, ids, strict=True):
-            if token < 0:  # NaN logits: no token can be sampled; the others go on
-                replica.scheduler.finish(live.request, FinishReason.ERROR)
-        replica.scheduler.commit(batch, ids)
-        for live, token in zip(sampled, ids, strict=True):
-            if live.choice is not None and not live.request.finished and live.choice.token(token):
-                replica.scheduler.finish(live.request, FinishReason.STOP)
-        at = now()
-        return [self._token(live, r, ids[r], result, at) for r, live in enumerate(sampled)]
+    def _launch(self, flight: Flight | None) -> Flight | None:
+        """Submit the forward of a step whose tokens are all known."""
+        if flight is not None:
+            at = now()
+            self._executor.submit(flight.messages())
+            self._mark("run", flight, at)
+        return flight
 
-    def _processed(self, sampled: Sequence[Live], result: StepResult) -> StepResult:
-        rows = [
-            ProcessedRow(r, q.params, 0, len(q.tokens), q.prompt, q.output)
-            for r, q in enumerate(live.request for live in sampled)
-            if q.params.logits_processors
-        ]
-        if not rows:
-            return result
-        assert result.logits is not None
-        ids, found = choose_processed(rows, result.logits, result.token_ids, result.logprobs)
-        return dataclasses.replace(result, token_ids=ids, logprobs=found)
-
-    def _taught(self, request: Request, row: int, result: StepResult) -> int:
-        token = int(result.token_ids[row])
+    def _taught(self, sampled: Sequence[Place], result: StepResult) -> list[int]:
+        """The token of each request that gets one."""
+        given = result.token_ids.tolist()
+        ids = [given[row] for row, _ in sampled]
         if self.teacher is None or result.logits is None:
-            return token
-        forced = self.teacher(request, result.logits[row])
-        if forced is None:
-            return token
-        self._check_token(f"the teacher's token for request {request.id}", forced)
-        return int(forced)
+            return ids
+        for index, (row, request) in enumerate(sampled):
+            forced = self.teacher(request, result.logits[row])
+            if forced is not None:
+                self._check_token(f"the teacher's token for request {request.id}", forced)
+                ids[index] = int(forced)
+        return ids
+
+    def _commit(self, flight: Flight, results: Sequence[StepResult], ids: Sequence[list[int]]) -> list[Token]:
+        """Book a step that has run. What ended while it ran gets no token."""
+        tokens: list[Token] = []
+        flight.book_prompts(results, self._live)
+        for replica, batch, sampled, result, given in zip(
+            self._replicas, flight.batches, flight.sampled, results, ids, strict=True
+        ):
+            self._note_start(batch, flight.began)
+            for (_, request), token in zip(sampled, given, strict=True):
+                if token < 0:  # NaN logits: no token can be sampled; the others go on
+                    replica.scheduler.finish(request, FinishReason.ERROR)
+            replica.scheduler.commit(batch, given)
+            at = now()
+            for (row, request), token in zip(sampled, given, strict=True):
+                live = self._live.get(request.id)
+                if live is not None:
+                    tokens.append(self._token(live, row, token, result, at))
+        self._book(flight, results, len(tokens))
+        return tokens
+
+    def _note_start(self, batch: Batch, began: float) -> None:
+        for row in batch.rows:
+            live = self._live.get(row.request.id)
+            if live is not None and not live.clock.scheduled:
+                live.clock.scheduled = began
 
     def _token(self, live: Live, row: int, token: int, result: StepResult, at: float) -> Token:
+        request = live.request
         if token >= 0:
             live.clock.token(at)
-        if live.request.finished:
+            if live.choice is not None and not request.finished and live.choice.token(token):
+                self._replicas[live.replica].scheduler.finish(request, FinishReason.STOP)
+        if request.finished:
             self._retire(live)
-        wanted, found = live.request.params.logprobs, None
-        if wanted is not None and result.logprobs is not None and token >= 0:
-            found = top_logprobs(result.logprobs, row, token, wanted)
-        return Token(live.request, live.clock, token, found)
+        return token_of(live, row, token, result)
 
     def _retire(self, live: Live) -> None:
         request = live.request
         del self._live[request.id]
         self.meter.request(live.clock.metrics(request.cached, request.preemptions), len(request.prompt))
 
-    def _book(self, batches: Sequence[Batch], results: Sequence[StepResult], wall: float, sampled: int) -> None:
-        single = all(len(batch.rows) <= 1 for batch in batches) and sum(batch.tokens for batch in batches) == 1
+    def _book(self, flight: Flight, results: Sequence[StepResult], sampled: int) -> None:
+        wall = now() - max(flight.began, self._committed)
+        self._committed = now()
+        tokens = sum(batch.tokens for batch in flight.batches)
+        single = tokens == 1 and all(len(batch.rows) <= 1 for batch in flight.batches)
         kernels = max(result.kernel_seconds for result in results)
+        for replica, batch in zip(self._replicas, flight.batches, strict=True):
+            if batch.rows:
+                replica.scheduler.observe(batch, wall)
         used = sum(r.cache.used_pages(g) for r in self._replicas for g in range(len(self.pages)))
         self.meter.step(wall, kernels, single, sampled, used)
+
+    def _mark(self, phase: str, flight: Flight, began: float, ended: float | None = None) -> None:
+        """Tell the recorder of a phase, which ends now unless said otherwise."""
+        if self.recorder is not None:
+            rows, tokens = (sum(len(b.rows) for b in flight.batches), sum(b.tokens for b in flight.batches))
+            self.recorder.span(phase, began, now() if ended is None else ended, rows=rows, tokens=tokens)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import pytest
 from lineshaft.config import make_config
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
 from lineshaft.models import builtin_families, find_family
-from lineshaft.runner.messages import StepMessage
+from lineshaft.runner.messages import ChoiceMessage, StepMessage
 from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed
 from lineshaft_conformance.harness.rank import make_worker, mesh_executor
 from lineshaft_conformance.harness.replay import compare_step
@@ -122,7 +122,7 @@ def test_what_no_step_may_read_holds_nan(cpu: Subject) -> None:
         cache, session = stage.engine.caches[0], stage.watched.worker.session
         unused = np.array([0, *cache.unused_pages()], np.int32)
         held = [page for page in range(96) if page not in unused]
-        stage.watched.execute([stage.steps[-1].message])
+        stage.watched.submit([stage.steps[-1].message])
         assert len(held) == 2
         assert all(np.isnan(pages).all() for pages in session.read_pages(1, unused[1:]).values())
         found = session.read_pages(1, np.array(held, np.int32))["k"].reshape(8, -1)
@@ -146,7 +146,7 @@ def make_step(logits: Any, tokens: Any, sampling: HostStep | None = None) -> Ste
     host = HostStep(forward_inputs(shape))
     host["query_starts"][:], host["logit_rows"][:] = [0, 2, 4], [1, 3]
     return Step(
-        StepMessage(shape, host, np.zeros((0, 3), np.int32), sampling),
+        StepMessage(shape, host, np.zeros((0, 3), np.int32)), ChoiceMessage(sampling),
         np.array(tokens, np.int32), np.array(logits, np.float32), None,
     )  # fmt: skip
 

@@ -50,18 +50,25 @@ def test_router_chooses_within_the_best_groups() -> None:
     assert route([9.0, -5.0, 1.0, 2.0, 8.0, 7.0], k=2, groups=3, group_top=1)[0] == [[0, 1]]
 
 
-def naive_mlp(p: Any, x: Any, ids: Any, probs: Any, w13: Any, w2: Any, expert_map: Any) -> Any:
+def naive_mlp(
+    p: Any, x: Any, ids: Any, probs: Any, w13: Any, w2: Any, expert_map: Any, w13_bias: Any = None, w2_bias: Any = None
+) -> Any:
     out = np.zeros(x.shape)
+    first = np.zeros(w13.shape[:2]) if w13_bias is None else w13_bias
+    second = np.zeros(w2.shape[:2]) if w2_bias is None else w2_bias
     for t in range(len(x)):
         for expert, prob in zip(ids[t], probs[t], strict=True):
             local = int(expert_map[expert])
             if local >= 0:
-                gate, up = w13[local][: p.width] @ x[t], w13[local][p.width :] @ x[t]
+                gate, up = np.split(w13[local] @ x[t] + first[local], 2)
                 if p.activation == "silu":
                     hidden = gate / (1 + np.exp(-gate)) * up
+                elif p.activation == "swigluoai":
+                    gate, up = np.minimum(gate, p.swiglu_limit), np.clip(up, -p.swiglu_limit, p.swiglu_limit)
+                    hidden = (up + 1) * gate / (1 + np.exp(-p.swiglu_alpha * gate))
                 else:
                     hidden = gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
-                out[t] += prob * (w2[local] @ hidden)
+                out[t] += prob * (w2[local] @ hidden + second[local])
     return out
 
 
@@ -71,8 +78,8 @@ MLP_CASES = [c for c in all_ops()["expert_mlp"].cases(np.random.default_rng(1), 
 @pytest.mark.parametrize("case", MLP_CASES, ids=lambda case: case.id)
 def test_expert_mlp_is_a_loop_over_tokens_and_experts(case: Any) -> None:
     args = [operand(arg, case.problem) for arg in case.args]
-    expected = naive_mlp(case.problem, *args)
-    np.testing.assert_allclose(expert_mlp(case.problem, *args), expected, rtol=1e-11, atol=1e-13)
+    expected = naive_mlp(case.problem, *args, **case.kwargs)
+    np.testing.assert_allclose(expert_mlp(case.problem, *args, **case.kwargs), expected, rtol=1e-11, atol=1e-13)
     assert expected.any() != case.id.startswith("none_chosen")
 
 

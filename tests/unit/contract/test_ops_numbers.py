@@ -160,8 +160,23 @@ def test_rope_scaling() -> None:
     np.testing.assert_allclose(scaled(freq_factors=factors), plain / np.array(factors), rtol=1e-14)
     with pytest.raises(ContractViolation, match="one per pair, 32"):
         scaled(freq_factors=(1.0, 2.0))
-    with pytest.raises(ContractViolation, match="none, linear or llama3"):
+    with pytest.raises(ContractViolation, match="none, linear, llama3 or yarn"):
+        scaled(kind="dynamic")
+    with pytest.raises(ContractViolation, match="yarn over a context of 0"):
         scaled(kind="yarn")
+
+
+def test_yarn_scaling_keeps_fast_pairs_and_divides_slow_ones() -> None:
+    """Bounds as published for 32 and 1 turns; the blend is linear in the pair's number between them."""
+    scaling = RopeScaling(kind="yarn", factor=16.0, original_context=4096)
+    problem = RopeProblem(dtype=F64, dim=128, base=10000.0, scaling=scaling)
+    plain, got = rope_frequencies(RopeProblem(dtype=F64, dim=128, base=10000.0)), rope_frequencies(problem)
+    turns = 4096 * plain / (2 * math.pi)
+    fast, slow = int(np.sum(turns > 32)) - 1, int(np.sum(turns > 1))
+    np.testing.assert_allclose(got[: fast + 1], plain[: fast + 1], rtol=1e-12)
+    np.testing.assert_allclose(got[slow:], plain[slow:] / 16, rtol=1e-12)
+    ratio = got[fast : slow + 1] / plain[fast : slow + 1]
+    np.testing.assert_allclose(np.diff(ratio), (1 / 16 - 1) / (slow - fast), rtol=1e-9)
 
 
 def test_llama3_scaling_follows_wavelengths() -> None:

@@ -57,7 +57,9 @@ def scheme(name: str, **fields: Any) -> Weight:
 
 NORM = weight("norm", NormProblem(dtype="float32", width=4, eps=1e-5))
 EMBED = weight("embed", EmbedProblem(dtype="float32", vocab=8, width=4))
-EXPERTS = weight("experts", ExpertProblem(dtype="float32", experts=4, local=2, hidden=4, width=3))
+MLP = ExpertProblem(dtype="float32", experts=4, local=2, hidden=4, width=3)
+EXPERTS = weight("experts", MLP)
+ROUTED = (array(5, 4), ints(5, 2), array(5, 2), EXPERTS, EXPERTS, ints(4))
 KV = KVProblem(dtype="float32", kv_heads=2, qk_dim=4, v_dim=4, page_size=16, kv_dtype="float32")
 CACHE = Cache(0, KV, "")
 KEYS_ONLY = Cache(0, replace(KV, v_dim=0), "")
@@ -113,6 +115,10 @@ WRONG: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("router_topk", r"groups that divide", (array(5, 8),), {"base": replace(ROUTER, groups=3)}),
     ("router_topk", r"'before' or 'after'", (array(5, 8),), {"base": replace(ROUTER, softmax="never")}),
     ("expert_mlp", r"expert_map", (array(5, 4), ints(5, 2), array(5, 2), EXPERTS, EXPERTS, ints(3)), {}),
+    ("expert_mlp", r"'tanh'; expected silu, gelu or swigluoai", ROUTED, {"base": replace(MLP, activation="tanh")}),
+    ("expert_mlp", r"\(0.0, 0.0\); expected both above 0", ROUTED, {"base": replace(MLP, activation="swigluoai")}),
+    ("expert_mlp", r"\(0.0, 7.0\); expected .* else 0", ROUTED, {"base": replace(MLP, swiglu_limit=7.0)}),
+    ("expert_mlp", r"w2_bias float32\[2, 3\]", ROUTED, {"base": replace(MLP, bias=True), "w2_bias": array(2, 3)}),
     ("moe_dispatch", r"local = 9", (array(5, 4), ints(5, 2), ints(4), 9), {}),
     ("gather_rows", r"rows float32", (array(5, 4), array(2)), {}),
     ("merge_rows", r"embeds", (array(5, 4), array(2, 3), ints(5)), {}),

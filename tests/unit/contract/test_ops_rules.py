@@ -339,9 +339,13 @@ OTHERS: dict[str, dict[str, Break]] = {
         "-1 taken for 0": arg(5, lambda p, m: np.maximum(m, 0)),
         "the gate last": arg(3, lambda p, w: np.roll(w, p.width, 1)),
         "silu for every activation": problem(activation=lambda p: "silu"),
-        "four rows an expert": lambda ref: lambda p, x, ids, probs, *a, num: ref(
-            p, x, ids, probs * (np.arange(len(x)) < 4)[:, None], *a, num=num
+        "four rows an expert": lambda ref: lambda p, x, ids, probs, *a, **k: ref(
+            p, x, ids, probs * (np.arange(len(x)) < 4)[:, None], *a, **k
         ),
+        "biases of the first expert": keyword("w13_bias", lambda p, b: b[:1].repeat(len(b), 0)),
+        "no last bias": keyword("w2_bias", lambda p, b: b * 0),
+        "no limit": problem(swiglu_limit=lambda p: p.swiglu_limit and 1e9),
+        "alpha is 1": problem(swiglu_alpha=lambda p: p.swiglu_alpha and 1.0),
     },
     "moe_dispatch": {"-1 taken for 0": arg(2, lambda p, m: np.maximum(m, 0))},
     "grouped_mlp": {"rows beyond are read": result(lambda p, out: np.where(out == 0, np.nan, out))},

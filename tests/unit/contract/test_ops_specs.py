@@ -224,7 +224,7 @@ class ReferenceOps:
         self.num, self.problems = num, problems
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args: OPS[name].reference(self.problems.get(name), *args, num=self.num)
+        return lambda *args, **kw: OPS[name].reference(self.problems.get(name), *args, num=self.num, **kw)
 
 
 COMPOSITES = [(spec, case) for spec, case in SMOKE if spec.default]
@@ -236,7 +236,8 @@ def test_default_decomposition_computes_the_same(spec: OpSpec, case: Case) -> No
     problems = dict.fromkeys(("rms_norm", "attend", "moe_dispatch", "grouped_mlp", "moe_combine"), case.problem)
     args = [operand(arg, case.problem) for arg in case.args]
     assert spec.default is not None
-    result = spec.default(ReferenceOps(num, problems), case.problem, *args)
+    kwargs = {name: operand(array, case.problem) for name, array in case.kwargs.items()}
+    result = spec.default(ReferenceOps(num, problems), case.problem, *args, **kwargs)
     got = {name: array.astype(np.float64) for name, array in named_outputs(spec, result).items()}
     np.testing.assert_equal(got, widened(spec, case))
 

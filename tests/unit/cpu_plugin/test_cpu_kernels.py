@@ -15,7 +15,7 @@ from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import Case, OpSpec, all_ops
 from lineshaft.contract.ops.run import compare, operand
 from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
-from lineshaft.contract.problems import LinearProblem, PointwiseProblem
+from lineshaft.contract.problems import ExpertProblem, LinearProblem, PointwiseProblem
 from lineshaft.contract.sessions import Cache
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Local, Param, Stored, Weight
@@ -220,5 +220,7 @@ class Parts:
             problem = LinearProblem(dtype=problem.dtype, n=0, k=0, heads=problem.q_heads)
         if op in ("concat", "add"):
             problem = PointwiseProblem(dtype=problem.dtype)
+        if op in ("moe_dispatch", "moe_combine"):
+            problem = ExpertProblem(dtype=problem.dtype, experts=0, local=0, hidden=0, width=0)
         fitting = [k for k in KERNELS if k.op == op and not problem.features() - k.handles and not k.supports(problem)]
         return max(fitting, key=lambda k: k.priority).bind(problem, self._session)

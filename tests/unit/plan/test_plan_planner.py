@@ -9,7 +9,7 @@ import pytest
 
 from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.ops import all_ops
-from lineshaft.contract.problems import EmbedProblem, LinearProblem, Problem
+from lineshaft.contract.problems import EmbedProblem, ExpertProblem, LinearProblem, Problem
 from lineshaft.contract.steps import InputField, InputLayout, StepShape
 from lineshaft.contract.weights import Local, Param
 from lineshaft.plan import Plan, ProgramSpec, Resolver, Workload, make_plan
@@ -65,3 +65,22 @@ def test_it_counts_twice_in_two_packings_and_the_plan_says_so() -> None:
 def test_one_parameter_of_two_kinds_has_one_packing_for_both() -> None:
     made = plan({"embed": table("embed", embed=EMBED, linear=LINEAR)}, linear="tiles")
     assert made.weight_layouts == {"embed": "dense"} and made.weight_bytes == BYTES
+
+
+def test_both_weights_of_an_expert_have_its_kernels_packing() -> None:
+    problem = ExpertProblem(dtype="float32", experts=2, local=2, hidden=4, width=3)
+    shapes = {"w13": (2, 6, 4), "w2": (2, 4, 3)}
+    params = {
+        name: Param(name, name, shape, "float32", {"experts": problem}, lambda checkpoint, at: Local(()))
+        for name, shape in shapes.items()
+    }
+
+    def run(ops: Any, w: Any, caches: Any, inputs: Any, arrays: Any) -> tuple[dict[str, Any], list[Any]]:
+        return {"out": ops.grouped_mlp(inputs.arrays["x"], w["w13"], w["w2"], inputs.arrays["offsets"])}, caches
+
+    inputs = InputLayout([InputField("x", "float32", (5, 4)), InputField("offsets", "int32", (3,))])
+    packed = Kernel("packed", "grouped_mlp", "test", lambda *_: None, layout="tiles", pack=lambda param, local: {})
+    work = Workload(params, [], {}, [ProgramSpec("run", run, StepShape(5, 1, (), 1, 5), inputs)], {})
+    made = make_plan("test", work, Resolver("test", [packed], {}), all_ops())
+    assert made.plan.weight_layouts == {"w13": "tiles", "w2": "tiles"}
+    assert {name: packing.pack for name, packing in made.packings.items()} == dict.fromkeys(shapes, packed.pack)

@@ -4,7 +4,7 @@ import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.contract.steps import HostStep, StepShape, edit_inputs, forward_inputs
-from lineshaft.runner.messages import StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, StepMessage, StepResult
 from lineshaft.runner.pack import need_of, pack_forward
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.sampling.pack import pack_sampling
@@ -24,7 +24,7 @@ def run_one_step() -> tuple[HostStep, Scheduler, CacheManager, list[Request]]:
     batch = scheduler.schedule()
     shape = StepShape(tokens=16, rows=4, pages=(4,), logits=4, max_query=16)
     assert need_of(batch.rows).tokens == 10
-    return pack_forward(batch, cache, (4,), shape), scheduler, cache, requests
+    return pack_forward(batch, cache, (4,), shape).host, scheduler, cache, requests
 
 
 def test_tokens_positions_and_rows() -> None:
@@ -54,14 +54,18 @@ def test_messages_survive_their_frames() -> None:
     sampling = pack_sampling([SamplingParams(seed=3)], [0], [1], 4)
     edits = HostStep(edit_inputs(4, 64))
     edits["edit_ids"][:] = 7
-    message = StepMessage(shape, host, np.array([[0, 1, 2]], np.int32), sampling, logprobs=True, adjust=(edits,))
+    message = StepMessage(shape, host, np.array([[0, 1, 2]], np.int32))
     again = StepMessage.from_frames(*message.to_frames())
-    assert again.shape == shape and again.logprobs and not again.logits
+    assert again.shape == shape and again.copies.tolist() == [[0, 1, 2]]
     for field in forward_inputs(shape).fields:
         assert np.array_equal(again.forward[field.name], host[field.name])
-    assert again.sampling is not None and sampling is not None
-    assert np.array_equal(again.sampling["u"], sampling["u"])
-    assert [np.array_equal(step["edit_ids"], edits["edit_ids"]) for step in again.adjust] == [True]
+    scored = np.array([3, -1, 4, -1], np.int32)
+    choice = ChoiceMessage.from_frames(*ChoiceMessage(sampling, (edits,), logprobs=True, scored=scored).to_frames())
+    assert choice.logprobs and not choice.logits and choice.sampling is not None and sampling is not None
+    assert np.array_equal(choice.sampling["u"], sampling["u"])
+    assert [np.array_equal(step["edit_ids"], edits["edit_ids"]) for step in choice.adjust] == [True]
+    assert choice.scored is not None and choice.scored.tolist() == [3, -1, 4, -1]
+    assert ChoiceMessage.from_frames(*ChoiceMessage().to_frames()) == ChoiceMessage()
     result = StepResult(np.arange(4, dtype=np.int32), 0.5, Logprobs(*(np.full((4, 2), float(i)) for i in range(3))))
     back = StepResult.from_frames(*result.to_frames())
     assert back.token_ids.tolist() == [0, 1, 2, 3] and back.kernel_seconds == 0.5 and back.logits is None

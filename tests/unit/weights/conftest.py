@@ -49,9 +49,15 @@ def plain_tensors() -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.fixture
 def write_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """Write a GGUF file from tensors (or (blocks, type) pairs), an architecture and changes to its keys."""
+    """Write a GGUF file from tensors (or (blocks, type) pairs), an architecture, changes to its keys and others."""
 
-    def write(tensors: dict[str, Any], arch: str = "llama", changes: dict[str, Any] | None = None) -> Path:
+    def write(
+        tensors: dict[str, Any],
+        arch: str = "llama",
+        changes: dict[str, Any] | None = None,
+        keys: dict[str, int] | None = None,
+    ) -> Path:
+        others = keys or {}
         path = tmp_path / f"{arch}.gguf"
         writer = gguf.GGUFWriter(str(path), arch)
         writer.add_array("tokenizer.ggml.tokens", [f"t{index}" for index in range(VOCAB)])
@@ -66,6 +72,8 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         for key, value in (keys | (changes or {})).items():
             if value is not None:
                 (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{arch}.{key}", value)
+        for key, value in others.items():
+            writer.add_uint16(key, value)
         writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
         writer.add_float32(f"{arch}.rope.freq_base", 500000.0)
         for name, value in tensors.items():

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lineshaft.errors import CorruptCheckpoint, LayoutError, MisshapenTensor
+from lineshaft.errors import CorruptCheckpoint, LayoutError, MisshapenTensor, ModelNotFound
 from lineshaft.weights import dequantize, open_checkpoint
 from lineshaft.weights.gguf_words import llama3_divisors
 
@@ -201,6 +201,61 @@ def test_other_rope_factors_are_kept_as_they_are(
     scaling = open_checkpoint(write_gguf(plain_tensors | {"rope_freqs.weight": factors})).config["rope_scaling"]
     assert scaling["rope_type"] == "divisors"
     np.testing.assert_array_equal(scaling["divisors"], factors)
+
+
+def split(write_gguf: Callable[..., Path], tensors: dict[str, Any], files: int) -> list[Path]:
+    """A model in several files, as `gguf-split` makes them: keys in each, tensors dealt out."""
+    paths = []
+    for number in range(files):
+        some = {name: tensor for i, (name, tensor) in enumerate(tensors.items()) if i % files == number}
+        path = write_gguf(some, keys={"split.count": files, "split.no": number})
+        paths.append(path.rename(path.with_name(f"m-{number + 1:05}-of-{files:05}.gguf")))
+    return paths
+
+
+def test_a_model_in_several_files_is_one(write_gguf: Callable[..., Path], plain_tensors: dict[str, Any]) -> None:
+    paths = split(write_gguf, converted(plain_tensors), 3)
+    one = open_checkpoint(write_gguf(converted(plain_tensors)))
+    for path in paths:
+        several = open_checkpoint(path)
+        assert several.names() == one.names() and several.config == one.config
+        np.testing.assert_array_equal(whole(several, Q), whole(one, Q))
+
+
+def test_files_of_a_split_model_must_all_be_there_once(
+    write_gguf: Callable[..., Path], plain_tensors: dict[str, Any]
+) -> None:
+    paths = split(write_gguf, plain_tensors, 3)
+    third = paths[2].read_bytes()
+    paths[2].unlink()
+    with pytest.raises(ModelNotFound, match="m-00003-of-00003"):
+        open_checkpoint(paths[0])
+    paths[2].write_bytes(paths[1].read_bytes())
+    with pytest.raises(CorruptCheckpoint, match=r"m-00003-of-00003\.gguf holds tensor .* as a file before"):
+        open_checkpoint(paths[0])
+    paths[2].write_bytes(third)
+    renamed = paths[0].rename(paths[0].with_name("first.gguf"))
+    with pytest.raises(CorruptCheckpoint, match="one of 3 files; keep them in one folder"):
+        open_checkpoint(renamed)
+
+
+def test_a_llama_with_a_window_is_a_mistral(write_gguf: Callable[..., Path], plain_tensors: dict[str, Any]) -> None:
+    path = write_gguf(converted(plain_tensors, quantize=False), changes={"attention.sliding_window": 32})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["architectures"] == ["MistralForCausalLM"] and checkpoint.config["sliding_window"] == 32
+    np.testing.assert_array_equal(whole(checkpoint, Q), plain_tensors["blk.0.attn_q.weight"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "scalar"), [(1, 8), (62, 16)], ids=["by the head", "of the largest, by width over heads"]
+)
+def test_what_gemma_files_do_not_say(
+    write_gguf: Callable[..., Path], plain_tensors: dict[str, Any], layers: int, scalar: int
+) -> None:
+    changes = {"block_count": layers, "attention.key_length": 8, "attention.sliding_window_pattern": 2}
+    config = open_checkpoint(write_gguf(plain_tensors, "gemma3", changes)).config
+    assert config["query_pre_attn_scalar"] == scalar
+    assert config["rope_local_base_freq"] == 10000.0 and config["sliding_window_pattern"] == 2
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,12 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def install(site: Path, name: str, files: list[str]) -> None:
+def install(site: Path, name: str, files: list[str], requires: tuple[str, ...] = ()) -> None:
     """What pip leaves behind for a distribution with these files."""
     info = site / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    needs = "".join(f"Requires-Dist: {other}\n" for other in requires)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}")
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
     for file in files:
         (site / file).parent.mkdir(parents=True, exist_ok=True)
@@ -134,3 +135,56 @@ def test_a_distribution_must_hold_one_model(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModelNotFound, match=r"one \.gguf file"):
         resolve("pypi:odd-model")
+
+
+PARTS = ("big-part1==1.0", "big-part2 >=1 ; python_version > '3'", "numpy", "never ; extra == 'more'")
+
+
+def install_parts(site: Path, parts: dict[str, str]) -> None:
+    install(site, "big", ["big/__init__.py"], PARTS)
+    for distribution, file in parts.items():
+        install(site, distribution, [f"{distribution}/{file}"])
+        (site / distribution / file).write_bytes(file[-1:].encode() * 3)
+
+
+def test_a_file_in_parts_is_joined_once_and_again_when_a_part_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_parts(tmp_path, {"big-part2": "m.gguf.part01", "big-part1": "m.gguf.part00"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cache = tmp_path / "cache"
+    joined = resolve("pypi:big", cache=cache)
+    assert (joined.name, joined.read_bytes()) == ("m.gguf", b"000111")
+    written = joined.stat().st_mtime_ns
+    assert resolve("pypi:big", cache=cache) == joined and joined.stat().st_mtime_ns == written
+    (tmp_path / "big-part1" / "m.gguf.part00").write_bytes(b"2222")
+    other = resolve("pypi:big", cache=cache)
+    assert other != joined and other.read_bytes() == b"2222111"
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["m.gguf", "m.gguf"]  # and nothing half made
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"big-part1": "m.gguf.part00"}, "pip install big-part2"),
+        ({"big-part1": "m.gguf.part00", "big-part2": "m.gguf.part02"}, "install all of its parts"),
+        ({"big-part1": "m.gguf.part02", "big-part2": "m.gguf.part03"}, "install all of its parts"),
+        ({"big-part1": "m.gguf.part00", "big-part2": "other.gguf.part01"}, "install all of its parts"),
+        ({"big-part1": "m.gguf.part00", "big-part2": "m.gguf.part00"}, "install all of its parts"),
+    ],
+)
+def test_a_part_that_is_missing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str], words: str
+) -> None:
+    install_parts(tmp_path, parts)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModelNotFound, match=words):
+        resolve("pypi:big", cache=tmp_path / "cache")
+
+
+def test_parts_that_cannot_be_joined_say_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_parts(tmp_path, {"big-part2": "m.gguf.part2", "big-part1": "m.gguf.part1"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelNotFound, match=r"m\.gguf cannot be joined in .*file"):
+        resolve("pypi:big", cache=tmp_path / "file")

@@ -155,6 +155,31 @@ def test_a_wrong_index_is_refused(
         open_checkpoint(folder)
 
 
+def test_a_tensor_in_two_shards_is_refused(sharded_folder: tuple[Path, dict[str, Any]]) -> None:
+    folder, tensors = sharded_folder
+    save_file({"b.weight": tensors["b.weight"], "a.weight": tensors["a.weight"]}, folder / "more.safetensors")
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] | {"b.weight": "more.safetensors"}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CorruptCheckpoint, match=r"more\.safetensors holds tensor [ab]\.weight, and so does model-0000"):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_twice_in_an_index_or_a_header_is_refused(sharded_folder: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = sharded_folder
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"weight_map": {', '"weight_map": {"a.weight": "x", '))
+    with pytest.raises(CorruptCheckpoint, match=r"index\.json .*'a\.weight' stands twice"):
+        open_checkpoint(folder)
+    single = write_raw(folder.parent / "single", entry())
+    content = (single / "model.safetensors").read_bytes()[8:]
+    header = content[: content.rindex(b"}") + 1]
+    twice = header[:-1] + b"," + header[1:]
+    (single / "model.safetensors").write_bytes(struct.pack("<Q", len(twice)) + twice + content[len(header) :])
+    with pytest.raises(CorruptCheckpoint, match="'w' stands twice"):
+        open_checkpoint(single)
+
+
 @pytest.mark.parametrize("config", ["", "{", "[]", "\x00"])
 def test_a_garbage_config_is_refused(sharded_folder: tuple[Path, dict[str, Any]], config: str) -> None:
     (sharded_folder[0] / "config.json").write_text(config)

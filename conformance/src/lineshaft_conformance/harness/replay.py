@@ -129,14 +129,14 @@ def wrong_tokens(step: Step, dtype: str) -> list[str]:
     wrong = []
     for r in range(step.live):
         own, token = step.logits[r : r + 1], int(step.token_ids[r])
-        greedy = step.message.sampling is None or step.message.sampling["temperature"][r] == 0
+        greedy = step.choice.sampling is None or step.choice.sampling["temperature"][r] == 0
         if greedy:
             # float64 logits come as float32, where two may have become equal
             right = {int(i) for i in np.flatnonzero(own[0] == own[0].max())} if dtype == "float64" else set()
             right |= {int(argmax(problem, own)[0])}
         else:
-            assert step.message.sampling is not None
-            right = drawn(problem, own, step.message.sampling, r)
+            assert step.choice.sampling is not None
+            right = drawn(problem, own, step.choice.sampling, r)
         if token not in right:
             wrong.append(f"row {r}: token {token}, its own logits give {' or '.join(map(str, sorted(right)))}")
     return wrong

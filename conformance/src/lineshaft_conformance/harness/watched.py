@@ -14,7 +14,7 @@ import numpy as np
 from lineshaft.config import EngineConfig
 from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
-from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.worker import Progress, Worker
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft_conformance.subject import Subject
@@ -34,6 +34,7 @@ class Step:
     """What one step was given and what it gave: token ids int32 [R], logits f32 [R, V]."""
 
     message: StepMessage
+    choice: ChoiceMessage
     token_ids: HostArray
     logits: HostArray
     logprobs: Logprobs | None
@@ -63,6 +64,8 @@ class WatchedExecutor:
     of them in `steps`. Before each step the null page and the pages that `unused(group)` names are filled with poison.
     """
 
+    beside = False
+
     def __init__(self, subject: Subject, config: EngineConfig) -> None:
         self.worker = Worker(config, registry=subject.registry, start=subject.start)
         self.steps: list[Step] = []
@@ -77,12 +80,21 @@ class WatchedExecutor:
         self._fill(lambda group: range(pages[group]))
         return [started]
 
-    def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
-        (message,) = steps
+    def submit(self, steps: Sequence[StepMessage]) -> None:
+        (self._message,) = steps
         self._fill(self.unused)
-        result = self.worker.execute(replace(message, logits=True))
+        self.worker.submit(self._message)
+
+    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
+        (self._choice,) = choices
+        self.worker.choose(replace(self._choice, logits=True))
+
+    def collect(self) -> list[StepResult]:
+        result = self.worker.collect()
         assert result.logits is not None
-        self.steps.append(Step(message, result.token_ids.copy(), result.logits.copy(), result.logprobs))
+        self.steps.append(
+            Step(self._message, self._choice, result.token_ids.copy(), result.logits.copy(), result.logprobs)
+        )
         return [result]
 
     def close(self) -> None:

@@ -116,7 +116,7 @@ def sampled(stage: Stage) -> None:
     ]
     requests = [stage.add(prompt, 12, **way) for way in ways]
     stage.finish()
-    hosts = [(step.live, step.message.sampling) for step in stage.steps if step.message.sampling is not None]
+    hosts = [(step.live, step.choice.sampling) for step in stage.steps if step.choice.sampling is not None]
     uniform = [len(np.unique(host["u"][:live])) for live, host in hosts]
     stage.happened("rows of a step with random numbers of their own", any(n > 3 for n in uniform))
     stage.happened("log-probabilities", any(step.logprobs is not None for step in stage.steps))

@@ -12,7 +12,7 @@ from typing import Any
 
 from lineshaft.contract.ops.spec import Size
 from lineshaft.engine import Engine
-from lineshaft.runner.messages import StepMessage
+from lineshaft.runner.messages import ChoiceMessage, StepMessage
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.checks import Check, Found, require, rule_of
 from lineshaft_conformance.harness.rig import kernel_names
@@ -132,7 +132,7 @@ def decode_step(subject: Subject, seed: int) -> Found:
             engine.step()
         step: StepMessage = watched.steps[-1].message
         timed = Timed(
-            timer.empty.rig, lambda: watched.worker.execute(step), engine.plan.weight_bytes,
+            timer.empty.rig, lambda: watched.worker.execute(step, ChoiceMessage()), engine.plan.weight_bytes,
             kernels=kernel_names(engine.plan),
         )  # fmt: skip
         return judged(timer, timed, LEAST)

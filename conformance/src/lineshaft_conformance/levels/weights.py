@@ -31,8 +31,9 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """Every check of this file."""
     for form in (*PLAIN, *QUANTIZED):
         yield _check(f"stored-{form}", partial(_stored, form=form), _stored)
-    for name, run in (("parts", _parts), ("tied", _tied), ("reload", _reload), ("misshapen", _misshapen)):
+    for name, run in (("parts", _parts), ("stack", _stack), ("tied", _tied), ("reload", _reload)):
         yield _check(name, run, run)
+    yield _check("misshapen", _misshapen, _misshapen)
     yield Check("L0/load/packings", _pure, rule=rule_of(_pure), op="linear", shape_class="load")
 
 
@@ -96,6 +97,28 @@ def _parts(subject: Subject, seed: int) -> Found:
         exact = np.concatenate([dequantize(part, "float64") for part in parts])
         found = _show(rig, 3 * ROWS).astype(np.float64)
         require(np.allclose(found, exact, rtol=0.01, atol=1e-6), "the parts of a weight are not joined in their order")
+        return Found(rig.kernels)
+
+
+def _stack(subject: Subject, seed: int) -> Found:
+    """A parameter of three dims is a stack of the matrices that its parts are, joined one after another."""
+    if not any(kernel.op == "head_linear" for kernel in subject.kernels):
+        raise NotClaimed("no kernel of head_linear")
+    rng, dtype, heads = np.random.default_rng(10), subject.main_dtype, 2
+    parts = tuple(stored(rng.standard_normal((ROWS, WIDTH)).astype(np.float32)) for _ in range(2 * heads))
+    problem = LinearProblem(dtype=dtype, n=2 * ROWS, k=WIDTH, heads=heads)
+    param = Param("w", "w", (heads, 2 * ROWS, WIDTH), dtype, {"linear": problem}, lambda *_: Local(parts))
+
+    def fn(ops: Any, weights: Any, caches: Any, step: StepInputs, arrays: Any) -> Any:
+        return {"values": ops.head_linear(step.arrays["x"], weights["w"])}, caches
+
+    inputs = InputLayout([InputField("x", dtype, (WIDTH, heads, WIDTH))])
+    spec = ProgramSpec("stack", fn, StepShape(WIDTH, WIDTH, (), WIDTH, 1), inputs)
+    with Rig(subject, [spec], params={"w": param}) as rig:
+        x = np.repeat(np.eye(WIDTH)[:, None], heads, 1).astype(numpy_dtype(dtype))
+        found = rig.run({"x": x})["values"].astype(np.float64).transpose(1, 2, 0)
+        exact = np.concatenate([part.arrays["data"] for part in parts]).reshape(found.shape)
+        require(np.allclose(found, exact, rtol=0.01, atol=1e-6), "the matrices of a stack do not lie one after another")
         return Found(rig.kernels)
 
 

@@ -243,6 +243,8 @@ ROWS = (
     mutant("clamps-outside", "embed gives 0 outside the shard (ops)", "embed/first_shard*",
            with_call("embed", lambda p, run, ids, table, start: run(
                ids.clamp(int(start), int(start) + p.vocab - 1), table, start))),
+    mutant("scale-ignored", "embed multiplies by the scale (ops)", "embed/scaled*",
+           with_problem("embed", lambda p: {"scale": 1.0})),
     mutant("ids-of-16-bits", "ids are int32 (step)", "embed/vocabulary*",
            before("embed", lambda ids, table, start: (ids & 0xFFFF, table, start))),
     mutant("last-row-of-shard", "the shard's last row is inside (ops)", "embed/*",
@@ -338,6 +340,14 @@ ROPE = (
     mutant("llama3-as-linear", "llama3 scaling blends by wavelength", "rope/llama3*",
            with_problem("rope", lambda p: {"scaling": replace(p.scaling, kind=p.scaling.kind.replace(
                "llama3", "linear"))})),
+    mutant("yarn-as-linear", "yarn scaling blends by the number of the pair", "rope/yarn*",
+           with_problem("rope", lambda p: {"scaling": replace(p.scaling, kind=p.scaling.kind.replace(
+               "yarn", "linear"))})),
+    mutant("attention-factor-ignored", "the rotated values are multiplied by attention_factor (ops)", "rope/grown*",
+           with_problem("rope", lambda p: {"attention_factor": 1.0})),
+    mutant("whole-head-grows", "values beyond dim do not grow (ops)", "rope/grown*",
+           with_result("rope", lambda p, pair: tuple(torch.cat([x[..., : p.dim], x[..., p.dim :] * p.attention_factor],
+                                                               -1) for x in pair))),
     mutant("factors-ignored", "freq_factors divide the frequencies", "rope/freq_factors*",
            with_problem("rope", lambda p: {"scaling": replace(p.scaling, freq_factors=())})),
     mutant("narrow-angles", "angles are computed in f32 (ops)", "rope/*",
@@ -372,14 +382,25 @@ def backwards_within(p: Any, run: Any, x: Tensor, ids: Tensor, mapping: Tensor, 
     return rows, offsets, (ids.numel() - 1 - source).int()
 
 
-def skips_empty_experts(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor) -> Any:
+def skips_empty_experts(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor, **biases: Any) -> Any:
     counts = offsets.diff()
     packed = torch.cat([counts[counts > 0], counts[counts == 0]])
-    return run(x, w13, w2, torch.cat([offsets[:1], packed.cumsum(0)]).int())
+    return run(x, w13, w2, torch.cat([offsets[:1], packed.cumsum(0)]).int(), **biases)
 
 
-def reads_beyond(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor) -> Any:
-    return run(x, w13, w2, torch.cat([offsets[:-1], offsets[-1:] * 0 + len(x)]).int())
+def reads_beyond(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor, **biases: Any) -> Any:
+    return run(x, w13, w2, torch.cat([offsets[:-1], offsets[-1:] * 0 + len(x)]).int(), **biases)
+
+
+def biases_everywhere(p: Any, run: Any, x: Tensor, w13: Any, w2: Any, offsets: Tensor, **biases: Any) -> Any:
+    out = run(x, w13, w2, offsets, **biases)
+    return torch.where((torch.arange(len(x)) < offsets[-1])[:, None], out, biases["w2_bias"][-1]) if biases else out
+
+
+def with_biases(change: Callable[[Tensor], Tensor]) -> Make:
+    """Makes a mutant whose experts have `change(bias)` for each of their biases."""
+    return with_call("grouped_mlp", lambda p, run, *args, **biases: run(
+        *args, **{name: change(bias) for name, bias in biases.items()}))  # fmt: skip
 
 
 def whole_mlp(p: Any, x: Tensor, ids: Tensor, probs: Tensor, w13: Any, w2: Any, expert_map: Tensor) -> Tensor:
@@ -421,6 +442,14 @@ EXPERTS = (
            with_call("grouped_mlp", skips_empty_experts)),
     mutant("reads-beyond", "rows after the last offset are 0 and not read", "grouped_mlp/beyond_is_nan*",
            with_call("grouped_mlp", reads_beyond)),
+    mutant("biased-beyond", "rows after the last offset are 0, whatever the biases", "grouped_mlp/bias*",
+           with_call("grouped_mlp", biases_everywhere)),
+    mutant("one-bias-for-all", "each expert has biases of its own", "grouped_mlp/bias*",
+           with_biases(lambda bias: bias[:1].expand_as(bias))),
+    mutant("unlimited", "swigluoai cuts gate and up off at the limit", "grouped_mlp/*swigluoai*",
+           with_problem("grouped_mlp", lambda p: {"swiglu_limit": 1e9} if p.swiglu_limit else {})),
+    mutant("alpha-is-1", "swigluoai has the problem's alpha", "grouped_mlp/*swigluoai*",
+           with_problem("grouped_mlp", lambda p: {"swiglu_alpha": 1.0} if p.swiglu_alpha else {})),
     mutant("always-silu", "the activation is the problem's", "expert_mlp/gelu*",
            with_problem("grouped_mlp", lambda p: {"activation": "silu"})),
     mutant("unweighted", "moe_combine multiplies by probs (ops)", "moe_combine/*",

@@ -40,6 +40,13 @@ def _first_part_only(param: Param, local: Local) -> Local:
     return Local(local.parts[:1] * len(local.parts))
 
 
+def _in_turns(param: Param, local: Local) -> Local:
+    if len(param.shape) < 3:
+        return local
+    parts = [dequantize(part, param.dtype) for part in local.parts]
+    return Local((Stored("none", param.shape, {"data": np.stack(parts, 1).reshape(param.shape)}),))
+
+
 def _fits_anyway(param: Param, local: Local) -> Local:
     whole = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
     return Local((Stored("none", param.shape, {"data": np.resize(whole, param.shape)}),))
@@ -123,6 +130,9 @@ def _by_place(session: Any) -> Any:
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("parts_reversed", "the parts of a share are joined in order", 3, "L3/weights/parts", _with_share(_reversed)),
     Mutant("first_part_only", "a share is all of its parts", 3, "L3/weights/parts", _with_share(_first_part_only)),
+    Mutant(
+        "stack_in_turns", "the matrices of a stack lie one after another", 3, "L3/weights/stack", _with_share(_in_turns)
+    ),
     Mutant(
         "fits_anyway", "parts that do not make up the shape are a typed error", 3, "L3/weights/misshapen",
         _with_share(_fits_anyway),

@@ -11,7 +11,7 @@ from lineshaft.contract.steps import StepShape
 from lineshaft.engine import Engine
 from lineshaft.executors import Executor, make_executor
 from lineshaft.registry import Registry
-from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import degrees_of
 from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
@@ -20,6 +20,8 @@ from lineshaft_conformance.trace.errors import TraceError
 
 class Keeping:
     """An executor that keeps what it was told and the token ids that came out."""
+
+    beside = False
 
     def __init__(self, inner: Executor) -> None:
         self._inner = inner
@@ -32,9 +34,15 @@ class Keeping:
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
         return self._inner.start(pages, progress)
 
-    def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
-        results = self._inner.execute(steps)
+    def submit(self, steps: Sequence[StepMessage]) -> None:
         self.steps += steps
+        self._inner.submit(steps)
+
+    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
+        self._inner.choose(choices)
+
+    def collect(self) -> list[StepResult]:
+        results = self._inner.collect()
         self.token_ids += [result.token_ids for result in results]
         return results
 

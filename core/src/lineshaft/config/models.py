@@ -95,6 +95,9 @@ class EngineConfig(Table):
     """CPU threads of one worker; 0 leaves the choice to the backend. Fewer are quicker where CPUs are busy."""
     executor: str = "auto"
     """Where workers run: "inproc", "process" or a plugin's; "auto": "inproc" for one worker, else "process"."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Whether a step is scheduled while the one before runs; "auto": where the backend or its workers run beside the
+    engine."""
     step_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 300.0
     """Seconds that workers in processes may take for one step; then all are killed and the step fails."""
     cache: CacheConfig = CacheConfig()

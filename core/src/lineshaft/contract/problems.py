@@ -56,12 +56,13 @@ class NormProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedProblem(Problem):
-    """Row lookup in `[vocab, width]`, where `vocab` counts this shard's rows."""
+    """Row lookup in `[vocab, width]`, where `vocab` counts this shard's rows; `scale` multiplies each row found."""
 
     vocab: int
     width: int
     rows: int = 0
     scheme: str = feature("none")
+    scale: float = feature(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,24 +84,34 @@ class LinearProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Frequency scaling of rotary embeddings; `kind` is "none", "linear" or "llama3".
+    """Frequency scaling of rotary embeddings; `kind` is "none", "linear", "llama3" or "yarn".
 
     llama3: frequencies whose wavelength exceeds `original_context / low_freq_factor` are divided by `factor`, those
     below `original_context / high_freq_factor` stay, and in between the two are blended (Llama 3.1 model card).
-    `freq_factors` divides each frequency and comes from checkpoints that store the scaling as a tensor.
+    yarn: pairs that turn more than `beta_fast` times within `original_context` stay, those that turn less than
+    `beta_slow` times are divided by `factor`, and in between the two are blended by the pair's number, whose bounds
+    are rounded to whole pairs if `truncate` (Peng et al., 2023).
+    `freq_factors` divides each frequency and comes from checkpoints that store the scaling as a list (LongRoPE) or as
+    a tensor.
     """
 
     kind: str = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
     original_context: int = 0
     freq_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeProblem(Problem):
-    """Rotary embedding of the first `dim` of `head_dim` values; angles are computed in float32."""
+    """Rotary embedding of the first `dim` of `head_dim` values; angles are computed in float32.
+
+    `attention_factor` multiplies the rotated values (YaRN, LongRoPE), so that scores grow by its square.
+    """
 
     dim: int
     base: float
@@ -111,6 +122,7 @@ class RopeProblem(Problem):
     max_position: int = 0
     scaling: RopeScaling = RopeScaling()
     interleaved: bool = feature(False)
+    attention_factor: float = feature(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +221,10 @@ class RouterProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertProblem(Problem):
-    """Gated MLP of routed experts: `local` of `experts` experts live on this rank; capacity is static, T * k."""
+    """Gated MLP of routed experts: `local` of `experts` experts live on this rank; capacity is static, T * k.
+
+    `activation` is "silu", "gelu" or "swigluoai", that of gpt-oss, which alone has `swiglu_alpha` and `swiglu_limit`.
+    """
 
     experts: int
     local: int
@@ -219,6 +234,9 @@ class ExpertProblem(Problem):
     rows: int = 0
     activation: str = "silu"
     scheme: str = feature("none")
+    bias: bool = feature(False)
+    swiglu_alpha: float = feature(0.0)
+    swiglu_limit: float = feature(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

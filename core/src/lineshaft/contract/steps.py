@@ -58,19 +58,27 @@ class InputLayout:
     def __init__(self, fields: Sequence[InputField]) -> None:
         self.fields = tuple(fields)
         self.offsets: dict[str, int] = {}
-        self._places: list[tuple[str, slice, np.dtype[Any], tuple[int, ...]]] = []
+        self._places: list[tuple[str, tuple[int, ...], np.dtype[Any], int]] = []
         end = 0
         for item in self.fields:
             self.offsets[item.name] = end
             dtype = np.dtype(item.dtype)
-            size = math.prod(item.shape) * dtype.itemsize
-            self._places.append((item.name, slice(end, end + size), dtype, item.shape))
-            end += -(-size // ALIGNMENT) * ALIGNMENT
+            self._places.append((item.name, item.shape, dtype, end))
+            end += -(-math.prod(item.shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.nbytes = max(end, ALIGNMENT)
+
+    def to_json(self) -> list[list[Any]]:
+        """The fields as plain lists."""
+        return [[item.name, item.dtype, list(item.shape)] for item in self.fields]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Sequence[Any]]) -> InputLayout:
+        """The inverse of `to_json`."""
+        return cls([InputField(name, dtype, tuple(shape)) for name, dtype, shape in data])
 
     def views(self, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, np.ndarray[Any, Any]]:
         """Named views into `buffer`, a uint8 array of at least `nbytes` bytes."""
-        return {name: buffer[place].view(dtype).reshape(shape) for name, place, dtype, shape in self._places}
+        return {name: np.ndarray(shape, dtype, buffer, offset) for name, shape, dtype, offset in self._places}
 
 
 class HostStep:
@@ -92,6 +100,7 @@ def aligned_zeros(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return raw[start : start + nbytes]
 
 
+@cache
 def forward_inputs(shape: StepShape, page_starts: frozenset[int] = frozenset()) -> InputLayout:
     """The inputs of a forward program.
 

@@ -74,7 +74,11 @@ def coordinate_at(axes: Sequence[tuple[str, int]], rank: int) -> Coordinate:
 
 @dataclass(frozen=True)
 class Local:
-    """One coordinate's share of a parameter: parts to be joined along dim 0, each as stored."""
+    """One coordinate's share of a parameter: parts to be joined along dim 0, each as stored.
+
+    Of a parameter of more than two dims the parts may be matrices, whose join has its rows one after another: a stack
+    of experts is the list of their matrices.
+    """
 
     parts: tuple[Stored, ...]
 

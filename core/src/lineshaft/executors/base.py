@@ -9,19 +9,30 @@ from typing import Protocol
 from lineshaft.config import EngineConfig
 from lineshaft.errors import InvalidValue, LayoutError, PlanMismatch
 from lineshaft.registry import Registry
-from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import degrees_of
 from lineshaft.runner.worker import Progress
 
 
 class Executor(Protocol):
-    """Runs the same step on every rank of each replica and brings back each replica's result."""
+    """Runs the same step on every rank of each replica and brings back each replica's result.
+
+    A step is submitted, then told how its tokens are chosen, then collected; only then is the next one submitted.
+    Neither of the first two waits for the step where the backend or the workers run beside the engine. Their sequences
+    hold one message per dp replica.
+    """
+
+    beside: bool  # whether workers run beside the engine's thread
 
     def size(self) -> list[Sizes]: ...  # by rank
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]: ...  # by rank
 
-    def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]: ...  # one of each per dp replica
+    def submit(self, steps: Sequence[StepMessage]) -> None: ...
+
+    def choose(self, choices: Sequence[ChoiceMessage]) -> None: ...
+
+    def collect(self) -> list[StepResult]: ...  # one per dp replica
 
     def close(self) -> None: ...
 

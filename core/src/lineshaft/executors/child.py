@@ -17,7 +17,7 @@ from lineshaft.config import EngineConfig
 from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import LineshaftError
 from lineshaft.executors.wire import Disconnected, receive, send
-from lineshaft.runner.messages import StepMessage
+from lineshaft.runner.messages import ChoiceMessage, Frames, StepMessage
 from lineshaft.runner.worker import Worker
 
 
@@ -28,20 +28,26 @@ class Server:
     def __init__(self, peer: socket.socket, make: Callable[[EngineConfig, int, str], Worker] = Worker) -> None:
         self._peer, self._make = peer, make
         self._worker: Worker | None = None
+        self._failed = False
 
     def run(self) -> None:
         """Answer until the engine closes the connection."""
         try:
             while True:
-                header, arrays = receive(self._peer)
-                send(self._peer, *self._answer(header, arrays))
+                answer = self._answer(*receive(self._peer))
+                if answer is not None:
+                    send(self._peer, *answer)
         except Disconnected:
             pass
         finally:
             if self._worker is not None:
                 self._worker.close()
 
-    def _answer(self, header: dict[str, Any], arrays: list[HostArray]) -> tuple[dict[str, Any], list[HostArray]]:
+    def _answer(self, header: dict[str, Any], arrays: list[HostArray]) -> Frames | None:
+        """What to reply; None while a step runs, of which only the end, or a failure, is told. What follows a failure
+        is not done."""
+        if self._failed and header["call"] == "choose":
+            return None
         try:
             return self._call(header, arrays)
         except Disconnected:
@@ -50,9 +56,10 @@ class Server:
             if not isinstance(error, LineshaftError):
                 traceback.print_exc()
             message = " ".join(str(error).split())
+            self._failed = True
             return {"error": {"class": type(error).__name__, "message": message}}, []
 
-    def _call(self, header: dict[str, Any], arrays: list[HostArray]) -> tuple[dict[str, Any], list[HostArray]]:
+    def _call(self, header: dict[str, Any], arrays: list[HostArray]) -> Frames | None:
         if header["call"] == "make":
             config = EngineConfig.model_validate(header["config"])
             self._worker = self._make(config, header["rank"], header["rendezvous"])
@@ -62,7 +69,11 @@ class Server:
             return self._worker.size().to_json(), []
         if header["call"] == "start":
             return dataclasses.asdict(self._worker.start(tuple(header["pages"]), self._progress)), []
-        return self._worker.execute(StepMessage.from_frames(header, arrays)).to_frames()
+        if header["call"] == "submit":
+            self._worker.submit(StepMessage.from_frames(header, arrays))
+            return None
+        self._worker.choose(ChoiceMessage.from_frames(header, arrays))
+        return self._worker.collect().to_frames()
 
     def _progress(self, what: str, done: int, total: int) -> None:
         send(self._peer, {"progress": [what, done, total]})

@@ -25,7 +25,7 @@ from lineshaft.errors import LineshaftError, SessionPoisoned, WorkerDied
 from lineshaft.executors.wire import Disconnected, receive, send
 from lineshaft.host import usable_cpus
 from lineshaft.registry import Registry
-from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import check_layout, degrees_of
 from lineshaft.runner.worker import Progress
 
@@ -69,6 +69,8 @@ class ProcessExecutor:
     """Ranks in processes; the engine talks to each over a socket pair. `worker` is what they run instead of core's own
     program: a module, and arguments that go before core's."""
 
+    beside = True
+
     def __init__(self, config: EngineConfig, registry: Registry, worker: Sequence[str] = WORKER) -> None:
         check_layout(config, registry)
         self._degrees = degrees_of(config)
@@ -105,15 +107,25 @@ class ProcessExecutor:
         shutil.rmtree(self._folder, ignore_errors=True)  # all have met
         return [Started(**header) for header, _ in replies]
 
-    def execute(self, steps: Sequence[StepMessage]) -> list[StepResult]:
+    def submit(self, steps: Sequence[StepMessage]) -> None:
+        self._tell("submit", steps)
+
+    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
+        self._tell("choose", choices)
+
+    def collect(self) -> list[StepResult]:
+        with self._exchange():
+            replies = self._collect(None, self._timeout)
+        return [StepResult.from_frames(*reply) for reply in replies[:: self._degrees.replica]]
+
+    def _tell(self, call: str, messages: Sequence[StepMessage | ChoiceMessage]) -> None:
+        """Send each replica's message to all of its workers; only what follows `choose` is answered."""
         replica_size = self._degrees.replica
         with self._exchange():
-            for replica, step in enumerate(steps):
-                header, arrays = step.to_frames()
+            for replica, message in enumerate(messages):
+                header, arrays = message.to_frames()
                 for child in self._children[replica * replica_size : (replica + 1) * replica_size]:
-                    self._send(child, {"call": "execute", **header}, arrays)
-            replies = self._collect(None, self._timeout)
-        return [StepResult.from_frames(*replies[replica * replica_size]) for replica in range(len(steps))]
+                    self._send(child, {"call": call, **header}, arrays)
 
     def close(self) -> None:
         """Idempotent: ends every worker, by force if it does not end by itself."""

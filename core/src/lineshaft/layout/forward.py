@@ -29,13 +29,16 @@ class Layout:
         """x [R, V / tp] -> [R, V]."""
         return x
 
-    def attend(self, ops: Any, q: Array, cache: Any, step: Any) -> Array:
-        """q [T, Hq, D] -> [T, Hq, Dv] on this rank's heads."""
-        return ops.attend(q, cache, step)
+    def attend(self, ops: Any, q: Array, cache: Any, step: Any, use: str = "attend", **arrays: Array) -> Array:
+        """q [T, Hq, D] -> [T, Hq, Dv] on this rank's heads; `use` is the declared name, `arrays` the op's optional
+        ones."""
+        return getattr(ops, use)(q, cache, step, **arrays)
 
-    def experts(self, ops: Any, x: Array, ids: Array, probs: Array, w13: Any, w2: Any, expert_map: Array) -> Array:
-        """x [T, H] -> partial sum [T, H] over this rank's experts."""
-        return ops.expert_mlp(x, ids, probs, w13, w2, expert_map)
+    def experts(
+        self, ops: Any, x: Array, ids: Array, probs: Array, w13: Any, w2: Any, expert_map: Array, **biases: Array
+    ) -> Array:
+        """x [T, H] -> partial sum [T, H] over this rank's experts, or over its part of each expert's width."""
+        return ops.expert_mlp(x, ids, probs, w13, w2, expert_map, **biases)
 
 
 class TensorParallel(Layout):

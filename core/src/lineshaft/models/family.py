@@ -20,14 +20,16 @@ Uses = Mapping[str, tuple[str, Problem]]
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a model is built for: executed dtype, cache dtype, page size in tokens, parallel degrees, and the scheme by
-    which the weights of its linear layers are quantized (`LinearProblem.scheme`)."""
+    """What a model is built for: executed dtype, cache dtype, page size in tokens, parallel degrees, the scheme by
+    which the weights of its linear layers are quantized (`LinearProblem.scheme`), and the longest text in tokens that
+    the run allows (None: the model's own limit)."""
 
     dtype: str
     kv_dtype: str
     page_size: int
     degrees: Degrees
     quantization: str = "none"
+    max_model_len: int | None = None
 
 
 class Model(Protocol):

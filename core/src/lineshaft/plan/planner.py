@@ -129,11 +129,10 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
     chosen: dict[tuple[str, Problem], Kernel] = {}
     packings: dict[str, Packing] = {}
     for site in sites:
-        layout = layouts[names[site.weight]] if site.weight is not None else cache_layout if site.cache else None
+        layout = layouts[names[site.weights[0]]] if site.weights else cache_layout if site.cache else None
         kernel = resolver.candidates(site.op, site.problem).best(layout)
         chosen[site.op, site.problem] = kernel
-        if site.weight is not None:
-            packings[names[site.weight]] = Packing(kernel.layout, kernel.pack)
+        packings |= {names[key]: Packing(kernel.layout, kernel.pack) for key in site.weights}
     plan = Plan(
         backend=backend,
         shapes=tuple(dict.fromkeys(program.shape for program in programs)),
@@ -173,9 +172,9 @@ def _trace(program: ProgramSpec, work: Workload, resolver: Resolver, specs: Mapp
 def _weight_layouts(work: Workload, sites: Sequence[Site], resolver: Resolver) -> dict[str, str]:
     uses: dict[int, dict[tuple[str, Problem], Candidates]] = {}
     for site in sites:
-        if site.weight is not None:
+        for key in site.weights:
             found = resolver.candidates(site.op, site.problem)
-            uses.setdefault(site.weight, {})[site.op, site.problem] = found
+            uses.setdefault(key, {})[site.op, site.problem] = found
     decided: dict[frozenset[tuple[str, Problem]], str] = {}
     layouts = {}
     for key, param in enumerate(distinct_params(work.params)):

@@ -46,7 +46,7 @@ class Site:
     op: str
     key: tuple[Any, ...]
     problem: Problem
-    weight: int | None = None  # key of the Weight argument
+    weights: tuple[int, ...] = ()  # keys of the Weight arguments, all read in the kernel's packing
     cache: bool = False
     composite: bool = False  # run by the op's default decomposition
 
@@ -143,14 +143,14 @@ class Tracer:
         self, name: str, spec: OpSpec, base: Problem | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         call = Call(args, kwargs, self._degrees)
-        weight = next((item for item in args if isinstance(item, Weight)), None) if spec.weight else None
-        problem = spec.specialise(base if weight is None else weight.problems[spec.weight], call)
+        held = [item for item in args if isinstance(item, Weight)] if spec.weight else []
+        problem = spec.specialise(held[0].problems[spec.weight] if held else base, call)
         check_optional(spec, problem, kwargs)
         self.trace.flow.append(f"{name} {problem} {label_of(args)} {label_of(kwargs)}")
         composite = spec.default is not None and not self._resolvable(spec.name, problem)
         site = Site(
             name, spec.name, dispatch_key(args, kwargs), problem,
-            weight=None if weight is None else weight.key,
+            weights=tuple(weight.key for weight in held),
             cache=any(isinstance(item, Cache) for item in args), composite=composite,
         )  # fmt: skip
         seen = (name, site.key)

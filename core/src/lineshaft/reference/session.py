@@ -30,7 +30,7 @@ from lineshaft.contract.sessions import (
 from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
 from lineshaft.contract.weights import Checkpoint, Coordinate, Param, Weight
 from lineshaft.errors import MisshapenTensor
-from lineshaft.weights.schemes import dequantize
+from lineshaft.weights.schemes import check_parts, dequantize
 
 
 class ValueArray(Restricted):
@@ -198,7 +198,5 @@ class ReferenceSession(SessionState):
 
 def _values(param: Param, checkpoint: Checkpoint) -> HostArray:
     local = param.shard(checkpoint, Coordinate())
-    values = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
-    if values.shape != param.shape:
-        raise MisshapenTensor(f"{param.name} has shape {values.shape}, the model needs {param.shape}")
-    return values
+    check_parts(param, local)
+    return np.concatenate([dequantize(part, param.dtype) for part in local.parts]).reshape(param.shape)

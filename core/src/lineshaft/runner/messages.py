@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lineshaft.cache import PageSwap
 from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape, forward_inputs
+from lineshaft.contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
 from lineshaft.sampling.logprobs import Logprobs
@@ -22,19 +23,18 @@ Frames = tuple[dict[str, Any], list[HostArray]]
 
 @dataclass(frozen=True)
 class StepMessage:
-    """One step of one replica: the packed inputs, page copies to make first, and which extra outputs are wanted.
+    """The forward of one step of one replica: its packed inputs, and the pages to move first.
 
-    `copies` is int32 [n, 3] of (group, src, dst). `sampling` is None where every row is greedy; `adjust` are the steps
-    that mask and edit the logits first, each over the result of the one before.
+    Pages are saved to the host (`swaps_out`), then copied, then brought back (`swaps_in`). `copies` is int32 [n, 3] of
+    (group, src, dst). `on_host`, told with `swaps_out`: the sequences whose pages are still wanted there.
     """
 
     shape: StepShape
     forward: HostStep
     copies: HostArray
-    sampling: HostStep | None = None
-    logprobs: bool = False
-    logits: bool = False
-    adjust: tuple[HostStep, ...] = ()
+    swaps_out: tuple[PageSwap, ...] = ()
+    swaps_in: tuple[PageSwap, ...] = ()
+    on_host: tuple[int, ...] = ()
 
     def copies_by_group(self) -> Iterator[tuple[int, HostArray, HostArray]]:
         """(group, src int32 [n], dst int32 [n]) of each group that has copies: what `Session.copy_pages` takes."""
@@ -44,28 +44,50 @@ class StepMessage:
 
     def to_frames(self) -> Frames:
         header = {
-            "shape": dataclasses.asdict(self.shape), "logprobs": self.logprobs, "logits": self.logits,
-            "sampling": None if self.sampling is None else _fields(self.sampling),
-            "adjust": [_fields(host) for host in self.adjust],
-        }  # fmt: skip
-        arrays = [self.forward.buffer, self.copies, *(host.buffer for host in self.adjust)]
-        return header, arrays if self.sampling is None else [*arrays, self.sampling.buffer]
+            "shape": dataclasses.asdict(self.shape),
+            "out": self.swaps_out,
+            "in": self.swaps_in,
+            "host": self.on_host,
+        }
+        return header, [self.forward.buffer, self.copies]
 
     @classmethod
     def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> StepMessage:
         shape = make_shape(header["shape"])
-        sampling = None if header["sampling"] is None else _host(header["sampling"], arrays[-1])
-        forward = HostStep(forward_inputs(shape), arrays[0])
-        adjust = tuple(map(_host, header["adjust"], arrays[2:]))
-        return cls(shape, forward, arrays[1], sampling, header["logprobs"], header["logits"], adjust)
+        out, back = (tuple(PageSwap(s, g, tuple(pages)) for s, g, pages in header[key]) for key in ("out", "in"))
+        return cls(shape, HostStep(forward_inputs(shape), arrays[0]), arrays[1], out, back, tuple(header["host"]))
 
 
-def _fields(host: HostStep) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(item.name, item.dtype, item.shape) for item in host.layout.fields]
+@dataclass(frozen=True)
+class ChoiceMessage:
+    """How the tokens of a step are chosen from its R rows of logits, sent while its forward runs.
 
+    `adjust` are the steps that edit and mask the logits first, each over the result of the one before; `sampling` is
+    None where every row is greedy. Further outputs are made only where they are wanted.
+    """
 
-def _host(fields: Sequence[tuple[str, str, Sequence[int]]], buffer: HostArray) -> HostStep:
-    return HostStep(InputLayout([InputField(name, dtype, tuple(shape)) for name, dtype, shape in fields]), buffer)
+    sampling: HostStep | None = None
+    adjust: tuple[HostStep, ...] = ()
+    logprobs: bool = False
+    logits: bool = False  # as they were adjusted
+    scored: HostArray | None = None  # int32 [R]: ids whose log-probability is wanted; -1: the chosen one's
+
+    def to_frames(self) -> Frames:
+        hosts = [*self.adjust, *([] if self.sampling is None else [self.sampling])]
+        header = {
+            "logprobs": self.logprobs, "logits": self.logits, "adjust": len(self.adjust),
+            "hosts": [host.layout.to_json() for host in hosts],
+        }  # fmt: skip
+        scored = [] if self.scored is None else [self.scored]
+        return header, [*(host.buffer for host in hosts), *scored]
+
+    @classmethod
+    def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> ChoiceMessage:
+        layouts = [InputLayout.from_json(fields) for fields in header["hosts"]]
+        hosts = tuple(map(HostStep, layouts, arrays))
+        adjust, sampling = hosts[: header["adjust"]], hosts[header["adjust"] :]
+        scored = arrays[len(hosts)] if len(arrays) > len(hosts) else None
+        return cls(sampling[0] if sampling else None, adjust, header["logprobs"], header["logits"], scored)
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,7 @@ class Sizes:
     limits: Limits
     shapes: tuple[StepShape, ...]  # forward buckets, smallest first
     vocab: int
+    asynchronous: bool = False  # whether a step runs on while the host goes on
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "plan": self.plan.to_json()}
@@ -115,6 +138,7 @@ class Sizes:
             plan=Plan.from_json(data["plan"]), weight_bytes=data["weight_bytes"], page_bytes=tuple(data["page_bytes"]),
             pages=tuple(data["pages"]), page_sizes=tuple(data["page_sizes"]), limits=Limits(**data["limits"]),
             shapes=tuple(make_shape(shape) for shape in data["shapes"]), vocab=data["vocab"],
+            asynchronous=data["asynchronous"],
         )  # fmt: skip
 
 

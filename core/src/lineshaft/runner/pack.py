@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lineshaft.cache import CacheManager
+from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.runner.buckets import Need
-from lineshaft.scheduler import Batch, Row
+from lineshaft.scheduler import Batch, Request, Row
 
 
 def need_of(rows: Sequence[Row]) -> Need:
@@ -17,35 +19,79 @@ def need_of(rows: Sequence[Row]) -> Need:
     return Need(
         tokens=sum(row.count for row in rows),
         rows=len(rows),
-        logits=sum(row.samples for row in rows),
+        logits=sum(row.logits for row in rows),
         max_query=max((row.count for row in rows), default=0),
     )
 
 
-def pack_forward(batch: Batch, cache: CacheManager, page_sizes: Sequence[int], shape: StepShape) -> HostStep:
+Place = tuple[int, Request]
+"""A row of logits, and the request whose next token is chosen from it."""
+
+
+def places(scored: Sequence[tuple[int, Row]]) -> list[Place]:
+    """Where the requests that get a token have the logits of it; `scored`: rows, each with its first row of logits."""
+    return [(start + row.logits - 1, row.request) for start, row in scored if row.samples]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A forward's inputs, and the places of tokens that the step before has not given yet."""
+
+    host: HostStep
+    unknown: Sequence[tuple[int, int]]  # (index into token_ids, request id)
+    on_host: tuple[int, ...] = ()  # sequences whose pages are saved, where the step saves some
+
+    def fill(self, tokens: Mapping[int, int]) -> None:
+        """Put in the tokens, by request id; where one could not be sampled, the row is void and any id serves."""
+        ids = self.host["token_ids"]
+        for at, request_id in self.unknown:
+            ids[at] = max(tokens[request_id], 0)
+
+
+def pack_forward(batch: Batch, cache: CacheManager, page_sizes: Sequence[int], shape: StepShape) -> Packed:
     """The forward's inputs for this batch in this bucket; rows past the batch stay zero, which is padding."""
-    host = HostStep(forward_inputs(shape))
-    tokens, positions, starts = host["token_ids"], host["positions"], host["query_starts"]
-    at = sampled = 0
-    for b, row in enumerate(batch.rows):
-        end = at + row.count
-        tokens[at:end] = row.request.tokens[row.start : row.start + row.count]
-        positions[at:end] = np.arange(row.start, row.start + row.count, dtype=np.int32)
-        for group, page_size in enumerate(page_sizes):
-            _pack_group(host, group, page_size, cache.pages(row.request.id, group), b, at, row)
-        if row.samples:
-            host["logit_rows"][sampled] = end - 1
-            sampled += 1
-        at = starts[b + 1] = end
-    starts[len(batch.rows) + 1 :] = at
-    return host
+    host, rows = HostStep(forward_inputs(shape)), batch.rows
+    counts = np.array([row.count for row in rows], np.int32)
+    stops = counts + np.array([row.start for row in rows], np.int32)
+    ends = np.cumsum(counts, dtype=np.int32)
+    total = int(ends[-1]) if rows else 0
+    positions = np.arange(total, dtype=np.int32) + np.repeat(stops - ends, counts)
+    tokens, unknown = _token_ids(rows, ends)
+    host["token_ids"][:total] = tokens
+    host["positions"][:total] = positions
+    host["query_starts"][1 : len(rows) + 1] = ends
+    host["query_starts"][len(rows) + 1 :] = total
+    logit_rows = _logit_rows(rows, ends)
+    host["logit_rows"][: len(logit_rows)] = logit_rows
+    of_row = np.repeat(np.arange(len(rows)), counts)
+    for group, page_size in enumerate(page_sizes):
+        table = host[f"page_table.{group}"]
+        for b, row in enumerate(rows):
+            pages = cache.pages(row.request.id, group)
+            table[b, : len(pages)] = pages
+        page, offset = np.divmod(positions, page_size)
+        host[f"slots.{group}"][:total] = table[of_row, page] * page_size + offset
+        host[f"context_lens.{group}"][: len(rows)] = stops
+    return Packed(host, unknown, tuple(cache.on_host) if batch.swaps_out else ())
 
 
-def _pack_group(host: HostStep, group: int, page_size: int, pages: Sequence[int], b: int, at: int, row: Row) -> None:
-    stop = row.start + row.count
-    used = -(-stop // page_size)
-    table = host[f"page_table.{group}"]
-    table[b, :used] = pages[:used]
-    positions = np.arange(row.start, stop, dtype=np.int32)
-    host[f"slots.{group}"][at : at + row.count] = table[b][positions // page_size] * page_size + positions % page_size
-    host[f"context_lens.{group}"][b] = stop
+def _token_ids(rows: Sequence[Row], ends: HostArray) -> tuple[list[int], list[tuple[int, int]]]:
+    """The rows' tokens in order, 0 where one is not known yet, and where those are."""
+    ids: list[int] = []
+    unknown = []
+    for b, row in enumerate(rows):
+        tokens = row.request.tokens
+        stop = row.start + row.count
+        if stop > len(tokens):
+            unknown.append((int(ends[b]) - 1, row.request.id))
+            ids += [*tokens[row.start : stop - 1], 0]
+        elif row.count == 1:
+            ids.append(tokens[row.start])
+        else:
+            ids += tokens[row.start : stop]
+    return ids, unknown
+
+
+def _logit_rows(rows: Sequence[Row], ends: HostArray) -> list[int]:
+    """The tokens whose logits are wanted: the last ones of each row."""
+    return [at for row, end in zip(rows, ends.tolist(), strict=True) for at in range(end - row.logits, end)]

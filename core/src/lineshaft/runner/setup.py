@@ -73,7 +73,7 @@ def build_model(
     config: EngineConfig, checkpoint: Checkpoint, family: ModelFamily, dtype: str = "float32", page_size: int = 1
 ) -> Model:
     """The model as configured. Raises LayoutError, ModelError, InvalidValue for a family that quantizes no weight."""
-    context = BuildContext(dtype, dtype, page_size, degrees_of(config), config.quantization)
+    context = BuildContext(dtype, dtype, page_size, degrees_of(config), config.quantization, config.max_model_len)
     model = family.build(checkpoint.config, context)
     wanted = config.quantization
     if wanted != NONE and not any(param.scheme == wanted for param in distinct_params(model.params())):

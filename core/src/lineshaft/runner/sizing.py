@@ -24,7 +24,7 @@ def sizes(config: EngineConfig, setup: Setup, plan: Plan) -> Sizes:
     check_fits({**parts, "KV pool": pool}, free)
     return Sizes(
         plan, plan.weight_bytes, page_bytes, pages, setup.page_sizes, setup.limits, setup.shapes,
-        setup.model.shape.vocab,
+        setup.model.shape.vocab, setup.backend.capabilities.asynchronous,
     )  # fmt: skip
 
 

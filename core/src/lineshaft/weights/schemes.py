@@ -108,10 +108,12 @@ def dequantize(stored: Stored, dtype: str | np.dtype[Any]) -> np.ndarray[Any, An
 
 
 def check_parts(param: Param, local: Local) -> None:
-    """Raises MisshapenTensor if the parts do not make up the param's shape."""
+    """Raises MisshapenTensor if the parts, joined along dim 0, do not make up the param's shape: as they are, or as
+    matrices that a param of more dims stacks."""
     rows = sum(part.shape[0] for part in local.parts)
     tails = {tuple(part.shape[1:]) for part in local.parts}
-    if (rows, tails) != (param.shape[0], {param.shape[1:]}):
+    whole = (param.shape[0], {param.shape[1:]}), (prod(param.shape[:-1]), {param.shape[-1:]})
+    if (rows, tails) not in whole:
         found = " + ".join(str(list(part.shape)) for part in local.parts)
         raise MisshapenTensor(f"weight {param.name}: the checkpoint's parts {found} do not make up {list(param.shape)}")
 

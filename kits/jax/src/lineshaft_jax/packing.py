@@ -20,7 +20,7 @@ def host_leaves(param: Param, local: Local, packing: Packing) -> dict[str, HostA
     if packing.pack is not None:
         return {name: np.asarray(leaf) for name, leaf in packing.pack(param, local).items()}
     parts = [dequantize(part, param.dtype) for part in local.parts]
-    return {"data": parts[0] if len(parts) == 1 else np.concatenate(parts)}
+    return {"data": (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(param.shape)}
 
 
 def empty_share(param: Param) -> Local:

@@ -18,10 +18,10 @@ def dense_leaves(param: Param, local: Local) -> dict[str, torch.Tensor]:
     """
     out = torch.empty(param.shape, dtype=torch_dtype(param.dtype))
     check_parts(param, local)
-    start = 0
+    start, joined = 0, out.view(-1, *local.parts[0].shape[1:])
     for part in local.parts:
         stop = start + part.shape[0]
-        _fill(out[start:stop], part)
+        _fill(joined[start:stop], part)
         start = stop
     return {"data": out}
 

@@ -96,7 +96,7 @@ class Recipes:
         yield self._recipe("rms_norm", self._rms_norm, layout=DENSE)
         yield self._recipe("add_rms_norm", self._add_rms_norm, layout=DENSE)
         yield self._recipe("silu_mul", self._silu_mul)
-        yield self._recipe("rope", self._rope, self._rope_supports)
+        yield self._recipe("rope", self._rope, self._rope_supports, handles=frozenset({"attention_factor"}))
         yield self._recipe("argmax", self._argmax)
         yield self._recipe("write_kv", self._write_kv, attention.supports, out=False, layout=SLOTS_LAYOUT)
         yield self._recipe(

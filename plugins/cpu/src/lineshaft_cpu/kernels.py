@@ -13,16 +13,27 @@ from lineshaft.contract.problems import ExpertProblem
 from lineshaft_cpu import attention, compiled, packed, sampling
 from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, with_problem
-from lineshaft_torch.kernels.experts import gated_mlp
+from lineshaft_torch.kernels.experts import EXPERT_FEATURES, gated_mlp, of_expert
 from lineshaft_torch.kernels.experts import supports as experts_supports
 
 
-def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offsets: torch.Tensor) -> torch.Tensor:
-    """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1] -> [C, H]: each expert on its own rows only."""
+def grouped_mlp(
+    problem: ExpertProblem,
+    x: torch.Tensor,
+    w13: Any,
+    w2: Any,
+    offsets: torch.Tensor,
+    *,
+    w13_bias: Any = None,
+    w2_bias: Any = None,
+) -> torch.Tensor:
+    """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1], biases [L, 2F] and [L, H] -> [C, H]: each expert on
+    its own rows only."""
     out, bounds = torch.zeros_like(x, memory_format=torch.contiguous_format), offsets.tolist()
     for e, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
-            out[start:stop] = gated_mlp(problem.activation, x[start:stop], dense(w13)[e], dense(w2)[e])
+            biases = of_expert(e, w13_bias, w2_bias)
+            out[start:stop] = gated_mlp(problem, x[start:stop], dense(w13)[e], dense(w2)[e], biases)
     return out
 
 
@@ -30,7 +41,7 @@ def recipes(native: str) -> list[Recipe]:
     return [
         recipe(
             "cpu_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, priority=TORCH,
-            supports=experts_supports,
+            handles=EXPERT_FEATURES, supports=experts_supports,
         ),
         *packed.recipes(),
         *attention.recipes(),

@@ -18,6 +18,7 @@ from lineshaft.contract.problems import ExpertProblem, RouterProblem, itemsize
 from lineshaft.contract.steps import ArraySpec
 
 Triple = tuple[HostArray, HostArray, HostArray]
+_BIASES = {"w13_bias": "bias", "w2_bias": "bias"}
 
 
 def specs() -> tuple[OpSpec, ...]:
@@ -44,8 +45,9 @@ def _expert_mlp_spec() -> OpSpec:
     return OpSpec(
         name="expert_mlp",
         signature=(
-            "expert_mlp(x [T, H], ids int32[T, k], probs f32[T, k], w13 [L, 2F, H], w2 [L, H, F], expert_map int32[E]) "
-            "-> [T, H]; the partial sum over local experts; expert_map gives the local index, or -1"
+            "expert_mlp(x [T, H], ids int32[T, k], probs f32[T, k], w13 [L, 2F, H], w2 [L, H, F], expert_map int32[E], "
+            "*, w13_bias [L, 2F], w2_bias [L, H]) -> [T, H]; the partial sum over local experts; expert_map gives the "
+            "local index, or -1"
         ),
         problem=ExpertProblem,
         specialise=_specialise_mlp,
@@ -55,6 +57,7 @@ def _expert_mlp_spec() -> OpSpec:
         tolerance=Tolerance(depth=lambda p: max(p.hidden, p.width)),
         required=False,
         weight="experts",
+        optional=_BIASES,
         default=_dispatched,
         flops=lambda p: 6 * p.rows * p.k * p.hidden * p.width,
         moved=_moved,
@@ -64,7 +67,10 @@ def _expert_mlp_spec() -> OpSpec:
 def _grouped_mlp_spec() -> OpSpec:
     return OpSpec(
         name="grouped_mlp",
-        signature="grouped_mlp(x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1]) -> [C, H]",
+        signature=(
+            "grouped_mlp(x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1], *, w13_bias [L, 2F], "
+            "w2_bias [L, H]) -> [C, H]"
+        ),
         problem=ExpertProblem,
         specialise=_specialise_grouped,
         infer=lambda p, call: call.spec(0),
@@ -73,6 +79,7 @@ def _grouped_mlp_spec() -> OpSpec:
         tolerance=Tolerance(depth=lambda p: max(p.hidden, p.width)),
         required=False,
         weight="experts",
+        optional=_BIASES,
         flops=lambda p: 6 * p.rows * p.hidden * p.width,
         moved=_moved,
     )
@@ -159,17 +166,21 @@ def expert_mlp(
     expert_map: HostArray,
     *,
     num: Numerics = EXACT,
+    **biases: HostArray,
 ) -> HostArray:
-    """sum over a token's local experts of prob * w2 (act(gate) * up), (gate, up) = w13 x; 0 where none is local."""
+    """sum over a token's local experts of prob * w2 (act(gate) * up), (gate, up) = w13 x; 0 where none is local.
+
+    With biases as in `grouped_mlp`.
+    """
     rows, offsets, source = moe_dispatch(problem, x, ids, expert_map, problem.local, num=num)
-    return moe_combine(problem, grouped_mlp(problem, rows, w13, w2, offsets, num=num), source, probs, num=num)
+    return moe_combine(problem, grouped_mlp(problem, rows, w13, w2, offsets, num=num, **biases), source, probs, num=num)
 
 
 def _dispatched(
-    ops: Any, problem: ExpertProblem, x: Any, ids: Any, probs: Any, w13: Any, w2: Any, expert_map: Any
+    ops: Any, problem: ExpertProblem, x: Any, ids: Any, probs: Any, w13: Any, w2: Any, expert_map: Any, **biases: Any
 ) -> Any:
     rows, offsets, source = ops.moe_dispatch(x, ids, expert_map, problem.local)
-    return ops.moe_combine(ops.grouped_mlp(rows, w13, w2, offsets), source, probs)
+    return ops.moe_combine(ops.grouped_mlp(rows, w13, w2, offsets, **biases), source, probs)
 
 
 def moe_dispatch(
@@ -190,19 +201,41 @@ def moe_dispatch(
 
 
 def grouped_mlp(
-    problem: ExpertProblem, x: HostArray, w13: HostArray, w2: HostArray, offsets: HostArray, *, num: Numerics = EXACT
+    problem: ExpertProblem,
+    x: HostArray,
+    w13: HostArray,
+    w2: HostArray,
+    offsets: HostArray,
+    *,
+    num: Numerics = EXACT,
+    w13_bias: HostArray | None = None,
+    w2_bias: HostArray | None = None,
 ) -> HostArray:
     """Expert e's gated MLP of rows offsets[e] to offsets[e + 1]; rows from offsets[-1] on are 0 and not read.
 
-    The gate is the first half of w13's rows. The hidden activation is rounded to the executed dtype.
+    The gate is the first half of w13's rows. The hidden activation is rounded to the executed dtype. Each bias is added
+    to the product before anything else happens to it.
     """
-    activation = {"silu": silu, "gelu": gelu}[problem.activation]
     out = np.zeros(x.shape, num.load(np.zeros(0)).dtype)
+    zeros = np.zeros((len(w13), 1))
+    first, second = (zeros if bias is None else num.load(bias) for bias in (w13_bias, w2_bias))
     for e in range(len(w13)):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
-        gate, up = np.split(num.load(x[rows]) @ num.load(w13[e]).T, 2, axis=-1)
-        out[rows] = num.load(num.save(activation(gate) * up)) @ num.load(w2[e]).T
+        gate, up = np.split(num.load(x[rows]) @ num.load(w13[e]).T + first[e], 2, axis=-1)
+        out[rows] = num.load(num.save(_activate(problem, gate, up))) @ num.load(w2[e]).T + second[e]
     return num.save(out)
+
+
+def _activate(problem: ExpertProblem, gate: HostArray, up: HostArray) -> HostArray:
+    """act(gate) * up; "swigluoai": g / (1 + exp(-alpha g)) * (u + 1) of the gate cut off above and of up cut off on
+    both sides at the limit (https://huggingface.co/openai/gpt-oss-20b)."""
+    alpha, limit = problem.swiglu_alpha, problem.swiglu_limit
+    if problem.activation == "swigluoai":
+        active, up = silu(alpha * np.minimum(gate, limit)) / alpha, np.clip(up, -limit, limit) + 1
+    else:
+        active = {"silu": silu, "gelu": gelu}[problem.activation](gate)
+    out: HostArray = active * up
+    return out
 
 
 def moe_combine(
@@ -240,6 +273,7 @@ def _specialise_mlp(base: Any, call: Call) -> ExpertProblem:
     k = expect("expert_mlp", "ids", ids, (rows, None), "int32").shape[1]
     expect("expert_mlp", "probs", probs, (rows, k), wide(problem.dtype))
     expect("expert_mlp", "expert_map", expert_map, (problem.experts,), "int32")
+    _check_experts("expert_mlp", problem, call)
     return replace(problem, rows=rows, k=k)
 
 
@@ -247,7 +281,20 @@ def _specialise_grouped(base: Any, call: Call) -> ExpertProblem:
     problem = weight_problem("grouped_mlp", base, call.args[1], "experts", ExpertProblem)
     x = expect("grouped_mlp", "x", call.args[0], (None, problem.hidden), problem.dtype)
     expect("grouped_mlp", "offsets", call.args[3], (problem.local + 1,), "int32")
+    _check_experts("grouped_mlp", problem, call)
     return replace(problem, rows=x.shape[0], k=1)
+
+
+def _check_experts(op: str, problem: ExpertProblem, call: Call) -> None:
+    """Raises ContractViolation for an unknown activation, numbers that it has not or lacks, and misshapen biases."""
+    clamped, numbers = problem.activation == "swigluoai", (problem.swiglu_alpha, problem.swiglu_limit)
+    if problem.activation not in ("silu", "gelu", "swigluoai"):
+        refuse(op, f"activation {problem.activation!r}", "silu, gelu or swigluoai")
+    if not all(n > 0 if clamped else n == 0 for n in numbers):
+        refuse(op, f"swiglu_alpha and swiglu_limit {numbers}", "both above 0 for swigluoai, else 0")
+    for name, width in (("w13_bias", 2 * problem.width), ("w2_bias", problem.hidden)):
+        if call.kwargs.get(name) is not None:
+            expect(op, name, call.kwargs[name], (problem.local, width), problem.dtype)
 
 
 def _specialise_dispatch(base: Any, call: Call) -> ExpertProblem:
@@ -345,6 +392,20 @@ def _moe(rng: np.random.Generator, name: str, dtype: str) -> tuple[ExpertProblem
     return problem, ids, probs, np.array(mapping, np.int32)
 
 
+_SWIGLU: dict[str, Any] = {"activation": "swigluoai", "swiglu_alpha": 1.702, "swiglu_limit": 0.75}
+_KINDS: dict[str, tuple[dict[str, Any], str]] = {  # what a case's name begins with
+    "gelu": ({"activation": "gelu"}, ""),
+    "swigluoai": (_SWIGLU, "the gate is cut off above, up on both sides, and up + 1 is gated"),
+    "bias": ({"bias": True}, "biases are the expert's own, and weighted as its product is"),
+    "bias_swigluoai": ({"bias": True, **_SWIGLU}, "biases are added before the activation and its limits"),
+}
+
+
+def _biases(rng: np.random.Generator, p: ExpertProblem) -> dict[str, HostArray]:
+    widths = {"w13_bias": 2 * p.width, "w2_bias": p.hidden} if p.bias else {}
+    return {name: rng.standard_normal((p.local, width)) for name, width in widths.items()}
+
+
 def _weights(rng: np.random.Generator, p: ExpertProblem) -> tuple[WeightArg, WeightArg]:
     w13 = rng.standard_normal((p.local, 2 * p.width, p.hidden)) / np.sqrt(p.hidden)
     w2 = rng.standard_normal((p.local, p.hidden, p.width)) / np.sqrt(p.width)
@@ -353,19 +414,21 @@ def _weights(rng: np.random.Generator, p: ExpertProblem) -> tuple[WeightArg, Wei
 
 def _mlp_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    for name, dtype in [*variants(size, [*_MOE, "gelu-ep1-e4"]), ("sums-ep1-e4", "bfloat16")]:
-        case_id, table = f"{name}-{short(dtype)}", name.removeprefix("gelu-").removeprefix("sums-")
+    names = [*_MOE, "gelu-ep1-e4", "swigluoai-ep1-e4", "bias-ep2_second-e4", "bias_swigluoai-permuted-e4"]
+    for name, dtype in [*variants(size, names), ("sums-ep1-e4", "bfloat16")]:
+        case_id, kind = f"{name}-{short(dtype)}", name.partition("-")[0]
         rng = draw(case_id)
+        fields, why = _KINDS.get(kind, ({}, ""))
+        table = name.removeprefix(f"{kind}-") if kind in (*_KINDS, "sums") else name
         problem, ids, probs, mapping = _moe(rng, table, dtype)
-        if name.startswith("gelu"):
-            problem = replace(problem, activation="gelu")
-        if name.startswith("sums"):
+        problem = replace(problem, **fields)
+        if kind == "sums":
             problem = replace(problem, hidden=512)
         x, (w13, w2) = rng.standard_normal((5, problem.hidden)), _weights(rng, problem)
-        if name.startswith("sums"):
+        if kind == "sums":
             cancel(x, w13.array)
-        why = _SUMS if name.startswith("sums") else _MOE[table][2]
-        yield Case(case_id, problem, (x, ids, probs, w13, w2, mapping), why=why)
+        why = _SUMS if kind == "sums" else why or _MOE[table][2]
+        yield Case(case_id, problem, (x, ids, probs, w13, w2, mapping), _biases(rng, problem), why)
 
 
 _SUMS = "sums are made in float32: products that cancel"
@@ -374,6 +437,9 @@ _OFFSETS = {
     "one_expert": ([0, 0, 10, 10], "one expert with every row"),
     "beyond_is_nan": ([0, 2, 3, 6], "rows beyond the last expert's are not read, and 0"),
     "none": ([0] * 4, "rows beyond the last expert's are not read, and 0"),
+    "swigluoai": ([0, 3, 7, 10], ""),
+    "bias": ([0, 3, 3, 6], "rows beyond the last expert's are 0, whatever the biases"),
+    "bias_swigluoai": ([0, 3, 7, 10], ""),
     "sums": ([0, 3, 7, 10], _SUMS),
 }  # fmt: skip
 
@@ -384,7 +450,8 @@ def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
         offsets, why = _OFFSETS[name]
-        problem = ExpertProblem(dtype=dtype, experts=6, local=3, hidden=12, width=10, k=1, rows=10)
+        fields = _KINDS.get(name, ({}, ""))[0]
+        problem = ExpertProblem(dtype=dtype, experts=6, local=3, hidden=12, width=10, k=1, rows=10, **fields)
         if name == "sums":
             problem = replace(problem, hidden=512)
         x = rng.standard_normal((10, problem.hidden))
@@ -392,7 +459,7 @@ def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         w13, w2 = _weights(rng, problem)
         if name == "sums":
             cancel(x, w13.array)
-        yield Case(case_id, problem, (x, w13, w2, np.array(offsets, np.int32)), why=why)
+        yield Case(case_id, problem, (x, w13, w2, np.array(offsets, np.int32)), _biases(rng, problem), why)
 
 
 def _dispatch_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:

@@ -40,12 +40,13 @@ def specs() -> tuple[OpSpec, ...]:
 def rope(problem: RopeProblem, q: HostArray, k: HostArray, positions: HostArray, *, num: Numerics = EXACT) -> Pair:
     """Rotate the first `dim` values of each head by position * frequency (Su et al., 2021); the rest pass unchanged.
 
-    Value i is paired with i + dim / 2, or 2i with 2i + 1 if `interleaved`. Frequencies are made in float64 and rounded
-    to the accumulation dtype, in which angles are computed: float32, and float64 for the exact run.
+    Value i is paired with i + dim / 2, or 2i with 2i + 1 if `interleaved`. Cosines and sines are multiplied by
+    `attention_factor`. Frequencies are made in float64 and rounded to the accumulation dtype, in which angles are
+    computed: float32, and float64 for the exact run.
     """
     frequencies = num.load(rope_frequencies(problem))
     angles = num.load(positions)[:, None, None] * frequencies
-    cos, sin = np.cos(angles), np.sin(angles)
+    cos, sin = problem.attention_factor * np.cos(angles), problem.attention_factor * np.sin(angles)
     return _rotate(problem, q, cos, sin, num), _rotate(problem, k, cos, sin, num)
 
 
@@ -73,8 +74,10 @@ def rope_frequencies(problem: RopeProblem) -> HostArray:
         frequencies = frequencies / scaling.factor
     elif scaling.kind == "llama3":
         frequencies = _llama3(frequencies, scaling)
+    elif scaling.kind == "yarn":
+        frequencies = _yarn(frequencies, problem)
     elif scaling.kind != "none":
-        refuse("rope", f"scaling {scaling.kind!r}", "none, linear or llama3")
+        refuse("rope", f"scaling {scaling.kind!r}", "none, linear, llama3 or yarn")
     if not scaling.freq_factors:
         return frequencies
     if len(scaling.freq_factors) != problem.dim // 2:
@@ -89,6 +92,27 @@ def _llama3(frequencies: HostArray, scaling: RopeScaling) -> HostArray:
     span = scaling.high_freq_factor - scaling.low_freq_factor
     keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
     out: HostArray = (1 - keep) * frequencies / scaling.factor + keep * frequencies
+    return out
+
+
+def _yarn(frequencies: HostArray, problem: RopeProblem) -> HostArray:
+    """Blend frequency / factor and frequency by the number of the pair, between those of `beta_fast` and `beta_slow`
+    turns within the original context."""
+    scaling, last = problem.scaling, problem.dim - 1
+    if scaling.original_context < 1 or problem.base <= 1:
+        refuse("rope", f"yarn over a context of {scaling.original_context} at base {problem.base:g}", "both above 1")
+
+    def pair(turns: float) -> float:
+        length = scaling.original_context / (turns * 2 * math.pi)
+        return problem.dim * math.log(length) / (2 * math.log(problem.base))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, last)
+    ramp = (np.arange(len(frequencies)) - low) / (high - low if high != low else 0.001)
+    shrink = np.clip(ramp, 0.0, 1.0)
+    out: HostArray = shrink * frequencies / scaling.factor + (1 - shrink) * frequencies
     return out
 
 
@@ -109,6 +133,8 @@ def _specialise(base: Any, call: Call) -> RopeProblem:
 # ---- cases -----------------------------------------------------------------------------------------------------
 
 _LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
+_YARN = RopeScaling(kind="yarn", factor=8.0, original_context=64)
+_SMOOTH = RopeScaling(kind="yarn", factor=8.0, original_context=64, beta_fast=16.0, beta_slow=2.0, truncate=False)
 _FACTORS = RopeScaling(freq_factors=(1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0))
 _VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "neox-d16": ({"dim": 16}, "halves of a head turn against each other"),
@@ -121,6 +147,11 @@ _VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "linear-d16": ({"dim": 16, "scaling": RopeScaling(kind="linear", factor=4.0)}, ""),
     "llama3-d32": ({"dim": 32, "max_position": 512, "scaling": _LLAMA3}, ""),
     "freq_factors-d16": ({"dim": 16, "scaling": _FACTORS}, "factors divide the frequencies"),
+    "yarn-d32": ({"dim": 32, "max_position": 512, "scaling": _YARN, "attention_factor": 1.25}, "the rotated grow"),
+    "yarn_smooth-d32": ({"dim": 32, "max_position": 512, "scaling": _SMOOTH}, "bounds are not whole pairs"),
+    "grown-partial-d8of16": (
+        {"dim": 8, "head_dim": 16, "attention_factor": 1.5}, "values beyond dim pass unchanged, and do not grow",
+    ),
     "interleaved-partial-d6of10": ({"dim": 6, "head_dim": 10, "interleaved": True}, ""),
 }  # fmt: skip
 

@@ -71,10 +71,10 @@ def _merge_spec() -> OpSpec:
 def embed(
     problem: EmbedProblem, ids: HostArray, table: HostArray, vocab_start: HostArray, *, num: Numerics = EXACT
 ) -> HostArray:
-    """Rows ids - vocab_start of the table; a row of zeros where that lies outside [0, V)."""
+    """Rows ids - vocab_start of the table times `scale`, rounded once; zeros where that lies outside [0, V)."""
     local = ids.astype(np.int64) - int(vocab_start[0])
     inside = (local >= 0) & (local < table.shape[0])
-    rows = num.load(table[np.where(inside, local, 0)])
+    rows = num.load(table[np.where(inside, local, 0)]) * problem.scale
     return num.save(np.where(inside[:, None], rows, 0.0))
 
 
@@ -123,6 +123,7 @@ _SHARDS = {  # rows of the shard, vocab_start, rows of all shards
     "middle_shard-v16": (16, 16, 48, "vocab_start is honoured; 0 on both sides of the shard"),
     "last_shard-v16": (16, 32, 48, "vocab_start is honoured"),
     "vocabulary-v70000": (70_000, 0, 70_000, "ids are int32, as vocabularies need"),
+    "scaled-v16": (16, 16, 48, "rows grow by the scale, a power of two here: so no rounding"),
     "outside-v8": (8, 40, 40, "a shard that holds none of the ids gives 0, whatever its rows hold"),
 }
 
@@ -137,7 +138,8 @@ def _embed_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         if start < total:
             ids[:4] = start, start + vocab - 1, max(start - 1, 0), min(start + vocab, total - 1)
         table = rng.standard_normal((vocab, 12)) if start < total else np.full((vocab, 12), np.nan)
-        problem = EmbedProblem(dtype=dtype, vocab=vocab, width=12, rows=9)
+        scale = 16.0 if name.startswith("scaled") else 1.0
+        problem = EmbedProblem(dtype=dtype, vocab=vocab, width=12, rows=9, scale=scale)
         yield Case(case_id, problem, (ids, WeightArg(table, "embed"), np.array([start], np.int32)), why=why)
 
 

@@ -18,6 +18,8 @@ from lineshaft_jax.kernels.linear import product
 from lineshaft_jax.kernels.logits import ranked
 from lineshaft_jax.kernels.ragged import Blocks
 
+EXPERT_FEATURES = frozenset({"bias", "swiglu_alpha", "swiglu_limit"})
+
 ROWS = 64
 """Rows of one expert that are multiplied at a time."""
 
@@ -55,20 +57,33 @@ def moe_dispatch(x: Array, ids: Array, expert_map: Any, local: int) -> tuple[Arr
     return rows, offsets, source
 
 
-def gated_mlp(activation: str, x: Array, w13: Array, w2: Array) -> Array:
-    """x [n, H], w13 [2F, H], w2 [H, F] -> [n, H]; the hidden activation is rounded once."""
-    gate, up = jnp.split(product(x, w13), 2, -1)
-    active = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return product((active * up).astype(x.dtype), w2).astype(x.dtype)
+def gated_mlp(problem: ExpertProblem, x: Array, w13: Array, w2: Array, first: Array, second: Array) -> Array:
+    """x [n, H], w13 [2F, H], w2 [H, F], biases [2F] and [H] or [1] -> [n, H]; the hidden activation is rounded once."""
+    gate, up = jnp.split(product(x, w13) + first, 2, -1)
+    hidden = activate(problem, gate, up).astype(x.dtype)
+    return (product(hidden, w2) + second).astype(x.dtype)
 
 
-def grouped_mlp(problem: ExpertProblem, x: Array, w13: Any, w2: Any, offsets: Array) -> Array:
-    """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1] -> [C, H], in blocks of one expert's rows."""
-    first, second = dense(w13), dense(w2)
+def activate(problem: ExpertProblem, gate: Array, up: Array) -> Array:
+    """gate, up [n, F] -> what the problem's activation makes of them [n, F]."""
+    if problem.activation == "swigluoai":
+        gate, up = jnp.minimum(gate, problem.swiglu_limit), jnp.clip(up, -problem.swiglu_limit, problem.swiglu_limit)
+        return gate * jax.nn.sigmoid(problem.swiglu_alpha * gate) * (up + 1)
+    return (jax.nn.silu(gate) if problem.activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+
+
+def grouped_mlp(
+    problem: ExpertProblem, x: Array, w13: Any, w2: Any, offsets: Array, *, w13_bias: Any = None, w2_bias: Any = None
+) -> Array:
+    """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1], biases [L, 2F] and [L, H] -> [C, H], in blocks of
+    one expert's rows."""
+    none = jnp.zeros((problem.local, 1), x.dtype)
+    biases = (none if bias is None else dense(bias) for bias in (w13_bias, w2_bias))
+    parts = dense(w13), dense(w2), *map(widened, biases)
     blocks = Blocks(offsets, x.shape[0], min(ROWS, x.shape[0]))
 
     def run(expert: Array, begin: Array) -> Array:
-        return gated_mlp(problem.activation, blocks.cut(x, begin), first[expert], second[expert])
+        return gated_mlp(problem, blocks.cut(x, begin), *(part[expert] for part in parts))
 
     owned = jnp.arange(x.shape[0]) < offsets[-1]
     return jnp.where(owned[:, None], blocks.map(run), 0)
@@ -82,7 +97,7 @@ def moe_combine(rows: Array, source: Array, probs: Array) -> Array:
 
 
 def supports(problem: ExpertProblem) -> str | None:
-    known = ("silu", "gelu")
+    known = ("silu", "gelu", "swigluoai")
     return None if problem.activation in known else f"knows the activations {known}, not {problem.activation!r}"
 
 
@@ -90,6 +105,9 @@ def recipes() -> list[Recipe]:
     return [
         recipe("xla_router_topk", "router_topk", with_problem(router_topk), handles=frozenset({"groups"})),
         recipe("xla_moe_dispatch", "moe_dispatch", stateless(moe_dispatch)),
-        recipe("xla_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, supports=supports),
+        recipe(
+            "xla_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, supports=supports,
+            handles=EXPERT_FEATURES,
+        ),
         recipe("xla_moe_combine", "moe_combine", stateless(moe_combine)),
-    ]
+    ]  # fmt: skip

@@ -27,15 +27,15 @@ def rope(problem: RopeProblem, q: Array, k: Array, positions: Array) -> tuple[Ar
     """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated."""
     frequencies = jnp.asarray(rope_frequencies(problem), jnp.float32)
     angles = widened(positions)[:, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = problem.attention_factor * jnp.cos(angles), problem.attention_factor * jnp.sin(angles)
     return rotate(problem, q, cos, sin), rotate(problem, k, cos, sin)
 
 
 def supports(problem: RopeProblem) -> str | None:
-    known = ("none", "linear", "llama3")
+    known = ("none", "linear", "llama3", "yarn")
     return None if problem.scaling.kind in known else f"does not know rope scaling {problem.scaling.kind!r}"
 
 
 def recipes() -> list[Recipe]:
-    handles = frozenset({"interleaved"})
+    handles = frozenset({"interleaved", "attention_factor"})
     return [recipe("xla_rope", "rope", with_problem(rope), handles=handles, supports=supports)]

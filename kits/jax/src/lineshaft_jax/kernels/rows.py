@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lineshaft.contract.problems import EmbedProblem
 from lineshaft_jax.arrays import Array, widened
-from lineshaft_jax.bound import DENSE, Recipe, dense, recipe, stateless
+from lineshaft_jax.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 
 
 def add(x: Array, y: Array) -> Array:
@@ -44,17 +45,20 @@ def merge_rows(x: Array, embeds: Array, source: Array) -> Array:
     return jnp.where((source >= 0)[:, None], embeds[jnp.maximum(source, 0)], x)
 
 
-def embed(ids: Array, table: Any, vocab_start: Any) -> Array:
-    """ids int32[T], table [V, H], vocab_start int32[1] -> table[ids - vocab_start] [T, H]; 0 outside the shard."""
+def embed(problem: EmbedProblem, ids: Array, table: Any, vocab_start: Any) -> Array:
+    """ids int32[T], table [V, H], vocab_start int32[1] -> table[ids - vocab_start] * scale [T, H]; 0 outside the
+    shard."""
     rows = dense(table)
     local = ids - dense(vocab_start)
     inside = (local >= 0) & (local < rows.shape[0])
-    return jnp.where(inside[:, None], rows[jnp.where(inside, local, 0)], 0)
+    found = rows[jnp.where(inside, local, 0)]
+    found = found if problem.scale == 1.0 else (widened(found) * problem.scale).astype(found.dtype)
+    return jnp.where(inside[:, None], found, 0)
 
 
 def recipes() -> list[Recipe]:
     plain: list[Callable[..., Array]] = [add, concat, silu_mul, gelu_mul, gather_rows, merge_rows]
     return [
         *(recipe(f"xla_{run.__name__}", run.__name__, stateless(run)) for run in plain),
-        recipe("xla_embed", "embed", stateless(embed), layout=DENSE),
+        recipe("xla_embed", "embed", with_problem(embed), layout=DENSE, handles=frozenset({"scale"})),
     ]

@@ -15,6 +15,9 @@ from lineshaft_torch.arrays import accumulator
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 
 Out = torch.Tensor | None
+Biases = tuple[torch.Tensor | None, ...]
+
+EXPERT_FEATURES = frozenset({"bias", "swiglu_alpha", "swiglu_limit"})
 
 
 def router_topk(problem: RouterProblem, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,22 +53,49 @@ def moe_dispatch(
     return rows, offsets.int(), source.int()
 
 
-def gated_mlp(activation: str, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    """x [n, H], w13 [2F, H], w2 [H, F] -> [n, H]; products accumulate wide, the hidden activation is rounded once."""
+def gated_mlp(
+    problem: ExpertProblem, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, biases: Biases = (None, None)
+) -> torch.Tensor:
+    """x [n, H], w13 [2F, H], w2 [H, F], biases [2F] and [H] -> [n, H]; products accumulate wide, the hidden activation
+    is rounded once."""
     wide = accumulator(x.dtype)
-    gate, up = (x.to(wide) @ w13.to(wide).t()).chunk(2, -1)
-    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return ((active * up).to(x.dtype).to(wide) @ w2.to(wide).t()).to(x.dtype)
+    first, second = (None if bias is None else bias.to(wide) for bias in biases)
+    gate, up = F.linear(x.to(wide), w13.to(wide), first).chunk(2, -1)
+    hidden = activate(problem, gate, up).to(x.dtype).to(wide)
+    return F.linear(hidden, w2.to(wide), second).to(x.dtype)
 
 
-def grouped_mlp(problem: ExpertProblem, x: torch.Tensor, w13: Any, w2: Any, offsets: torch.Tensor) -> torch.Tensor:
-    """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1] -> [C, H]; every expert is run on every row, and its
-    result taken for its own rows, because shapes are static."""
+def activate(problem: ExpertProblem, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate, up [n, F] -> what the problem's activation makes of them [n, F]."""
+    if problem.activation == "swigluoai":
+        gate, up = gate.clamp(max=problem.swiglu_limit), up.clamp(-problem.swiglu_limit, problem.swiglu_limit)
+        return gate * torch.sigmoid(problem.swiglu_alpha * gate) * (up + 1)
+    return (F.silu(gate) if problem.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def of_expert(e: int, *arrays: Any) -> tuple[torch.Tensor | None, ...]:
+    """Expert e's part of each array or weight that is not None."""
+    return tuple(None if array is None else dense(array)[e] for array in arrays)
+
+
+def grouped_mlp(
+    problem: ExpertProblem,
+    x: torch.Tensor,
+    w13: Any,
+    w2: Any,
+    offsets: torch.Tensor,
+    *,
+    w13_bias: Any = None,
+    w2_bias: Any = None,
+) -> torch.Tensor:
+    """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1], biases [L, 2F] and [L, H] -> [C, H]; every expert
+    is run on every row, and its result taken for its own rows, because shapes are static."""
     row = torch.arange(x.shape[0], device=x.device)
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for e in range(problem.local):
         own = (row >= offsets[e]) & (row < offsets[e + 1])
-        out = torch.where(own[:, None], gated_mlp(problem.activation, x, dense(w13)[e], dense(w2)[e]), out)
+        biases = of_expert(e, w13_bias, w2_bias)
+        out = torch.where(own[:, None], gated_mlp(problem, x, dense(w13)[e], dense(w2)[e], biases), out)
     return out
 
 
@@ -78,7 +108,7 @@ def moe_combine(rows: torch.Tensor, source: torch.Tensor, probs: torch.Tensor, *
 
 
 def supports(problem: ExpertProblem) -> str | None:
-    known = ("silu", "gelu")
+    known = ("silu", "gelu", "swigluoai")
     return None if problem.activation in known else f"knows the activations {known}, not {problem.activation!r}"
 
 
@@ -86,6 +116,9 @@ def recipes() -> list[Recipe]:
     return [
         recipe("torch_router_topk", "router_topk", with_problem(router_topk), handles=frozenset({"groups"})),
         recipe("torch_moe_dispatch", "moe_dispatch", stateless(moe_dispatch)),
-        recipe("torch_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, supports=supports),
+        recipe(
+            "torch_grouped_mlp", "grouped_mlp", with_problem(grouped_mlp), layout=DENSE, supports=supports,
+            handles=EXPERT_FEATURES,
+        ),
         recipe("torch_moe_combine", "moe_combine", stateless(moe_combine), out=True),
-    ]
+    ]  # fmt: skip

@@ -7,21 +7,26 @@ from typing import Any
 import torch
 
 from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES
-from lineshaft.contract.problems import LinearProblem
+from lineshaft.contract.problems import EmbedProblem, LinearProblem
 from lineshaft.weights.quantize import pack_rows
 from lineshaft_torch.arrays import accumulator
-from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless
+from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 
 Out = torch.Tensor | None
 
 
-def embed(ids: torch.Tensor, table: Any, vocab_start: torch.Tensor, *, out: Out = None) -> torch.Tensor:
-    """ids int32[T], table [V, H], vocab_start int32[1] -> table[ids - vocab_start] [T, H]; 0 outside the shard."""
+def embed(
+    problem: EmbedProblem, ids: torch.Tensor, table: Any, vocab_start: torch.Tensor, *, out: Out = None
+) -> torch.Tensor:
+    """ids int32[T], table [V, H], vocab_start int32[1] -> table[ids - vocab_start] * scale [T, H]; 0 outside the
+    shard."""
     rows = dense(table)
     local = ids - dense(vocab_start)
     inside = (local >= 0) & (local < rows.shape[0])
     found = rows.index_select(0, local.clamp(0, rows.shape[0] - 1))
     found = found.masked_fill_(~inside[:, None], 0)
+    if problem.scale != 1.0:
+        found = found.mul_(problem.scale)
     return found if out is None else out.copy_(found)
 
 
@@ -63,7 +68,7 @@ def quantized_recipe(scheme: str) -> Recipe:
 def recipes() -> list[Recipe]:
     heads = frozenset({"heads"})
     return [
-        recipe("torch_embed", "embed", stateless(embed), out=True, layout=DENSE),
+        recipe("torch_embed", "embed", with_problem(embed), out=True, layout=DENSE, handles=frozenset({"scale"})),
         recipe("torch_linear", "linear", stateless(linear), out=True, layout=DENSE, handles=frozenset({"bias"})),
         *map(quantized_recipe, WEIGHT_SCHEMES),
         recipe("torch_head_linear", "head_linear", stateless(head_linear), out=True, layout=DENSE, handles=heads),

@@ -16,16 +16,21 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def angle_table(problem: RopeProblem, device: torch.device) -> Pair:
-    """(cos, sin) [max_position, dim / 2], computed in float64 and kept in the accumulation dtype."""
+    """(cos, sin) [max_position, dim / 2] times `attention_factor`, computed in float64 and kept in the accumulation
+    dtype."""
     dtype = accumulator(torch_dtype(problem.dtype))
     freqs = torch.from_numpy(rope_frequencies(problem))
     angles = torch.arange(problem.max_position, dtype=torch.float64)[:, None] * freqs
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    cos, sin = problem.attention_factor * angles.cos(), problem.attention_factor * angles.sin()
+    return cos.to(device, dtype), sin.to(device, dtype)
 
 
 def shared_table(problem: RopeProblem, session: Any) -> Pair:
     """The angle table, made once per session for all problems that agree in it."""
-    key = ("rope", problem.dim, problem.base, problem.scaling, problem.max_position, problem.dtype)
+    key = (
+        "rope", problem.dim, problem.base, problem.scaling, problem.attention_factor, problem.max_position,
+        problem.dtype,
+    )  # fmt: skip
     table: Pair = session.constant(key, lambda: angle_table(problem, session.device))
     return table
 
@@ -60,7 +65,7 @@ def rope(
 def supports(problem: RopeProblem) -> str | None:
     if problem.max_position < 1:
         return "needs max_position, because it reads angles from a table"
-    if problem.scaling.kind not in ("none", "linear", "llama3"):
+    if problem.scaling.kind not in ("none", "linear", "llama3", "yarn"):
         return f"does not know rope scaling {problem.scaling.kind!r}"
     return None
 
@@ -70,5 +75,5 @@ def _bind(problem: RopeProblem, session: Any) -> Any:
 
 
 def recipes() -> list[Recipe]:
-    handles = frozenset({"interleaved"})
+    handles = frozenset({"interleaved", "attention_factor"})
     return [recipe("torch_rope", "rope", _bind, out=True, handles=handles, supports=supports)]

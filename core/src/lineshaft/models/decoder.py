@@ -1,0 +1,156 @@
+"""A decoder made of blocks: embedding, layers of attention and MLP between norms, final norm and head.
+
+Owns the flow of the residual and what surrounds the layers; the blocks are given, and no family is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lineshaft.contract.problems import ConstProblem, EmbedProblem, KVProblem, LinearProblem, Problem
+from lineshaft.contract.sessions import Cache, Tree
+from lineshaft.contract.steps import StepInputs
+from lineshaft.contract.weights import Array, Param
+from lineshaft.layout import ModelShape, choose_layout
+from lineshaft.models import shards
+from lineshaft.models.family import BuildContext, Uses
+from lineshaft.models.parameters import RmsNorm
+from lineshaft.models.reading import Sizes
+
+
+class Block(Protocol):
+    """What every block declares. `source` is the layer's prefix in the checkpoint, `name` the one of its weights."""
+
+    def params(self, source: str, name: str) -> Tree: ...
+
+    def uses(self) -> Uses: ...
+
+
+class AttentionBlock(Block, Protocol):
+    """x [T, H] -> out [T, H], which has left the layout, and the cache after the step's writes."""
+
+    def cache(self) -> KVProblem | None: ...  # None: it keeps none
+
+    def __call__(self, ops: Any, w: Tree, x: Array, cache: Any, step: StepInputs) -> tuple[Array, Any]: ...
+
+
+class MlpBlock(Block, Protocol):
+    """x [T, H] -> out [T, H], which has left the layout."""
+
+    def __call__(self, ops: Any, w: Tree, x: Array) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What a layer's norms are called in the checkpoint, before each block and, where there is one, after it."""
+
+    attend: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    after_attend: str = ""
+    after_mlp: str = ""
+
+    def items(self) -> Iterable[tuple[str, str]]:
+        """(name of the weight, name in the checkpoint)."""
+        every = {"attend_norm": self.attend, "mlp_norm": self.mlp}
+        every |= {"after_attend": self.after_attend, "after_mlp": self.after_mlp}
+        return ((name, source) for name, source in every.items() if source)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's blocks, and the norm that all of its norms are like."""
+
+    attention: AttentionBlock
+    mlp: MlpBlock
+    norm: RmsNorm
+    norms: Norms = Norms()
+
+    def __call__(
+        self, ops: Any, w: Tree, x: Array, r: Array | None, cache: Any, step: StepInputs
+    ) -> tuple[Array, Array, Any]:
+        """x [T, H]: the last block's output, not yet added to the residual r [T, H] (None before the first block)."""
+        h, r = (ops.rms_norm(x, w["attend_norm"]), x) if r is None else ops.add_rms_norm(x, r, w["attend_norm"])
+        x, cache = self.attention(ops, w["attend"], h, cache, step)
+        x = ops.rms_norm(x, w["after_attend"]) if self.norms.after_attend else x
+        h, r = ops.add_rms_norm(x, r, w["mlp_norm"])
+        x = self.mlp(ops, w["mlp"], h)
+        return ops.rms_norm(x, w["after_mlp"]) if self.norms.after_mlp else x, r, cache
+
+    def params(self, source: str, name: str) -> Tree:
+        norms = {key: self.norm.param(name + key, f"{source}{word}.weight") for key, word in self.norms.items()}
+        return {**norms, "attend": self.attention.params(source, name), "mlp": self.mlp.params(source, name)}
+
+
+class Decoder:
+    """A `Model` of layers. `embed_scale` multiplies the embedding and not a head tied to it."""
+
+    def __init__(
+        self, context: BuildContext, sizes: Sizes, layers: Sequence[Layer], norm: RmsNorm, *, embed_scale: float = 1.0
+    ) -> None:
+        """Raises LayoutError for degrees that the shape does not allow."""
+        context.degrees.validate(sizes.shape)
+        self.context, self.sizes, self.layers = context, sizes, tuple(layers)
+        self.norm, self.embed_scale = norm, embed_scale
+        self.layout = choose_layout(context.degrees)
+        self.vocab_share = context.degrees.padded_vocab(sizes.shape.vocab) // context.degrees.tp
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.sizes.shape
+
+    @property
+    def max_position(self) -> int:
+        return self.sizes.max_position
+
+    # ---- the forward -------------------------------------------------------------------------------------------
+
+    def forward(self, ops: Any, weights: Tree, caches: Sequence[Cache], step: StepInputs) -> tuple[Array, list[Cache]]:
+        """Logits [R, V] of the step's logit rows, and the caches after the step's writes."""
+        x = self.layout.leave(ops, ops.embed(step.token_ids, weights["embed"], weights["vocab_start"]))
+        r, given, written = None, iter(caches), []
+        for layer, w in zip(self.layers, weights["layers"], strict=True):
+            cache = None if layer.attention.cache() is None else next(given)
+            x, r, cache = layer(ops, w, x, r, cache, step)
+            written += [] if cache is None else [cache]
+        x, _ = ops.add_rms_norm(x, r, weights["norm"])
+        x = ops.gather_rows(x, step.logit_rows)
+        logits = self.layout.logits(ops, ops.linear(self.layout.enter(ops, x), weights["head"]))
+        return logits[:, : self.shape.vocab], written
+
+    # ---- declarations ------------------------------------------------------------------------------------------
+
+    def uses(self) -> Uses:
+        """What all blocks declare; blocks that share a name share the problem."""
+        found: dict[str, tuple[str, Problem]] = {}
+        for layer in self.layers:
+            for name, use in (*layer.attention.uses().items(), *layer.mlp.uses().items()):
+                assert found.setdefault(name, use) == use, f"two problems are called {name!r}: give a block a kind"
+        return found
+
+    def caches(self) -> Sequence[KVProblem]:
+        return [cache for layer in self.layers if (cache := layer.attention.cache()) is not None]
+
+    def params(self) -> Tree:
+        dtype, share, hidden = self.context.dtype, self.vocab_share, self.shape.hidden
+        embed = "model.embed_tokens.weight"
+        head = embed if self.sizes.tied else "lm_head.weight"
+        table = EmbedProblem(dtype=dtype, vocab=share, width=hidden, scale=self.embed_scale)
+        return {
+            "embed": self._vocab("embed", embed, {"embed": table}),
+            "vocab_start": Param(
+                name="vocab_start", source_id="vocab_start", shape=(1,), dtype="int32", varies=("tp",),
+                problems={"const": ConstProblem(dtype="int32", shape=(1,))},
+                shard=shards.constant(lambda at: [at.tp * self.vocab_share]),
+            ),
+            "layers": [layer.params(f"model.layers.{i}.", f"layers.{i}.") for i, layer in enumerate(self.layers)],
+            "norm": self.norm.param("norm", "model.norm.weight"),
+            "head": self._vocab("head", head, {"linear": LinearProblem(dtype=dtype, n=share, k=hidden)}),
+        }  # fmt: skip
+
+    def _vocab(self, name: str, source: str, problems: Mapping[str, Problem]) -> Param:
+        """A table of the vocabulary. Where the head is tied, both are of one source, each in the packing it likes."""
+        share, hidden = self.vocab_share, self.shape.hidden
+        shard = shards.padded_rows(source, (self.shape.vocab, hidden), share)
+        return Param(name, source, (share, hidden), self.context.dtype, problems, shard, varies=("tp",))

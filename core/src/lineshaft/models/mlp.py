@@ -1,0 +1,77 @@
+"""The gated MLP block of decoders. Knows no family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
+
+from lineshaft.contract.sessions import Tree
+from lineshaft.contract.weights import Array, Coordinate
+from lineshaft.layout import Layout, choose_layout
+from lineshaft.models import shards
+from lineshaft.models.family import BuildContext, Uses
+from lineshaft.models.parameters import linear, product, vector
+
+ACTIVATIONS: Final = MappingProxyType({"silu": "silu_mul", "gelu_pytorch_tanh": "gelu_mul"})
+"""A config's word for the activation of the gate -> the op."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMlp:
+    """down(activation(gate x) * up x) at one layout: `width` is the whole model's.
+
+    at: the block's prefix in the checkpoint, after the layer's; fused: the checkpoint holds one gate_up_proj.
+    """
+
+    context: BuildContext
+    hidden: int
+    width: int
+    activation: str = "silu"
+    at: str = "mlp."
+    bias: bool = False
+    fused: bool = False
+
+    def __call__(self, ops: Any, w: Tree, x: Array) -> Array:
+        """x [T, H] -> [T, H]."""
+        return self.layout.leave(ops, self.partial(ops, w, self.layout.enter(ops, x)))
+
+    def partial(self, ops: Any, w: Tree, x: Array) -> Array:
+        """x [T, H], which has entered the layout -> [T, H] before it leaves it: this rank's part of the sum."""
+        gated = getattr(ops, ACTIVATIONS[self.activation])(product(ops, w, "gate_up", x))
+        return product(ops, w, "down", gated)
+
+    def uses(self) -> Uses:
+        return {}
+
+    def params(self, source: str, name: str) -> Tree:
+        """The block's parameters: `source` is the layer's prefix in the checkpoint, `name` the one of its weights."""
+        at, hidden, share = source + self.at, self.hidden, self.width // self.context.degrees.tp
+        down = shards.cols(at + "down_proj.weight", (hidden, self.width), self._range)
+        both = self._gate_up(at, "weight", (hidden,))
+        found = {
+            "gate_up": linear(self.context, name + "gate_up", 2 * share, hidden, both, bias=self.bias),
+            "down": linear(self.context, name + "down", hidden, share, down, bias=self.bias),
+        }
+        if self.bias:
+            both, down = self._gate_up(at, "bias", ()), shards.on_first(at + "down_proj.bias", hidden)
+            found["gate_up_bias"] = vector(self.context, name + "gate_up_bias", 2 * share, both)
+            found["down_bias"] = vector(self.context, name + "down_bias", hidden, down)
+        return found
+
+    @cached_property
+    def layout(self) -> Layout:
+        return choose_layout(self.context.degrees)
+
+    def _range(self, at: Coordinate) -> tuple[int, int]:
+        share = self.width // self.context.degrees.tp
+        return at.tp * share, (at.tp + 1) * share
+
+    def _gate_up(self, at: str, kind: str, tail: tuple[int, ...]) -> shards.Shard:
+        """Rows of gate and up for a rank: each cut first and joined after."""
+        if not self.fused:
+            shape = (self.width, *tail)
+            return shards.rows(*((f"{at}{part}_proj.{kind}", shape, self._range) for part in ("gate", "up")))
+        name, shape = f"{at}gate_up_proj.{kind}", (2 * self.width, *tail)
+        return shards.rows((name, shape, self._range), (name, shape, shards.moved(self._range, self.width)))
