@@ -25,11 +25,13 @@ DISTRIBUTIONS = sorted(
 
 def test_the_exported_names_are_these_and_all_resolve() -> None:
     assert sorted(lineshaft.__all__) == [
+        "AsyncLLM",
         "CompletionOutput",
         "EngineConfig",
         "LLM",
         "RequestOutput",
         "SamplingParams",
+        "Structured",
         "__version__",
     ]
     assert dir(lineshaft) == sorted(lineshaft.__all__)
