@@ -164,8 +164,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "a token id out of range": (("--prompt-ids", "1,256"), "TokenOutOfRange", ("256", "from 0 to 255")),
     "garbage for token ids": (("--prompt-ids", "1;2"), "InvalidValue", ("--prompt-ids '1;2'", "1,2,3")),
     "more samples than wanted": (("--n", "3", "--best-of", "2"), "InvalidSamplingParams", ("best_of = 2", "n = 3")),
-    "a schema that is none": (("--json-schema", '{"type": 3}'), "InvalidStructure", ("structured.json",)),
-    "a regex that is none": (("--regex", "("), "InvalidStructure", ("structured.regex",)),
+    "a schema that is no JSON": (("--json-schema", "{type: 3}"), "InvalidStructure", ("structured.json",)),
+    "a structure without an end token": (("--regex", "a"), "InvalidStructure", ("no end-of-sequence token",)),
     "a bias beyond the vocabulary": (("--logit-bias", "256=1"), "TokenOutOfRange", ("256",)),
     "too long a prompt": (("--prompt", "x" * 128), "PromptTooLong", ("128 tokens", "at most 127")),
 }  # fmt: skip
