@@ -19,15 +19,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "LLM",
-    "AsyncLLM",
-    "CompletionOutput",
-    "EngineConfig",
-    "RequestOutput",
-    "SamplingParams",
-    "Structured",
+    "LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "Structured",
     "__version__",
-]
+]  # fmt: skip
 
 _HOMES = {
     "LLM": "lineshaft.llm",
