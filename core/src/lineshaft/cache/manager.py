@@ -348,7 +348,7 @@ class CacheManager:
         for page in filter(None, found.values()):
             pool.hold(page)  # before anything is allocated, which may evict it
         restored = []
-        for index, page in found.items():
+        for page in found.values():
             pages.append(page or pool.allocate())
             restored.append(0 if page else pages[-1])
         whole = sequence.registered[group]
