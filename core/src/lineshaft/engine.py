@@ -119,6 +119,11 @@ class Engine:
         """The cache manager of each dp replica, to be read only."""
         return [replica.cache for replica in self._replicas]
 
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """The scheduler of each dp replica, to be read only."""
+        return [replica.scheduler for replica in self._replicas]
+
     def requests(self) -> list[Live]:
         """The unfinished requests, oldest first."""
         return list(self._live.values())
