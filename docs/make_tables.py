@@ -1,4 +1,4 @@
-"""Writes the tables of the documentation that repeat what the code says: ops, problems, hooks, keys and mutants.
+"""Writes what the documentation repeats of the code: ops, problems, hooks, keys, commands and mutants.
 
 Run it with `python docs/make_tables.py` after a change of one of them. A table stands between `<!-- table NAME -->` and
 `<!-- end -->`; a test fails where one is not what this file would write.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Action, ArgumentParser, _HelpAction, _SubParsersAction
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -17,7 +18,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from lineshaft.cli.main import COMMANDS, parser
+from lineshaft.cli.options import DOTTED, KEYS, add_config_arguments
+from lineshaft.cli.plugins import further_commands
+from lineshaft.cli.sampling import CONFIGURED
 from lineshaft.config import EngineConfig
+from lineshaft.config.load import variable
+from lineshaft.config.values import is_table
 from lineshaft.contract.hooks import HookSpecs
 from lineshaft.contract.ops import OpSpec, all_ops
 from lineshaft.contract.problems import Problem
@@ -25,6 +32,7 @@ from lineshaft_conformance.mutants import gallery
 
 DOCS = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CONFIGURATION = "configuration"  # the group of the options that commands share
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "text", Any: "anything"}
 Rows = Iterator[Sequence[str]]
@@ -48,13 +56,21 @@ def sentence(doc: str | None) -> str:
 
 
 def ops() -> str:
-    rows = ((code(op.signature), sentence(op.reference.__doc__), kind(op)) for op in all_ops().values())
-    return markdown(("Op", "What it computes", "Kind"), rows)
+    rows = (
+        (code(op.signature), plain(sentence(op.reference.__doc__)), kind(op), f"`{op.problem.__name__}`", tolerance(op))
+        for op in all_ops().values()
+    )
+    return markdown(("Op", "What it computes", "Kind", "Problem", "Tolerance"), rows)
 
 
 def code(text: str) -> str:
     """A code span, also of a text that holds backticks."""
     return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def plain(text: str) -> str:
+    """A text whose brackets are no links."""
+    return text.replace("[", "\\[")
 
 
 def kind(op: OpSpec) -> str:
@@ -63,6 +79,24 @@ def kind(op: OpSpec) -> str:
     words += ["composite"] if op.default is not None else []
     words += [f"consumes {', '.join(op.consumes)}"] if op.consumes else []
     return ", ".join(words)
+
+
+class Read:
+    """A problem that only notes which of its fields a rule reads."""
+
+    def __init__(self) -> None:
+        self.fields: list[str] = []
+
+    def __getattr__(self, name: str) -> int:
+        self.fields.append(name)
+        return 1
+
+
+def tolerance(op: OpSpec) -> str:
+    """ "exact", or the fields of the problem from which the rule takes K, the terms of a sum."""
+    read = Read()
+    op.tolerance.depth(read)
+    return "exact" if op.tolerance.exact else f"rule, K: {', '.join(f'`{field}`' for field in read.fields) or '1'}"
 
 
 def problems() -> str:
@@ -88,16 +122,30 @@ def hooks() -> str:
 
 
 def config() -> str:
-    return markdown(("Key", "Type", "Default", "Meaning"), keys(EngineConfig, ""))
+    return markdown(("Key", "Type", "Default", "Meaning", "Option and variable"), keys(EngineConfig, ()))
 
 
-def keys(model: type[BaseModel], prefix: str) -> Rows:
+def keys(model: type[BaseModel], table: tuple[str, ...]) -> Rows:
     """One row for every key, those of nested tables after their table's name and a dot."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"`{prefix}{name}`", type_of(field), default_of(field), " ".join((field.description or "").split())
+        path = (*table, name)
+        if is_table(field):
+            yield from keys(field.annotation, path)
+            continue
+        free = get_origin(field.annotation) is dict  # a table whose keys are not ours
+        meaning = " ".join((field.description or "").split())
+        by = f"`{option_of('.'.join(path), free)}` `{variable((*path, 'key') if free else path)}`"
+        yield f"`{'.'.join(path)}`", type_of(field), default_of(field), meaning, by
+
+
+def option_of(key: str, free: bool) -> str:
+    """The option that sets a dotted key: one of its own name where there is one."""
+    if key == "backend_options":
+        return "--backend-option KEY=VALUE"
+    own = {DOTTED.get(name, name): name for name in KEYS} | {f"sampling.{name}": name for name in CONFIGURED}
+    if key in own:
+        return f"--{own[key].replace('_', '-')}"
+    return f"--set {key}.KEY=VALUE" if free else f"--set {key}=VALUE"
 
 
 def type_of(field: FieldInfo) -> str:
@@ -132,6 +180,52 @@ def default_of(field: FieldInfo) -> str:
     return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands() -> str:
+    """A section for every command of every installed distribution, with its arguments and options."""
+    top = parser({**COMMANDS, **further_commands()})
+    shared = ArgumentParser(add_help=False)
+    add_config_arguments(shared)
+    heading = "\n## Configuration options\n\n"
+    return "".join(sections(top, "lineshaft", "")) + heading + options(shared, shared._action_groups[-1]._group_actions)
+
+
+def sections(command: ArgumentParser, name: str, said: str) -> Iterator[str]:
+    """The section of a command, if it can be run itself, and those of its own commands."""
+    further = [action for action in command._actions if isinstance(action, _SubParsersAction)]
+    for action in further:
+        helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
+        for word, inner in action.choices.items():
+            yield from sections(inner, f"{name} {word}", helps[word])
+    if not further:
+        yield f"\n## `{name}`\n\n{said[:1].upper()}{said[1:].removesuffix('.')}.\n\n{arguments_of(command)}"
+
+
+def arguments_of(command: ArgumentParser) -> str:
+    """The table of a command's own arguments; the shared ones, which set the configuration, only by a link."""
+    shared = next((group for group in command._action_groups if group.title == CONFIGURATION), None)
+    common = [] if shared is None else shared._group_actions
+    own = [action for action in command._actions if action not in common and not isinstance(action, _HelpAction)]
+    link = "\nAnd the [configuration options](#configuration-options).\n" if common else ""
+    return options(command, own) + link
+
+
+def options(command: ArgumentParser, actions: Sequence[Action]) -> str:
+    formatter = command._get_formatter()
+    rows = ((called(action), formatter._expand_help(action) if action.help else "") for action in actions)
+    return markdown(("Argument", "Meaning"), rows)
+
+
+def called(action: Action) -> str:
+    """How an argument is written: `-v`, `--verbose`, or `--prompt TEXT`, and whether it must be."""
+    words = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+    value = "" if action.nargs == 0 else f" {words}" if action.option_strings else str(words)
+    required = " (required)" if action.required and action.nargs not in ("*", "?") else ""
+    return ", ".join(f"`{name}{value}`" for name in action.option_strings or [""]) + required
+
+
 # ---- conformance -----------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +239,7 @@ def mutants() -> str:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
-    "ops": ops, "problems": problems, "hooks": hooks, "config": config, "mutants": mutants,
+    "ops": ops, "problems": problems, "hooks": hooks, "config": config, "commands": commands, "mutants": mutants,
 }  # fmt: skip
 
 

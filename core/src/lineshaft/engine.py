@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import StepShape
 from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
+from lineshaft.flight import Flight, Live, Token, token_of
 from lineshaft.meter import Clock, Meter, median, now
 from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, StepMessage, StepResult
-from lineshaft.runner.pack import Packed, Sampled, need_of, pack_forward, rows_of, sampled_rows
+from lineshaft.runner.messages import Sizes, StepResult
+from lineshaft.runner.pack import Place, need_of, pack_forward
 from lineshaft.runner.worker import Progress, silent
-from lineshaft.sampling.pack import pack_sampling
-from lineshaft.sampling.params import SamplingParams
-from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
-
-NO_COPIES = np.zeros((0, 3), np.int32)
+from lineshaft.sampling.choice import make_choice
+from lineshaft.sampling.logprobs import PromptLogprobs
+from lineshaft.sampling.params import EXTRAS, SamplingParams, check_extras
+from lineshaft.sampling.vocabulary import Vocabulary
+from lineshaft.scheduler import Batch, FinishReason, Policy, Request, Scheduler
 
 Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
 """Sees a request and the logits f32 [V] of its next token; a token id that it returns is taken instead of the sampled
@@ -44,40 +43,6 @@ class Replica:
     cache: CacheManager
 
 
-@dataclass(slots=True)
-class Live:
-    """A request while it runs."""
-
-    request: Request
-    replica: int
-    clock: Clock = field(default_factory=Clock)
-
-
-@dataclass(slots=True)
-class Token:
-    """One token that a step gave to a request."""
-
-    request: Request
-    clock: Clock
-    token_id: int  # -1: there is none, the request ended without
-    logprobs: dict[int, tuple[float, int]] | None = None  # id -> (log-probability, rank; 0 = below those asked for)
-
-
-@dataclass
-class Flight:
-    """A step of all replicas, from when it is scheduled until it is committed."""
-
-    shape: StepShape
-    batches: list[Batch]
-    packed: list[Packed]
-    began: float  # when its scheduling began, in seconds
-
-    @cached_property
-    def sampled(self) -> list[list[Sampled]]:
-        """By replica, the requests that get a token."""
-        return [sampled_rows(batch.rows) for batch in self.batches]
-
-
 class Recorder(Protocol):
     """Sees when each phase of a step began and ended, in seconds of `meter.now`."""
 
@@ -87,7 +52,8 @@ class Recorder(Protocol):
 class Engine:
     """Runs requests of token ids to the end. Use `add`, then `step` while `has_work`; `close` at the end.
 
-    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `executor`, if given, runs the
+    `teacher`, if set, sees the logits of every sampled row and may overrule the token. `vocabulary`, if set, serves
+    requests that ask for a structured output. `executor`, if given, runs the
     steps in the place of the configured one, and is closed with the engine.
     """
 
@@ -102,6 +68,7 @@ class Engine:
         registry = registry or discover()
         self.config = config
         self.teacher: Teacher | None = None
+        self.vocabulary: Vocabulary | None = None
         self.meter = Meter()
         self._executor = executor or make_executor(config, registry)
         try:
@@ -112,27 +79,35 @@ class Engine:
         except BaseException:
             self._executor.close()
             raise
+        off = "the engine was made with sampling_extras = false; set it to true"
+        self._declined = self.plan.declined if config.sampling_extras else dict.fromkeys(EXTRAS, off)
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
-        self._overlap = config.overlap == "on" or (config.overlap == "auto" and self._facts.asynchronous)
+        beside = self._facts.asynchronous or self._executor.beside
+        self._overlap = config.overlap == "on" or (config.overlap == "auto" and beside)
+        self._ended: list[Token] = []  # requests that scheduling ended, which `step` has not returned yet
         self._flight: Flight | None = None  # submitted before the step that returns its tokens
         self._committed = 0.0
         self.recorder: Recorder | None = None
         self.closed = False
 
     def _make_replica(self) -> Replica:
-        groups = [GroupSpec(n, size) for n, size in zip(self.pages, self._facts.page_sizes, strict=True)]
-        settings = self.config.cache
-        cache = CacheManager(groups, prefix_caching=settings.prefix_caching, watermark=settings.watermark)
-        return Replica(Scheduler(self._facts.limits, cache), cache)
+        sizes = zip(self.pages, self._facts.page_sizes, self._facts.windows, strict=True)
+        settings, chosen, limits = self.config.cache, self.config.scheduler, self._facts.limits
+        cache = CacheManager(
+            [GroupSpec(*size) for size in sizes], prefix_caching=settings.prefix_caching, watermark=settings.watermark,
+            chunk=limits.chunk, eviction=settings.eviction, swap_pages=chosen.swap_pages,
+        )  # fmt: skip
+        policy = Policy(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Policy)})
+        return Replica(Scheduler(limits, cache, policy), cache)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._live) or self._flight is not None
+        return bool(self._live) or self._flight is not None or bool(self._ended)
 
     @property
     def plan(self) -> Plan:
@@ -176,7 +151,12 @@ class Engine:
         Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
         """
         self._require_open()
+        if params.truncate_prompt_tokens is not None:
+            prompt = prompt[-params.truncate_prompt_tokens :]
         self._check(prompt, params)
+        if parent is not None:
+            params = dataclasses.replace(params, prompt_logprobs=None)
+        choice = make_choice(params, prompt, self.vocab, eos_ids, self.vocabulary)
         request_id, clock = self._next_id, Clock()
         if params.seed is None:
             seed = (self.config.seed + request_id) % 2**64 if parent is None else parent.params.seed
@@ -188,7 +168,9 @@ class Engine:
         )  # fmt: skip
         replica = self._replica_for(parent)
         self._replicas[replica].scheduler.add(request)
-        self._live[request_id] = Live(request, replica, clock)
+        wanted = params.prompt_logprobs
+        scores = None if wanted is None else PromptLogprobs(request.prompt, wanted)
+        self._live[request_id] = Live(request, replica, clock, choice, scores)
         self._next_id += 1
         return request
 
@@ -210,10 +192,11 @@ class Engine:
         for token in prompt:
             self._check_token("prompt token", token)
         most = self.config.max_logprobs
-        if params.logprobs is not None and (params.logprobs > most or not most):
-            raise InvalidSamplingParams(
-                f"logprobs = {params.logprobs}: the engine was made with max_logprobs = {self.config.max_logprobs}"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            if wanted is not None and (wanted > most or not most):
+                raise InvalidSamplingParams(f"{name} = {wanted}: the engine was made with max_logprobs = {most}")
+        check_extras(params, self._declined)
 
     def _check_token(self, what: str, token: object) -> None:
         if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
@@ -241,7 +224,9 @@ class Engine:
         """
         self._require_open()
         try:
-            return self._step()
+            tokens = self._step() + self._ended
+            self._ended = []
+            return tokens
         except BaseException:
             self._flight = None
             for replica in self._replicas:
@@ -252,16 +237,16 @@ class Engine:
         flight, self._flight = self._flight or self._launch(self._schedule()), None
         if flight is None:
             return []
-        at, rows = now(), flight.shape.logits
-        self._executor.choose([self._choice(sampled, rows) for sampled in flight.sampled])
+        at = now()
+        self._executor.choose(flight.choices(self._live, self.vocab, logits=self.teacher is not None))
         self._mark("sample", flight, at)
         following = self._schedule() if self._overlap else None
         at = now()
-        results = self._executor.collect()
+        results = flight.processed(self._executor.collect())
         self._mark("run", flight, at)
         ids = [self._taught(sampled, result) for sampled, result in zip(flight.sampled, results, strict=True)]
         if following is not None:
-            self._fill(following, flight, ids)
+            following.fill(flight, ids)
             self._flight = self._launch(following)
         at = now()
         tokens = self._commit(flight, results, ids)
@@ -271,15 +256,16 @@ class Engine:
     def _schedule(self) -> Flight | None:
         """The next step of every replica, packed; None where none has work."""
         began = now()
-        batches = [replica.scheduler.schedule() for replica in self._replicas]
+        batches = [replica.scheduler.schedule(began) for replica in self._replicas]
+        self._ended += [self._end(request) for batch in batches for request in batch.finished]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
-        if not need.tokens:
+        if not need.tokens and not any(batch.swaps_out or batch.swaps_in for batch in batches):
             return None
-        shape = fit(self._facts.shapes, need)
-        flight = Flight(shape, batches, [], began)
-        at = self._mark("schedule", flight, began)
-        for replica, batch in zip(self._replicas, batches, strict=True):
-            flight.packed.append(pack_forward(batch, replica.cache, self._facts.page_sizes, shape))
+        shape, at = fit(self._facts.shapes, need), now()
+        parts = zip(self._replicas, batches, strict=True)
+        packed = [pack_forward(batch, replica.cache, self._facts.page_sizes, shape) for replica, batch in parts]
+        flight = Flight(shape, batches, packed, began)
+        self._mark("schedule", flight, began, at)
         self._mark("prepare", flight, at)
         return flight
 
@@ -287,24 +273,11 @@ class Engine:
         """Submit the forward of a step whose tokens are all known."""
         if flight is not None:
             at = now()
-            parts = zip(flight.packed, flight.batches, strict=True)
-            self._executor.submit([StepMessage(flight.shape, p.host, page_copies(b)) for p, b in parts])
+            self._executor.submit(flight.messages())
             self._mark("run", flight, at)
         return flight
 
-    def _fill(self, following: Flight, flight: Flight, ids: Sequence[Sequence[int]]) -> None:
-        """Put the tokens of a step into the one that was scheduled before they were known."""
-        for packed, sampled, given in zip(following.packed, flight.sampled, ids, strict=True):
-            packed.fill({request.id: token for (_, request), token in zip(sampled, given, strict=True)})
-
-    def _choice(self, sampled: Sequence[Sampled], rows: int) -> ChoiceMessage:
-        return ChoiceMessage(
-            pack_sampling(*rows_of(sampled), rows),
-            logprobs=any(request.params.logprobs is not None for _, request in sampled),
-            logits=self.teacher is not None,
-        )
-
-    def _taught(self, sampled: Sequence[Sampled], result: StepResult) -> list[int]:
+    def _taught(self, sampled: Sequence[Place], result: StepResult) -> list[int]:
         """The token of each request that gets one."""
         given = result.token_ids.tolist()
         ids = [given[row] for row, _ in sampled]
@@ -320,33 +293,44 @@ class Engine:
     def _commit(self, flight: Flight, results: Sequence[StepResult], ids: Sequence[list[int]]) -> list[Token]:
         """Book a step that has run. What ended while it ran gets no token."""
         tokens: list[Token] = []
-        parts = zip(self._replicas, flight.batches, flight.sampled, results, ids, strict=True)
-        for replica, batch, sampled, result, given in parts:
-            for row in batch.rows:
-                live = self._live.get(row.request.id)
-                if live is not None and not live.clock.scheduled:
-                    live.clock.scheduled = flight.began
+        flight.book_prompts(results, self._live)
+        for replica, batch, sampled, result, given in zip(
+            self._replicas, flight.batches, flight.sampled, results, ids, strict=True
+        ):
+            self._note_start(batch, flight.began)
             for (_, request), token in zip(sampled, given, strict=True):
                 if token < 0:  # NaN logits: no token can be sampled; the others go on
                     replica.scheduler.finish(request, FinishReason.ERROR)
             replica.scheduler.commit(batch, given)
             at = now()
-            for (place, request), token in zip(sampled, given, strict=True):
+            for (row, request), token in zip(sampled, given, strict=True):
                 live = self._live.get(request.id)
                 if live is not None:
-                    tokens.append(self._token(live, place, token, result, at))
+                    tokens.append(self._token(live, row, token, result, at))
         self._book(flight, results, len(tokens))
         return tokens
 
+    def _note_start(self, batch: Batch, began: float) -> None:
+        for row in batch.rows:
+            live = self._live.get(row.request.id)
+            if live is not None and not live.clock.scheduled:
+                live.clock.scheduled = began
+
     def _token(self, live: Live, row: int, token: int, result: StepResult, at: float) -> Token:
+        request = live.request
         if token >= 0:
             live.clock.token(at)
-        if live.request.finished:
+            if live.choice is not None and not request.finished and live.choice.token(token):
+                self._replicas[live.replica].scheduler.finish(request, FinishReason.STOP)
+        if request.finished:
             self._retire(live)
-        wanted, found = live.request.params.logprobs, None
-        if wanted is not None and result.logprobs is not None and token >= 0:
-            found = top_logprobs(result.logprobs, row, token, wanted)
-        return Token(live.request, live.clock, token, found)
+        return token_of(live, row, token, result)
+
+    def _end(self, request: Request) -> Token:
+        """Retire a request that scheduling ended."""
+        live = self._live[request.id]
+        self._retire(live)
+        return Token(request, live.clock, -1)
 
     def _retire(self, live: Live) -> None:
         request = live.request
@@ -359,16 +343,17 @@ class Engine:
         tokens = sum(batch.tokens for batch in flight.batches)
         single = tokens == 1 and all(len(batch.rows) <= 1 for batch in flight.batches)
         kernels = max(result.kernel_seconds for result in results)
+        for replica, batch in zip(self._replicas, flight.batches, strict=True):
+            if batch.rows:
+                replica.scheduler.observe(batch, wall)
         used = sum(r.cache.used_pages(g) for r in self._replicas for g in range(len(self.pages)))
         self.meter.step(wall, kernels, single, sampled, used)
 
-    def _mark(self, phase: str, flight: Flight, began: float) -> float:
-        """Tell the recorder of a phase that ends now; return now."""
-        at = now()
+    def _mark(self, phase: str, flight: Flight, began: float, ended: float | None = None) -> None:
+        """Tell the recorder of a phase, which ends now unless said otherwise."""
         if self.recorder is not None:
-            rows = sum(len(batch.rows) for batch in flight.batches)
-            self.recorder.span(phase, began, at, rows=rows, tokens=sum(batch.tokens for batch in flight.batches))
-        return at
+            rows, tokens = (sum(len(b.rows) for b in flight.batches), sum(b.tokens for b in flight.batches))
+            self.recorder.span(phase, began, now() if ended is None else ended, rows=rows, tokens=tokens)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -412,20 +397,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def top_logprobs(found: Logprobs, row: int, token: int, wanted: int) -> dict[int, tuple[float, int]]:
-    """The `wanted` likeliest tokens of a row and the chosen one: id -> (log-probability, rank)."""
-    top = {
-        int(i): (float(p), rank + 1) for rank, (i, p) in enumerate(zip(found.top_ids[row], found.top[row], strict=True))
-    }
-    kept = dict(list(top.items())[:wanted])
-    kept[token] = top.get(token, (float(found.chosen[row]), 0))
-    return kept
-
-
-def page_copies(batch: Batch) -> HostArray:
-    """The copies to make before a step, int32 [n, 3] of (group, src, dst)."""
-    if not batch.copies:
-        return NO_COPIES
-    return np.array([(c.group, c.src, c.dst) for c in batch.copies], np.int32)

@@ -23,11 +23,12 @@ LineshaftError
 │   ├── CorruptCheckpoint           a file is truncated or not what it says it is
 │   ├── MissingTensor               the checkpoint lacks a tensor that the model needs
 │   ├── MisshapenTensor             a tensor has another shape or dtype than the model needs
-│   └── TokenizerError              the tokenizer or chat template cannot be built or fails
+│   └── TokenizerError              the tokenizer cannot be built or fails
 ├── RequestError                    one request is wrong; the engine and all others go on
 │   ├── EmptyPrompt                 a prompt without a token
 │   ├── PromptTooLong               longer than the model's context or than the KV pool holds
 │   ├── TokenOutOfRange             a token id outside the vocabulary
+│   ├── ChatError                   messages or tools are malformed, or the chat template is missing or refuses them
 │   └── InvalidSamplingParams       a sampling parameter that means nothing (temperature NaN, max_tokens <= 0, ...)
 │       └── InvalidStructure        a schema, expression or grammar of a structured output that cannot be used
 ├── ResourceError                   the machine is too small
@@ -126,7 +127,7 @@ class MisshapenTensor(ModelError):
 
 
 class TokenizerError(ModelError):
-    """A tokenizer or a chat template cannot be built, or fails on its input."""
+    """A tokenizer cannot be built, or fails on its input."""
 
 
 class RequestError(LineshaftError):
@@ -143,6 +144,10 @@ class PromptTooLong(RequestError):
 
 class TokenOutOfRange(RequestError):
     """A token id, of a prompt or of a teacher, outside the vocabulary."""
+
+
+class ChatError(RequestError):
+    """Messages or tools are malformed, or the chat template is missing, broken or refuses them."""
 
 
 class InvalidSamplingParams(RequestError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+RequestId = int | str
+"""The engine's number of a request, or the name that its user gave it."""
 
 
 class Logprob(NamedTuple):
@@ -14,17 +17,30 @@ class Logprob(NamedTuple):
     decoded_token: str
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that an answer asks for, with its arguments as the model gave them, unchecked."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
 @dataclass
 class CompletionOutput:
-    """One generated sequence. `logprobs` holds, for each token, the chosen one and the likeliest ones by id."""
+    """One generated sequence. `logprobs` holds, for each token, the chosen one and the likeliest ones by id.
+
+    `text` is "" where detokenizing is off. `tool_calls` are those found in the answer of a chat with tools; `text`
+    keeps them as they were written.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None  # "stop", "length", "cancelled", "error"; None while it runs
+    finish_reason: str | None = None  # a `FinishReason`: "stop", "length", ...; None while it runs
     stop_reason: int | str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -41,25 +57,32 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """One prompt and what became of it."""
+    """One prompt and what became of it: n samples, by `best_of` the likeliest first.
 
-    request_id: int
+    `prompt_logprobs` holds an entry for each token of the prompt, of which the first is None: nothing comes before it.
+    """
+
+    request_id: RequestId
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     finished: bool = True
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True)
 class StreamDelta:
-    """What one step added to a request."""
+    """What was added to one sample of a request since its last delta. The request's last one brings its `output`."""
 
-    request_id: int
+    request_id: RequestId
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
+    index: int = 0  # which of the n samples
+    logprobs: tuple[dict[int, Logprob], ...] = ()
+    output: RequestOutput | None = None
 
 
 @dataclass(frozen=True)

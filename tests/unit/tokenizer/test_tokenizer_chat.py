@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from lineshaft.errors import TokenizerError
+from lineshaft.errors import ChatError
 from lineshaft.tokenizer.chat import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "<a href='x'>\u00e9</a>"}, {"role": "assistant", "content": "ok"}]
@@ -65,6 +65,6 @@ def test_strftime_now_gives_the_date() -> None:
     ],
 )
 def test_failures_are_one_typed_error(source: str, words: str) -> None:
-    with pytest.raises(TokenizerError, match=words) as caught:
+    with pytest.raises(ChatError, match=words) as caught:
         render(source)
     assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lineshaft.errors import LineshaftError, TokenizerError, TokenOutOfRange
+from lineshaft.errors import ChatError, LineshaftError, RequestError, TokenOutOfRange
 from lineshaft.tokenizer import Tokenizer
 from lineshaft.weights import open_checkpoint
 
@@ -105,7 +105,7 @@ def test_a_token_outside_the_vocabulary(smollm2: Tokenizer, token_id: int) -> No
 
 
 def test_a_lone_surrogate_is_a_typed_error(smollm2: Tokenizer) -> None:
-    with pytest.raises(TokenizerError, match="valid Unicode"):
+    with pytest.raises(RequestError, match="valid Unicode"):
         smollm2.encode("a\ud800b")
 
 
@@ -115,4 +115,4 @@ def test_a_lone_surrogate_is_a_typed_error(smollm2: Tokenizer) -> None:
 def test_wrong_messages_are_a_typed_error(smollm2: Tokenizer, messages: Any) -> None:
     with pytest.raises(LineshaftError) as caught:
         smollm2.chat(messages)
-    assert isinstance(caught.value, TokenizerError) and "\n" not in str(caught.value)
+    assert isinstance(caught.value, ChatError) and "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from lineshaft.errors import CorruptCheckpoint, TokenizerError
+from lineshaft.errors import ChatError, CorruptCheckpoint, TokenizerError
 from lineshaft.tokenizer import Tokenizer
 from lineshaft.tokenizer.from_gguf import read_metadata
 from lineshaft.tokenizer.pieces import byte_alphabet
@@ -232,7 +232,7 @@ def test_no_template_says_so(folder: Path) -> None:
     change(folder, "tokenizer_config.json", chat_template=None)
     tokenizer = Tokenizer.from_checkpoint(folder)
     assert not tokenizer.has_chat_template
-    with pytest.raises(TokenizerError, match="no chat template"):
+    with pytest.raises(ChatError, match="no chat template"):
         tokenizer.chat("x")
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from lineshaft.config import EngineConfig
 from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
-from lineshaft.runner.messages import ChoiceMessage, Logprobs, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.worker import Progress, Worker
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft_conformance.subject import Subject
 
 
@@ -62,6 +63,8 @@ class WatchedExecutor:
     """Runs one worker of the subject in this process (an `Executor`), asks for the logits of every step, and keeps all
     of them in `steps`. Before each step the null page and the pages that `unused(group)` names are filled with poison.
     """
+
+    beside = False
 
     def __init__(self, subject: Subject, config: EngineConfig) -> None:
         self.worker = Worker(config, registry=subject.registry, start=subject.start)

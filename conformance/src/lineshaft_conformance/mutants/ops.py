@@ -499,6 +499,20 @@ def first_row_for_all(logits: Tensor, params: Any, u: Tensor) -> tuple[Any, ...]
     return logits, {key: value[:1].expand_as(value).contiguous() for key, value in params.items()}, u
 
 
+def edits_with(**changes: Callable[[Any, Tensor], Tensor]) -> Make:
+    """Makes a mutant whose apply_logits gets `change(problem, array)` of these arrays."""
+    return with_call("apply_logits", lambda p, run, logits, **kw: run(logits, **{
+        key: changes[key](p, value) if key in changes else value for key, value in kw.items()}))  # fmt: skip
+
+
+def divided_all(p: Any, run: Any, logits: Tensor, **kw: Any) -> Any:
+    if "edit_ids" not in kw:
+        return run(logits, **kw)
+    old = logits.gather(1, kw["edit_ids"].long().clamp(max=p.vocab - 1))
+    scale = kw["edit_scale"]
+    return run(logits, **{**kw, "edit_scale": torch.where((old > 0) | (scale == 0), scale, 1 / scale)})
+
+
 def bits_from_the_top(p: Any, run: Any, logits: Tensor, *, mask: Any = None, **kw: Any) -> Any:
     if mask is None:
         return run(logits, **kw)
@@ -520,9 +534,18 @@ LOGITS = (
            with_call("apply_logits", whole_words)),
     mutant("large-negative", "a masked logit is -inf (ops)", "apply_logits/mask-*",
            after("apply_logits", lambda out: out.clamp(min=-1e4))),
-    mutant("bias-ignored", "a bias is added (ops)", "apply_logits/bias*",
-           with_call("apply_logits", lambda p, run, logits, **kw: run(logits, **{
-               key: v * 0 if key == "bias" else v for key, v in kw.items()}))),
+    mutant("bias-ignored", "an edit's bias is added (ops)", "apply_logits/edits*",
+           edits_with(edit_bias=lambda p, bias: bias * 0)),
+    mutant("scale-ignored", "an edit's scale divides or multiplies (ops)", "apply_logits/edits*",
+           edits_with(edit_scale=lambda p, scale: scale * 0)),
+    mutant("zero-scale-taken", "a scale of 0 counts as 1 (ops)", "apply_logits/edits*",
+           edits_with(edit_scale=lambda p, scale: scale.clamp(min=1e-6))),
+    mutant("padding-wraps", "id V edits nothing (ops)", "apply_logits/edits_padding*",
+           edits_with(edit_ids=lambda p, ids: ids.clamp(max=p.vocab - 1))),
+    mutant("scale-divides-all", "a scale multiplies what is below 0 (ops)", "apply_logits/edits_signed*",
+           with_call("apply_logits", divided_all)),
+    mutant("edits-by-32768", "an edit lies anywhere in the vocabulary (ops)", "apply_logits/edits-vocabulary*",
+           edits_with(edit_ids=lambda p, ids: torch.where(ids < 32768, ids, p.vocab).int())),
     mutant("vocabulary-of-32768", "a vocabulary has more tokens than a block (ops)", "sample/plain-v70000*",
            before("sample", lambda logits, params, u: (logits[:, :32768], params, u))),
     mutant("always-greedy", "a temperature above 0 samples (ops)", "sample/plain*", params_with(temperature=0.0)),
@@ -533,6 +556,12 @@ LOGITS = (
     mutant("top-k-ignored", "top_k filters (ops)", "sample/top_k*", params_with(top_k=0)),
     mutant("top-p-ignored", "top_p filters (ops)", "sample/top_p*", params_with(top_p=0.0)),
     mutant("min-p-ignored", "min_p filters (ops)", "sample/min_p*", params_with(min_p=0.0), size="full"),
+    mutant("typical-p-ignored", "typical_p filters (ops)", "sample/typical*", before(
+        "sample", lambda logits, params, u: (logits, {**params, **{
+            key: params[key] * 0 for key in ("typical_p",) if key in params}}, u))),
+    mutant("typical-p-for-top-p", "typical_p keeps what is near the entropy, not the likeliest (ops)",
+           "sample/typical_ladder*", before("sample", lambda logits, params, u: (logits, {
+               **params, "top_p": params.get("typical_p", params["top_p"]), "typical_p": params["top_p"] * 0}, u))),
     mutant("zero-keeps-one", "all-zero parameters keep every token (step)", "sample/*", before(
         "sample", lambda logits, params, u: (logits, {**params, "top_k": params["top_k"].clamp(min=1)}, u))),
     mutant("top-p-first", "filters in their order: top_k, then top_p", "sample/*", with_call("sample", top_p_first)),

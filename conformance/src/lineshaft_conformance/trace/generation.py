@@ -21,6 +21,8 @@ from lineshaft_conformance.trace.errors import TraceError
 class Keeping:
     """An executor that keeps what it was told and the token ids that came out."""
 
+    beside = False
+
     def __init__(self, inner: Executor) -> None:
         self._inner = inner
         self.steps: list[StepMessage] = []

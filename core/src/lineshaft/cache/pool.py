@@ -5,11 +5,26 @@ Knows pages and their hashes, not sequences or tokens.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from lineshaft.cache.eviction import EVICTION, Born, IdlePages
 from lineshaft.errors import IntegrityError, InvalidValue, PoolTooSmall
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """How many pages hold so many tokens."""
+    return -(-tokens // page_size)
+
+
+def pages_in_window(window: int, page_size: int, chunk: int) -> int:
+    """The most pages that one sequence holds in a group of this window, in steps of at most `chunk` of its tokens.
+
+    What the first query of a step that is not committed yet sees, that step's tokens, and those of the step after it.
+    """
+    return pages_for(window - 1 + 2 * chunk, page_size) + 1
 
 
 @dataclass(frozen=True)
@@ -18,12 +33,37 @@ class GroupSpec:
 
     pages: int
     page_size: int  # tokens a page
+    window: int = 0  # keys that a query sees, itself included; 0: all before it
 
     def __post_init__(self) -> None:
         if self.page_size < 1:
             raise InvalidValue(f"page_size = {self.page_size}: give at least 1 token a page")
+        if self.window < 0:
+            raise InvalidValue(f"window = {self.window}: give at least 1 key that a query sees, or 0 for all")
         if self.pages < 2:
             raise PoolTooSmall(f"pages = {self.pages} holds no token: give at least 2 (page 0 is the null page)")
+
+    def capacity(self, chunk: int) -> int:
+        """How many tokens one sequence can hold if it has the pool to itself."""
+        if self.window and self.pages - 1 >= pages_in_window(self.window, self.page_size, chunk):
+            return sys.maxsize
+        return (self.pages - 1) * self.page_size
+
+    def most(self, total: int, chunk: int) -> int:
+        """The most pages that a sequence of total tokens holds at once."""
+        whole = pages_for(total, self.page_size)
+        return min(whole, pages_in_window(self.window, self.page_size, chunk)) if self.window else whole
+
+    def unseen(self, computed: int) -> int:
+        """How many leading pages no token from position `computed` on can see."""
+        return max(0, computed - self.window + 1) // self.page_size if self.window else 0
+
+    def next_change(self, computed: int) -> int:
+        """The computed count at which another page is whole or unseen."""
+        whole = (computed // self.page_size + 1) * self.page_size
+        if not self.window:
+            return whole
+        return min(whole, (self.unseen(computed) + 1) * self.page_size + self.window - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +75,28 @@ class PageCopy:
     dst: int
 
 
+class PageSwap(NamedTuple):
+    """Pages of a sequence in one group, to be saved to the host or brought back from there, before a step."""
+
+    seq: int
+    group: int
+    pages: tuple[int, ...]  # in token order; coming back in the same order, with 0 for one that need not
+
+
 class PagePool:
     """Every page but 0 is exactly one of: free (nothing of worth), idle (held by nobody, kept for its hash), held.
 
-    Idle pages are given up in the order in which they became idle.
+    Idle pages are given up in the order of the eviction policy.
     """
 
-    def __init__(self, spec: GroupSpec) -> None:
+    def __init__(self, spec: GroupSpec, eviction: str = "lru") -> None:
         self.spec = spec
         self.evictions = 0
         self._holders = [0] * spec.pages
         self._free = list(range(spec.pages - 1, 0, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle = IdlePages(EVICTION[eviction])
+        self._uses = [0] * spec.pages
+        self._born: dict[int, Born] = {}
         self._hash_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
 
@@ -75,16 +125,19 @@ class PagePool:
     def allocate(self) -> int:
         """Return a page held once, with contents of no meaning. The caller has seen that `available` > 0."""
         if not self._free:
-            self._evict()
+            self._forget(self._idle.first())
+            self.evictions += 1
         page = self._free.pop()
         self._holders[page] = 1
+        self._uses[page] = 0
         return page
 
     def hold(self, page: int) -> None:
         """Add a holder to a held or idle page."""
         if not self._holders[page]:
-            del self._idle[page]
+            self._idle.remove(page)
         self._holders[page] += 1
+        self._uses[page] += 1
 
     def drop(self, page: int) -> None:
         """Take a holder from a held page; the last one leaves it idle if it has a hash, else free."""
@@ -93,11 +146,11 @@ class PagePool:
         if self._holders[page]:
             return
         if page in self._hash_of:
-            self._idle[page] = None
+            self._idle.add(page, self._born[page], self._uses[page])
         else:
             self._free.append(page)
 
-    def register(self, page: int, digest: bytes) -> None:
+    def register(self, page: int, digest: bytes, born: Born) -> None:
         """Name a held page, unless another held page has the name; an idle one gives it up and is free."""
         other = self._page_of.get(digest)
         if other is not None:
@@ -106,6 +159,7 @@ class PagePool:
             self._forget(other)
         self._hash_of[page] = digest
         self._page_of[digest] = page
+        self._born[page] = born
 
     def reset(self) -> None:
         """Forget every hash: idle pages become free, held ones stay held without a name."""
@@ -117,26 +171,23 @@ class PagePool:
     def check(self, holders: Mapping[int, int]) -> None:
         """Raise IntegrityError unless the books balance. holders: how many sequences hold each page, 0 left out."""
         held = {page: count for page, count in enumerate(self._holders) if count}
-        _demand(held == dict(holders), f"pages are held {held}, sequences hold {dict(holders)}")
+        demand(held == dict(holders), f"pages are held {held}, sequences hold {dict(holders)}")
         parts = [*self._free, *self._idle, *held]
         everything = list(range(1, self.spec.pages))
-        _demand(sorted(parts) == everything, "free, idle and held pages do not partition pages 1 and up")
-        _demand(all(page in self._hash_of for page in self._idle), "an idle page has no hash")
-        _demand(not any(page in self._hash_of for page in self._free), "a free page has a hash")
+        demand(sorted(parts) == everything, "free, idle and held pages do not partition pages 1 and up")
+        demand(all(page in self._hash_of for page in self._idle), "an idle page has no hash")
+        demand(not any(page in self._hash_of for page in self._free), "a free page has a hash")
         inverse = {digest: page for page, digest in self._hash_of.items()}
-        _demand(inverse == self._page_of and len(inverse) == len(self._hash_of), "hashes and pages do not match")
-
-    def _evict(self) -> None:
-        self._forget(next(iter(self._idle)))
-        self.evictions += 1
+        demand(inverse == self._page_of and len(inverse) == len(self._hash_of), "hashes and pages do not match")
 
     def _forget(self, page: int) -> None:
         """Make an idle page free."""
-        del self._idle[page]
+        self._idle.remove(page)
         del self._page_of[self._hash_of.pop(page)]
         self._free.append(page)
 
 
-def _demand(holds: bool, broken: str) -> None:
+def demand(holds: bool, broken: str) -> None:
+    """Raise IntegrityError, with what is broken, unless it holds."""
     if not holds:
         raise IntegrityError(f"cache books do not balance: {broken}; this is a bug, please report it")

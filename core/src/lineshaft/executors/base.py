@@ -22,6 +22,8 @@ class Executor(Protocol):
     hold one message per dp replica.
     """
 
+    beside: bool  # whether workers run beside the engine's thread
+
     def size(self) -> list[Sizes]: ...  # by rank
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]: ...  # by rank

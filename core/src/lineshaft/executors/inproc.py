@@ -33,14 +33,14 @@ class InprocExecutor:
         if degrees.world > 1:
             check_layout(config, registry)
         ranks = range(0, degrees.world, degrees.replica if one_program(config, registry) else 1)
-        beside = len(ranks) > 1 or config.overlap == "on"
-        self._threads = [ThreadPoolExecutor(1) for _ in ranks] if beside else []
+        self.beside = len(ranks) > 1 or config.overlap == "on"
+        self._threads = [ThreadPoolExecutor(1) for _ in ranks] if self.beside else []
         self._workers: list[Worker] = []
         self._running: list[Future[None]] = []
         try:
             for index, rank in enumerate(ranks):
                 make = partial(Worker, config, rank, registry=registry, start=start)
-                self._workers.append(self._threads[index].submit(make).result() if beside else make())
+                self._workers.append(self._threads[index].submit(make).result() if self.beside else make())
         except BaseException:
             self.close()
             raise

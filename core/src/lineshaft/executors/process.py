@@ -69,6 +69,8 @@ class ProcessExecutor:
     """Ranks in processes; the engine talks to each over a socket pair. `worker` is what they run instead of core's own
     program: a module, and arguments that go before core's."""
 
+    beside = True
+
     def __init__(self, config: EngineConfig, registry: Registry, worker: Sequence[str] = WORKER) -> None:
         check_layout(config, registry)
         self._degrees = degrees_of(config)

@@ -120,7 +120,7 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
 
     Raises Unsupported, Ambiguous, ContractViolation.
     """
-    programs, traces, declined = _programs(work, resolver, specs)
+    programs, traces, declined = _programs(backend, work, resolver, specs)
     sites = [site for trace in traces for site in trace.sites.values() if not site.composite]
     layouts = _weight_layouts(work, sites, resolver)
     cache_layout = _cache_layout(sites, resolver)
@@ -149,7 +149,7 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
 
 
 def _programs(
-    work: Workload, resolver: Resolver, specs: Mapping[str, OpSpec]
+    backend: str, work: Workload, resolver: Resolver, specs: Mapping[str, OpSpec]
 ) -> tuple[list[ProgramSpec], list[Trace], dict[str, str]]:
     """The programs to capture, their traces, and for each optional thing that is left out the reason."""
     traced = [(program, _trace(program, work, resolver, specs)) for program in work.programs]
@@ -157,7 +157,8 @@ def _programs(
     for program, trace in traced:
         for site in trace.sites.values():
             if program.optional and not (site.composite or resolver.resolvable(site.op, site.problem)):
-                declined[program.optional] = resolver.candidates(site.op, site.problem).unsupported()
+                reason = resolver.candidates(site.op, site.problem).unsupported()
+                declined[program.optional] = f"backend {backend!r} has {reason}; leave it out, or use another backend"
     kept = [(program, trace) for program, trace in traced if program.optional not in declined]
     return [program for program, _ in kept], [trace for _, trace in kept], declined
 

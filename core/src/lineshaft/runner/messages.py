@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lineshaft.cache import PageSwap
 from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
+from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.scheduler import Limits
 
 Frames = tuple[dict[str, Any], list[HostArray]]
@@ -21,14 +23,18 @@ Frames = tuple[dict[str, Any], list[HostArray]]
 
 @dataclass(frozen=True)
 class StepMessage:
-    """The forward of one step of one replica: its packed inputs and the page copies to make first.
+    """The forward of one step of one replica: its packed inputs, and the pages to move first.
 
-    `copies` is int32 [n, 3] of (group, src, dst).
+    Pages are saved to the host (`swaps_out`), then copied, then brought back (`swaps_in`). `copies` is int32 [n, 3] of
+    (group, src, dst). `on_host`, told with `swaps_out`: the sequences whose pages are still wanted there.
     """
 
     shape: StepShape
     forward: HostStep
     copies: HostArray
+    swaps_out: tuple[PageSwap, ...] = ()
+    swaps_in: tuple[PageSwap, ...] = ()
+    on_host: tuple[int, ...] = ()
 
     def copies_by_group(self) -> Iterator[tuple[int, HostArray, HostArray]]:
         """(group, src int32 [n], dst int32 [n]) of each group that has copies: what `Session.copy_pages` takes."""
@@ -37,12 +43,19 @@ class StepMessage:
             yield int(group), self.copies[own, 1], self.copies[own, 2]
 
     def to_frames(self) -> Frames:
-        return {"shape": dataclasses.asdict(self.shape)}, [self.forward.buffer, self.copies]
+        header = {
+            "shape": dataclasses.asdict(self.shape),
+            "out": self.swaps_out,
+            "in": self.swaps_in,
+            "host": self.on_host,
+        }
+        return header, [self.forward.buffer, self.copies]
 
     @classmethod
     def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> StepMessage:
         shape = make_shape(header["shape"])
-        return cls(shape, HostStep(forward_inputs(shape), arrays[0]), arrays[1])
+        out, back = (tuple(PageSwap(s, g, tuple(pages)) for s, g, pages in header[key]) for key in ("out", "in"))
+        return cls(shape, HostStep(forward_inputs(shape), arrays[0]), arrays[1], out, back, tuple(header["host"]))
 
 
 @dataclass(frozen=True)
@@ -75,15 +88,6 @@ class ChoiceMessage:
         adjust, sampling = hosts[: header["adjust"]], hosts[header["adjust"] :]
         scored = arrays[len(hosts)] if len(arrays) > len(hosts) else None
         return cls(sampling[0] if sampling else None, adjust, header["logprobs"], header["logits"], scored)
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """Natural-log probabilities of R rows: the chosen token's [R], and the k likeliest [R, k] with their ids [R, k]."""
-
-    chosen: HostArray
-    top_ids: HostArray
-    top: HostArray
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Sizes:
     shapes: tuple[StepShape, ...]  # forward buckets, smallest first
     vocab: int
     asynchronous: bool = False  # whether a step runs on while the host goes on
+    windows: tuple[int, ...] = ()  # keys that a query sees in each group; 0: all before it
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "plan": self.plan.to_json()}
@@ -134,7 +139,7 @@ class Sizes:
             plan=Plan.from_json(data["plan"]), weight_bytes=data["weight_bytes"], page_bytes=tuple(data["page_bytes"]),
             pages=tuple(data["pages"]), page_sizes=tuple(data["page_sizes"]), limits=Limits(**data["limits"]),
             shapes=tuple(make_shape(shape) for shape in data["shapes"]), vocab=data["vocab"],
-            asynchronous=data["asynchronous"],
+            asynchronous=data["asynchronous"], windows=tuple(data["windows"]),
         )  # fmt: skip
 
 

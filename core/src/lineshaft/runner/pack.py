@@ -11,7 +11,6 @@ from lineshaft.cache import CacheManager
 from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.runner.buckets import Need
-from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, Request, Row
 
 
@@ -25,33 +24,13 @@ def need_of(rows: Sequence[Row]) -> Need:
     )
 
 
-GREEDY = SamplingParams(temperature=0)
-
-Sampled = tuple[int, Request]
+Place = tuple[int, Request]
 """A row of logits, and the request whose next token is chosen from it."""
 
 
-def sampled_rows(rows: Sequence[Row]) -> list[Sampled]:
-    """Where the requests of a step that get a token have their logits."""
-    found, end = [], 0
-    for row in rows:
-        end += row.logits
-        if row.samples:
-            found.append((end - 1, row.request))
-    return found
-
-
-def rows_of(sampled: Sequence[Sampled]) -> tuple[list[SamplingParams], list[int], list[int]]:
-    """For each row of logits, up to the last that a token is chosen from: params, fork and position of that token. A
-    row that none is chosen from counts as greedy."""
-    if len(sampled) == (sampled[-1][0] + 1 if sampled else 0):
-        requests = [request for _, request in sampled]
-        return [r.params for r in requests], [r.fork for r in requests], [len(r.tokens) for r in requests]
-    size = sampled[-1][0] + 1
-    params, forks, positions = [GREEDY] * size, [0] * size, [0] * size
-    for row, request in sampled:
-        params[row], forks[row], positions[row] = request.params, request.fork, len(request.tokens)
-    return params, forks, positions
+def places(scored: Sequence[tuple[int, Row]]) -> list[Place]:
+    """Where the requests that get a token have the logits of it; `scored`: rows, each with its first row of logits."""
+    return [(start + row.logits - 1, row.request) for start, row in scored if row.samples]
 
 
 @dataclass(frozen=True)
@@ -60,6 +39,7 @@ class Packed:
 
     host: HostStep
     unknown: Sequence[tuple[int, int]]  # (index into token_ids, request id)
+    on_host: tuple[int, ...] = ()  # sequences whose pages are saved, where the step saves some
 
     def fill(self, tokens: Mapping[int, int]) -> None:
         """Put in the tokens, by request id; where one could not be sampled, the row is void and any id serves."""
@@ -92,7 +72,7 @@ def pack_forward(batch: Batch, cache: CacheManager, page_sizes: Sequence[int], s
         page, offset = np.divmod(positions, page_size)
         host[f"slots.{group}"][:total] = table[of_row, page] * page_size + offset
         host[f"context_lens.{group}"][: len(rows)] = stops
-    return Packed(host, unknown)
+    return Packed(host, unknown, tuple(cache.on_host) if batch.swaps_out else ())
 
 
 def _token_ids(rows: Sequence[Row], ends: HostArray) -> tuple[list[int], list[tuple[int, int]]]:

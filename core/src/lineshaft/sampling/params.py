@@ -161,6 +161,17 @@ class SamplingParams:
         return {kind: name for kind, name in found.items() if name}
 
 
+EXTRAS = ("edits", "mask", "typical_p")
+"""The optional programs, as `SamplingParams.extras` names them."""
+
+
+def check_extras(params: SamplingParams, declined: Mapping[str, str]) -> None:
+    """Raises InvalidSamplingParams where the request needs an optional program that is not there: name -> reason."""
+    for kind, name in params.extras.items():
+        if kind in declined:
+            raise InvalidSamplingParams(f"{name} is not possible here: {declined[kind]}")
+
+
 def _require(valid: bool, name: str, given: object, allowed: str) -> None:
     if not valid:
         shown = repr(given)

@@ -1,13 +1,13 @@
 """What the scheduler may put in a step (`Limits`) and what it did put there (`Batch`).
 
-Knows requests and pages to copy; not how a step is laid out in memory.
+Knows requests and pages to copy or swap; not how a step is laid out in memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lineshaft.cache import PageCopy
+from lineshaft.cache import PageCopy, PageSwap
 from lineshaft.errors import InvalidValue
 from lineshaft.scheduler.request import Request
 
@@ -22,9 +22,17 @@ class Limits:
     max_prefill_rows: int | None = None  # prefill rows a step; None: as many as fit
     mixed_steps: bool = True  # False: a step holds decode rows or prefill rows, and the two take turns
     max_query: int | None = None  # tokens a row; None: as many as fit
+    max_prefill_tokens: int | None = None  # prefill tokens in a step that holds decode rows too; None: as many as fit
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of one request in one step."""
+        return self.token_budget if self.max_query is None else min(self.token_budget, self.max_query)
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "max_rows", "max_model_len", "max_prefill_rows", "max_query"):
+        for name in (
+            "token_budget", "max_rows", "max_model_len", "max_prefill_rows", "max_query", "max_prefill_tokens",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidValue(f"{name} = {value}: give a number of at least 1")
@@ -47,11 +55,18 @@ class Row:
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """One step: decode rows first, then prefill rows, each oldest request first. Not to be changed."""
+    """One step: decode rows first, then prefill rows, each in the order of ranks. Not to be changed.
+
+    Before the step runs, and after the one before it: pages are saved (`swaps_out`), then copied (`copies`), then
+    brought back (`swaps_in`), each in the order given.
+    """
 
     rows: tuple[Row, ...]
-    copies: tuple[PageCopy, ...]  # to be made in this order before anything is written
-    preempted: tuple[int, ...]  # ids of requests that lost their pages to make room
+    copies: tuple[PageCopy, ...] = ()
+    preempted: tuple[int, ...] = ()  # ids of requests that lost their pages to make room
+    swaps_out: tuple[PageSwap, ...] = ()  # a page list for each group of a request
+    swaps_in: tuple[PageSwap, ...] = ()  # the same lists with new ids, 0 where nothing is to be written
+    finished: tuple[Request, ...] = ()  # requests that scheduling ended: their deadline passed, or they were rejected
 
     @property
     def tokens(self) -> int:
@@ -76,10 +91,15 @@ class BatchBuilder:
         self.rows: list[Row] = []
         self.copies: list[PageCopy] = []
         self.preempted: list[int] = []
+        self.swaps_out: list[PageSwap] = []
+        self.swaps_in: list[PageSwap] = []
+        self.finished: list[Request] = []
+        self.fresh: set[int] = set()  # ids of requests some of whose pages get their contents just before this step
+        self.lacking = False  # whether some row was left out for want of pages
         self.tokens_left = limits.token_budget
         self.logits_left = limits.max_rows
         self._prefills_left = limits.token_budget if limits.max_prefill_rows is None else limits.max_prefill_rows
-        self._max_query = limits.token_budget if limits.max_query is None else limits.max_query
+        self._limits = limits
 
     @property
     def takes_prefill(self) -> bool:
@@ -90,10 +110,12 @@ class BatchBuilder:
         """Note that all rows so far are decode rows, of one token and one row of logits."""
         self.tokens_left -= len(self.rows)
         self.logits_left -= len(self.rows)
+        if self.rows and self._limits.max_prefill_tokens is not None:
+            self.tokens_left = min(self.tokens_left, self._limits.max_prefill_tokens)
 
     def add_prefill(self, request: Request) -> None:
         """Add as much of what a request has left to compute as there is room for, which may be nothing."""
-        count = min(request.remaining, self.tokens_left, self._max_query)
+        count = min(request.remaining, self.tokens_left, self._limits.chunk)
         scored = request.scores_prompt
         if scored:
             count = min(count, self.logits_left)
@@ -109,7 +131,9 @@ class BatchBuilder:
             request.scheduled += count
             request.in_flight += samples
             request.length += samples
+            request.chunks += not samples
 
     def build(self) -> Batch:
         """Return the finished batch."""
-        return Batch(tuple(self.rows), tuple(self.copies), tuple(self.preempted))
+        moved = tuple(self.swaps_out), tuple(self.swaps_in), tuple(self.finished)
+        return Batch(tuple(self.rows), tuple(self.copies), tuple(self.preempted), *moved)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from lineshaft.sampling.params import SamplingParams
+from lineshaft.scheduler.cost import RequestCost
 
 
 class Status(StrEnum):
     """Where a request is."""
 
-    WAITING = "waiting"  # holds no pages
-    RUNNING = "running"  # holds pages for all its tokens
+    WAITING = "waiting"  # holds no pages, at most some on the host
+    RUNNING = "running"  # holds pages for all its tokens, in groups with a window for its next ones
     FINISHED = "finished"
 
 
@@ -56,8 +57,16 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the token id, or the stop string that the engine names
     epoch: int = 0  # how often it lost its pages; a row of an older epoch computed nothing that is kept
+    swapped: int = 0  # tokens whose KV is on the host
+    chunks: int = 0  # rows of it that sampled nothing
     length: int = field(init=False)  # tokens of prompt and output, with those in flight
-    most: int = sys.maxsize  # the length at which it ends; the scheduler's to set
+    most: int = sys.maxsize  # the length at which it ends
+    notable: int = sys.maxsize  # the length at which it ends or begins to straggle
+    straggling: bool = False  # whether its output is far longer than was expected
+    promoted: bool = False  # whether it waited so long that it goes before all others
+    number: int = 0  # how many requests the scheduler was given before it
+    rank: tuple[float, ...] = ()  # its place among all others, the lowest first
+    cost: RequestCost | None = None  # what it is expected to take
     stops: frozenset[int] = field(init=False)  # the token ids that end it
     _tokens: list[int] = field(init=False, repr=False)
 

@@ -16,7 +16,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lineshaft.errors import TokenizerError
+from lineshaft.errors import ChatError
+from lineshaft.tokenizer.messages import check_tools, plain_messages
+
+_END = "\N{END OF TRANSMISSION BLOCK}"
+"""Marks, with a space after it, the end of a message that is to be continued."""
 
 
 class ChatTemplate:
@@ -26,17 +30,38 @@ class ChatTemplate:
         self.source = source
         self._variables = dict(variables)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
-        """The prompt's text. Raises TokenizerError for a bad message, a bad template, or one that refuses."""
-        _check(messages)
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text.
+
+        add_generation_prompt: whether it ends with the beginning of an answer; None: unless a message is continued.
+        tools: functions as OpenAI's API describes them. continue_final_message: the text ends inside the last message.
+        variables: what else the template reads. Raises ChatError for what is malformed, and where the template fails.
+        """
+        turns = plain_messages(messages)
+        if continue_final_message:
+            if add_generation_prompt:
+                raise ChatError("continue_final_message and add_generation_prompt exclude each other: give one of them")
+            turns[-1]["content"] = f"{_text_of(turns[-1])}{_END} "
+        answer = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         # Templates ask "tools is not none": transformers always passes these two.
-        values = {"tools": None, "documents": None} | self._variables | variables
+        values = {"tools": check_tools(tools), "documents": None} | self._variables | variables
+        text = self._render(values | {"messages": turns, "add_generation_prompt": answer})
+        return _cut(text) if continue_final_message else text
+
+    def _render(self, values: dict[str, Any]) -> str:
+        template = self._compiled
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
-        except TokenizerError:
-            raise
+            return template.render(values)
         except Exception as error:  # a template is a program: it can fail with anything
-            raise TokenizerError(
+            raise ChatError(
                 f"the chat template fails on these messages: {_one_line(error)}; check the roles, their order and the "
                 "fields of each message"
             ) from error
@@ -46,17 +71,24 @@ class ChatTemplate:
         try:
             return _environment().from_string(self.source)
         except Exception as error:  # the parser too can fail with more than TemplateError (deep nesting)
-            raise TokenizerError(
-                f"the model's chat template cannot be compiled: {_one_line(error)}; send a prompt without chat"
+            raise ChatError(
+                f"the chat template cannot be compiled: {_one_line(error)}; give another, or a prompt without chat"
             ) from error
 
 
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
-    if not isinstance(messages, list | tuple) or not messages:
-        raise TokenizerError(f"messages must be a list of at least one message, not {messages!r}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TokenizerError(f'message {index} must be like {{"role": "user", "content": "..."}}, not {message!r}')
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if not isinstance(content, str) or not content:
+        raise ChatError(f"the last message cannot be continued: its content is {content!r}; give it a text")
+    return content
+
+
+def _cut(text: str) -> str:
+    """The text up to the mark; without spaces before it where the template took away the one after it."""
+    before, mark, after = text.rpartition(_END)
+    if not mark:
+        raise ChatError("the chat template leaves the last message out, which was to be continued; check its role")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer as Backend
 
 from lineshaft.contract.weights import Checkpoint
-from lineshaft.errors import TokenizerError, TokenOutOfRange
+from lineshaft.errors import ChatError, RequestError, TokenizerError, TokenOutOfRange
 from lineshaft.tokenizer.chat import ChatTemplate
 from lineshaft.tokenizer.from_folder import read_folder
 from lineshaft.tokenizer.from_gguf import read_metadata
@@ -39,6 +39,7 @@ class Tokenizer:
         self._prefix, self._suffix = _template_ids(parts.backend)
         self._prefix = _adjusted(self._prefix, self.bos_id, parts.add_bos)
         self._suffix = _adjusted(self._suffix, None if eos is None else parts.backend.token_to_id(eos), parts.add_eos)
+        self._special_tokens = parts.special_tokens
         self._chat = None if parts.chat_template is None else ChatTemplate(parts.chat_template, parts.special_tokens)
 
     @classmethod
@@ -63,14 +64,14 @@ class Tokenizer:
         return self._chat is not None
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens spelled in it count as such. Raises TokenizerError for lone surrogates.
+        """Token ids of `text`; special tokens spelled in it count as such. Raises RequestError for lone surrogates.
 
         `add_special` adds what the model expects around a prompt (BOS); pass False for the result of `chat`.
         """
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
-            raise TokenizerError(f"this text cannot be encoded ({error}); give a string of valid Unicode") from error
+            raise RequestError(f"this text cannot be encoded ({error}); give a string of valid Unicode") from error
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -85,17 +86,16 @@ class Tokenizer:
             raise TokenOutOfRange(f"token id {token_id} is not in the vocabulary; ids are 0 to {self.vocab_size - 1}")
         return text
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]] | str, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    def chat(self, messages: Sequence[Mapping[str, Any]] | str, *, template: str | None = None, **more: Any) -> str:
         """The prompt's text for a conversation; a string is one message of the user.
 
-        `variables` reach the template (tools, enable_thinking, ...). Raises TokenizerError.
+        `template` takes the place of the model's own; `more` is what `ChatTemplate.render` takes, and what the template
+        reads (enable_thinking, ...). Raises ChatError.
         """
-        if self._chat is None:
-            raise TokenizerError("this model has no chat template; send a plain prompt, or use an instruct model")
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        return self._chat.render(turns, add_generation_prompt, **variables)
+        chat = self._chat if template is None else ChatTemplate(template, self._special_tokens)
+        if chat is None:
+            raise ChatError("this model has no chat template; give one, send a plain prompt, or use an instruct model")
+        return chat.render([{"role": "user", "content": messages}] if isinstance(messages, str) else messages, **more)
 
     def _turn_ends(self) -> frozenset[int]:
         ids = {self._backend.token_to_id(text) for text in _TURN_ENDS}

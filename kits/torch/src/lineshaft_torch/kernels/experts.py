@@ -59,10 +59,10 @@ def gated_mlp(
     """x [n, H], w13 [2F, H], w2 [H, F], biases [2F] and [H] -> [n, H]; products accumulate wide, the hidden activation
     is rounded once."""
     wide = accumulator(x.dtype)
-    first, second = (0.0 if bias is None else bias.to(wide) for bias in biases)
-    gate, up = (x.to(wide) @ w13.to(wide).t() + first).chunk(2, -1)
+    first, second = (None if bias is None else bias.to(wide) for bias in biases)
+    gate, up = F.linear(x.to(wide), w13.to(wide), first).chunk(2, -1)
     hidden = activate(problem, gate, up).to(x.dtype).to(wide)
-    return (hidden @ w2.to(wide).t() + second).to(x.dtype)
+    return F.linear(hidden, w2.to(wide), second).to(x.dtype)
 
 
 def activate(problem: ExpertProblem, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

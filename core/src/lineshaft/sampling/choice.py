@@ -1,0 +1,156 @@
+"""What one request remembers while its tokens are chosen: penalties, biases, bans and its place in a grammar.
+
+Knows no batch: `pack` puts the rows of a step together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lineshaft.errors import InvalidSamplingParams, TokenOutOfRange
+from lineshaft.sampling.params import SamplingParams
+from lineshaft.sampling.vocabulary import Grammar, Vocabulary
+
+HostArray = np.ndarray[Any, Any]
+Edits = tuple[HostArray, HostArray, HostArray]
+"""Of one row: ids int32 [n], all different, scale f32 [n] and bias f32 [n]."""
+
+
+def make_choice(
+    params: SamplingParams,
+    prompt: Sequence[int],
+    vocab: int,
+    eos_ids: frozenset[int] = frozenset(),
+    vocabulary: Vocabulary | None = None,
+) -> Choice | None:
+    """The state of a new request; None where its logits are never edited.
+
+    vocab: entries of the model's vocabulary; vocabulary: the texts of its tokens, where the engine has a tokenizer.
+    Raises InvalidSamplingParams, InvalidStructure for a structure that cannot be followed, TokenOutOfRange.
+    """
+    if not {"edits", "mask"} & params.extras.keys():
+        return None
+    text = next((word for word in params.bad_words if isinstance(word, str)), None)
+    if vocabulary is None and (params.structured is not None or text is not None):
+        what = "structured" if params.structured is not None else f"bad_words with the text {text!r}"
+        raise InvalidSamplingParams(f"{what}: this engine runs on token ids alone; use an LLM, which has a tokenizer")
+    sequences: list[tuple[int, ...]] = []
+    for word in params.bad_words:
+        if isinstance(word, str):
+            assert vocabulary is not None
+            sequences += vocabulary.spellings(word)
+        else:
+            sequences.append(tuple(word))
+    grammar = None
+    if params.structured is not None:
+        assert vocabulary is not None
+        grammar = vocabulary.grammar(params.structured)
+    named = {
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words": [token for sequence in sequences for token in sequence],
+    }
+    for name, ids in named.items():
+        if (wrong := next((token for token in ids if token >= vocab), None)) is not None:
+            raise TokenOutOfRange(f"{name} names token {wrong}: ids are whole numbers from 0 to {vocab - 1}")
+    ends = frozenset(token for token in (*eos_ids, *params.stop_token_ids) if token < vocab)
+    return Choice(params, prompt, vocab, ends, sequences, grammar)
+
+
+class Choice:
+    """The edits and the mask of one row, kept up to date by `token`: a function of the tokens so far, so that a
+    preemption changes nothing."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocab: int,
+        ends: frozenset[int],
+        bad_words: Sequence[tuple[int, ...]],
+        grammar: Grammar | None,
+    ) -> None:
+        self.grammar = grammar
+        self.allowed = None if params.allowed_token_ids is None else mask_of(params.allowed_token_ids, vocab)
+        self._params, self._ends, self._bad_words = params, sorted(ends), bad_words
+        self._reach = max((len(sequence) for sequence in bad_words), default=1) - 1
+        self._tail = list(prompt[len(prompt) - min(self._reach, len(prompt)) :])
+        self._new = 0
+        self._counts: Counter[int] = Counter()
+        self._given = params.logit_bias or {}
+        self._repeats = params.repetition_penalty != 1
+        self._penalises = self._repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
+        first = sorted({*self._given, *(prompt if self._repeats else ())})
+        self._index = {token: i for i, token in enumerate(first)}
+        self._ids = np.array(first, np.int32)
+        self._bias = np.array([self._given.get(token, 0.0) for token in first], np.float32)
+        self._scale = np.zeros(len(first), np.float32)
+        if self._repeats:
+            seen = set(prompt)
+            self._scale[[i for i, token in enumerate(first) if token in seen]] = params.repetition_penalty
+
+    def token(self, token: int) -> bool:
+        """Take the token that was chosen; whether the output is complete, so that the request ends with it."""
+        self._new += 1
+        if self._reach:
+            self._tail = [*self._tail[1 - self._reach :], token] if self._reach > 1 else [token]
+        if self._penalises:
+            self._penalise(token)
+        return self.grammar is not None and self.grammar.accept(token)
+
+    def edits(self) -> Edits:
+        """What is to be done to the next token's logits, but for the mask."""
+        edits, banned = self._table, self._banned()
+        if not banned:
+            return edits
+        ids, scale, bias = edits
+        more = [token for token in banned if token not in self._index]
+        zeros = np.zeros(len(more), np.float32)
+        bias = np.concatenate([bias, zeros])
+        bias[[self._index[token] for token in banned if token in self._index]] = -math.inf
+        bias[len(ids) :] = -math.inf
+        return np.concatenate([ids, np.array(more, np.int32)]), np.concatenate([scale, zeros]), bias
+
+    @property
+    def _table(self) -> Edits:
+        n = len(self._index)
+        return self._ids[:n], self._scale[:n], self._bias[:n]
+
+    def _penalise(self, token: int) -> None:
+        at = self._index.setdefault(token, len(self._index))
+        if at == len(self._ids):  # room for as many again
+            size = max(16, 2 * at)
+            self._ids, self._scale, self._bias = (_grown(old, size) for old in (self._ids, self._scale, self._bias))
+        self._counts[token] += 1
+        params = self._params
+        self._ids[at] = token
+        self._scale[at] = params.repetition_penalty if self._repeats else 0
+        penalty = params.presence_penalty + params.frequency_penalty * self._counts[token]
+        self._bias[at] = self._given.get(token, 0.0) - penalty
+
+    def _banned(self) -> list[int]:
+        """Ends that come too early, and last tokens of bad words whose others have just come; no id twice."""
+        found = list(self._ends) if self._new < self._params.min_tokens else []
+        for *start, last in self._bad_words:
+            if not start or self._tail[-len(start) :] == start:
+                found.append(last)
+        return list(dict.fromkeys(found))
+
+
+def mask_of(allowed: Sequence[int], vocab: int) -> HostArray:
+    """uint32 [ceil(V / 32)] with the bits of these ids."""
+    flags = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    flags[list(allowed)] = 1
+    words: HostArray = np.packbits(flags, bitorder="little").view("<u4").astype(np.uint32)
+    return words
+
+
+def _grown(old: HostArray, size: int) -> HostArray:
+    new = np.zeros(size, old.dtype)
+    new[: len(old)] = old
+    return new
