@@ -28,11 +28,11 @@ def load_config(file: Path | None, environment: Mapping[str, str], overrides: Ma
     keys or nested tables. Text from variables and overrides is converted to the key's type; a file must give the type
     itself. Raises UnknownKey, InvalidValue, and ConfigError for a file that is missing or is not TOML.
     """
-    return build(merge(layers(file, environment, overrides)))
+    return build(merge(gather(file, environment, overrides)))
 
 
-def layers(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> list[Given]:
-    """All values that are given, checked, each with its source; a later one overrules an earlier one of its key."""
+def gather(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> list[Given]:
+    """Every value that is given, checked, each with its source; of two for a key the later one counts."""
     given = [*from_file(file), *from_environment(environment), *from_overrides(overrides)]
     return list(map(settle, given))
 
