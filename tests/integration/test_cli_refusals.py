@@ -101,8 +101,8 @@ SPOILT: dict[str, tuple[Callable[[Place], None], str, tuple[str, ...]]] = {
         "UnknownArchitecture", ("'LlamaForCausalLN'", "did you mean LlamaForCausalLM?"),
     ),
     "unknown RoPE": (
-        lambda p: p.configure(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        "UnknownArchitecture", ("'yarn'", "llama3"),
+        lambda p: p.configure(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4, "factor": 4.0}),
+        "UnknownArchitecture", ("'spiral'", "llama3"),
     ),
     "absurd number": (lambda p: p.configure(num_hidden_layers=-3), "CorruptCheckpoint", ("num_hidden_layers", "-3")),
     "config without a number": (lambda p: p.configure(hidden_size=None), "CorruptCheckpoint", ("hidden_size", "None")),

@@ -133,7 +133,7 @@ def test_the_architecture_names_every_part_of_core() -> None:
 
 def rows_of_parts() -> list[str]:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    return re.findall(r"^\| \d \| (.*) \|$", text, re.MULTILINE)
+    return re.findall(r"^\| \d+ \| (.*) \|$", text, re.MULTILINE)
 
 
 def test_the_readme_names_every_folder() -> None:

@@ -23,10 +23,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from lineshaft.config import environment, layers, settings
+    from lineshaft.config import environment, gather, settings
     from lineshaft.config.load import DEFAULT
 
-    found = settings(layers(args.config, environment(), overrides(args)))
+    found = settings(gather(args.config, environment(), overrides(args)))
     shown = [setting for setting in found if not args.given or setting.source != DEFAULT]
     print(as_json(shown) if args.json else as_table(shown))
     return 0

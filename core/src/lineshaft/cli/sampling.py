@@ -98,16 +98,20 @@ def add_sampling_arguments(parser: ArgumentParser, *, without: Collection[str] =
 def add_option(group: Any, field: Field[Any], default: str) -> None:
     text = MEANINGS[field.name] + default
     if field.type == "bool":
-        turned = option(f"no_{field.name}" if field.default else field.name)
-        group.add_argument(turned, dest=field.name, action="store_const", const=not field.default, help=text)
+        group.add_argument(turned(field), dest=field.name, action="store_const", const=not field.default, help=text)
         return
     metavar = kind(field)[0]
     action = "append" if metavar in REPEATABLE else "store"
-    group.add_argument(option(field.name), metavar=metavar, action=action, help=text)
+    group.add_argument(turned(field), metavar=metavar, action=action, help=text)
 
 
 def kind(field: Field[Any]) -> tuple[str, Callable[[Any], Any], str]:
     return next(found for beginning, found in KINDS.items() if str(field.type).startswith(beginning))
+
+
+def turned(field: Field[Any]) -> str:
+    """The option of a field: of a flag that is on, the one that turns it off."""
+    return option(f"no_{field.name}" if field.type == "bool" and field.default else field.name)
 
 
 def option(name: str) -> str:

@@ -4,7 +4,7 @@ It knows no backend: a plugin's own options stay an opaque table until the plugi
 """
 
 from lineshaft.config.environment import environment
-from lineshaft.config.load import Setting, layers, load_config, make_config, settings
+from lineshaft.config.load import Setting, gather, load_config, make_config, settings
 from lineshaft.config.models import (
     CacheConfig,
     EngineConfig,
@@ -24,7 +24,7 @@ __all__ = [
     "SchedulerConfig",
     "Setting",
     "environment",
-    "layers",
+    "gather",
     "load_config",
     "make_config",
     "settings",

@@ -29,10 +29,10 @@ def load_config(file: Path | None, environment: Mapping[str, str], overrides: Ma
     keys or nested tables. Text from variables and overrides is converted to the key's type; a file must give the type
     itself. Raises UnknownKey, InvalidValue, and ConfigError for a file that is missing or is not TOML.
     """
-    return build(merge(layers(file, environment, overrides)))
+    return build(merge(gather(file, environment, overrides)))
 
 
-def layers(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> list[Given]:
+def gather(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> list[Given]:
     """Every value that is given, checked, each with its source; of two for a key the later one counts.
 
     The values of the profile that is named come first, so that every other one counts more.
