@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lineshaft.cli import generate
 from lineshaft.cli.main import COMMANDS, parser
 from lineshaft.cli.options import DOTTED, KEYS, add_config_arguments
 from lineshaft.cli.plugins import further_commands
+from lineshaft.cli.sampling import CONFIGURED
 from lineshaft.config import EngineConfig
 from lineshaft.config.load import variable
 from lineshaft.config.values import is_table
@@ -142,7 +142,7 @@ def option_of(key: str, free: bool) -> str:
     """The option that sets a dotted key: one of its own name where there is one."""
     if key == "backend_options":
         return "--backend-option KEY=VALUE"
-    own = {DOTTED.get(name, name): name for name in KEYS} | {f"sampling.{name}": name for name in generate.SAMPLING}
+    own = {DOTTED.get(name, name): name for name in KEYS} | {f"sampling.{name}": name for name in CONFIGURED}
     if key in own:
         return f"--{own[key].replace('_', '-')}"
     return f"--set {key}.KEY=VALUE" if free else f"--set {key}=VALUE"

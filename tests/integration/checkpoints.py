@@ -51,9 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 YARN: dict[str, Any] = {
-    "rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 128,
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 24,
     "beta_fast": 4.0,
 }  # fmt: skip
+BLENDED: dict[str, Any] = YARN | {"rope_theta": 500.0, "original_max_position_embeddings": 128}
+"""Some of the few pairs of a small head lie between those that stay and those that are divided."""
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.25, 1.5],
     "long_factor": [1.0, 1.5, 4.0, 9.0],
@@ -71,7 +73,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-biases": {
         "seed": 20, "num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True,
     },
-    "llama-yarn": {"seed": 21, "num_attention_heads": 6, "num_key_value_heads": 2, "rope_parameters": YARN},
+    "llama-yarn": {"seed": 21, "num_attention_heads": 6, "num_key_value_heads": 2, "rope_parameters": BLENDED},
     "mistral": {
         "seed": 22, "model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": 9,
     },

@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(
     path.parent
-    for pattern in ("core", "kits/*", "plugins/*", "conformance")
+    for pattern in ("core", "kits/*", "plugins/*", "conformance", "bench")
     for path in ROOT.glob(f"{pattern}/pyproject.toml")
 )
 NAMES = [tomllib.loads((folder / "pyproject.toml").read_text())["project"]["name"] for folder in FOLDERS]

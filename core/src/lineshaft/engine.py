@@ -12,7 +12,7 @@ import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
-from lineshaft.errors import InvalidSamplingParams, InvalidValue, SessionClosed, TokenOutOfRange
+from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
 from lineshaft.flight import Flight, Live, Token, token_of
 from lineshaft.meter import Clock, Meter, median, now
@@ -81,8 +81,6 @@ class Engine:
             raise
         off = "the engine was made with sampling_extras = false; set it to true"
         self._declined = self.plan.declined if config.sampling_extras else dict.fromkeys(EXTRAS, off)
-        off = "the engine was made with sampling_extras = false; set it to true"
-        self._declined = self.plan.declined if config.sampling_extras else dict.fromkeys(EXTRAS, off)
         self._replicas = [self._make_replica() for _ in range(config.layout.dp)]
         self._live: dict[int, Live] = {}
         self._next_id = 0
@@ -97,8 +95,6 @@ class Engine:
     def _make_replica(self) -> Replica:
         sizes = zip(self.pages, self._facts.page_sizes, self._facts.windows, strict=True)
         settings, chosen, limits = self.config.cache, self.config.scheduler, self._facts.limits
-        if chosen.preemption == "swap":
-            raise InvalidValue("scheduler.preemption = 'swap': this version does not move pages; set it to 'recompute'")
         cache = CacheManager(
             [GroupSpec(*size) for size in sizes], prefix_caching=settings.prefix_caching, watermark=settings.watermark,
             chunk=limits.chunk, eviction=settings.eviction, swap_pages=chosen.swap_pages,
@@ -202,8 +198,6 @@ class Engine:
                 raise InvalidSamplingParams(f"{name} = {wanted}: the engine was made with max_logprobs = {most}")
         check_extras(params, self._declined)
 
-        check_extras(params, self._declined)
-
     def _check_token(self, what: str, token: object) -> None:
         if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < self.vocab:
             raise TokenOutOfRange(f"{what} {token!r}: ids are whole numbers from 0 to {self.vocab - 1}")
@@ -265,7 +259,7 @@ class Engine:
         batches = [replica.scheduler.schedule(began) for replica in self._replicas]
         self._ended += [self._end(request) for batch in batches for request in batch.finished]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
-        if not need.tokens:
+        if not need.tokens and not any(batch.swaps_out or batch.swaps_in for batch in batches):
             return None
         shape, at = fit(self._facts.shapes, need), now()
         parts = zip(self._replicas, batches, strict=True)
@@ -349,6 +343,9 @@ class Engine:
         tokens = sum(batch.tokens for batch in flight.batches)
         single = tokens == 1 and all(len(batch.rows) <= 1 for batch in flight.batches)
         kernels = max(result.kernel_seconds for result in results)
+        for replica, batch in zip(self._replicas, flight.batches, strict=True):
+            if batch.rows:
+                replica.scheduler.observe(batch, wall)
         used = sum(r.cache.used_pages(g) for r in self._replicas for g in range(len(self.pages)))
         self.meter.step(wall, kernels, single, sampled, used)
 

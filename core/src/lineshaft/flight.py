@@ -80,7 +80,10 @@ class Flight:
     def messages(self) -> list[StepMessage]:
         """What the workers are told."""
         parts = zip(self.packed, self.batches, strict=True)
-        return [StepMessage(self.shape, packed.host, page_copies(batch)) for packed, batch in parts]
+        return [
+            StepMessage(self.shape, packed.host, page_copies(batch), batch.swaps_out, batch.swaps_in, packed.on_host)
+            for packed, batch in parts
+        ]
 
     def fill(self, before: Flight, ids: Sequence[Sequence[int]]) -> None:
         """Put in the tokens of the step before, in the midst of which this one was scheduled."""

@@ -18,18 +18,20 @@ from lineshaft.config import load_config
 ROOT = Path(__file__).parents[3]
 DISTRIBUTIONS = sorted(
     path.parent
-    for pattern in ("core", "conformance", "kits/*", "plugins/*")
+    for pattern in ("core", "bench", "conformance", "kits/*", "plugins/*")
     for path in ROOT.glob(f"{pattern}/pyproject.toml")
 )
 
 
 def test_the_exported_names_are_these_and_all_resolve() -> None:
     assert sorted(lineshaft.__all__) == [
+        "AsyncLLM",
         "CompletionOutput",
         "EngineConfig",
         "LLM",
         "RequestOutput",
         "SamplingParams",
+        "Structured",
         "__version__",
     ]
     assert dir(lineshaft) == sorted(lineshaft.__all__)
@@ -38,7 +40,7 @@ def test_the_exported_names_are_these_and_all_resolve() -> None:
 
 
 def test_a_name_that_is_not_exported_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="exported are LLM"):
+    with pytest.raises(AttributeError, match="exported are LLM, AsyncLLM"):
         lineshaft.Absent  # noqa: B018
 
 

@@ -15,8 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[3]
 CORE = ROOT / "core" / "src" / "lineshaft"
 SUITE = ROOT / "conformance" / "src"
+BENCH = ROOT / "bench" / "src"
 SOURCES = [
-    ROOT / "core" / "src", SUITE, *sorted((ROOT / "kits").glob("*/src")), *sorted((ROOT / "plugins").glob("*/src")),
+    ROOT / "core" / "src", SUITE, BENCH,
+    *sorted((ROOT / "kits").glob("*/src")), *sorted((ROOT / "plugins").glob("*/src")),
 ]  # fmt: skip
 MODULES = sorted(CORE.rglob("*.py"))
 ALL_MODULES = sorted(path for source in SOURCES for path in source.rglob("*.py"))
@@ -36,7 +38,7 @@ RANKS = (
     {"sampling", "registry", "layout", "weights", "meter"},
     {"scheduler", "config", "models", "tokenizer", "plan", "reference"},
     {"runner"},
-    {"executors"},
+    {"executors", "flight"},
     {"engine"},
     {"frontend", "explain"},
     {"llm", "async_llm"},
@@ -121,6 +123,13 @@ def test_the_suite_imports_a_tensor_library_and_plugins_for_its_mutants_only() -
     for path in SUITE.rglob("*.py"):
         roots = {module.partition(".")[0] for module in imports(path)} - {"lineshaft_conformance"}
         if "mutants" not in path.parts:
+            assert not {root for root in roots if root in TENSOR_LIBRARIES or root.startswith("lineshaft_")}, path
+
+
+def test_the_bench_imports_a_tensor_library_in_the_drivers_of_peers_only() -> None:
+    for path in BENCH.rglob("*.py"):
+        roots = {module.partition(".")[0] for module in imports(path)} - {"lineshaft_bench"}
+        if "peers" not in path.parts:
             assert not {root for root in roots if root in TENSOR_LIBRARIES or root.startswith("lineshaft_")}, path
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lineshaft.errors import InvalidSamplingParams
-from lineshaft.sampling import SamplingParams
+from lineshaft.sampling import SamplingParams, Structured
+from lineshaft.sampling.params import check_extras
 
 REFUSED = [
     ("temperature", math.nan),
@@ -51,6 +53,45 @@ REFUSED = [
     ("ignore_eos", 1),
     ("skip_special_tokens", "yes"),
     ("include_stop_str_in_output", None),
+    ("n", 0),
+    ("n", None),
+    ("best_of", 0),
+    ("typical_p", 0.0),
+    ("typical_p", 1.5),
+    ("repetition_penalty", 0.0),
+    ("repetition_penalty", 101),
+    ("presence_penalty", 2.1),
+    ("frequency_penalty", -2.1),
+    ("frequency_penalty", math.nan),
+    ("min_tokens", -1),
+    ("prompt_logprobs", -1),
+    ("truncate_prompt_tokens", 0),
+    ("detokenize", 1),
+    ("logit_bias", [1]),
+    ("logit_bias", {1: 101}),
+    ("logit_bias", {-1: 1}),
+    ("logit_bias", {"1": 1}),
+    ("logit_bias", {1: "a"}),
+    ("allowed_token_ids", 5),
+    ("allowed_token_ids", [-1]),
+    ("bad_words", "no"),
+    ("bad_words", [""]),
+    ("bad_words", [[]]),
+    ("bad_words", [[1, "a"]]),
+    ("structured", {"regex": "a"}),
+    ("logits_processors", [3]),
+    ("logits_processors", len),
+]
+
+CONTRADICTIONS: list[dict[str, Any]] = [
+    {"n": 3, "best_of": 2},
+    {"n": 2, "temperature": 0},
+    {"best_of": 2, "temperature": 0},
+    {"min_tokens": 5, "max_tokens": 4},
+    {"allowed_token_ids": []},
+    {"allowed_token_ids": [1], "structured": Structured(regex="a")},
+    {"min_tokens": 1, "structured": Structured(regex="a")},
+    {"stop": "a", "detokenize": False},
 ]
 
 
@@ -61,6 +102,38 @@ def test_meaningless_value_is_refused_in_one_line_that_names_it(name: str, value
     message = str(caught.value)
     assert message.startswith(f"{name} = ") and "give" in message
     assert "\n" not in message and len(message) < 250
+
+
+@pytest.mark.parametrize("settings", CONTRADICTIONS, ids=lambda settings: "+".join(settings))
+def test_a_contradiction_is_refused_in_one_line_that_names_what_contradicts(settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSamplingParams) as caught:
+        SamplingParams(**settings)
+    message = str(caught.value)
+    assert all(name in message for name in settings if name not in ("n", "best_of")) and "\n" not in message
+    assert len(message) < 200 and ("give" in message or "leave" in message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "extras"),
+    [
+        ({}, {}),
+        ({"temperature": 0, "typical_p": 0.5}, {}),
+        ({"typical_p": 0.5}, {"typical_p": "typical_p"}),
+        ({"min_tokens": 1, "bad_words": ["a"]}, {"edits": "min_tokens"}),
+        (
+            {"frequency_penalty": 1, "structured": Structured(regex="a")},
+            {"edits": "frequency_penalty", "mask": "structured"},
+        ),
+        ({"logit_bias": {}, "bad_words": [], "repetition_penalty": 1}, {}),
+    ],
+)
+def test_extras_name_what_needs_a_program_of_its_own(settings: Any, extras: dict[str, str]) -> None:
+    params = SamplingParams(**settings)
+    assert params.extras == extras
+    check_extras(params, {})
+    for kind, name in extras.items():
+        with pytest.raises(InvalidSamplingParams, match=f"^{name} is not possible here: the reason$"):
+            check_extras(params, {kind: "the reason"})
 
 
 def test_extremes_that_mean_something_are_accepted() -> None:
@@ -84,7 +157,15 @@ def test_values_are_normalised() -> None:
     assert SamplingParams().stop == () and SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
+def test_collections_are_normalised() -> None:
+    params = SamplingParams(logit_bias=None, allowed_token_ids={3, 1}, bad_words=["a", [1, 2]])  # type: ignore[arg-type]
+    assert (params.logit_bias, params.allowed_token_ids, params.bad_words) == ({}, (1, 3), ("a", (1, 2)))
+    assert SamplingParams(logit_bias={np.int64(2): 1}).logit_bias == {2: 1.0}  # type: ignore[dict-item]
+    assert (SamplingParams(n=2).width, SamplingParams(n=2, best_of=5).width) == (2, 5)
+
+
 def test_equal_values_are_equal_and_hashable() -> None:
+    assert len({SamplingParams(logit_bias={1: 2.0}), SamplingParams(logit_bias={1: 2})}) == 1
     assert SamplingParams(stop="a", top_k=-1) == SamplingParams(stop=["a"])
     assert len({SamplingParams(stop=["a"]), SamplingParams(stop="a")}) == 1
 

@@ -291,6 +291,11 @@ class CacheManager:
         for pool in self._pools:
             pool.reset()
 
+    @property
+    def on_host(self) -> list[int]:
+        """The sequences whose pages are saved on the host."""
+        return [seq for seq, sequence in self._sequences.items() if sequence.saved]
+
     # ---- swapping ----------------------------------------------------------------------------------------------
 
     def swap_out(self, seq: int, computed: int) -> list[PageSwap] | None:

@@ -14,7 +14,10 @@ from typing import Any, NoReturn, Protocol
 from lineshaft.errors import PluginError
 
 GROUP = "lineshaft.commands"
-ELSEWHERE = dict.fromkeys(("conformance", "kernels", "new-plugin", "trace"), "lineshaft-conformance")
+ELSEWHERE = {
+    **dict.fromkeys(("conformance", "kernels", "new-plugin", "trace"), "lineshaft-conformance"),
+    **dict.fromkeys(("bench", "simulate"), "lineshaft-bench"),
+}
 """Commands of this project's other distributions, which may not be installed."""
 
 

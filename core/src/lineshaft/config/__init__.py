@@ -4,7 +4,7 @@ It knows no backend: a plugin's own options stay an opaque table until the plugi
 """
 
 from lineshaft.config.environment import environment
-from lineshaft.config.load import load_config, make_config
+from lineshaft.config.load import Setting, layers, load_config, make_config, settings
 from lineshaft.config.models import (
     CacheConfig,
     EngineConfig,
@@ -22,8 +22,11 @@ __all__ = [
     "LayoutConfig",
     "SamplingConfig",
     "SchedulerConfig",
+    "Setting",
     "environment",
+    "layers",
     "load_config",
     "make_config",
+    "settings",
     "validate_options",
 ]

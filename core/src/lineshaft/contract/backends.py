@@ -50,7 +50,8 @@ class ProbeFunction(Protocol):
 @dataclass(frozen=True)
 class BackendInfo:
     """One backend as a plugin registers it. `options` (a pydantic model), `factory` and `toolchain` are lazy
-    "module:attribute" references, so that registering imports nothing.
+    "module:attribute" references, so that registering imports nothing. `devices` is the "package:folder" of TOML files
+    that describe the backend's devices, for simulation.
 
     The sessions of a `single_program` backend run all ranks of a dp replica at once (see `World.ranks`); those of any
     other run one rank each.
@@ -61,6 +62,7 @@ class BackendInfo:
     factory: str  # "module:attribute" of a BackendFactory
     options: str = ""
     toolchain: str = ""  # of a ToolchainFactory
+    devices: str = ""
     single_program: bool = False
     kind: BackendKind = BackendKind.ACCELERATOR
     api: int = API_VERSION

@@ -121,13 +121,12 @@ def start(
 
 def drawn_params(engine: Engine, params: SamplingParams) -> SamplingParams:
     """The parameters with the log-probabilities that choosing the best of several needs."""
-    n, drawn = params.n, params.width
-    if n == drawn or params.logprobs is not None:
+    if params.n == params.width or params.logprobs is not None:
         return params
     if not engine.config.max_logprobs:
         raise InvalidSamplingParams(
-            f"best_of = {drawn} for n = {n}: choosing needs log-probabilities, and the engine was made with "
-            "max_logprobs = 0; raise it, or leave best_of out"
+            f"best_of = {params.width} for n = {params.n}: choosing needs log-probabilities, and the engine was made "
+            "with max_logprobs = 0; raise it, or leave best_of out"
         )
     return dataclasses.replace(params, logprobs=0)
 

@@ -11,63 +11,66 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lineshaft.outputs import ToolCall
 
-HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
-MISTRAL = "[TOOL_CALLS]"
-NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*(?=\{)")
-LLAMA = "<|python_tag|>"
+HERMES, MISTRAL, LLAMA = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
+NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?(?=\s*\{)")
+SPACES = re.compile(r"\s*")
 DECODER = json.JSONDecoder()
 
 
 def tool_calls(text: str, names: frozenset[str]) -> list[ToolCall]:
     """The calls in an answer, special tokens and all. What is no call, or is broken, is none.
 
-    A call without any mark around it counts only under one of `names`: else it is an answer that happens to be JSON.
+    A call without any mark before it counts only under one of `names`: else it is an answer that happens to be JSON.
     """
-    if "<tool_call>" in text:
-        found = (value for body in HERMES.findall(text) for value in _values(body))
-        return list(_calls(found))
-    if MISTRAL in text:
-        return list(_calls(value for part in text.split(MISTRAL)[1:] for value in _mistral(part)))
-    head, tag, rest = text.partition(LLAMA)
-    made = list(_calls(_values(rest if tag else head)))
-    return made if tag or all(call.name in names for call in made) else []
+    for mark in (HERMES, MISTRAL, LLAMA):
+        if made := list(_calls(_marked(text, mark))):
+            return made
+    made = list(_calls(_values(text, 0)[0]))
+    return made if all(call.name in names for call in made) else []
 
 
-def _mistral(part: str) -> Iterator[Any]:
-    """The calls of one mark: a list of them, or a name before its arguments."""
-    if named := NAMED.match(part):
-        yield from ({"name": named[1], "arguments": value} for value in _values(part[named.end() :]))
-        return
-    for value in _values(part):
-        yield from value if isinstance(value, list) else [value]
+def _marked(text: str, mark: str) -> Iterator[Any]:
+    """The JSON values after each mark, lists taken apart; of a name and an object, the object as its arguments."""
+    at = text.find(mark)
+    while at >= 0:
+        at += len(mark)
+        named = NAMED.match(text, at)
+        values, at = _values(text, named.end() if named else at)
+        for value in values:
+            if named:
+                yield {"name": named[1], "arguments": value}
+            else:
+                yield from value if isinstance(value, list) else [value]
+        at = text.find(mark, at)
 
 
-def _values(text: str) -> Iterator[Any]:
-    """The JSON values at the beginning of a text, with ";" between them."""
-    at = 0
+def _values(text: str, at: int) -> tuple[list[Any], int]:
+    """The JSON values that begin at a place, with ";" between them, and where they end."""
+    found: list[Any] = []
     while True:
-        at = _skipped(text, at)
         try:
-            value, at = DECODER.raw_decode(text, at)
+            value, at = DECODER.raw_decode(text, _skipped(text, at))
         except (ValueError, RecursionError):
-            return
-        yield value
-        at = _skipped(text, at)
-        if text[at : at + 1] != ";":
-            return
-        at += 1
+            return found, at
+        found.append(value)
+        following = _skipped(text, at)
+        if not text.startswith(";", following):
+            return found, at
+        at = following + 1
 
 
 def _skipped(text: str, at: int) -> int:
-    return at + len(text[at:]) - len(text[at:].lstrip())
+    """Where the spaces end that begin there."""
+    match = SPACES.match(text, at)
+    return match.end() if match else at
 
 
-def _calls(values: Iterator[Any]) -> Iterator[ToolCall]:
+def _calls(values: Iterable[Any]) -> Iterator[ToolCall]:
     for value in values:
         if isinstance(value, dict):
             name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))

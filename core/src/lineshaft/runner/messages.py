@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lineshaft.cache import PageSwap
 from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
@@ -22,14 +23,18 @@ Frames = tuple[dict[str, Any], list[HostArray]]
 
 @dataclass(frozen=True)
 class StepMessage:
-    """The forward of one step of one replica: its packed inputs and the page copies to make first.
+    """The forward of one step of one replica: its packed inputs, and the pages to move first.
 
-    `copies` is int32 [n, 3] of (group, src, dst).
+    Pages are saved to the host (`swaps_out`), then copied, then brought back (`swaps_in`). `copies` is int32 [n, 3] of
+    (group, src, dst). `on_host`, told with `swaps_out`: the sequences whose pages are still wanted there.
     """
 
     shape: StepShape
     forward: HostStep
     copies: HostArray
+    swaps_out: tuple[PageSwap, ...] = ()
+    swaps_in: tuple[PageSwap, ...] = ()
+    on_host: tuple[int, ...] = ()
 
     def copies_by_group(self) -> Iterator[tuple[int, HostArray, HostArray]]:
         """(group, src int32 [n], dst int32 [n]) of each group that has copies: what `Session.copy_pages` takes."""
@@ -38,12 +43,19 @@ class StepMessage:
             yield int(group), self.copies[own, 1], self.copies[own, 2]
 
     def to_frames(self) -> Frames:
-        return {"shape": dataclasses.asdict(self.shape)}, [self.forward.buffer, self.copies]
+        header = {
+            "shape": dataclasses.asdict(self.shape),
+            "out": self.swaps_out,
+            "in": self.swaps_in,
+            "host": self.on_host,
+        }
+        return header, [self.forward.buffer, self.copies]
 
     @classmethod
     def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> StepMessage:
         shape = make_shape(header["shape"])
-        return cls(shape, HostStep(forward_inputs(shape), arrays[0]), arrays[1])
+        out, back = (tuple(PageSwap(s, g, tuple(pages)) for s, g, pages in header[key]) for key in ("out", "in"))
+        return cls(shape, HostStep(forward_inputs(shape), arrays[0]), arrays[1], out, back, tuple(header["host"]))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lineshaft.contract.sessions import HostArray, Pending, Program, Session
 from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
+from lineshaft.runner.host_pages import HostPages
 from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, program_of
 from lineshaft.runner.setup import Setup, make_planned, make_setup
@@ -48,6 +49,7 @@ class Worker:
         self._programs: dict[tuple[str, StepShape], Program] = {}
         self._stages: list[Pending] = []  # of the latest step: its forward, then what chooses its tokens
         self._choice = ChoiceMessage()
+        self._pages = HostPages([cache.group for cache in self.setup.caches])
         self._rows = 0
 
     @property
@@ -109,8 +111,11 @@ class Worker:
 
     def submit(self, step: StepMessage) -> None:
         """Start one step's forward. `choose` follows, then `collect`, before the next step is submitted."""
-        copies = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
-        self._stages = [self._programs[FORWARD, step.shape](step.forward, {}, copies)]
+        if step.swaps_out:
+            self._pages.save(self.session, step.swaps_out, step.on_host)
+        moved = [self.session.copy_pages(*copies) for copies in step.copies_by_group()]
+        moved += self._pages.restore(self.session, step.swaps_in)
+        self._stages = [self._programs[FORWARD, step.shape](step.forward, {}, moved)]
         self._rows = step.shape.logits
 
     def choose(self, choice: ChoiceMessage) -> None:
@@ -123,7 +128,7 @@ class Worker:
             self._stages.append(self._over_logits(choice.sampling, self._adjusted))
 
     def collect(self) -> StepResult:
-        """Wait for the step, and return what its choice wants. Log-probabilities are of the model's own logits."""
+        """Wait for the step, and return what its choice wants."""
         choice, stages = self._choice, self._stages
         token_ids = stages[-1].result("token_ids")
         seconds = sum(stage.kernel_seconds for stage in stages)
@@ -146,7 +151,7 @@ class Worker:
         host = HostStep(InputLayout([InputField("ids", "int32", (self._rows,))]))
         ids = chosen if scored is None else np.where(scored >= 0, scored, chosen)
         host["ids"][:] = np.maximum(ids, 0)
-        pending = self._over_logits(host, self._stages[0], LOGPROBS)
+        pending = self._over_logits(host, self._adjusted, LOGPROBS)
         return Logprobs(*(pending.result(name) for name in ("chosen", "top_ids", "top")))
 
     def close(self) -> None:

@@ -6,10 +6,10 @@ The one place that knows the grammar library, which is loaded with the first str
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,11 @@ KEPT = 64
 """Grammars that are kept compiled, those used last."""
 MOST_THREADS = 8
 """Threads that compute masks of several rows at once, on a machine with so many CPUs."""
+
+
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,100}"
+"""Between two parts of a JSON text: more than an indentation needs, less than a model that has gone astray writes. A
+schema with "x-guidance" says for itself what may stand there."""
 
 
 class Pieces(Protocol):
@@ -98,18 +103,18 @@ class Vocabulary:
                 mask[row] = 0
 
     def _compile(self, structured: Structured) -> Any:
-        from llguidance import LLMatcher, grammar_from
+        from llguidance import LLMatcher
 
         if not self.eos_ids:
             raise InvalidStructure("structured: the model has no end-of-sequence token to end such an output with")
-        text = structured.value if isinstance(structured.value, str) else json.dumps(structured.value)
         try:
-            matcher = LLMatcher(self._tokens, grammar_from(_FORMATS[structured.kind], text), log_level=0)
+            matcher = LLMatcher(self._tokens, _grammar_text(structured), log_level=0)
         except ValueError as error:
             raise InvalidStructure(f"structured.{structured.kind}: {_first_line(str(error))}") from error
-        matcher.deep_copy().compute_bitmask()  # some grammars show only now that they are too large
-        if matcher.is_error():
-            raise InvalidStructure(f"structured.{structured.kind}: {_first_line(matcher.get_error())}")
+        probe = matcher.deep_copy()
+        probe.compute_bitmask()  # some grammars show only now that they lead nowhere, or are too large
+        if probe.is_error():
+            raise InvalidStructure(f"structured.{structured.kind}: {_first_line(probe.get_error())}")
         return matcher
 
     @cached_property
@@ -128,8 +133,17 @@ class Vocabulary:
         return LLExecutor(min(usable_cpus(), MOST_THREADS))
 
 
-_FORMATS: Mapping[str, Literal["json_schema", "regex", "grammar", "choice"]]
-_FORMATS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+def _grammar_text(structured: Structured) -> str:
+    """The structure as the grammar library reads it."""
+    from llguidance import LLMatcher, grammar_from
+
+    value = structured.value
+    if not isinstance(value, str):
+        return grammar_from("choice", json.dumps(value))
+    if structured.kind == "json":
+        defaults = None if '"x-guidance"' in value else {"whitespace_pattern": WHITESPACE}
+        return LLMatcher.grammar_from_json_schema(value, defaults=defaults)  # type: ignore[arg-type]
+    return grammar_from("regex" if structured.kind == "regex" else "grammar", value)
 
 
 def _first_line(message: str) -> str:

@@ -86,6 +86,10 @@ def _wrong(tool: Any) -> str:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or tool.get("type") != "function":
         return f"{_short(tool)} is no function"
+    try:
+        json.dumps(tool)
+    except (TypeError, ValueError) as error:
+        return f"it cannot be written as JSON ({error})"
     name, schema = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not name:
         return f"its name is {_short(name)}"
@@ -95,10 +99,6 @@ def _wrong(tool: Any) -> str:
         return f"its parameters are {_short(schema)}, no JSON schema of an object"
     if not isinstance(schema.get("properties", {}), Mapping):
         return f"the properties of its parameters are {_short(schema['properties'])}"
-    try:
-        json.dumps(tool)
-    except (TypeError, ValueError) as error:
-        return f"it cannot be written as JSON ({error})"
     return ""
 
 

@@ -14,6 +14,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             probe="lineshaft_cpu.probe:probe",
             factory="lineshaft_cpu.backend:create",
             options="lineshaft_cpu.options:CpuOptions",
+            devices="lineshaft_cpu:devices",
             kind=BackendKind.HOST,
             summary="the host's CPU through PyTorch",
         )

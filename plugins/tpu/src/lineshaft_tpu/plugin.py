@@ -15,6 +15,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             factory="lineshaft_tpu.backend:create",
             options="lineshaft_tpu.options:TpuOptions",
             toolchain="lineshaft_tpu.toolchain:create",
+            devices="lineshaft_tpu:devices",
             single_program=True,
             summary="Google TPUs through JAX, and JAX on the CPU where asked",
         )

@@ -1,0 +1,1 @@
+"""The commands that this distribution adds to `lineshaft`; each module parses and prints, and imports late."""

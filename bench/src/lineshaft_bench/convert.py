@@ -1,0 +1,36 @@
+"""Writes a checkpoint as other engines read it: a folder with config.json and safetensors in one dtype."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from lineshaft.contract.weights import Checkpoint
+from lineshaft.registry import discover
+from lineshaft.weights import FORMATS, dequantize, open_checkpoint, resolve
+from lineshaft.weights.decoded import decode_with
+
+
+def folder_for_peers(reference: str, dtype: str, scratch: Path) -> Path:
+    """The model's own folder, or, for a GGUF file, one that is written below `scratch`. Raises ModelError."""
+    registry = discover()
+    path = resolve(reference)
+    if path.is_dir():
+        return path
+    opened = open_checkpoint(path, (*registry.checkpoints(), *FORMATS))
+    return write_folder(decode_with(opened, registry.schemes()), dtype, scratch / f"{path.stem}-{dtype}")
+
+
+def write_folder(checkpoint: Checkpoint, dtype: str, folder: Path) -> Path:
+    """Write every tensor in that dtype, under its Hugging Face name."""
+    folder.mkdir(parents=True)
+    config = {**checkpoint.config, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=list), encoding="utf-8")
+    tensors = {}
+    for name in sorted(checkpoint.names()):
+        stored = checkpoint.rows(name, 0, checkpoint.shape(name)[0])
+        tensors[name] = dequantize(stored, dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

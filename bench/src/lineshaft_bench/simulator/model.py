@@ -1,0 +1,127 @@
+"""What a model asks of a device for each token: counted from its declarations, which are read without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lineshaft.contract.problems import AttendProblem, KVProblem, RouterProblem
+from lineshaft.contract.weights import Param
+from lineshaft.errors import InvalidValue
+from lineshaft.layout import Degrees
+from lineshaft.models import BuildContext, Model, builtin_families, find_family
+from lineshaft.plan.trace import distinct_params
+from lineshaft.registry import Registry
+from lineshaft.weights import CONFIG_ALONE, FORMATS, as_dtype, local_bytes, open_checkpoint, resolve
+
+HEAD = "head"
+"""How models name the parameter that makes logits."""
+INLINE = {
+    "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "intermediate": "intermediate_size",
+    "vocab": "vocab_size", "context": "max_position_embeddings",
+}  # fmt: skip
+"""Words of a shape on the command line, and the keys of config.json that they are."""
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """Bytes and operations of one rank's share. A multiply-add is two operations."""
+
+    weight_bytes: int  # held
+    dense_bytes: int  # read by every step
+    expert_bytes: int  # of all experts; a step reads those that its tokens chose
+    expert_share: float  # chosen by one token, of all
+    kv_bytes: float  # of one token, over all layers
+    token_flops: float  # of each token, without attention and the head
+    logit_flops: float  # of each row that is sampled
+    pair_flops: float  # of each (query, key) pair, over all layers
+    hidden: int
+    layers: int
+    itemsize: int
+    context: int  # longest sequence
+
+    def weights_read(self, tokens: int) -> float:
+        """Bytes of weights that a step of so many tokens reads; each token chooses experts on its own."""
+        if not self.expert_bytes:
+            return self.dense_bytes
+        return self.dense_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
+
+
+def model_figures(shape: str, registry: Registry, dtype: str = "bfloat16", tp: int = 1) -> ModelFigures:
+    """The figures of a model reference, of a folder with config.json alone, or of a Llama written as
+    `hidden=4096,layers=32,...` (see INLINE). Raises ModelError, LayoutError, InvalidValue."""
+    config = inline(shape) if "=" in shape else config_of(shape, registry)
+    family = find_family(config, (*registry.models(), *builtin_families()))
+    model = family.build(config, BuildContext(dtype, dtype, 1, Degrees(tp=tp)))
+    return count(model, dtype)
+
+
+def config_of(reference: str, registry: Registry) -> Mapping[str, Any]:
+    """The config.json of a model reference, or of what a GGUF file says."""
+    path = resolve(reference)
+    path = path.parent if path.name == "config.json" else path
+    return open_checkpoint(Path(path), (CONFIG_ALONE, *registry.checkpoints(), *FORMATS)).config
+
+
+def inline(text: str) -> dict[str, Any]:
+    """A Llama's config from key=number pairs."""
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 131072}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if key.strip() not in INLINE or not value.strip().isdecimal():
+            raise InvalidValue(f"model {text!r}: {item!r} should be one of {', '.join(INLINE)} = a whole number")
+        config[INLINE[key.strip()]] = int(value)
+    return config
+
+
+def count(model: Model, dtype: str) -> ModelFigures:
+    """Add up what the model declares."""
+    params = distinct_params(model.params())
+    linear, experts = of_kind(params, "linear"), of_kind(params, "experts")
+    read = [param for param in params if param.kinds != {"embed"} and "experts" not in param.kinds]
+    logits = sum(2 * prod(param.shape) for param in linear if param.name == HEAD)
+    share, caches = expert_share(model), list(model.caches())
+    token = sum(2 * prod(param.shape) for param in linear) - logits
+    return ModelFigures(
+        weight_bytes=local_bytes(params, {}),
+        dense_bytes=local_bytes(read, {}),
+        expert_bytes=local_bytes(experts, {}),
+        expert_share=share,
+        kv_bytes=sum(map(token_bytes, caches)),
+        token_flops=token + share * sum(2 * prod(param.shape) for param in experts),
+        logit_flops=logits,
+        pair_flops=len(caches) * pair_flops(model),
+        hidden=model.shape.hidden,
+        layers=len(caches),
+        itemsize=as_dtype(dtype).itemsize,
+        context=model.max_position,
+    )
+
+
+def of_kind(params: Sequence[Param], kind: str) -> list[Param]:
+    return [param for param in params if kind in param.kinds]
+
+
+def token_bytes(problem: KVProblem) -> int:
+    """Bytes of one token in one cache."""
+    per_page = sum(prod(shape) * as_dtype(dtype).itemsize for shape, dtype in problem.page_arrays.values())
+    return per_page // problem.page_size
+
+
+def problems(model: Model, kind: type[Any]) -> Iterator[Any]:
+    return (problem for _, problem in model.uses().values() if isinstance(problem, kind))
+
+
+def pair_flops(model: Model) -> float:
+    """Operations of one (query, key) pair in one layer, the mean of those that the model declares."""
+    found = [2 * p.q_heads * (p.qk_dim + p.v_dim) for p in problems(model, AttendProblem)]
+    return sum(found) / len(found) if found else 0.0
+
+
+def expert_share(model: Model) -> float:
+    """The share of its experts that one token uses; 0 without experts."""
+    return next((p.k / p.experts for p in problems(model, RouterProblem)), 0.0)
