@@ -215,7 +215,8 @@ class Driver:
         left = {*decoding} - {*batch.preempted} - {request.id for request in batch.finished}
         assert not decodes or ending or {*ids} & decoding == left, "all that can decode do"
         assert decodes or not limits.mixed_steps or not left or in_flight, "mixed steps never leave decodes out"
-        assert limits.max_prefill_rows is None or len(prefills) <= limits.max_prefill_rows
+        longer = prefills if self.trace.plain else [row for row in prefills if row.count > 1]
+        assert limits.max_prefill_rows is None or len(longer) <= limits.max_prefill_rows
         most = limits.max_prefill_tokens
         assert most is None or not decodes or sum(row.count for row in prefills if row.count > 1) <= most
         assert limits.mixed_steps or not decodes or not prefills or not self.trace.plain
