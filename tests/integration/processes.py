@@ -33,11 +33,12 @@ def lineshaft(*arguments: str, env: Mapping[str, str] | None = None) -> subproce
     )
 
 
-def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str, env: Mapping[str, str] | None = None, stdin: int | None = None) -> subprocess.Popen[str]:
     """Start the command line, its output in pipes."""
     return subprocess.Popen(
         [*COMMAND, *arguments],
         env=environment(**(env or {})),
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

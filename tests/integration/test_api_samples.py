@@ -170,12 +170,19 @@ def test_a_deadline_ends_what_is_unfinished(llm: LLM) -> None:
     assert deltas[-1].finish_reason == "deadline"
 
 
-def test_a_lower_priority_runs_first(llm: LLM) -> None:
-    prompts = [f"prompt {number}" for number in range(24)]
-    outputs = llm.generate(prompts, params(), priority=[*range(24, 0, -1)])
-    waited = [output.metrics.queue_s for output in outputs]
-    assert waited == sorted(waited, reverse=True)
-    assert waited[0] > waited[-1]
+def test_each_request_has_its_priority(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, added = llm.engine.add, []
+
+    def add(*given: Any, **more: Any) -> Any:
+        added.append(real(*given, **more))
+        return added[-1]
+
+    monkeypatch.setattr(llm.engine, "add", add)
+    llm.generate(["a", "b"], params(n=2), priority=[-3, 7])
+    llm.generate(["a", "b"], params(), priority=5)
+    assert [request.priority for request in added] == [-3, -3, 7, 7, 5, 5]
+    assert [request.fork for request in added] == [0, 1, 0, 1, 0, 0]
+    assert added[1].parent is added[0]
 
 
 @pytest.mark.parametrize(

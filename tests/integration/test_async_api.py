@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from lineshaft import LLM, SamplingParams
-from lineshaft.async_llm import AsyncLLM
+from lineshaft import LLM, AsyncLLM, SamplingParams, Structured
 from lineshaft.errors import (
     ChatError,
     InvalidSamplingParams,
+    InvalidStructure,
     PromptTooLong,
     RequestError,
     SessionClosed,
@@ -241,6 +241,7 @@ def test_the_event_loop_is_never_blocked(engine: AsyncLLM, run: Any, monkeypatch
         (None, SHORT, {}, RequestError, "NoneType"),
         ("a", {"temperature": 1}, {}, InvalidSamplingParams, "dict"),
         ("a", SamplingParams(logprobs=9), {}, InvalidSamplingParams, "max_logprobs = 3"),
+        ("a", SamplingParams(structured=Structured(regex="a")), {}, InvalidStructure, "no end-of-sequence token"),
         ("a", SHORT, {"priority": "high"}, RequestError, "priority = 'high'"),
         ("a", SHORT, {"deadline_s": -1}, RequestError, "deadline_s = -1"),
         ("a", SHORT, {"cache_salt": 3}, RequestError, "cache_salt = 3"),

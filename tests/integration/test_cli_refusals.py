@@ -101,8 +101,8 @@ SPOILT: dict[str, tuple[Callable[[Place], None], str, tuple[str, ...]]] = {
         "UnknownArchitecture", ("'LlamaForCausalLN'", "did you mean LlamaForCausalLM?"),
     ),
     "unknown RoPE": (
-        lambda p: p.configure(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        "UnknownArchitecture", ("'yarn'", "llama3"),
+        lambda p: p.configure(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4, "factor": 4.0}),
+        "UnknownArchitecture", ("'spiral'", "llama3"),
     ),
     "absurd number": (lambda p: p.configure(num_hidden_layers=-3), "CorruptCheckpoint", ("num_hidden_layers", "-3")),
     "config without a number": (lambda p: p.configure(hidden_size=None), "CorruptCheckpoint", ("hidden_size", "None")),
@@ -161,6 +161,12 @@ WRONG: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "temperature NaN": (("--temperature", "nan"), "InvalidSamplingParams", ("temperature = nan",)),
     "negative temperature": (("--temperature", "-1"), "InvalidSamplingParams", ("temperature = -1",)),
     "empty prompt": (("--prompt", ""), "EmptyPrompt", ("no tokens",)),
+    "a token id out of range": (("--prompt-ids", "1,256"), "TokenOutOfRange", ("256", "from 0 to 255")),
+    "garbage for token ids": (("--prompt-ids", "1;2"), "InvalidValue", ("--prompt-ids '1;2'", "1,2,3")),
+    "more samples than wanted": (("--n", "3", "--best-of", "2"), "InvalidSamplingParams", ("best_of = 2", "n = 3")),
+    "a schema that is no JSON": (("--json-schema", "{type: 3}"), "InvalidStructure", ("structured.json",)),
+    "a structure without an end token": (("--regex", "a"), "InvalidStructure", ("no end-of-sequence token",)),
+    "a bias beyond the vocabulary": (("--logit-bias", "256=1"), "TokenOutOfRange", ("256",)),
     "too long a prompt": (("--prompt", "x" * 128), "PromptTooLong", ("128 tokens", "at most 127")),
 }  # fmt: skip
 
@@ -168,7 +174,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_option(place: Place, what: str) -> None:
     options, error, words = WRONG[what]
-    prompt = () if "--prompt" in options else HELLO
+    prompt = () if {"--prompt", "--prompt-ids"} & set(options) else HELLO
     assert_refused(place.generate(*prompt, *options), error, *words)
 
 
@@ -189,6 +195,19 @@ def test_a_wrong_file(place: Place, what: str) -> None:
 
 def test_a_file_that_is_not_there(place: Place) -> None:
     assert_refused(place.generate(*HELLO, "--config", str(place.tmp / "none.toml")), "ConfigError", "none.toml")
+
+
+def test_a_file_that_is_a_folder(place: Place) -> None:
+    assert_refused(place.generate(*HELLO, "--config", str(place.tmp)), "ConfigError", "Is a directory", "TOML")
+
+
+def test_a_chat_template_that_is_missing_or_refuses(place: Place) -> None:
+    common = ("generate", "--model", str(place.model), "--backend", "cpu", *HELLO)
+    assert_refused(lineshaft(*common), "ChatError", "no chat template")
+    template = place.tmp / "template.jinja"
+    template.write_text("{{ raise_exception('roles must alternate') }}")
+    refused = lineshaft(*common, "--chat-template", str(template))
+    assert_refused(refused, "ChatError", "TemplateError: roles must alternate")
 
 
 def test_a_wrong_variable(place: Place) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.conftest import SMOLLM2
-from tests.integration.processes import SECONDS, Watch, environment, folders_of, lineshaft, start
+from tests.integration.processes import COMMAND, SECONDS, Watch, environment, folders_of, lineshaft, start
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "examples" / "demo.toml")
@@ -78,6 +78,75 @@ def test_ctrl_c_ends_everything_with_one_line(tmp_path: Path, workers: int, even
     assert process.returncode == 130
     assert said.splitlines() == ["lineshaft: interrupted"]
     assert folders_of(tmp_path) == []
+
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def test_token_ids_and_several_samples(even_chat: Path) -> None:
+    common = (
+        "generate",
+        "--model",
+        str(even_chat),
+        "--backend",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--max-tokens",
+        "4",
+        *SMALL,
+    )
+    done = lineshaft(*common, "--prompt-ids", "[64, 65]", "--n", "3", "--seed", "1", "--prompt-logprobs", "1", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (output,) = json.loads(done.stdout)["outputs"]
+    assert (output["prompt"], output["prompt_token_ids"]) == (None, [64, 65])
+    assert len({tuple(sample["token_ids"]) for sample in output["samples"]}) == 3
+    assert output["prompt_logprobs"][0] is None
+    assert "65" in output["prompt_logprobs"][1]
+    again = lineshaft(*common, "--prompt-ids", "64,65", "--n", "3", "--seed", "1", "--no-detokenize", "--quiet")
+    assert [line.split() for line in again.stdout.splitlines() if not line.startswith("[")] == [
+        [str(token) for token in sample["token_ids"]] for sample in output["samples"]
+    ]
+
+
+def test_a_text_follows_its_schema() -> None:
+    schema = '{"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}'
+    done = lineshaft(
+        "generate", "--config", DEMO, "--prompt", QUESTION, "--json-schema", schema, "--temperature", "0", "--quiet",
+        "--max-tokens", "60", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "city" in json.loads(done.stdout)
+
+
+def test_a_conversation_on_a_pipe_remembers() -> None:
+    done = subprocess.run(
+        [*COMMAND, "chat", "--config", DEMO, "--temperature", "0", "--max-tokens", "24", "--json", *SMALL],
+        env=environment(), input=f"{QUESTION}\nWhat did I ask?\n", capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    (said,) = json.loads(done.stdout)["conversations"]
+    assert [turn["role"] for turn in said] == ["user", "assistant"] * 2
+    assert "Paris" in said[1]["content"]
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(even_chat: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(CHAT_TEMPLATE)
+    process = start(
+        "chat", "--model", str(even_chat), "--backend", "cpu", "--chat-template", str(tmp_path / "t.jinja"),
+        "--max-tokens", "10000", "--ignore-eos", "--no-skip-special-tokens", *SMALL, stdin=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("endless\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("/params max_tokens=3\nshort\n", timeout=SECONDS)
+    assert process.returncode == 0, err
+    assert "max_tokens=3" in err
+    assert "Traceback" not in err
+    assert len(out) > 3
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

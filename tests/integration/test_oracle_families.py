@@ -18,6 +18,9 @@ TOKENS = 12
 ONE_WORKER = [name for name in FAMILIES if not name.startswith("even-")]
 TWO_WORKERS = [name for name in FAMILIES if name.startswith("even-")]
 
+WINDOWED = ("mistral", "phi3")
+"""All their layers have a window, and give back the pages that lie before it: they have room where others have not."""
+
 CRAMPED = {"max_model_len": 60, "cache.pages": 13, "cache.page_size": 5, "scheduler.token_budget": 8}
 """One request's worth of pages, of a size that nothing divides, and steps shorter than most prompts."""
 
@@ -33,7 +36,7 @@ def test_chunked_and_preempted_prompts(llama: Llama, variant: str) -> None:
     with Engine(config(checkpoint.path, **CRAMPED)) as engine:
         run = follow(engine, expected)
         free = drive(engine, [item.prompt for item in expected], greedy(TOKENS), look=False)
-    assert run.preemptions > 0
+    assert (run.preemptions > 0) == (variant not in WINDOWED)
     check_float32(expected, run.logits)
     sure = undisputed(expected, float32_tolerance(expected))
     assert [tokens[: len(known)] for tokens, known in zip(free.tokens, sure, strict=True)] == sure

@@ -15,7 +15,7 @@ import torch
 from tests.integration.checkpoints import CHAT
 from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import BACKENDS, Run, config, drive
-from tests.integration.oracle import make_llama
+from tests.integration.oracle import make_model
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -38,7 +38,7 @@ SCHEMA = {
 def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama whose tokens are bytes and an end."""
     folder = tmp_path_factory.mktemp("bytes")
-    make_llama(folder, **{**CHAT, "vocab_size": 260, "max_position_embeddings": 64})
+    make_model(folder, **{**CHAT, "vocab_size": 260, "max_position_embeddings": 64})
     tokenizer = Tokenizer(
         BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
     )

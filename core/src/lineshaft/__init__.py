@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lineshaft.async_llm import AsyncLLM
     from lineshaft.config import EngineConfig
     from lineshaft.llm import LLM
     from lineshaft.outputs import CompletionOutput, RequestOutput
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "Structured", "__version__"]
+__all__ = [
+    "LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "Structured",
+    "__version__",
+]  # fmt: skip
 
 _HOMES = {
     "LLM": "lineshaft.llm",
+    "AsyncLLM": "lineshaft.async_llm",
     "CompletionOutput": "lineshaft.outputs",
     "EngineConfig": "lineshaft.config",
     "RequestOutput": "lineshaft.outputs",

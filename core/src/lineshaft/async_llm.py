@@ -92,7 +92,7 @@ class AsyncLLM(Base):
             await asyncio.wrap_future(self._thread.call(partial(self._cancel, stream)))
 
     async def _answer(self, make: Callable[[], list[Ask]], name: RequestId | None) -> AsyncGenerator[StreamDelta, None]:
-        asks = await asyncio.to_thread(make)
+        asks = await asyncio.to_thread(self._prepared, make)
         if len(asks) != 1:
             raise RequestError(f"{len(asks)} prompts for one request: give one")
         label = next(self._numbers) if name is None else name
@@ -114,6 +114,14 @@ class AsyncLLM(Base):
             del self._streams[label]
             if stream.group is None or not stream.group.finished:
                 self._thread.call(partial(self._cancel, stream))
+
+    def _prepared(self, make: Callable[[], list[Ask]]) -> list[Ask]:
+        """The prompts encoded, and their grammars compiled, which the engine's thread should not wait for."""
+        asks = make()
+        for ask in asks:
+            if ask.params.structured is not None and self.engine.vocabulary is not None:
+                self.engine.vocabulary.grammar(ask.params.structured)
+        return asks
 
     # ---- in the engine's thread --------------------------------------------------------------------------------
 

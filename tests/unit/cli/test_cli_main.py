@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import types
@@ -16,7 +15,6 @@ from lineshaft.cli import backends
 from lineshaft.cli.generate import read_prompts
 from lineshaft.cli.main import main
 from lineshaft.errors import InvalidValue, LineshaftError, OutOfMemory
-from lineshaft.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, RunMetrics, StreamDelta
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -141,63 +139,6 @@ def test_backends_lists_every_backend_and_imports_no_tensor_library(capsys: pyte
     assert [line.split()[0] for line in out.splitlines()[1:]][: len(names)] == names
     done = python("from lineshaft.cli.main import main; main(['backends']); print('torch' in sys.modules)")
     assert done.stdout.splitlines()[-1] == "False"
-
-
-class FakeLLM:
-    """Records what the command asks of the engine and answers with a fixed text."""
-
-    seen: dict[str, Any]
-
-    @classmethod
-    def from_config(cls, config: Any, *, progress: Any) -> FakeLLM:
-        progress("loading weights", 0, 1)  # stderr is no terminal here: nothing is shown
-        llm = cls()
-        llm.seen = cls.seen
-        llm.seen["config"] = config
-        return llm
-
-    def __enter__(self) -> FakeLLM:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.seen["closed"] = True
-
-    def stream(self, prompt: str, params: Any, chat: bool = True) -> Any:
-        self.seen.update(prompt=prompt, params=params, chat=chat)
-        for text, reason in (("one ", None), ("two", "length")):
-            yield StreamDelta(0, text, (1,), reason)
-        if prompt == "stop me":
-            raise KeyboardInterrupt
-
-    def generate(self, prompts: list[str], params: Any, progress: bool, raw: bool = True) -> Any:
-        self.seen.update(prompts=prompts, progress=progress, raw=raw)
-        places = [{1: Logprob(-0.5, 1, "a"), 2: Logprob(-math.inf, 2, "b")}]
-        metrics = RequestMetrics(0.5, 0.01, 0.0, 0.6, 0, 0)
-        return [
-            RequestOutput(i, f"<{prompt}>", [5], [CompletionOutput(0, "whole", [1], -0.5, places, reason)], metrics)
-            for i, (prompt, reason) in enumerate(zip(prompts, ("stop", "length"), strict=False))
-        ]
-
-    def chat(self, prompts: list[str], params: Any, progress: bool) -> Any:
-        return self.generate(prompts, params, progress, raw=False)
-
-    plan = types.SimpleNamespace(summary=lambda: "the plan", hash="abc")
-
-    def metrics(self) -> RunMetrics:
-        return RunMetrics(
-            requests=1, prompt_tokens=1, output_tokens=1, ttft_s=0.5, tpot_s=0.01, tokens_per_s=9.0,
-            host_ms_per_decode_step=0.1, kernel_ms_per_decode_step=math.nan, steps=2, preemptions=0,
-            prefix_hit_tokens=0, pages_used=3, pages_total=7, page_size=16,
-        )  # fmt: skip
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    module = types.ModuleType("lineshaft.llm")
-    FakeLLM.seen = {}
-    module.LLM = FakeLLM  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lineshaft.llm", module)
-    return FakeLLM.seen
 
 
 def test_generate_streams_to_stdout_and_sums_up_on_stderr(

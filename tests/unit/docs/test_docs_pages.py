@@ -114,7 +114,7 @@ def test_the_options_of_the_cpu_backend_are_these() -> None:
 
 
 def test_the_sampling_parameters_are_these() -> None:
-    documented = {name: default for name, default, _ in rows("docs/configuration.md", "Requests")}
+    documented = {name: default for name, default, *_ in rows("docs/sampling.md", "Parameters")}
     assert documented == {field.name: repr(field.default) for field in fields(SamplingParams)}
 
 
@@ -133,7 +133,7 @@ def test_the_architecture_names_every_part_of_core() -> None:
 
 def rows_of_parts() -> list[str]:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    return re.findall(r"^\| \d \| (.*) \|$", text, re.MULTILINE)
+    return re.findall(r"^\| \d+ \| (.*) \|$", text, re.MULTILINE)
 
 
 def test_the_readme_names_every_folder() -> None:

@@ -25,11 +25,13 @@ DISTRIBUTIONS = sorted(
 
 def test_the_exported_names_are_these_and_all_resolve() -> None:
     assert sorted(lineshaft.__all__) == [
+        "AsyncLLM",
         "CompletionOutput",
         "EngineConfig",
         "LLM",
         "RequestOutput",
         "SamplingParams",
+        "Structured",
         "__version__",
     ]
     assert dir(lineshaft) == sorted(lineshaft.__all__)
@@ -38,7 +40,7 @@ def test_the_exported_names_are_these_and_all_resolve() -> None:
 
 
 def test_a_name_that_is_not_exported_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="exported are LLM"):
+    with pytest.raises(AttributeError, match="exported are LLM, AsyncLLM"):
         lineshaft.Absent  # noqa: B018
 
 

@@ -38,7 +38,7 @@ RANKS = (
     {"sampling", "registry", "layout", "weights", "meter"},
     {"scheduler", "config", "models", "tokenizer", "plan", "reference"},
     {"runner"},
-    {"executors"},
+    {"executors", "flight"},
     {"engine"},
     {"frontend", "explain"},
     {"llm", "async_llm"},

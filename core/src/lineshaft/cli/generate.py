@@ -6,68 +6,77 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lineshaft.cli.options import add_config_arguments, load_config
 from lineshaft.cli.progress import Bar
+from lineshaft.cli.sampling import add_sampling_arguments, configured, content, convert, ids, sampling_params
 from lineshaft.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from lineshaft.config import EngineConfig
     from lineshaft.llm import LLM
-    from lineshaft.outputs import Logprob, RequestOutput
+    from lineshaft.outputs import CompletionOutput, Logprob, RequestOutput
     from lineshaft.sampling.params import SamplingParams
 
 HELP = "generate text for one or more prompts"
-SAMPLING = {
-    "max_tokens": "most tokens to generate for a prompt (default 256)",
-    "temperature": "divides the logits; 0 is greedy",
-    "top_p": "keep the most probable tokens up to this total probability",
-    "top_k": "keep this many of the most probable tokens",
-    "seed": "seed of each request's random draws: equal prompts then give equal texts",
-}
+Prompts = Sequence[str | Sequence[int]]
+"""Texts, or token ids."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt", metavar="TEXT", action="append", required=True, help="the prompt, or - for stdin; repeatable")
-    for name, text in SAMPLING.items():
-        add(f"--{name.replace('_', '-')}", metavar="N", help=text)
-    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
-    add("--logprobs", metavar="N", type=int, help="show the N most probable tokens at each place (does not stream)")
-    add("--ignore-eos", action="store_true", help="go on after the model's end token")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", action="append", help="the prompt, or - for stdin; repeatable")
+    prompts.add_argument(
+        "--prompt-ids", metavar="IDS", action="append", help="the prompt's token ids: 1,2,3; repeatable"
+    )
     add("--raw", action="store_true", help="give the prompt as it is, without the chat template")
-    add("--no-stream", action="store_true", help="print each text once it is whole; so it is with several prompts")
+    add("--chat-template", metavar="FILE", help="a template in the place of the model's own")
+    add("--no-stream", action="store_true", help="print each text once it is whole; so it is with several texts")
     add("--quiet", action="store_true", help="no summary")
     add("--json", action="store_true", help="print one JSON object: outputs, run and plan (does not stream)")
+    add_sampling_arguments(parser)
     add_config_arguments(parser)
 
 
 def run(args: Namespace) -> int:
-    config = load_config(args, **{f"sampling.{name}": getattr(args, name) for name in SAMPLING})
+    config = load_config(args, **configured(args))
     params = sampling_params(args, config)
-    prompts = read_prompts(args.prompt)
+    prompts: Prompts = read_prompts(args.prompt) if args.prompt else list(map(read_ids, args.prompt_ids))
+    how = Asking(chat=not (args.raw or args.prompt_ids), more=template(args))
     from lineshaft.llm import LLM
 
     with closing(Bar()) as bar:
         llm = LLM.from_config(config, progress=bar)
     with llm:
         if args.json:
-            outputs = complete(llm, prompts, params, raw=args.raw, progress=False)
+            outputs = how.complete(llm, prompts, params, progress=False)
             print(json.dumps(as_json(llm, prompts, outputs), indent=2, allow_nan=False))
             return 0
-        if len(prompts) > 1 or args.no_stream or args.logprobs is not None:
-            outputs = complete(llm, prompts, params, raw=args.raw, progress=not args.quiet)
-            print_outputs(prompts, outputs)
-            reasons = [output.outputs[0].finish_reason for output in outputs]
+        if len(prompts) > 1 or args.no_stream or shows_more(params):
+            outputs = how.complete(llm, prompts, params, progress=not args.quiet)
+            print_outputs(prompts, outputs, text=params.detokenize)
+            reasons = {label: completion.finish_reason for label, _, completion in listed(prompts, outputs)}
         else:
-            reasons = [stream(llm, prompts[0], params, raw=args.raw)]
+            reasons = {"": how.stream(llm, prompts[0], params)}
         if not args.quiet:
             print(summary(llm, reasons), file=sys.stderr)
     return 0
+
+
+def shows_more(params: SamplingParams) -> bool:
+    """Whether there is more to show than one text."""
+    return (
+        params.width > 1 or params.logprobs is not None or params.prompt_logprobs is not None or not params.detokenize
+    )
+
+
+def template(args: Namespace) -> dict[str, str]:
+    """What is told of the chat's template."""
+    return {} if args.chat_template is None else {"chat_template": content("--chat-template", args.chat_template)}
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
@@ -83,64 +92,81 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     return prompts
 
 
-def sampling_params(args: Namespace, config: EngineConfig) -> SamplingParams:
-    """The configuration's sampling defaults with the options of this run."""
-    from lineshaft.sampling.params import SamplingParams
-
-    chosen: dict[str, Any] = {"max_tokens": 256}
-    chosen |= {key: value for key, value in config.sampling if value is not None}
-    return SamplingParams(stop=args.stop or None, logprobs=args.logprobs, ignore_eos=args.ignore_eos, **chosen)
+def read_ids(text: str) -> list[int]:
+    """The token ids of a prompt. Raises InvalidValue."""
+    return list(convert("--prompt-ids", text, ids, "token ids like 1,2,3"))
 
 
-def stream(llm: LLM, prompt: str, params: SamplingParams, *, raw: bool) -> str | None:
-    """Print the text as it comes; return why it ended."""
-    reason = None
-    for delta in llm.stream(prompt, params, chat=not raw):
-        print(delta.text, end="", flush=True)
-        reason = delta.finish_reason
-    print()
-    return reason
+@dataclass(frozen=True)
+class Asking:
+    """Whether the prompts are messages of a chat, and what is told of that."""
+
+    chat: bool
+    more: dict[str, str]
+
+    def stream(self, llm: LLM, prompt: Any, params: SamplingParams) -> str | None:
+        """Print the text as it comes; return why it ended."""
+        reason = None
+        for delta in llm.stream(prompt, params, chat=self.chat, **self.more):  # type: ignore[arg-type]
+            print(delta.text, end="", flush=True)
+            reason = delta.finish_reason
+        print()
+        return reason
+
+    def complete(self, llm: LLM, prompts: Any, params: SamplingParams, *, progress: bool) -> list[RequestOutput]:
+        if self.chat:
+            return llm.chat(prompts, params, progress=progress, **self.more)  # type: ignore[arg-type]
+        return llm.generate(prompts, params, progress=progress)
 
 
-def complete(llm: LLM, prompts: list[str], params: SamplingParams, *, raw: bool, progress: bool) -> list[RequestOutput]:
-    return (llm.generate if raw else llm.chat)(prompts, params, progress=progress)
-
-
-def print_outputs(prompts: list[str], outputs: list[RequestOutput]) -> None:
-    """Print each text, in the order of the prompts; of several each under its number and prompt."""
+def listed(prompts: Prompts, outputs: Sequence[RequestOutput]) -> Iterator[tuple[str, Any, CompletionOutput]]:
+    """Every text with its label, which is "" where there is only one, and its prompt where there are several."""
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=1):
-        if len(prompts) > 1:
-            print(f"[{number}] {prompt!r:.100}")
-        completion = output.outputs[0]
-        print(completion.text)
+        for completion in output.outputs:
+            numbers = [number] * (len(prompts) > 1) + [completion.index + 1] * (len(output.outputs) > 1)
+            label = f"[{'.'.join(map(str, numbers))}]" if numbers else ""
+            yield label, prompt if len(prompts) > 1 else None, completion
+
+
+def print_outputs(prompts: Prompts, outputs: Sequence[RequestOutput], *, text: bool) -> None:
+    """Print each text, or its ids, under its label; before them what is known of the prompts' tokens."""
+    for output in outputs:
+        for place, token in zip(output.prompt_logprobs or (), output.prompt_token_ids, strict=False):
+            print("  " + show_place(place, token) if place is not None else "prompt:")
+    for label, prompt, completion in listed(prompts, outputs):
+        if label:
+            print(label if prompt is None else f"{label} {prompt!r:.100}")
+        print(completion.text if text else " ".join(map(str, completion.token_ids)))
         for token, place in zip(completion.token_ids, completion.logprobs or (), strict=False):
-            print("  " + "  ".join(show_logprob(found, chosen=token == key) for key, found in place.items()))
+            print("  " + show_place(place, token))
 
 
-def show_logprob(found: Logprob, *, chosen: bool) -> str:
-    """A token with its log-probability; the chosen one has a star."""
-    return f"{'*' if chosen else ''}{found.decoded_token!r} {found.logprob:.3f}"
+def show_place(place: Mapping[int, Logprob], chosen: int) -> str:
+    """The tokens of a place with their log-probabilities; the chosen one has a star."""
+    return "  ".join(f"{'*' if i == chosen else ''}{p.decoded_token!r} {p.logprob:.3f}" for i, p in place.items())
 
 
-def summary(llm: LLM, reasons: Sequence[str | None]) -> str:
+def summary(llm: LLM, reasons: Mapping[str, str | None]) -> str:
     """What ran, why each text ended and how fast it was."""
     run = llm.metrics()
-    ends = [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)]
+    ends = [f"{label} {reason}".strip() for label, reason in reasons.items()]
     return (
         f"{llm.plan.summary()}\n"
-        f"finish reason: {', '.join(ends) if len(ends) > 1 else reasons[0]}\n"
+        f"finish reason: {', '.join(ends)}\n"
         f"TTFT {run.ttft_s * 1e3:.1f} ms, TPOT {run.tpot_s * 1e3:.2f} ms, {run.tokens_per_s:.1f} tokens/s, "
         f"pages {run.pages_used} of {run.pages_total} at most, host {run.host_ms_per_decode_step:.3f} ms a decode step"
     )
 
 
-def as_json(llm: LLM, prompts: list[str], outputs: list[RequestOutput]) -> dict[str, Any]:
+def as_json(llm: LLM, prompts: Prompts, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """The outputs in the order of the prompts, the run's metrics, and the plan's hash. A number that is not finite
-    (a time that the backend does not measure) is null."""
+    (a time that the backend does not measure) is null. Of several texts for a prompt all are its `samples`."""
     answered = [
-        {"prompt": prompt, "prompt_token_ids": output.prompt_token_ids}
+        {"prompt": prompt if isinstance(prompt, str) else None, "prompt_token_ids": output.prompt_token_ids}
         | asdict(output.outputs[0])
         | {"metrics": asdict(output.metrics)}
+        | ({"samples": list(map(asdict, output.outputs))} if len(output.outputs) > 1 else {})
+        | ({} if output.prompt_logprobs is None else {"prompt_logprobs": output.prompt_logprobs})
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
     plain: dict[str, Any] = finite({"outputs": answered, "run": asdict(llm.metrics()), "plan": llm.plan.hash})

@@ -15,15 +15,18 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from lineshaft.cli import backends, compile, explain, generate
+from lineshaft.cli import backends, chat, compile, completion, config, explain, generate
 from lineshaft.cli.plugins import Command, further_commands
 from lineshaft.errors import LineshaftError
 
 COMMANDS: Mapping[str, Command] = {
     "generate": generate,
+    "chat": chat,
     "backends": backends,
     "explain": explain,
     "compile": compile,
+    "config": config,
+    "completion": completion,
 }
 """Core's own commands; another distribution cannot replace them."""
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -49,7 +52,7 @@ class Version(argparse.Action):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after an error (or the status that the error carries, see `LineshaftError`), 130
     when interrupted, 141 when the reader of stdout went away; a command may return statuses of its own."""
-    commands = {**COMMANDS, **further_commands(), **COMMANDS}
+    commands = all_commands()
     args = parser(commands).parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="lineshaft: %(message)s")
     signal.signal(signal.SIGTERM, stop)
@@ -75,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = f" ({error})" if str(error) else ""
         line = f"error: OutOfMemory: the host has no memory left{said}; choose a smaller model, dtype or cache.pages"
         return fail(line, FAILED, verbose=args.verbose)
+
+
+def all_commands() -> Mapping[str, Command]:
+    """Core's own, in their order, and those of other distributions."""
+    return {**COMMANDS, **further_commands(), **COMMANDS}
 
 
 def stop(number: int, frame: object) -> NoReturn:

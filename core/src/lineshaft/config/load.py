@@ -7,26 +7,46 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lineshaft.config.environment import PREFIX
 from lineshaft.config.models import EngineConfig
+from lineshaft.config.profiles import PROFILES
 from lineshaft.config.values import Given, complaint, dotted, settle
 from lineshaft.errors import ConfigError, InvalidValue
 
+DEFAULT: Final = "default"
+
 
 def load_config(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> EngineConfig:
-    """The configuration from `file` (TOML), overruled by `environment`, overruled by `overrides`.
+    """The configuration from the named profile, overruled by `file` (TOML), then `environment`, then `overrides`.
 
     Variables are `LINESHAFT_KEY` and `LINESHAFT_TABLE__KEY`; other variables are not looked at. Overrides have dotted
     keys or nested tables. Text from variables and overrides is converted to the key's type; a file must give the type
     itself. Raises UnknownKey, InvalidValue, and ConfigError for a file that is missing or is not TOML.
     """
+    return build(merge(gather(file, environment, overrides)))
+
+
+def gather(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> list[Given]:
+    """Every value that is given, checked, each with its source; of two for a key the later one counts.
+
+    The values of the profile that is named come first, so that every other one counts more.
+    """
     given = [*from_file(file), *from_environment(environment), *from_overrides(overrides)]
-    return build(merge(map(settle, given)))
+    settled = [settle(item) for item in given]
+    return [*map(settle, from_profile(settled)), *settled]
+
+
+def from_profile(settled: Iterable[Given]) -> Iterator[Given]:
+    """The values of the profile that is named last; none where none is."""
+    name = next((item.value for item in reversed([*settled]) if item.path == ("profile",)), None)
+    for key, value in PROFILES.get(str(name), {}).items():
+        yield Given(tuple(key.split(".")), value, f"profile {name}", text=False)
 
 
 def make_config(**values: Any) -> EngineConfig:
@@ -105,3 +125,32 @@ def build(tree: dict[str, Any]) -> EngineConfig:
             where = f"in the file, as {variable(path)} or as --{key}"
             raise InvalidValue(f"{key} is not set; set it {where}") from error
         raise InvalidValue(f"{key}: {complaint(error)}") from error
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key with its value, None where it is unset, and where that comes from."""
+
+    key: str
+    value: Any
+    source: str
+
+
+def settings(given: Iterable[Given]) -> list[Setting]:
+    """Every key in order, those of free tables that are set, too. Without a model it is unset. Raises InvalidValue."""
+    items = list(given)
+    config = build({"model": ""} | merge(items))
+    sources = {item.path: item.source for item in items}
+    return [
+        Setting(dotted(path), value if path in sources or path != ("model",) else None, sources.get(path, DEFAULT))
+        for path, value in leaves((), config)
+    ]
+
+
+def leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values of nested tables; a free table that is empty counts as one."""
+    if not isinstance(value, (BaseModel, Mapping)) or not (items := dict(value)):
+        yield path, value
+        return
+    for key, inner in items.items():
+        yield from leaves((*path, key), inner)

@@ -128,7 +128,7 @@ class Worker:
             self._stages.append(self._over_logits(choice.sampling, self._adjusted))
 
     def collect(self) -> StepResult:
-        """Wait for the step, and return what its choice wants. Log-probabilities are of the model's own logits."""
+        """Wait for the step, and return what its choice wants."""
         choice, stages = self._choice, self._stages
         token_ids = stages[-1].result("token_ids")
         seconds = sum(stage.kernel_seconds for stage in stages)
@@ -151,7 +151,7 @@ class Worker:
         host = HostStep(InputLayout([InputField("ids", "int32", (self._rows,))]))
         ids = chosen if scored is None else np.where(scored >= 0, scored, chosen)
         host["ids"][:] = np.maximum(ids, 0)
-        pending = self._over_logits(host, self._stages[0], LOGPROBS)
+        pending = self._over_logits(host, self._adjusted, LOGPROBS)
         return Logprobs(*(pending.result(name) for name in ("chosen", "top_ids", "top")))
 
     def close(self) -> None:
