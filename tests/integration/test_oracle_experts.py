@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.integration.checkpoints import EXPERTS, YARN
+from tests.integration.checkpoints import EXPERTS
 from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import TPU_ON_CPU, config, drive, follow, greedy
 from tests.integration.oracle import (
     Expected,
     Oracle,
-    check_bfloat16,
     check_float32,
+    check_most_of_bfloat16,
     float32_tolerance,
     make_model,
     undisputed,
@@ -93,7 +93,7 @@ def test_bfloat16(llama: Llama, variant: str) -> None:
     oracle = llama(variant).oracle
     with Engine(config(llama(variant).path, dtype="bfloat16", **ROOMY)) as engine:
         run = follow(engine, expected := expect(oracle), arrivals=[0, 3, 5, 6])
-    check_bfloat16(expected, run.logits, oracle.bfloat16(), least_decided=0)  # one token routed elsewhere decides it
+    check_most_of_bfloat16(expected, run.logits, oracle.bfloat16())
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
@@ -201,8 +201,3 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
     for degrees in ({}, {"layout.tp": 2}):
         with Engine(config(tmp_path, **ROOMY, **degrees)) as engine:
             check_float32(expected, follow(engine, expected).logits)
-
-
-def test_yarn_is_beyond_the_original_context() -> None:
-    """Else the scaled variants would show nothing about it."""
-    assert max(LENGTHS) > YARN["original_max_position_embeddings"]

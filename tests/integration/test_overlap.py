@@ -36,8 +36,14 @@ def run(llama: Llama, overlap: str, each: Sequence[SamplingParams], **more: Any)
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"cache.pages": 22}, {"layout.dp": 2}, {"cache.prefix_caching": False, "scheduler.token_budget": 16}],
-    ids=["plain", "preempted", "dp2", "chunks"],
+    [
+        {},
+        {"cache.pages": 22},
+        {"cache.pages": 22, "scheduler.preemption": "swap", "scheduler.swap_pages": 64},
+        {"layout.dp": 2},
+        {"cache.prefix_caching": False, "scheduler.token_budget": 16},
+    ],
+    ids=["plain", "preempted", "swapped", "dp2", "chunks"],
 )
 def test_overlap_changes_no_token(llama: Llama, more: dict[str, Any]) -> None:
     each = [params(i, ignore_eos=True) for i in range(len(PROMPTS))]

@@ -164,7 +164,7 @@ class Bench:
 
 def simulated(jobs: Round, setting: Setting, cost: StepCost) -> Ran:
     """A round as a simulation runs it; each id is a segment of its own, so that what is shared is shared."""
-    simulation = setting.simulation(cost, "fifo", keep=True)
+    simulation = setting.simulation(cost, keep=True)
     order = sorted(range(len(jobs)), key=lambda n: jobs[n].at)
     simulation.run([Arrival(jobs[n].at, tuple((id, 1) for id in jobs[n].prompt), jobs[n].out) for n in order])
     assert simulation.stamps is not None

@@ -27,7 +27,7 @@ from lineshaft.sampling.choice import make_choice
 from lineshaft.sampling.logprobs import PromptLogprobs
 from lineshaft.sampling.params import EXTRAS, SamplingParams, check_extras
 from lineshaft.sampling.vocabulary import Vocabulary
-from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
+from lineshaft.scheduler import Batch, FinishReason, Policy, Request, Scheduler
 
 Teacher = Callable[[Request, "np.ndarray[Any, Any]"], int | None]
 """Sees a request and the logits f32 [V] of its next token; a token id that it returns is taken instead of the sampled
@@ -86,23 +86,28 @@ class Engine:
         self._next_id = 0
         beside = self._facts.asynchronous or self._executor.beside
         self._overlap = config.overlap == "on" or (config.overlap == "auto" and beside)
+        self._ended: list[Token] = []  # requests that scheduling ended, which `step` has not returned yet
         self._flight: Flight | None = None  # submitted before the step that returns its tokens
         self._committed = 0.0
         self.recorder: Recorder | None = None
         self.closed = False
 
     def _make_replica(self) -> Replica:
-        groups = [GroupSpec(n, size) for n, size in zip(self.pages, self._facts.page_sizes, strict=True)]
-        settings = self.config.cache
-        cache = CacheManager(groups, prefix_caching=settings.prefix_caching, watermark=settings.watermark)
-        return Replica(Scheduler(self._facts.limits, cache), cache)
+        sizes = zip(self.pages, self._facts.page_sizes, self._facts.windows, strict=True)
+        settings, chosen, limits = self.config.cache, self.config.scheduler, self._facts.limits
+        cache = CacheManager(
+            [GroupSpec(*size) for size in sizes], prefix_caching=settings.prefix_caching, watermark=settings.watermark,
+            chunk=limits.chunk, eviction=settings.eviction, swap_pages=chosen.swap_pages,
+        )  # fmt: skip
+        policy = Policy(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Policy)})
+        return Replica(Scheduler(limits, cache, policy), cache)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._live) or self._flight is not None
+        return bool(self._live) or self._flight is not None or bool(self._ended)
 
     @property
     def plan(self) -> Plan:
@@ -113,6 +118,11 @@ class Engine:
     def caches(self) -> list[CacheManager]:
         """The cache manager of each dp replica, to be read only."""
         return [replica.cache for replica in self._replicas]
+
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """The scheduler of each dp replica, to be read only."""
+        return [replica.scheduler for replica in self._replicas]
 
     def requests(self) -> list[Live]:
         """The unfinished requests, oldest first."""
@@ -219,7 +229,9 @@ class Engine:
         """
         self._require_open()
         try:
-            return self._step()
+            tokens = self._step() + self._ended
+            self._ended = []
+            return tokens
         except BaseException:
             self._flight = None
             for replica in self._replicas:
@@ -250,8 +262,7 @@ class Engine:
         """The next step of every replica, packed; None where none has work."""
         began = now()
         batches = [replica.scheduler.schedule(began) for replica in self._replicas]
-        for request in [request for batch in batches for request in batch.finished]:
-            self._retire(self._live[request.id])
+        self._ended += [self._end(request) for batch in batches for request in batch.finished]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
         if not need.tokens and not any(batch.swaps_out or batch.swaps_in for batch in batches):
             return None
@@ -319,6 +330,12 @@ class Engine:
         if request.finished:
             self._retire(live)
         return token_of(live, row, token, result)
+
+    def _end(self, request: Request) -> Token:
+        """Retire a request that scheduling ended."""
+        live = self._live[request.id]
+        self._retire(live)
+        return Token(request, live.clock, -1)
 
     def _retire(self, live: Live) -> None:
         request = live.request

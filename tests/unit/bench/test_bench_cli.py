@@ -75,6 +75,8 @@ def test_simulate_lists_devices(lineshaft: Any) -> None:
         ("simulate", TRACE),
         ("simulate", TRACE, "--device", "abacus"),
         ("simulate", TRACE, "--device", "v5e", "--policy", "lottery"),
+        ("simulate", TRACE, "--device", "v5e", "--eviction", "lru,random"),
+        ("simulate", TRACE, "--device", "v5e", "--preemption", "fight"),
         ("simulate", TRACE, "--device", "v5e", "--dtype", "int3"),
         ("simulate", TRACE, "--device", "v5e", "--tp", "0"),
         ("simulate", TRACE, "--device", "v5e", "--speed", "-1"),

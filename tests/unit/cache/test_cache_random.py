@@ -13,7 +13,12 @@ import pytest
 
 from lineshaft.cache import CacheManager, GroupSpec
 
-GROUPS = (GroupSpec(pages=26, page_size=4), GroupSpec(pages=18, page_size=6))
+GROUPS = (
+    GroupSpec(pages=26, page_size=4),
+    GroupSpec(pages=18, page_size=6),
+    GroupSpec(pages=20, page_size=4, window=9),
+)
+SWAP_PAGES = 40
 MAX_TOKENS = 60
 
 
@@ -30,9 +35,10 @@ class Shadow:
     """Drives a manager with random operations; `counts` says how often each really happened."""
 
     rng: random.Random
-    cache: CacheManager = field(default_factory=lambda: CacheManager(GROUPS, watermark=0.1))
+    cache: CacheManager = field(default_factory=lambda: CacheManager(GROUPS, watermark=0.1, swap_pages=SWAP_PAGES))
     memory: dict[tuple[int, int, int], int] = field(default_factory=dict)
     sequences: dict[int, ShadowSequence] = field(default_factory=dict)
+    swapped: dict[int, tuple[ShadowSequence, list[list[list[int]]]]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     weights: int = 0
     next_id: int = 0
@@ -41,8 +47,11 @@ class Shadow:
         self.counts[event] = self.counts.get(event, 0) + times
 
     def step(self) -> None:
-        operations = [self.open, self.extend, self.extend, self.commit, self.commit, self.append, self.fork, self.close]
-        weights = [3 if len(self.sequences) < 8 else 0, 3, 3, 3, 3, 2, 0.4, 1.2]
+        operations = [
+            self.open, self.extend, self.extend, self.commit, self.commit, self.append, self.fork, self.close,
+            self.swap_out, self.swap_in,
+        ]  # fmt: skip
+        weights = [3 if len(self.sequences) < 8 else 0, 3, 3, 3, 3, 2, 0.4, 1.2, 0.3, 0.5]
         if self.rng.random() < 0.002:
             self.reset()
         elif not self.sequences:
@@ -67,6 +76,8 @@ class Shadow:
         self.sequences[seq] = ShadowSequence(salt, tokens, [], cached)
         for position in range(cached):
             self.sequences[seq].values.append(self.value(seq, position))
+        if cached:
+            self.count("hit with null pages", 0 in self.pages(seq, 2))
         self.count("hit" if cached else "miss")
         self.read_back(seq)
         extended = self.cache.extend(seq, length, reserve=True) == []
@@ -87,9 +98,7 @@ class Shadow:
         shadow.writable = total
         for copy in copies:
             assert all(copy.dst not in pages[copy.group] for other, pages in before[1].items())
-            for offset in range(GROUPS[copy.group].page_size):
-                old = self.memory.get((copy.group, copy.src, offset), -1)
-                self.memory[copy.group, copy.dst, offset] = old
+            self.store(copy.group, copy.dst, self.load(copy.group, copy.src))
         self.count("copy", len(copies))
         self.read_back(seq)
 
@@ -130,6 +139,46 @@ class Shadow:
         self.sequences[child] = ShadowSequence(source.salt, tokens, list(source.values), source.writable)
         self.count("fork")
 
+    def swap_out(self) -> None:
+        seq = self.pick()
+        shadow = self.sequences[seq]
+        if not shadow.values:
+            return
+        swaps = self.cache.swap_out(seq, len(shadow.values))
+        self.count("swap" if swaps is not None else "host full")
+        if swaps is not None:
+            pages = [[self.load(swap.group, page) for page in swap.pages] for swap in swaps]
+            self.swapped[seq] = self.sequences.pop(seq), pages
+
+    def swap_in(self) -> None:
+        if not self.swapped or len(self.sequences) >= 8:
+            return
+        seq = self.rng.choice(list(self.swapped))
+        shadow, saved = self.swapped[seq]
+        if self.rng.random() < 0.1:
+            self.cache.close(seq)
+            del self.swapped[seq]
+            return
+        swaps = self.cache.swap_in(seq, len(shadow.tokens))
+        if swaps is None:
+            self.count("swap waits")
+            return
+        for swap, pages in zip(swaps, saved, strict=True):
+            for page, values in zip(swap.pages, pages, strict=True):
+                self.count("swap copies" if page else "swap finds")
+                if page:
+                    self.store(swap.group, page, values)
+        shadow.writable = len(shadow.tokens)
+        self.sequences[seq] = shadow
+        del self.swapped[seq]
+        self.read_back(seq)
+
+    def load(self, group: int, page: int) -> list[int]:
+        return [self.memory.get((group, page, offset), -1) for offset in range(GROUPS[group].page_size)]
+
+    def store(self, group: int, page: int, values: list[int]) -> None:
+        self.memory.update({(group, page, offset): value for offset, value in enumerate(values)})
+
     def close(self) -> None:
         seq = self.pick()
         self.cache.close(seq)
@@ -155,7 +204,9 @@ class Shadow:
 
     def read_back(self, seq: int) -> None:
         for group in range(len(GROUPS)):
-            for position, value in enumerate(self.sequences[seq].values):
+            values, window = self.sequences[seq].values, GROUPS[group].window
+            seen = max(0, len(values) - window + 1) if window else 0
+            for position, value in enumerate(values[seen:], seen):
                 assert self.memory[self.place(seq, group, position)] == value
 
     def state(self) -> tuple[list[int], dict[int, list[list[int]]]]:
@@ -176,9 +227,15 @@ def test_25_000_random_operations(seed: int) -> None:
     for seq in list(shadow.sequences):
         shadow.read_back(seq)
         shadow.cache.close(seq)
+    for seq in shadow.swapped:
+        shadow.cache.close(seq)
     shadow.cache.check_integrity()
-    assert [shadow.cache.used_pages(group) for group in range(len(GROUPS))] == [0, 0]
+    assert [shadow.cache.used_pages(group) for group in range(len(GROUPS))] == [0, 0, 0]
+    assert shadow.cache.swap_pages_left == SWAP_PAGES
     print(shadow.counts, shadow.cache.stats)
-    for event in ("hit", "miss", "lacking", "copy", "fork", "reset", "written"):
-        assert shadow.counts.get(event, 0) >= 20, f"{event} was hardly tested"
+    for event in (
+        "hit", "hit with null pages", "miss", "lacking", "copy", "fork", "reset", "written", "swap", "host full",
+        "swap copies", "swap finds", "swap waits",
+    ):  # fmt: skip
+        assert shadow.counts.get(event, 0) >= 8, f"{event} was hardly tested"
     assert shadow.cache.stats.evictions > 1000

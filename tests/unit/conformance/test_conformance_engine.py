@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from lineshaft.config import make_config
+from lineshaft.contract.backends import World
+from lineshaft.contract.kernels import Kernel
 from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
 from lineshaft.models import builtin_families, find_family
 from lineshaft.runner.messages import ChoiceMessage, StepMessage
@@ -19,11 +21,12 @@ from lineshaft_conformance.harness.rank import make_worker, mesh_executor
 from lineshaft_conformance.harness.replay import compare_step
 from lineshaft_conformance.harness.stage import Stage
 from lineshaft_conformance.harness.timed import interleaved
-from lineshaft_conformance.harness.tiny import TENSORS, TINY, tiny
+from lineshaft_conformance.harness.tiny import FEATURED, TENSORS, TINY, tiny
 from lineshaft_conformance.harness.watched import Step
 from lineshaft_conformance.levels import determinism, engine, speed
 from lineshaft_conformance.levels.engine import SCENARIOS, Scenario, make_check
 from lineshaft_conformance.mutants.engine import MUTANTS
+from lineshaft_conformance.mutants.mutant import changed
 from lineshaft_conformance.subject import Subject, Target
 
 SEED = 3
@@ -80,8 +83,32 @@ def test_a_dtype_that_is_not_claimed_is_not_checked(cpu: Subject) -> None:
 
 def test_every_architecture_of_core_has_a_tiny_model() -> None:
     families = builtin_families()
-    assert {find_family(config, families).name for config in TINY.values()} == {family.name for family in families}
-    assert {config["model_type"] for config in TINY.values()} <= TENSORS.keys()
+    configs = [*TINY.values(), *FEATURED.values()]
+    assert {find_family(config, families).name for config in configs} == {family.name for family in families}
+    assert {config["model_type"] for config in configs} <= TENSORS.keys()
+
+
+class Lacking(Subject):
+    """The CPU backend with kernels for the required ops and no feature."""
+
+    def start(self, world: World) -> Any:
+        def plain(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+            ops = self.ops
+            return [replace(kernel, handles=frozenset()) for kernel in kernels if ops[kernel.op].required]
+
+        return changed(super().start(world), change_kernels=plain)
+
+
+@pytest.mark.parametrize("name", FEATURED)
+def test_a_model_of_ops_that_a_backend_may_lack_passes_or_is_not_claimed(cpu: Subject, name: str) -> None:
+    assert run_all(cpu, f"L4/{name}/*")
+    lacking = Lacking(Target("cpu"))
+    if name in ("qwen3", "phi3"):  # made of required ops
+        assert run_all(lacking, f"L4/{name}/*")
+    else:
+        with pytest.raises(NotClaimed, match="no kernel for"):
+            run_all(lacking, f"L4/{name}/*")
+    lacking.close()
 
 
 def test_ids_are_stable_and_unlike_each_other(cpu: Subject) -> None:

@@ -62,7 +62,7 @@ def test_kernels_are_listed_without_the_device(run: Run) -> None:
     lines = [line.split() for line in out.splitlines()]
     assert status == 0
     assert lines[0] == ["OP", "KERNEL", "PRIORITY", "LAYOUT", "VERSION", "HANDLES", "OPTIONS"]
-    assert ["rope", "plain_rope", "10", "-", "3", "interleaved", "block=128"] in lines
+    assert ["rope", "plain_rope", "10", "-", "3", "attention_factor,", "interleaved", "block=128"] in lines
     found = json.loads(run("list", "--backend", "far", "--json")[1])
     (linear,) = [kernel for kernel in found if kernel["op"] == "linear"]
     assert linear == {

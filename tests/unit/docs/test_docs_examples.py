@@ -20,6 +20,7 @@ from lineshaft.contract.sessions import Packing
 from lineshaft.contract.weights import Local, Param
 from lineshaft.errors import (
     AmbiguousBackend,
+    InvalidSamplingParams,
     InvalidValue,
     MisshapenTensor,
     SessionClosed,
@@ -150,6 +151,25 @@ def test_plain_numpy_samples_what_the_reference_does(install: Install, tiny_llam
     expected = tokens(tiny_llama, params, backend="numpy")
     assert expected != tokens(tiny_llama, backend="numpy")
     assert tokens(tiny_llama, params, backend="plainnp") == expected
+
+
+def test_plain_numpy_edits_logits_as_the_reference_does_and_declines_typical_p(
+    install: Install, tiny_llama: Path
+) -> None:
+    install(PLAIN)
+    extras = {"sampling_extras": True}
+    params = SamplingParams(
+        repetition_penalty=1.3, allowed_token_ids=list(range(40, 90)), seed=7, max_tokens=12, ignore_eos=True
+    )
+    expected = tokens(tiny_llama, params, backend="numpy", **extras)
+    assert tokens(tiny_llama, params, backend="plainnp", **extras) == expected
+    assert {token for output in expected for token in output} <= set(range(40, 90))
+    reason = (
+        "^typical_p is not possible here: backend 'plainnp' has no kernel for sample .*does not handle typical; leave"
+    )
+    with pytest.raises(InvalidSamplingParams, match=reason):
+        tokens(tiny_llama, SamplingParams(typical_p=0.5), backend="plainnp", **extras)
+    assert "without typical_p: " in plan_of(tiny_llama, backend="plainnp", **extras).summary()
 
 
 def test_plain_numpy_runs_one_worker_and_says_so(install: Install, tiny_llama: Path) -> None:

@@ -152,6 +152,18 @@ def test_layers_without_experts() -> None:
     assert ["w13" in layer["mlp"] for layer in built.params()["layers"]] == [False, True, False, False, False]
 
 
+def test_windows_take_turns_unless_the_config_says_otherwise() -> None:
+    config = ROUTED | {"num_hidden_layers": 4, "sliding_window": 9}
+
+    def windows(**more: Any) -> list[int]:
+        built = gpt_oss.build(config | more, BuildContext("float32", "float32", 16, Degrees()))
+        uses = [layer.attention.uses() for layer in built.layers]
+        return [problem.window for used in uses for op, problem in used.values() if op == "attend"]
+
+    assert windows() == [9, 0, 9, 0]
+    assert windows(layer_types=["full_attention"] * 3 + ["sliding_attention"]) == [0, 0, 0, 9]
+
+
 REFUSED: list[tuple[str, dict[str, Any], type[LineshaftError], str]] = [
     ("mixtral", {"hidden_act": "gelu"}, UnknownArchitecture, "hidden_act is 'gelu'"),
     ("mixtral", {"num_experts_per_tok": 4}, CorruptCheckpoint, "4 experts per token are more than the 3"),

@@ -7,6 +7,7 @@ import json
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from lineshaft_bench.simulator.cost import StepCost
     from lineshaft_bench.simulator.loop import Outcome
     from lineshaft_bench.simulator.report import Summary
-    from lineshaft_bench.simulator.setup import Setting
+    from lineshaft_bench.simulator.setup import Contender, Setting
     from lineshaft_bench.traces import Trace
 
 HELP = "simulate traffic on a modelled device, with the real scheduler and cache manager"
@@ -35,7 +36,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--device", metavar="NAME|FILE", help="a device of a plugin (see --list-devices), or a TOML file")
     add("--cost", metavar="FILE", type=Path, help="a cost model fitted to measured steps, for the device's time")
     add("--list-devices", action="store_true", help="list the devices that installed plugins describe")
-    add("--policy", metavar="A,B", default="fifo", help="policies of admission, compared side by side (default: fifo)")
     shape = "a model reference, a folder with config.json, or hidden=4096,layers=32,..."
     add("--model", metavar="SHAPE", default=MODEL, help=f"{shape} (default: {MODEL})")
     add("--dtype", metavar="NAME", default="bfloat16", help="of weights and KV pages (default: bfloat16)")
@@ -44,9 +44,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--limit", metavar="N", type=whole, help="take the first N requests")
     add("--speed", metavar="X", type=positive, default=1.0, help="let requests come X times as fast (default: 1)")
     add("--skip-bad", action="store_true", help="leave out bad lines of the trace, and count them")
+    add_policy_arguments(parser)
     add_engine_arguments(parser)
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--plot", metavar="FILE", type=Path, help="draw the runs into a .png or .svg file")
+
+
+def add_policy_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("policies, as in the table [scheduler] of the configuration").add_argument
+    add("--policy", metavar="A,B", default="fifo", help="admission, compared side by side: fifo, priority, sjf")
+    add("--eviction", metavar="A,B", default="lru", help="of cached pages, compared too: lru, fifo, lfu")
+    add("--cache-aware", action="store_true", help="admit first, of the first in line, who has most in the cache")
+    add("--preemption", metavar="NAME", default="recompute", help="recompute, swap or reject (default: recompute)")
+    add("--swap-pages", metavar="N", type=whole, default=0, help="pages on the host, for --preemption swap")
 
 
 def add_engine_arguments(parser: ArgumentParser) -> None:
@@ -57,6 +67,10 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--page-size", metavar="N", type=whole, default=16, help="tokens a page (default: 16)")
     group.add_argument("--pages", metavar="N", type=whole, help="KV pages (default: what the device has room for)")
     group.add_argument("--memory-fraction", metavar="X", type=positive, default=0.9, help="(default: 0.9)")
+    group.add_argument(
+        "--max-tokens", metavar="N", type=whole,
+        help="what requests ask for, so that nobody knows when they end (default: exactly what they generate)",
+    )  # fmt: skip
     group.add_argument("--no-prefix-caching", action="store_true", help="share no prefixes")
 
 
@@ -89,9 +103,10 @@ def run(args: Namespace) -> int:
     from lineshaft_bench.traces import read_trace
 
     trace = read_trace(args.trace, seed=args.seed, limit=args.limit, skip_bad=args.skip_bad).faster(args.speed)
+    compared = contenders(args)
     setting, cost = prepared(args)
     began = time.perf_counter()
-    runs = {policy: setting.run(trace, cost, policy) for policy in names(args.policy)}
+    runs = {name: setting.run(trace, cost, contender) for name, contender in compared.items()}
     wall = time.perf_counter() - began
     summaries = {policy: Summary.of(outcome) for policy, outcome in runs.items()}
     show(args, trace, setting, summaries, wall)
@@ -103,6 +118,22 @@ def run(args: Namespace) -> int:
 def names(text: str) -> list[str]:
     """The names of A,B, each once."""
     return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def contenders(args: Namespace) -> dict[str, Contender]:
+    """Every policy of admission with every one of eviction, by name. Raises InvalidValue for one that is unknown."""
+    from lineshaft.cache.eviction import EVICTION
+    from lineshaft.scheduler import Policy
+    from lineshaft_bench.simulator.setup import Contender
+
+    made = {}
+    for policy, eviction in product(names(args.policy), names(args.eviction)):
+        if eviction not in EVICTION:
+            raise InvalidValue(f"--eviction {eviction}: known are {', '.join(EVICTION)}")
+        chosen = Policy(policy, preemption=args.preemption, cache_aware=args.cache_aware)
+        name = f"{policy}, {eviction}" if "," in args.eviction else policy
+        made[name] = Contender(chosen, eviction, args.swap_pages)
+    return made
 
 
 def list_devices() -> int:
@@ -131,7 +162,9 @@ def prepared(args: Namespace) -> tuple[Setting, StepCost]:
     device.flops(args.dtype)
     pages = args.pages or pages_that_fit(model, device, args.page_size, args.memory_fraction)
     limits = Limits(args.token_budget, args.max_rows, args.max_model_len or model.context)
-    setting = Setting(limits, pages, args.page_size, not args.no_prefix_caching, overlap=device.overlap)
+    setting = Setting(
+        limits, pages, args.page_size, not args.no_prefix_caching, overlap=device.overlap, max_tokens=args.max_tokens
+    )
     return setting, read_cost(args.cost) if args.cost else Roofline(model, device, args.dtype, args.tp)
 
 

@@ -18,6 +18,7 @@ class Load(NamedTuple):
     pairs: float  # (query, key) pairs that attend
     logits: int  # rows whose next token is sampled
     longest: int = 1  # tokens of a row
+    swapped: int = 0  # tokens whose keys and values go to the host or come back
 
 
 class StepCost(Protocol):
@@ -28,7 +29,7 @@ class StepCost(Protocol):
 
 @dataclass(frozen=True)
 class Roofline:
-    """The larger of memory time and arithmetic time, then communication and what the host adds (Williams, 2009)."""
+    """The larger of memory time and arithmetic time (Williams, 2009), then communication, swaps and host time."""
 
     model: ModelFigures
     device: Device
@@ -38,7 +39,8 @@ class Roofline:
     def seconds(self, load: Load) -> float:
         """One step, host time included."""
         device, host = self.device, self.device.host_s + load.rows * self.device.host_row_s
-        busy = self.busy(load) + device.launch_s + self.communication(load)
+        swaps = load.swapped * self.model.kv_bytes / device.host_link_bytes_per_s
+        busy = self.busy(load) + device.launch_s + self.communication(load) + swaps
         return max(busy, host) if device.overlap else busy + host
 
     def busy(self, load: Load) -> float:

@@ -43,6 +43,8 @@ class Device(BaseModel):
     link_bytes_per_s: Rate = 1e12
     """Between the devices of a tensor-parallel group, each way."""
     link_latency_s: float = TIME
+    host_link_bytes_per_s: Rate = 16e9
+    """Between the device and the host's memory, for pages that are swapped."""
 
     @property
     def bandwidth(self) -> float:

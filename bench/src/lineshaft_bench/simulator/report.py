@@ -19,8 +19,9 @@ class Summary:
     queue: Percentiles
     total: Percentiles
     requests: int
+    refused: int
     rejected: int
-    late: int
+    expired: int
     seconds: float
     busy_share: float
     steps: int
@@ -29,6 +30,7 @@ class Summary:
     output_tokens_per_s: float
     prompt_tokens_per_s: float
     preemptions: int
+    swaps: int
     hit_rate: float  # prompt tokens found in the prefix cache
     evictions: int  # pages
     kv_mean: float  # share of the pages held, over the time in steps
@@ -41,8 +43,8 @@ class Summary:
         seconds, steps = run.seconds or 1.0, run.steps or 1
         return cls(
             ttft=Percentiles.of(run.ttft), itl=Percentiles.of(run.itl), queue=Percentiles.of(run.queue),
-            total=Percentiles.of(run.total), requests=len(run.total), rejected=run.rejected, late=run.late,
-            seconds=run.seconds, busy_share=run.busy / seconds, steps=run.steps,
+            total=Percentiles.of(run.total), requests=len(run.total), refused=run.refused, rejected=run.rejected,
+            expired=run.expired, swaps=run.swaps, seconds=run.seconds, busy_share=run.busy / seconds, steps=run.steps,
             rows_per_step=run.rows / steps, requests_per_s=len(run.total) / seconds,
             output_tokens_per_s=run.output_tokens / seconds, prompt_tokens_per_s=run.prompt_tokens / seconds,
             preemptions=run.preemptions, hit_rate=run.hit_tokens / (run.queried_tokens or 1), evictions=run.evictions,
@@ -67,8 +69,9 @@ def rows(summaries: Mapping[str, Summary]) -> list[Sequence[str]]:
             lines.append((f"{label} {percentile}, ms", *(f"{value:.2f}" for value in values)))
     plain = {
         "output tokens/s": "{output_tokens_per_s:.1f}", "prompt tokens/s": "{prompt_tokens_per_s:.1f}",
-        "requests/s": "{requests_per_s:.3f}", "requests finished": "{requests}", "requests rejected": "{rejected}",
-        "deadlines missed": "{late}", "preemptions": "{preemptions}", "prefix hit rate": "{hit_rate:.1%}",
+        "requests/s": "{requests_per_s:.3f}", "requests finished": "{requests}", "refused: too long": "{refused}",
+        "ended for want of pages": "{rejected}", "ended by their deadline": "{expired}",
+        "preemptions": "{preemptions}", "of which swapped": "{swaps}", "prefix hit rate": "{hit_rate:.1%}",
         "pages evicted": "{evictions}", "KV pages held, mean": "{kv_mean:.1%}", "KV pages held, most": "{kv_most:.1%}",
         "rows a step": "{rows_per_step:.1f}", "rows, most": "{most_running}", "steps": "{steps}",
         "busy": "{busy_share:.1%}", "simulated s": "{seconds:.1f}",

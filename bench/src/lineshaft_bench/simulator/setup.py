@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lineshaft.cache import CacheManager, GroupSpec
-from lineshaft.errors import InvalidValue, OutOfMemory
-from lineshaft.scheduler import Limits, Scheduler
+from lineshaft.errors import OutOfMemory
+from lineshaft.scheduler import Limits, Policy, Scheduler
 from lineshaft_bench.simulator.cost import StepCost
 from lineshaft_bench.simulator.device import Device
 from lineshaft_bench.simulator.loop import Outcome, Simulation
 from lineshaft_bench.simulator.model import ModelFigures
 from lineshaft_bench.traces import Trace
 
-POLICIES = ("fifo",)
+
+@dataclass(frozen=True)
+class Contender:
+    """What is compared: how the scheduler chooses among requests, and which page the cache gives up first."""
+
+    policy: Policy = field(default_factory=Policy)
+    eviction: str = "lru"
+    swap_pages: int = 0  # on the host
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,21 @@ class Setting:
     prefix_caching: bool = True
     watermark: float = 0.01
     overlap: bool = False  # whether a step is scheduled while the one before runs
+    max_tokens: int | None = None  # what requests ask for; None: exactly what they generate
 
-    def run(self, trace: Trace, cost: StepCost, policy: str) -> Outcome:
-        """Simulate the trace under a policy of admission. Raises InvalidValue for an unknown one."""
-        return self.simulation(cost, policy).run(trace.arrivals)
+    def run(self, trace: Trace, cost: StepCost, contender: Contender | None = None) -> Outcome:
+        """Simulate the trace."""
+        return self.simulation(cost, contender).run(trace.arrivals)
 
-    def simulation(self, cost: StepCost, policy: str, *, keep: bool = False) -> Simulation:
+    def simulation(self, cost: StepCost, contender: Contender | None = None, *, keep: bool = False) -> Simulation:
         """One that is ready to run."""
-        if policy not in POLICIES:
-            raise InvalidValue(f"policy {policy!r}: known are {', '.join(POLICIES)}")
-        groups = [GroupSpec(self.pages, self.page_size)]
-        cache = CacheManager(groups, prefix_caching=self.prefix_caching, watermark=self.watermark)
-        return Simulation(Scheduler(self.limits, cache), cache, cost, overlap=self.overlap, keep=keep)
+        contender = contender or Contender()
+        cache = CacheManager(
+            [GroupSpec(self.pages, self.page_size)], prefix_caching=self.prefix_caching, watermark=self.watermark,
+            chunk=self.limits.chunk, eviction=contender.eviction, swap_pages=contender.swap_pages,
+        )  # fmt: skip
+        scheduler = Scheduler(self.limits, cache, contender.policy)
+        return Simulation(scheduler, cache, cost, overlap=self.overlap, max_tokens=self.max_tokens, keep=keep)
 
 
 def pages_that_fit(model: ModelFigures, device: Device, page_size: int, fraction: float) -> int:

@@ -50,7 +50,8 @@ class Reference:
     ) -> None:
         checkpoint, family = open_model(config, registry)
         subject = Subject(Target(NAME), registry)
-        model = family.build(checkpoint.config, BuildContext(dtype, dtype, page_size, Degrees()))
+        context = BuildContext(dtype, dtype, page_size, Degrees(), max_model_len=config.max_model_len)
+        model = family.build(checkpoint.config, context)
         forward = forward_function(model)
         programs = [ProgramSpec(FORWARD, forward, shape, forward_inputs(shape)) for shape in dict.fromkeys(shapes)]
         self.depth = model.shape.hidden

@@ -13,8 +13,10 @@ from lineshaft.config.models import (
     SchedulerConfig,
 )
 from lineshaft.config.options import validate_options
+from lineshaft.config.profiles import PROFILES
 
 __all__ = [
+    "PROFILES",
     "CacheConfig",
     "EngineConfig",
     "LayoutConfig",

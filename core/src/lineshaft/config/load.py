@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from lineshaft.config.environment import PREFIX
 from lineshaft.config.models import EngineConfig
+from lineshaft.config.profiles import PROFILES
 from lineshaft.config.values import Given, complaint, dotted, settle
 from lineshaft.errors import ConfigError, InvalidValue
 
@@ -22,7 +23,7 @@ DEFAULT: Final = "default"
 
 
 def load_config(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> EngineConfig:
-    """The configuration from `file` (TOML), overruled by `environment`, overruled by `overrides`.
+    """The configuration from the named profile, overruled by `file` (TOML), then `environment`, then `overrides`.
 
     Variables are `LINESHAFT_KEY` and `LINESHAFT_TABLE__KEY`; other variables are not looked at. Overrides have dotted
     keys or nested tables. Text from variables and overrides is converted to the key's type; a file must give the type
@@ -32,9 +33,20 @@ def load_config(file: Path | None, environment: Mapping[str, str], overrides: Ma
 
 
 def gather(file: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any]) -> list[Given]:
-    """Every value that is given, checked, each with its source; of two for a key the later one counts."""
+    """Every value that is given, checked, each with its source; of two for a key the later one counts.
+
+    The values of the profile that is named come first, so that every other one counts more.
+    """
     given = [*from_file(file), *from_environment(environment), *from_overrides(overrides)]
-    return list(map(settle, given))
+    settled = [settle(item) for item in given]
+    return [*map(settle, from_profile(settled)), *settled]
+
+
+def from_profile(settled: Iterable[Given]) -> Iterator[Given]:
+    """The values of the profile that is named last; none where none is."""
+    name = next((item.value for item in reversed([*settled]) if item.path == ("profile",)), None)
+    for key, value in PROFILES.get(str(name), {}).items():
+        yield Given(tuple(key.split(".")), value, f"profile {name}", text=False)
 
 
 def make_config(**values: Any) -> EngineConfig:

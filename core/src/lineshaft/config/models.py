@@ -29,15 +29,33 @@ class CacheConfig(Table):
     """Whether requests with a common prefix share its pages."""
     watermark: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the pages that admission leaves free for the sequences already running."""
+    eviction: Literal["lru", "fifo", "lfu"] = "lru"
+    """Which cached page is given up first: least recently used, first computed, or least often shared."""
 
 
 class SchedulerConfig(Table):
-    """The limits of one step."""
+    """The limits of one step, and which request goes first."""
 
     token_budget: Positive = 512
     """Most tokens in one step, prefill and decode together."""
     max_rows: Positive = 32
     """Most sequences in one step."""
+    max_prefill_tokens: Positive | None = None
+    """Most prefill tokens in a step that holds decode rows too; unset: what the token budget leaves."""
+    admission: Literal["fifo", "priority", "sjf"] = "fifo"
+    """Order of waiting requests: by arrival, by `priority` and deadline, or least expected work first."""
+    cache_aware: bool = False
+    """Whether admission prefers, of the first 16 in line, the request with most of its prompt in the prefix cache."""
+    fair_tenants: bool = False
+    """Whether admission turns to the tenant (the salt of its requests) that was given the fewest tokens."""
+    aging: Positive = 16
+    """Admissions that may pass the longest-waiting request; the next is its own, whatever the policy."""
+    preemption: Literal["recompute", "swap", "reject"] = "recompute"
+    """What happens to a request whose pages are taken: computed again, kept on the host, or ended."""
+    swap_pages: Natural = 0
+    """Pages on the host for `preemption = "swap"`, over all cache groups; where they are full, it recomputes."""
+    straggler: Annotated[float, Field(gt=0)] | None = None
+    """A request whose output is so many times as long as expected comes last from then on; unset: never."""
 
 
 class LayoutConfig(Table):
@@ -75,6 +93,8 @@ class SamplingConfig(Table):
 class EngineConfig(Table):
     """All that an engine is told. Only `model` has no default."""
 
+    profile: Literal["interactive", "batch"] | None = None
+    """Defaults for a kind of load: many short answers soon, or much work cheaply; a key that is given itself wins."""
     model: str
     """Reference of the model: a path, `hf://ORG/NAME[@REVISION]` or `pypi:DISTRIBUTION`."""
     backend: str = "auto"

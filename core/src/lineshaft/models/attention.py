@@ -145,13 +145,13 @@ class Attention:
     def layout(self) -> Layout:
         return choose_layout(self.context.degrees)
 
-    @property
+    @cached_property
     def q_heads(self) -> int:
         """This rank's."""
         share = self._share(Coordinate())
         return share.q_stop - share.q_start
 
-    @property
+    @cached_property
     def kv_heads(self) -> int:
         """This rank's."""
         share = self._share(Coordinate())

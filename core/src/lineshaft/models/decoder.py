@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from lineshaft.contract.problems import ConstProblem, EmbedProblem, KVProblem, LinearProblem, Problem
@@ -110,8 +111,8 @@ class Decoder:
         """Logits [R, V] of the step's logit rows, and the caches after the step's writes."""
         x = self.layout.leave(ops, ops.embed(step.token_ids, weights["embed"], weights["vocab_start"]))
         r, given, written = None, iter(caches), []
-        for layer, w in zip(self.layers, weights["layers"], strict=True):
-            cache = None if layer.attention.cache() is None else next(given)
+        for layer, w, kept in zip(self.layers, weights["layers"], self.kept, strict=True):
+            cache = None if kept is None else next(given)
             x, r, cache = layer(ops, w, x, r, cache, step)
             written += [] if cache is None else [cache]
         x, _ = ops.add_rms_norm(x, r, weights["norm"])
@@ -130,7 +131,12 @@ class Decoder:
         return found
 
     def caches(self) -> Sequence[KVProblem]:
-        return [cache for layer in self.layers if (cache := layer.attention.cache()) is not None]
+        return [cache for cache in self.kept if cache is not None]
+
+    @cached_property
+    def kept(self) -> Sequence[KVProblem | None]:
+        """The cache of each layer."""
+        return [layer.attention.cache() for layer in self.layers]
 
     def params(self) -> Tree:
         dtype, share, hidden = self.context.dtype, self.vocab_share, self.shape.hidden

@@ -127,6 +127,7 @@ class Sizes:
     shapes: tuple[StepShape, ...]  # forward buckets, smallest first
     vocab: int
     asynchronous: bool = False  # whether a step runs on while the host goes on
+    windows: tuple[int, ...] = ()  # keys that a query sees in each group; 0: all before it
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "plan": self.plan.to_json()}
@@ -138,7 +139,7 @@ class Sizes:
             plan=Plan.from_json(data["plan"]), weight_bytes=data["weight_bytes"], page_bytes=tuple(data["page_bytes"]),
             pages=tuple(data["pages"]), page_sizes=tuple(data["page_sizes"]), limits=Limits(**data["limits"]),
             shapes=tuple(make_shape(shape) for shape in data["shapes"]), vocab=data["vocab"],
-            asynchronous=data["asynchronous"],
+            asynchronous=data["asynchronous"], windows=tuple(data["windows"]),
         )  # fmt: skip
 
 

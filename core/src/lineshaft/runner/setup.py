@@ -179,4 +179,5 @@ def make_limits(config: EngineConfig, capabilities: Capabilities, model: Model) 
         max_prefill_rows=capabilities.max_prefill_rows,
         mixed_steps=capabilities.mixed_steps,
         max_query=capabilities.max_query,
+        max_prefill_tokens=config.scheduler.max_prefill_tokens,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lineshaft.cache import pages_for, pages_in_window
 from lineshaft.config import EngineConfig
 from lineshaft.contract.backends import BackendKind
+from lineshaft.contract.problems import AttendProblem
 from lineshaft.errors import PoolTooSmall
 from lineshaft.plan import Plan
 from lineshaft.runner.messages import Sizes
@@ -24,7 +26,7 @@ def sizes(config: EngineConfig, setup: Setup, plan: Plan) -> Sizes:
     check_fits({**parts, "KV pool": pool}, free)
     return Sizes(
         plan, plan.weight_bytes, page_bytes, pages, setup.page_sizes, setup.limits, setup.shapes,
-        setup.model.shape.vocab, setup.backend.capabilities.asynchronous,
+        setup.model.shape.vocab, setup.backend.capabilities.asynchronous, windows_of(setup),
     )  # fmt: skip
 
 
@@ -45,26 +47,62 @@ def free_bytes(setup: Setup) -> int | None:
     return found[1] // shared
 
 
+def windows_of(setup: Setup) -> tuple[int, ...]:
+    """Keys that a query sees at most in each cache group; 0: all before it."""
+    found: list[list[int]] = [[] for _ in setup.page_sizes]
+    for _, problem in setup.model.uses().values():
+        if isinstance(problem, AttendProblem):
+            found[problem.group].append(problem.window)
+    return tuple(max(windows) if windows and all(windows) else 0 for windows in found)
+
+
+def pages_per_request(setup: Setup) -> tuple[int, ...]:
+    """The most pages that one request holds in each group at once."""
+    limits, found = setup.limits, []
+    for size, window in zip(setup.page_sizes, windows_of(setup), strict=True):
+        whole = pages_for(limits.max_model_len, size)
+        found.append(min(whole, pages_in_window(window, size, limits.chunk)) if window else whole)
+    return tuple(found)
+
+
 def _pages(config: EngineConfig, setup: Setup, page_bytes: Sequence[int], free: int | None) -> tuple[int, ...]:
     """Pages of each group: as configured, else what the memory share holds, at most what the limits can use."""
-    limits, wanted = setup.limits, config.cache.pages
-    pages = []
-    for page_size, cost in zip(setup.page_sizes, page_bytes, strict=True):
-        per_request = -(-limits.max_model_len // page_size)
-        most = 1 + limits.max_rows * per_request
-        share = most if free is None else int(free * config.cache.memory_fraction) // max(1, sum(page_bytes))
-        count = wanted if wanted is not None else min(most, share)
-        if count - 1 < per_request:
-            raise PoolTooSmall(_too_small(config, limits.max_model_len, count, page_size, cost))
-        pages.append(count)
+    needed, wanted = pages_per_request(setup), config.cache.pages
+    most = [1 + setup.limits.max_rows * count for count in needed]
+    if wanted is not None:
+        pages = [
+            min(wanted, limit) if window else wanted for limit, window in zip(most, windows_of(setup), strict=True)
+        ]
+    elif free is None:
+        pages = most
+    else:
+        pages = shares(int(free * config.cache.memory_fraction), page_bytes, most)
+    for group, count in enumerate(pages):
+        if count - 1 < needed[group]:
+            size, cost = setup.page_sizes[group], page_bytes[group]
+            raise PoolTooSmall(_too_small(config, setup.limits.max_model_len, needed[group], count, size, cost))
     return tuple(pages)
 
 
-def _too_small(config: EngineConfig, longest: int, count: int, page_size: int, cost: int) -> str:
+def shares(memory: int, page_bytes: Sequence[int], most: Sequence[int]) -> list[int]:
+    """As many pages in every group as `memory` bytes hold; what a group has no use for goes to the others."""
+    pages, left = [0] * len(most), memory
+    growing = set(range(len(most)))
+    while growing:
+        even = left // max(1, sum(page_bytes[group] for group in growing))
+        full = {group for group in growing if most[group] <= even}
+        for group in full or growing:
+            pages[group] = min(even, most[group])
+            left -= pages[group] * page_bytes[group]
+        growing -= full or growing
+    return pages
+
+
+def _too_small(config: EngineConfig, longest: int, needed: int, count: int, page_size: int, cost: int) -> str:
     source = "cache.pages" if config.cache.pages is not None else "cache.memory_fraction gives pages"
-    per_request, held = -(-longest // page_size), max(0, count - 1) * page_size
+    held = max(0, count - 1) * page_size
     return (
         f"{source} = {count}: beside the null page the pool holds {held} tokens, but one request of max_model_len "
-        f"= {longest} needs {per_request} pages of {page_size} tokens ({cost} bytes each); set cache.pages to at "
-        f"least {per_request + 1} or max_model_len to at most {held}"
+        f"= {longest} needs {needed} pages of {page_size} tokens ({cost} bytes each); set cache.pages to at "
+        f"least {needed + 1} or max_model_len to at most {held}"
     )

@@ -56,8 +56,8 @@ class Queue:
     """Waiting requests in the order of their ranks, so that nobody waits for ever.
 
     Each time that another than the request waiting longest is taken counts; after `aging` times the longest-waiting one
-    is next, and stays before all others until it ends. So a request is passed at most `aging` times for itself and for
-    each one that was waiting before it came.
+    is next, and stays before all others until it ends. So a request is passed by younger ones at most `aging` times,
+    and as often again for each time that an older one is admitted meanwhile.
     """
 
     def __init__(self, policy: Policy) -> None:

@@ -14,7 +14,7 @@ import torch
 from lineshaft.contract.problems import LinearProblem
 from lineshaft.contract.weights import Local, Param
 from lineshaft_cpu.priority import NATIVE
-from lineshaft_torch.bound import Recipe, recipe, stateless
+from lineshaft_torch.bound import Recipe, dense, recipe, stateless
 from lineshaft_torch.packing import dense_leaves
 
 BLOCKED = "onednn_blocked"
@@ -34,14 +34,15 @@ def available() -> str | None:
 
 def pack(param: Param, local: Local) -> dict[str, Any]:
     """{"data": the weight [O, I] as an opaque blocked tensor}."""
-    dense = dense_leaves(param, local)["data"]
+    plain = dense_leaves(param, local)["data"]
     with torch.no_grad():
-        return {"data": torch.ops.mkldnn._reorder_linear_weight(dense, TYPICAL_ROWS)}
+        return {"data": torch.ops.mkldnn._reorder_linear_weight(plain, TYPICAL_ROWS)}
 
 
-def linear(x: torch.Tensor, w: Any) -> torch.Tensor:
-    """x [T, I], w [O, I] blocked -> x @ w^T [T, O]."""
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, w.arrays["data"], None, "none", [], "")
+def linear(x: torch.Tensor, w: Any, *, bias: Any = None) -> torch.Tensor:
+    """x [T, I], w [O, I] blocked, bias [O] -> x @ w^T + bias [T, O]."""
+    added = None if bias is None else dense(bias)
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, w.arrays["data"], added, "none", [], "")
     return found
 
 
@@ -64,5 +65,6 @@ def recipes() -> list[Recipe]:
             priority=NATIVE,
             supports=supports,
             pack=pack,
+            handles=frozenset({"bias"}),
         )
     ]
