@@ -20,9 +20,10 @@ PROMPT = "Once upon a time"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def llm(even_chat: Path) -> Iterator[LLM]:
-    with LLM(str(even_chat), **SETTINGS) as llm:
+@pytest.fixture(scope="module", params=["off", "on"])
+def llm(even_chat: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """With steps that overlap, and without."""
+    with LLM(str(even_chat), **SETTINGS, overlap=request.param) as llm:
         yield llm
 
 
