@@ -1,4 +1,4 @@
-"""Writes what the documentation repeats of the code: ops, problems, hooks, keys, commands and mutants.
+"""Writes what the documentation repeats of the code: ops, problems, hooks, keys, requests, commands and mutants.
 
 Run it with `python docs/make_tables.py` after a change of one of them. A table stands between `<!-- table NAME -->` and
 `<!-- end -->`; a test fails where one is not what this file would write.
@@ -10,7 +10,7 @@ import json
 import re
 from argparse import Action, ArgumentParser, _HelpAction, _SubParsersAction
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -21,13 +21,14 @@ from pydantic.fields import FieldInfo
 from lineshaft.cli.main import COMMANDS, parser
 from lineshaft.cli.options import DOTTED, KEYS, add_config_arguments
 from lineshaft.cli.plugins import further_commands
-from lineshaft.cli.sampling import CONFIGURED
+from lineshaft.cli.sampling import CONFIGURED, MEANINGS, STRUCTURES, option, turned
 from lineshaft.config import EngineConfig
 from lineshaft.config.load import variable
 from lineshaft.config.values import is_table
 from lineshaft.contract.hooks import HookSpecs
 from lineshaft.contract.ops import OpSpec, all_ops
 from lineshaft.contract.problems import Problem
+from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.mutants import gallery
 
 DOCS = Path(__file__).parent
@@ -180,6 +181,24 @@ def default_of(field: FieldInfo) -> str:
     return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+NOT_OPTIONS = {
+    "structured": ("what the text must be like", [option(name) for name in STRUCTURES]),
+    "logits_processors": ("functions that change the logits, run on the host one after the other", []),
+}
+
+
+def sampling() -> str:
+    """One row for each field of SamplingParams."""
+    return markdown(("Field", "Default", "Meaning", "Option"), map(sampling_row, fields(SamplingParams)))
+
+
+def sampling_row(field: Field[Any]) -> Sequence[str]:
+    meaning, written = NOT_OPTIONS.get(field.name, (MEANINGS.get(field.name, ""), [turned(field)]))
+    return f"`{field.name}`", f"`{field.default!r}`", meaning, ", ".join(f"`{name}`" for name in written)
+
+
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +258,7 @@ def mutants() -> str:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
-    "ops": ops, "problems": problems, "hooks": hooks, "config": config,
+    "ops": ops, "problems": problems, "hooks": hooks, "config": config, "sampling": sampling,
     "commands": commands, "mutants": mutants,
 }  # fmt: skip
 

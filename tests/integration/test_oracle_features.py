@@ -1,4 +1,4 @@
-"""Windows, chunks, prefix hits, preemption of each kind, forks and overlapped steps together: logits as transformers'."""
+"""Windows, chunks, prefix hits, preemption of each kind, forks and overlapped steps together: the oracle's logits."""
 
 from __future__ import annotations
 

@@ -15,6 +15,14 @@ RNG = np.random.default_rng(3)
 PROMPTS = [[int(token) for token in RNG.integers(1, 90, length)] for length in (30, 7, 19, 41)]
 
 
+def finish(engine: Engine) -> None:
+    for _ in range(500):
+        if not engine.has_work:
+            return
+        engine.step()
+    raise AssertionError("the engine does not get on")
+
+
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_layers_with_a_window_hold_fewer_pages_and_say_the_same(llama: Llama, overlap: str) -> None:
     """Gemma's layers of window 8: few pages of them serve texts of any length, beside much preemption."""
@@ -23,20 +31,16 @@ def test_layers_with_a_window_hold_fewer_pages_and_say_the_same(llama: Llama, ov
     with Engine(config(path, **small, **{"scheduler.max_rows": 1, "cache.prefix_caching": False})) as engine:
         alone = drive(engine, PROMPTS, greedy(16), look=False).tokens
         assert sorted(engine.pages) == [1 + 7, 1 + 16], "ceil((8 - 1 + 2 * 8) / 4) + 1 pages, and ceil(64 / 4)"
-    with Engine(config(path, **small, **{"scheduler.max_rows": 4, "cache.pages": 28})) as engine:
+    with Engine(config(path, **small, **{"scheduler.max_rows": 4, "cache.pages": 20})) as engine:
         run = drive(engine, PROMPTS, greedy(16), look=False)
-        again = drive(engine, PROMPTS, greedy(16), look=False)
+        twice = []
+        for _ in range(2):
+            twice.append(engine.add(PROMPTS[3], greedy(16)))
+            finish(engine)
         engine.check_integrity()
-        assert engine.pages == (28, 28) and engine.metrics().prefix_hit_tokens > 0
-    assert run.tokens == alone == again.tokens and run.preemptions > 0
-
-
-def finish(engine: Engine) -> None:
-    for _ in range(500):
-        if not engine.has_work:
-            return
-        engine.step()
-    raise AssertionError("the engine does not get on")
+        assert engine.pages == (20, 20)
+    assert run.tokens == alone and run.preemptions > 0
+    assert [request.cached for request in twice] == [0, 40] and [request.output for request in twice] == 2 * [alone[3]]
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])

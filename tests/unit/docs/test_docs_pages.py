@@ -114,7 +114,7 @@ def test_the_options_of_the_cpu_backend_are_these() -> None:
 
 
 def test_the_sampling_parameters_are_these() -> None:
-    documented = {name: default for name, default, _ in rows("docs/sampling.md", "Parameters")}
+    documented = {name: default for name, default, *_ in rows("docs/sampling.md", "Parameters")}
     assert documented == {field.name: repr(field.default) for field in fields(SamplingParams)}
 
 

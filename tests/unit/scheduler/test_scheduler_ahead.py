@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
-
 import pytest
 
 from lineshaft.cache import CacheManager, GroupSpec
@@ -23,8 +20,7 @@ def request(number: int, length: int, max_tokens: int = 5, **params: object) -> 
 
 
 def scored(number: int, length: int) -> Request:
-    wanting = SimpleNamespace(max_tokens=5, stop_token_ids=(), ignore_eos=True, prompt_logprobs=1)
-    return Request(number, tuple(range(length)), cast(Any, wanting))
+    return Request(number, tuple(range(length)), SamplingParams(max_tokens=5, prompt_logprobs=1))
 
 
 def shape(batch: Batch) -> list[tuple[int, int, int]]:

@@ -215,7 +215,8 @@ class Driver:
         left = {*decoding} - {*batch.preempted} - {request.id for request in batch.finished}
         assert not decodes or ending or {*ids} & decoding == left, "all that can decode do"
         assert decodes or not limits.mixed_steps or not left or in_flight, "mixed steps never leave decodes out"
-        assert limits.max_prefill_rows is None or len(prefills) <= limits.max_prefill_rows
+        longer = prefills if self.trace.plain else [row for row in prefills if row.count > 1]
+        assert limits.max_prefill_rows is None or len(longer) <= limits.max_prefill_rows
         most = limits.max_prefill_tokens
         assert most is None or not decodes or sum(row.count for row in prefills if row.count > 1) <= most
         assert limits.mixed_steps or not decodes or not prefills or not self.trace.plain
@@ -234,7 +235,7 @@ class Driver:
         assert row.start == request.computed or in_flight_rows(self.pending, request), "rows follow each other"
         assert request.scheduled == end and row.samples == (end == request.length - row.samples)
         assert request.in_flight <= 1 + self.trace.ahead and end <= len(request.tokens) + request.in_flight
-        scored = request.params.max_tokens == SCORED and end <= len(request.prompt) and not request.output
+        scored = request.params.prompt_logprobs is not None and end <= len(request.prompt) and not request.output
         assert row.logits == (row.count if scored else row.samples)
 
     def check_writes(self, batch: Batch) -> None:
@@ -329,22 +330,12 @@ prompts = st.one_of(
     st.lists(tokens, min_size=1, max_size=30).map(tuple),
     st.tuples(st.integers(1, 30), st.lists(tokens, max_size=4)).map(lambda cut: (*SHARED[: cut[0]], *cut[1])),
 )
-SCORED = 13
-"""Requests of this many output tokens also want the log-probabilities of their prompts."""
-
-
-@dataclass(frozen=True)
-class Params(SamplingParams):
-    @property
-    def prompt_logprobs(self) -> int | None:
-        return 0 if self.max_tokens == SCORED else None
-
-
 sampling = st.builds(
-    Params,
-    max_tokens=st.one_of(st.integers(1, 20), st.just(SCORED)),
+    SamplingParams,
+    max_tokens=st.integers(1, 20),
     ignore_eos=st.sampled_from([True, True, False]),
     stop_token_ids=st.sampled_from([(), (), (3,)]),
+    prompt_logprobs=st.sampled_from([None, None, None, 0]),
 )
 salts = st.sampled_from([b"", b"", b"", b"salt"])
 arrivals = st.builds(Arrival, prompts, sampling, salts)
@@ -423,7 +414,10 @@ def crowded(rng: random.Random) -> Trace:
 
     def arrival() -> Arrival:
         prompt = tuple(rng.choice((SHARED, SHARED[::-1]))[: rng.randint(2, 20)])
-        params = Params(max_tokens=rng.choice([2, 9, 20, 30]), ignore_eos=rng.random() < 0.8)
+        params = SamplingParams(
+            max_tokens=rng.choice([2, 9, 20, 30]), ignore_eos=rng.random() < 0.8,
+            prompt_logprobs=rng.choice([None] * 9 + [0]),
+        )  # fmt: skip
         forks, patience = rng.choice([0, 0, 0, 1, 3]), rng.choice([None, None, None, rng.randint(5, 80)])
         return Arrival(prompt, params, rng.choice([b"", b"salt"]), rng.randint(0, 2), patience, forks)
 

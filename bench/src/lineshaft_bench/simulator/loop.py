@@ -73,7 +73,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 class Simulation:
-    """One run of a trace. `scheduler` and `cache` are fresh, and belong to each other."""
+    """One run of a trace. `scheduler` and `cache` are fresh, belong to each other, and have one group of pages."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Simulation:
         self._overlap, self._max_tokens = overlap, max_tokens or 0
         self._learns = scheduler.policy.admission == "sjf"
         self._following: Batch | None = None  # scheduled while the step before it runs
-        self._pages = sum(group.pages - 1 for group in cache.groups)
+        self._pages = cache.used_pages() + cache.free_pages()
 
     def run(self, arrivals: Sequence[Arrival]) -> Outcome:
         """Run all requests to their ends."""
@@ -180,9 +180,7 @@ class Simulation:
         outcome.output_tokens += len(sampled)
 
     def _note(self, seconds: float, rows: int) -> None:
-        outcome, held = self.outcome, 0.0
-        if self._pages:
-            held = sum(map(self.cache.used_pages, range(len(self.cache.groups)))) / self._pages
+        outcome, held = self.outcome, self.cache.used_pages() / self._pages
         outcome.steps += 1
         outcome.busy += seconds
         outcome.rows += rows

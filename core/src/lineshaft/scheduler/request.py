@@ -93,8 +93,7 @@ class Request:
     @property
     def scores_prompt(self) -> bool:
         """Whether logits of its prompt's tokens are still wanted (`prompt_logprobs`); never after the first output."""
-        wanted = getattr(self.params, "prompt_logprobs", None) is not None
-        return wanted and self.length == len(self.prompt)
+        return self.params.prompt_logprobs is not None and self.length == len(self.prompt)
 
     @property
     def finished(self) -> bool:

@@ -179,8 +179,8 @@ class Scheduler:
         """Choose the next step: decode rows, then further chunks of running prefills, then new requests.
 
         now: seconds, on the clock of the requests' deadlines. At most one earlier batch may be uncommitted. A batch
-        without rows needs no step and no commit; it comes only when there is no work but what the batch in flight is
-        certain to end, or this call ended it.
+        without rows needs no commit, and no step unless it moves pages; it comes only when there is no work but what
+        the batch in flight is certain to end, or this call ended it.
         """
         assert len(self._uncommitted) < IN_FLIGHT, "two batches are uncommitted: commit the older one first"
         step = BatchBuilder(self.limits)
