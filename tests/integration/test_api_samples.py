@@ -186,6 +186,14 @@ def test_each_request_has_its_priority(llm: LLM, monkeypatch: pytest.MonkeyPatch
     assert added[1].parent is added[0]
 
 
+def test_a_lower_priority_runs_first_where_priorities_decide(even_chat: Path) -> None:
+    few = SETTINGS | {"scheduler.admission": "priority", "scheduler.max_rows": 2, "max_logprobs": 0}
+    with LLM(str(even_chat), **few) as llm:
+        outputs = llm.generate([f"prompt {n}" for n in range(8)], params(), priority=[*range(8, 0, -1)])
+    waited = [output.metrics.queue_s for output in outputs]
+    assert waited == sorted(waited, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
