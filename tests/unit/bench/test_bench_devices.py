@@ -68,6 +68,20 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert by_folder.token_flops == 2 * 2 * (64 * 128 + 64 * 64 + 64 * 256 + 128 * 64)
 
 
+def test_experts_are_counted_apart(tmp_path: Path) -> None:
+    """Mixtral 8x7B: 46.7e9 parameters, of which a token uses 12.9e9, those of the embedding among them."""
+    config = {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 32768,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = model_figures(str(tmp_path), discover([]))
+    assert model.weight_bytes == pytest.approx(2 * 46.7e9, rel=1e-3)
+    assert model.token_flops + model.logit_flops == pytest.approx(2 * (12.88e9 - 32000 * 4096), rel=1e-2)
+    assert model.expert_share == 0.25
+
+
 @pytest.mark.parametrize("shape", ["layers=x", "colour=3", "hidden=64,layers=2", "nowhere", "hidden=64,,"])
 def test_a_shape_that_makes_no_model_is_an_error(shape: str) -> None:
     with pytest.raises(LineshaftError):
