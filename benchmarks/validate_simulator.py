@@ -74,7 +74,8 @@ class Measuring:
     def setting(self) -> Setting:
         """What a simulation needs to know of the engine."""
         sizes, cache = self.watching.sizes, self.engine.config.cache
-        return Setting(sizes.limits, self.engine.pages[0], sizes.page_sizes[0], cache.prefix_caching, cache.watermark)
+        prefixes, watermark = cache.prefix_caching, cache.watermark
+        return Setting(sizes.limits, self.engine.pages, sizes.page_sizes[0], sizes.windows, prefixes, watermark)
 
 
 def percentiles(runs: list[Ran], name: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from lineshaft_bench.peers.client import OURS, Peer
 from lineshaft_bench.simulator.cost import Roofline, StepCost
 from lineshaft_bench.simulator.device import Device
 from lineshaft_bench.simulator.model import model_figures
-from lineshaft_bench.simulator.setup import Setting
+from lineshaft_bench.simulator.setup import Setting, pages_per_request
 from lineshaft_bench.stats import Spread
 from lineshaft_bench.traces import Arrival
 from lineshaft_bench.workloads import AT_ONCE, Round, Workload, workload
@@ -156,9 +156,10 @@ class Bench:
         device = Device(memory_bytes=1e15, memory_bytes_per_s=bounds.read_bytes_per_s, flops_per_s=flops)
         settings, size = self.config.scheduler, self.config.cache.page_size or 16
         limits = Limits(settings.token_budget, settings.max_rows, model.context)
-        pages = 1 + limits.max_rows * -(-model.context // size)
-        prefixes = self.config.cache.prefix_caching
-        setting, cost = Setting(limits, pages, size, prefixes), Roofline(model, device, dtype)
+        pages = tuple(1 + limits.max_rows * count for count in pages_per_request(model, limits, size))
+        windows = tuple(group.window for group in model.groups)
+        setting = Setting(limits, pages, size, windows, self.config.cache.prefix_caching)
+        cost = Roofline(model, device, dtype)
         return simulated(work.rounds[-1], setting, cost).figures()
 
 

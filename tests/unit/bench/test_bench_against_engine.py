@@ -82,7 +82,7 @@ def test_every_token_comes_when_the_engine_gives_it(
     config = make_config(model="none", max_logprobs=0, overlap=overlap, scheduler={"max_rows": ROWS})
     with Engine(config, registry=discover([]), executor=executor) as engine:
         real = Ran(jobs, driving.drive(engine, jobs))
-    setting = Setting(sizes.limits, pages, sizes.page_sizes[0], overlap=overlap == "on")
+    setting = Setting(sizes.limits, (pages,), sizes.page_sizes[0], overlap=overlap == "on")
     made = simulated(jobs, setting, COST)
     for given, predicted in zip(real.stamps, made.stamps, strict=True):
         assert given == pytest.approx(predicted, abs=1e-9)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lineshaft.errors import InvalidValue, LineshaftError, OutOfMemory
 from lineshaft.registry import discover
+from lineshaft.scheduler import Limits
 from lineshaft_bench.errors import DeviceError
 from lineshaft_bench.simulator.cost import Load, Roofline
 from lineshaft_bench.simulator.device import Device, devices, find_device
-from lineshaft_bench.simulator.model import model_figures
+from lineshaft_bench.simulator.model import CacheGroup, model_figures
 from lineshaft_bench.simulator.setup import pages_that_fit
 
 LLAMA_8B = "hidden=4096,layers=32,heads=32,kv_heads=8,intermediate=14336,vocab=128256"
+LIMITS = Limits(2048, 256, 131072)
 TEXT = """
 memory_bytes = 16e9
 memory_bytes_per_s = 100e9
@@ -40,7 +43,7 @@ def test_the_figures_of_a_known_model() -> None:
     assert model.kv_bytes == 131072
     assert model.logit_flops == 2 * 128256 * 4096
     assert model.token_flops == pytest.approx(2 * (8.03e9 - 2 * 128256 * 4096), rel=1e-3)
-    assert model.pair_flops == 32 * 4 * 32 * 128
+    assert model.groups == (CacheGroup(131072, 32 * 4 * 32 * 128, 0),)
     assert model.layers == 32
 
 
@@ -65,6 +68,20 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert by_folder.token_flops == 2 * 2 * (64 * 128 + 64 * 64 + 64 * 256 + 128 * 64)
 
 
+def test_experts_are_counted_apart(tmp_path: Path) -> None:
+    """Mixtral 8x7B: 46.7e9 parameters, of which a token uses 12.9e9, those of the embedding among them."""
+    config = {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 32768,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = model_figures(str(tmp_path), discover([]))
+    assert model.weight_bytes == pytest.approx(2 * 46.7e9, rel=1e-3)
+    assert model.token_flops + model.logit_flops == pytest.approx(2 * (12.88e9 - 32000 * 4096), rel=1e-2)
+    assert model.expert_share == 0.25
+
+
 @pytest.mark.parametrize("shape", ["layers=x", "colour=3", "hidden=64,layers=2", "nowhere", "hidden=64,,"])
 def test_a_shape_that_makes_no_model_is_an_error(shape: str) -> None:
     with pytest.raises(LineshaftError):
@@ -84,7 +101,7 @@ def test_a_decode_step_waits_for_memory() -> None:
 def test_a_long_prefill_waits_for_arithmetic() -> None:
     model = model_figures(LLAMA_8B, discover([]))
     load = Load(rows=1, tokens=2048, context=2048, pairs=2048 * 2049 / 2, logits=1)
-    work = 2048 * model.token_flops + model.logit_flops + load.pairs * model.pair_flops
+    work = 2048 * model.token_flops + model.logit_flops + load.pairs * model.groups[0].pair_flops
     assert Roofline(model, device()).seconds(load) == pytest.approx(work / 10e12)
     assert Roofline(model, device(flops_efficiency=0.5)).seconds(load) == pytest.approx(work / 5e12)
 
@@ -108,9 +125,16 @@ def test_ranks_pay_for_two_collectives_a_layer() -> None:
     assert more == pytest.approx(64 * (1e-5 + 100 * 4096 * 2 * 2 * 0.75 / 10e9))
 
 
-def test_experts_are_read_as_far_as_tokens_choose_them() -> None:
-    from dataclasses import replace
+def test_a_window_bounds_what_attention_reads() -> None:
+    model = model_figures(LLAMA_8B, discover([]))
+    (group,) = model.groups
+    halves = (replace(group, kv_bytes=65536), replace(group, kv_bytes=65536, window=100))
+    load = Load(rows=1, tokens=1, context=1000, pairs=1000, logits=1, seen={100: (100, 100.0)})
+    more, less = (Roofline(replace(model, groups=groups), device()).seconds(load) for groups in ((group,), halves))
+    assert more - less == pytest.approx(65536 * 900 / 100e9)
 
+
+def test_experts_are_read_as_far_as_tokens_choose_them() -> None:
     dense = model_figures(LLAMA_8B, discover([]))
     model = replace(dense, dense_bytes=100, expert_bytes=1000, expert_share=0.25)
     assert model.weights_read(1) == pytest.approx(350)
@@ -169,10 +193,12 @@ def test_a_dtype_that_the_device_does_not_know_is_refused() -> None:
 def test_pages_fill_what_the_weights_leave() -> None:
     model = model_figures(LLAMA_8B, discover([]))
     large = device(memory_bytes=80e9)
-    pages = pages_that_fit(model, large, 16, 0.9)
+    (pages,) = pages_that_fit(model, large, LIMITS, 16, 0.9)
     assert pages * 16 * model.kv_bytes == pytest.approx(80e9 * 0.9 - model.weight_bytes, rel=1e-3)
     with pytest.raises(OutOfMemory, match="--tp"):
-        pages_that_fit(model, device(), 16, 0.9)
+        pages_that_fit(model, device(), LIMITS, 16, 0.9)
+    few = Limits(2048, 2, 4096)
+    assert pages_that_fit(model, large, few, 16, 0.9) == (1 + 2 * 256,)  # more are of no use
 
 
 def test_inline_shapes_say_what_they_take() -> None:

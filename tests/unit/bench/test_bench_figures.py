@@ -95,7 +95,7 @@ def test_a_round_can_be_simulated_in_the_place_of_an_engine() -> None:
     from lineshaft.scheduler import Limits
 
     jobs = [Job([5, 6, 7], 3, at=2.0), Job([8], 2)]
-    ran = simulated(jobs, Setting(Limits(64, 8, 64), 50), Linear(1.0))
+    ran = simulated(jobs, Setting(Limits(64, 8, 64), (50,)), Linear(1.0))
     assert list(map(list, ran.stamps)) == [[3.0, 4.0, 5.0], [1.0, 2.0]]
 
 

@@ -160,11 +160,13 @@ def prepared(args: Namespace) -> tuple[Setting, StepCost]:
     device = find_device(args.device, registry)
     model = model_figures(args.model, registry, args.dtype, args.tp)
     device.flops(args.dtype)
-    pages = args.pages or pages_that_fit(model, device, args.page_size, args.memory_fraction)
     limits = Limits(args.token_budget, args.max_rows, args.max_model_len or model.context)
+    fitting = pages_that_fit(model, device, limits, args.page_size, args.memory_fraction) if not args.pages else None
     setting = Setting(
-        limits, pages, args.page_size, not args.no_prefix_caching, overlap=device.overlap, max_tokens=args.max_tokens
-    )
+        limits, fitting or (args.pages,) * len(model.groups), args.page_size,
+        tuple(group.window for group in model.groups), not args.no_prefix_caching, overlap=device.overlap,
+        max_tokens=args.max_tokens,
+    )  # fmt: skip
     return setting, read_cost(args.cost) if args.cost else Roofline(model, device, args.dtype, args.tp)
 
 
@@ -182,7 +184,8 @@ def show(args: Namespace, trace: Trace, setting: Setting, summaries: Mapping[str
         return
     if trace.skipped:
         print(f"{trace.skipped} bad lines of {trace.name} were left out")
-    print(f"{len(trace.arrivals)} requests in {trace.seconds:.1f} s on {args.device} x{args.tp}, {setting.pages} pages")
+    asked = f"{len(trace.arrivals)} requests in {trace.seconds:.1f} s"
+    print(f"{asked} on {args.device} x{args.tp}, {sum(setting.pages)} pages of {setting.page_size} tokens")
     print(table(("", *summaries), rows(summaries)))
     print(f"simulated {tokens:.0f} output tokens in {wall:.1f} s ({tokens / wall:.0f} a second)")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from lineshaft_bench.simulator.device import Device
 from lineshaft_bench.simulator.model import ModelFigures
+
+Seen = tuple[int, float]
+"""Tokens whose keys and values are read, and (query, key) pairs."""
 
 
 class Load(NamedTuple):
@@ -19,6 +23,7 @@ class Load(NamedTuple):
     logits: int  # rows whose next token is sampled
     longest: int = 1  # tokens of a row
     swapped: int = 0  # tokens whose keys and values go to the host or come back
+    seen: Mapping[int, Seen] = {}  # within each window of the model, in the place of `context` and `pairs`
 
 
 class StepCost(Protocol):
@@ -46,8 +51,12 @@ class Roofline:
     def busy(self, load: Load) -> float:
         """Seconds of the memory or the arithmetic, whichever is slower."""
         model, device = self.model, self.device
-        moved = model.weights_read(load.tokens) + model.kv_bytes * (load.context + load.tokens)
-        work = load.tokens * model.token_flops + load.logits * model.logit_flops + load.pairs * model.pair_flops
+        moved = model.weights_read(load.tokens)
+        work = load.tokens * model.token_flops + load.logits * model.logit_flops
+        for group in model.groups:
+            context, pairs = load.seen[group.window] if group.window else (load.context, load.pairs)
+            moved += group.kv_bytes * (context + load.tokens)
+            work += group.pair_flops * pairs
         return max(moved / device.bandwidth, work / device.flops(self.dtype))
 
     def communication(self, load: Load) -> float:

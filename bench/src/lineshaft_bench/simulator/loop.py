@@ -17,7 +17,7 @@ from lineshaft.cache import CacheManager
 from lineshaft.errors import RequestError
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Batch, FinishReason, Request, Scheduler
-from lineshaft_bench.simulator.cost import Load, StepCost
+from lineshaft_bench.simulator.cost import Load, Seen, StepCost
 from lineshaft_bench.traces import Arrival
 
 END_ID = (1 << 31) - 1
@@ -73,7 +73,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 class Simulation:
-    """One run of a trace. `scheduler` and `cache` are fresh, belong to each other, and have one group of pages."""
+    """One run of a trace. `scheduler` and `cache` are fresh, and belong to each other."""
 
     def __init__(
         self,
@@ -92,10 +92,11 @@ class Simulation:
         self.now = 0.0
         self.outcome = Outcome()
         self._live: dict[int, Live] = {}
+        self._groups = range(len(cache.groups))
         self._overlap, self._max_tokens = overlap, max_tokens or 0
         self._learns = scheduler.policy.admission == "sjf"
         self._following: Batch | None = None  # scheduled while the step before it runs
-        self._pages = cache.used_pages() + cache.free_pages()
+        self._pages = sum(group.pages - 1 for group in cache.groups)
 
     def run(self, arrivals: Sequence[Arrival]) -> Outcome:
         """Run all requests to their ends."""
@@ -180,7 +181,7 @@ class Simulation:
         outcome.output_tokens += len(sampled)
 
     def _note(self, seconds: float, rows: int) -> None:
-        outcome, held = self.outcome, self.cache.used_pages() / self._pages
+        outcome, held = self.outcome, sum(map(self.cache.used_pages, self._groups)) / self._pages
         outcome.steps += 1
         outcome.busy += seconds
         outcome.rows += rows
@@ -219,7 +220,19 @@ def load_of(batch: Batch, cache: CacheManager) -> Load:
     if batch.swaps_out or batch.swaps_in:
         moved = [*batch.swaps_out, *batch.swaps_in]
         swapped = sum(sum(map(bool, swap.pages)) * cache.groups[swap.group].page_size for swap in moved)
-    return Load(len(batch.rows), tokens, context, pairs, logits, longest, swapped)
+    seen = {group.window: within(group.window, batch) for group in cache.groups if group.window}
+    return Load(len(batch.rows), tokens, context, pairs, logits, longest, swapped, seen)
+
+
+def within(window: int, batch: Batch) -> Seen:
+    """What attention reads and computes where a query sees so many keys at most."""
+    context, pairs = 0, 0.0
+    for row in batch.rows:
+        start, end = row.start, row.start + row.count
+        context += min(end, window + row.count - 1)
+        full = max(0, end - max(start, window))  # queries that see a whole window
+        pairs += full * window + (row.count - full) * (start + 1 + end - full) / 2
+    return context, pairs
 
 
 @contextmanager

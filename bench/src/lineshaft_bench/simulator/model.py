@@ -28,6 +28,15 @@ INLINE = {
 
 
 @dataclass(frozen=True)
+class CacheGroup:
+    """Caches that share a page table, at one rank."""
+
+    kv_bytes: float  # of one token
+    pair_flops: float  # of each (query, key) pair
+    window: int  # keys that a query sees; 0: all before it
+
+
+@dataclass(frozen=True)
 class ModelFigures:
     """Bytes and operations of one rank's share. A multiply-add is two operations."""
 
@@ -35,14 +44,18 @@ class ModelFigures:
     dense_bytes: int  # read by every step
     expert_bytes: int  # of all experts; a step reads those that its tokens chose
     expert_share: float  # chosen by one token, of all
-    kv_bytes: float  # of one token, over all layers
+    groups: tuple[CacheGroup, ...]
     token_flops: float  # of each token, without attention and the head
     logit_flops: float  # of each row that is sampled
-    pair_flops: float  # of each (query, key) pair, over all layers
     hidden: int
     layers: int
     itemsize: int
     context: int  # longest sequence
+
+    @property
+    def kv_bytes(self) -> float:
+        """Of one token, over all layers."""
+        return sum(group.kv_bytes for group in self.groups)
 
     def weights_read(self, tokens: int) -> float:
         """Bytes of weights that a step of so many tokens reads; each token chooses experts on its own."""
@@ -84,19 +97,18 @@ def count(model: Model, dtype: str) -> ModelFigures:
     linear, experts = of_kind(params, "linear"), of_kind(params, "experts")
     read = [param for param in params if param.kinds != {"embed"} and "experts" not in param.kinds]
     logits = sum(2 * prod(param.shape) for param in linear if param.name == HEAD)
-    share, caches = expert_share(model), list(model.caches())
+    share = expert_share(model)
     token = sum(2 * prod(param.shape) for param in linear) - logits
     return ModelFigures(
         weight_bytes=local_bytes(params, {}),
         dense_bytes=local_bytes(read, {}),
         expert_bytes=local_bytes(experts, {}),
         expert_share=share,
-        kv_bytes=sum(map(token_bytes, caches)),
+        groups=tuple(cache_groups(model)),
         token_flops=token + share * sum(2 * prod(param.shape) for param in experts),
         logit_flops=logits,
-        pair_flops=len(caches) * pair_flops(model),
         hidden=model.shape.hidden,
-        layers=len(caches),
+        layers=len(list(model.caches())),
         itemsize=as_dtype(dtype).itemsize,
         context=model.max_position,
     )
@@ -116,10 +128,16 @@ def problems(model: Model, kind: type[Any]) -> Iterator[Any]:
     return (problem for _, problem in model.uses().values() if isinstance(problem, kind))
 
 
-def pair_flops(model: Model) -> float:
-    """Operations of one (query, key) pair in one layer, the mean of those that the model declares."""
-    found = [2 * p.q_heads * (p.qk_dim + p.v_dim) for p in problems(model, AttendProblem)]
-    return sum(found) / len(found) if found else 0.0
+def cache_groups(model: Model) -> Iterator[CacheGroup]:
+    """What the model keeps of each token, and what attention over it takes."""
+    caches = list(model.caches())
+    for group in range(1 + max((cache.group for cache in caches), default=-1)):
+        own = [cache for cache in caches if cache.group == group]
+        attends = [problem for problem in problems(model, AttendProblem) if problem.group == group]
+        flops = [2 * p.q_heads * (p.qk_dim + p.v_dim) for p in attends] or [0]
+        windows = [problem.window for problem in attends] or [0]
+        window = max(windows) if all(windows) else 0
+        yield CacheGroup(sum(map(token_bytes, own)), len(own) * sum(flops) / len(flops), window)
 
 
 def expert_share(model: Model) -> float:
