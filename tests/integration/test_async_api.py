@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
@@ -20,6 +21,7 @@ from lineshaft.errors import (
     PromptTooLong,
     RequestError,
     SessionClosed,
+    SessionError,
     TokenOutOfRange,
     WorkerDied,
 )
@@ -135,6 +137,19 @@ def test_a_name_is_the_requests_own_and_is_free_again_afterwards(engine: AsyncLL
     run(twice())
 
 
+def test_a_request_without_a_name_gets_none_that_is_in_use(engine: AsyncLLM, run: Any) -> None:
+    async def named() -> None:
+        [*_, last] = await collect(engine.generate("a", SHORT))
+        assert isinstance(last.request_id, int)
+        taken = engine.generate("a", LONG, request_id=last.request_id + 1)
+        await anext(taken)
+        [*_, other] = await collect(engine.generate("b", SHORT))
+        assert other.request_id == last.request_id + 2
+        await taken.aclose()
+
+    run(named())
+
+
 @pytest.mark.parametrize("way", ["aclose", "break", "task", "timeout"])
 def test_a_consumer_that_leaves_cancels_its_request_and_no_other(engine: AsyncLLM, run: Any, way: str) -> None:
     async def leave(stream: Stream) -> None:
@@ -246,6 +261,7 @@ def test_the_event_loop_is_never_blocked(engine: AsyncLLM, run: Any, monkeypatch
         ("a", SHORT, {"priority": "high"}, RequestError, "priority = 'high'"),
         ("a", SHORT, {"deadline_s": -1}, RequestError, "deadline_s = -1"),
         ("a", SHORT, {"cache_salt": 3}, RequestError, "cache_salt = 3"),
+        ("a", SHORT, {"request_id": ["a"]}, RequestError, "request_id ="),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value)[:20],
 )
@@ -292,6 +308,17 @@ def test_an_error_of_a_step_reaches_every_request_and_the_next_one_may_run(
         return output(await collect(engine.generate("next", SHORT)))
 
     assert len(run(all_fail()).outputs[0].token_ids) == 6
+
+
+def test_a_step_that_would_end_its_thread_is_an_error_like_others(engine: AsyncLLM, run: Any) -> None:
+    leaves = SamplingParams(max_tokens=6, logits_processors=[lambda *_: sys.exit(3)])
+
+    async def one_leaves() -> RequestOutput:
+        with pytest.raises(SessionError, match="SystemExit inside the engine"):
+            await collect(engine.generate("a", leaves))
+        return output(await collect(engine.generate("next", SHORT)))
+
+    assert len(run(one_leaves()).outputs[0].token_ids) == 6
 
 
 def test_an_engine_that_only_fails_says_so_to_all(even_chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tokenizers.models import BPE
 
 from lineshaft import LLM, SamplingParams, Structured
 from lineshaft.engine import Engine
-from lineshaft.errors import InvalidSamplingParams, InvalidStructure, TokenOutOfRange
+from lineshaft.errors import InvalidSamplingParams, InvalidStructure, RequestError, TokenOutOfRange
 from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.tokenizer import Tokenizer as TextTokenizer
 
@@ -176,6 +176,25 @@ def test_a_processor_bans_a_token_and_one_that_fails_ends_its_own_request(llm: L
     assert (third.finish_reason, third.token_ids) == ("error", [])
     assert [output for output, _ in seen] == [first.token_ids[:n] for n in range(8)]
     assert all(prompt == plain.prompt_token_ids for _, prompt in seen)
+
+
+def test_a_processor_that_asks_the_engine_itself_fails_alone(llm: LLM) -> None:
+    said: list[str] = []
+
+    def ask(output: Sequence[int], prompt: Sequence[int], logits: Any) -> Any:
+        try:
+            return llm.generate("abc", SamplingParams(max_tokens=1), progress=False)
+        except RequestError as error:
+            said.append(str(error))
+            raise
+
+    free = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    [plain] = llm.generate("abc", free, progress=False)
+    asking = SamplingParams(max_tokens=8, logits_processors=[ask])
+    other, own = (o.outputs[0] for o in llm.generate(["abc"] * 2, [free, asking], progress=False))
+    assert other.token_ids == plain.outputs[0].token_ids
+    assert own.finish_reason == "error" and "a step is under way" in said[0]
+    assert not llm.engine.has_work and [cache.used_pages() for cache in llm.engine.caches] == [0]
 
 
 def test_a_processor_that_changes_nothing_changes_nothing(llm: LLM) -> None:

@@ -21,7 +21,7 @@ from lineshaft.flight import Token
 from lineshaft.frontend.base import Base
 from lineshaft.frontend.group import Group, cancel, start
 from lineshaft.frontend.prompts import Ask, ChatOptions, Conversation, Options, Prompt, chats, completions
-from lineshaft.frontend.stepping import EngineThread
+from lineshaft.frontend.stepping import EngineThread, ordinary
 from lineshaft.frontend.text import Text
 from lineshaft.outputs import RequestId, RunMetrics, StreamDelta
 from lineshaft.registry import Registry
@@ -95,7 +95,9 @@ class AsyncLLM(Base):
         asks = await asyncio.to_thread(self._prepared, make)
         if len(asks) != 1:
             raise RequestError(f"{len(asks)} prompts for one request: give one")
-        label = next(self._numbers) if name is None else name
+        if not isinstance(name, int | str | None):
+            raise RequestError(f"request_id = {name!r:.60}: give a whole number or a text, or none")
+        label = next(number for number in self._numbers if number not in self._streams) if name is None else name
         if label in self._streams:
             raise RequestError(f"request_id {label!r} is running already: give another, or none")
         stream = self._streams[label] = Stream()
@@ -152,8 +154,8 @@ class AsyncLLM(Base):
         """Whatever goes wrong here reaches the consumers, who would wait for ever."""
         try:
             act()
-        except Exception as error:
-            self._fail(error)
+        except BaseException as error:
+            self._fail(ordinary(error))
 
     def _read(self, tokens: Sequence[tuple[Token, bool]], ended: Sequence[Request]) -> None:
         grown: set[Stream] = set()

@@ -12,7 +12,7 @@ import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
-from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
+from lineshaft.errors import InvalidSamplingParams, RequestError, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
 from lineshaft.flight import Flight, Live, Token, token_of
 from lineshaft.meter import Clock, Meter, median, now
@@ -90,6 +90,7 @@ class Engine:
         self._flight: Flight | None = None  # submitted before the step that returns its tokens
         self._committed = 0.0
         self.recorder: Recorder | None = None
+        self._stepping = False
         self.closed = False
 
     def _make_replica(self) -> Replica:
@@ -225,9 +226,13 @@ class Engine:
         """Run until the tokens of one step are known, and return them.
 
         Every replica schedules, all run the same bucket, each commits what it sampled. Where steps overlap, the next
-        one is scheduled and packed while this one runs, and is on its way when this returns.
+        one is scheduled and packed while this one runs, and is on its way when this returns. Raises RequestError where
+        a logits processor or a teacher calls it.
         """
         self._require_open()
+        if self._stepping:
+            raise RequestError("a step is under way: a logits processor or teacher cannot wait for another request")
+        self._stepping = True
         try:
             tokens = self._step() + self._ended
             self._ended = []
@@ -237,6 +242,8 @@ class Engine:
             for replica in self._replicas:
                 replica.scheduler.discard()
             raise
+        finally:
+            self._stepping = False
 
     def _step(self) -> list[Token]:
         flight, self._flight = self._flight or self._launch(self._schedule()), None

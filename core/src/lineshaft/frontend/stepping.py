@@ -13,7 +13,7 @@ from threading import Condition, Thread
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from lineshaft.engine import Engine
-from lineshaft.errors import SessionClosed
+from lineshaft.errors import SessionClosed, SessionError
 from lineshaft.flight import Token
 from lineshaft.frontend.group import cancel, marked
 from lineshaft.scheduler import Request
@@ -85,14 +85,14 @@ class EngineThread(Thread):
             return
         try:
             future.set_result(act())
-        except Exception as error:
-            future.set_exception(error)
+        except BaseException as error:
+            future.set_exception(ordinary(error))
 
     def _step(self) -> None:
         try:
             tokens = list(marked(self._engine.step())) if self._engine.has_work else []
-        except Exception as error:
-            self._fail(error)
+        except BaseException as error:
+            self._fail(ordinary(error))
             return
         for token, last in tokens:
             if last:
@@ -111,6 +111,14 @@ class EngineThread(Thread):
         with suppress(Exception):
             cancel(self._engine, requests)
         self._stopping = self._stopping or not requests
+
+
+def ordinary(error: BaseException) -> Exception:
+    """The error for those who wait; what is no Exception (a `SystemExit` of a logits processor, a panic of a library)
+    would end this thread, or their event loops."""
+    if isinstance(error, Exception):
+        return error
+    return SessionError(f"{type(error).__name__} inside the engine ({error}); it ended all requests: ask again")
 
 
 def refuse() -> NoReturn:
