@@ -28,7 +28,7 @@ from protocol import serve
 
 class Fake:
     def load(self, **given):
-        print("this goes to the log")
+        print("this goes to the log", flush=True)
         self.given = given
         return {"version": "fake 1", "precision": given["dtype"], "python": sys.executable}
 
