@@ -264,7 +264,7 @@ class Engine:
         batches = [replica.scheduler.schedule(began) for replica in self._replicas]
         self._ended += [self._end(request) for batch in batches for request in batch.finished]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
-        if not need.tokens and not any(batch.swaps_out or batch.swaps_in for batch in batches):
+        if not need.tokens and not any(batch.moves_pages for batch in batches):
             return None
         shape, at = fit(self._facts.shapes, need), now()
         parts = zip(self._replicas, batches, strict=True)
@@ -395,6 +395,7 @@ class Engine:
         self.closed = True
         for request_id in list(self._live):
             self.cancel(request_id)
+        self._flight, self._ended = None, []
         self._executor.close()
 
     def __enter__(self) -> Engine:
