@@ -20,9 +20,10 @@ PROMPT = "Once upon a time"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def llm(even_chat: Path) -> Iterator[LLM]:
-    with LLM(str(even_chat), **SETTINGS) as llm:
+@pytest.fixture(scope="module", params=["off", "on"])
+def llm(even_chat: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """With steps that overlap, and without."""
+    with LLM(str(even_chat), **SETTINGS, overlap=request.param) as llm:
         yield llm
 
 
@@ -183,6 +184,14 @@ def test_each_request_has_its_priority(llm: LLM, monkeypatch: pytest.MonkeyPatch
     assert [request.priority for request in added] == [-3, -3, 7, 7, 5, 5]
     assert [request.fork for request in added] == [0, 1, 0, 1, 0, 0]
     assert added[1].parent is added[0]
+
+
+def test_a_lower_priority_runs_first_where_priorities_decide(even_chat: Path) -> None:
+    few = SETTINGS | {"scheduler.admission": "priority", "scheduler.max_rows": 2, "max_logprobs": 0}
+    with LLM(str(even_chat), **few) as llm:
+        outputs = llm.generate([f"prompt {n}" for n in range(8)], params(), priority=[*range(8, 0, -1)])
+    waited = [output.metrics.queue_s for output in outputs]
+    assert waited == sorted(waited, reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,10 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 Stream = AsyncGenerator[StreamDelta, None]
 
 
-@pytest.fixture(scope="module")
-def engine(even_chat: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(str(even_chat), **SETTINGS)
+@pytest.fixture(scope="module", params=["off", "on"])
+def engine(even_chat: Path, request: pytest.FixtureRequest) -> Iterator[AsyncLLM]:
+    """With steps that overlap, and without."""
+    llm = AsyncLLM(str(even_chat), **SETTINGS, overlap=request.param)
     yield llm
     llm.close()
 
@@ -291,6 +292,23 @@ def test_an_error_of_a_step_reaches_every_request_and_the_next_one_may_run(
         return output(await collect(engine.generate("next", SHORT)))
 
     assert len(run(all_fail()).outputs[0].token_ids) == 6
+
+
+def test_an_engine_that_only_fails_says_so_to_all(even_chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = AsyncLLM(str(even_chat), **SETTINGS)
+
+    def fails() -> Any:
+        raise WorkerDied("rank 0 is gone")
+
+    monkeypatch.setattr(llm.engine, "step", fails)
+
+    async def ask() -> None:
+        for _ in range(3):
+            with pytest.raises(WorkerDied, match="rank 0 is gone"):
+                await collect(llm.generate("a", LONG))
+        await llm.shutdown()
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
 
 
 @pytest.mark.parametrize("way", ["shutdown", "close in a thread"])

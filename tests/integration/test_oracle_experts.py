@@ -82,7 +82,8 @@ def test_the_tokens_are_the_oracles_without_being_led(roomy: Engine, expected: l
 
 
 def test_chunked_and_preempted_prompts(checkpoint: Checkpoint, expected: list[Expected]) -> None:
-    with Engine(config(checkpoint.path, **CRAMPED)) as engine:
+    cramped = CRAMPED | ({"cache.pages": 8} if checkpoint.path.name.startswith("mixtral") else {})  # windows alone
+    with Engine(config(checkpoint.path, **cramped)) as engine:
         run = follow(engine, expected)
         assert engine.metrics().preemptions == run.preemptions > 0
     check_float32(expected, run.logits)

@@ -96,9 +96,9 @@ class AsyncLLM(Base):
         if len(asks) != 1:
             raise RequestError(f"{len(asks)} prompts for one request: give one")
         label = next(self._numbers) if name is None else name
-        if label in self._streams:
+        stream = Stream()
+        if self._streams.setdefault(label, stream) is not stream:
             raise RequestError(f"request_id {label!r} is running already: give another, or none")
-        stream = self._streams[label] = Stream()
         try:
             await asyncio.wrap_future(self._thread.call(partial(self._begin, stream, asks[0], label)))
             group = stream.group
@@ -144,7 +144,7 @@ class AsyncLLM(Base):
 
     def failed(self, error: BaseException) -> None:
         """Of the engine's listener."""
-        self._reader.submit(self._fail, error)
+        self._reader.submit(self._fail, error, list(self._texts))
 
     # ---- in the reader's thread --------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class AsyncLLM(Base):
         try:
             act()
         except Exception as error:
-            self._fail(error)
+            self._fail(error, list(self._texts))
 
     def _read(self, tokens: Sequence[tuple[Token, bool]], ended: Sequence[Request]) -> None:
         grown: set[Stream] = set()
@@ -172,9 +172,10 @@ class AsyncLLM(Base):
                 grown.add(stream)
         wake(grown)
 
-    def _fail(self, error: BaseException) -> None:
-        streams = {stream for stream, _ in self._texts.values()}
-        self._texts.clear()
+    def _fail(self, error: BaseException, request_ids: Iterable[int]) -> None:
+        """Only these fail: the engine's thread may have begun others meanwhile."""
+        found = [self._texts.pop(request_id, None) for request_id in request_ids]
+        streams = {stream for stream, _ in filter(None, found)}
         for stream in streams:
             assert stream.group is not None
             stream.group.error = error
@@ -197,9 +198,8 @@ class AsyncLLM(Base):
                 return
             self._closed = True
             self._thread.stop()
-            self._reader.submit(
-                self._fail, SessionClosed("the engine was closed before this request was finished; make a new one")
-            )
+            error = SessionClosed("the engine was closed before this request was finished; make a new one")
+            self.failed(error)
             self._reader.shutdown()
             self.engine.close()
 

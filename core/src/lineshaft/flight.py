@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -58,6 +59,7 @@ class Flight:
     batches: Sequence[Batch]
     packed: Sequence[Packed]
     began: float  # when its scheduling began, in seconds
+    masks: Future[list[ChoiceMessage]] | None = None  # its choices, where they are made while its forward is submitted
 
     @cached_property
     def scored(self) -> list[list[tuple[int, Row]]]:
@@ -90,6 +92,11 @@ class Flight:
         for packed, sampled, given in zip(self.packed, before.sampled, ids, strict=True):
             packed.fill({request.id: token for (_, request), token in zip(sampled, given, strict=True)})
 
+    def masked(self, live: Mapping[int, Live]) -> bool:
+        """Whether a grammar's mask is to be computed for it."""
+        each = (live.get(request.id) for sampled in self.sampled for _, request in sampled)
+        return any(own is not None and own.choice is not None and own.choice.grammar is not None for own in each)
+
     # ---- how its tokens are chosen -----------------------------------------------------------------------------
 
     def choices(self, live: Mapping[int, Live], vocab: int, *, logits: bool) -> list[ChoiceMessage]:
@@ -101,7 +108,7 @@ class Flight:
         requests = [request for _, request in sampled]
         scored = self._prompt_ids(replica, live)
         return ChoiceMessage(
-            pack_sampling(*spread(sampled), rows),
+            pack_sampling(*spread(sampled), rows) if any(r.params.temperature for r in requests) else None,
             pack_adjust(choices_of(sampled, live), rows, vocab),
             logprobs=scored is not None or any(request.params.logprobs is not None for request in requests),
             logits=logits or any(request.params.logits_processors for request in requests),
@@ -151,12 +158,17 @@ def spread(sampled: Sequence[Place]) -> tuple[list[SamplingParams], list[int], l
     row that none is chosen from counts as greedy."""
     requests = [request for _, request in sampled]
     if not sampled or sampled[-1][0] + 1 == len(sampled):
-        return [r.params for r in requests], [r.fork for r in requests], [len(r.tokens) for r in requests]
+        return [r.params for r in requests], [r.fork for r in requests], [position(r) for r in requests]
     size = sampled[-1][0] + 1
     params, forks, positions = [GREEDY] * size, [0] * size, [0] * size
     for row, request in sampled:
-        params[row], forks[row], positions[row] = request.params, request.fork, len(request.tokens)
+        params[row], forks[row], positions[row] = request.params, request.fork, position(request)
     return params, forks, positions
+
+
+def position(request: Request) -> int:
+    """Of its next token, in prompt and output together."""
+    return len(request.prompt) + len(request.output)
 
 
 def choices_of(sampled: Sequence[Place], live: Mapping[int, Live]) -> list[Choice | None]:

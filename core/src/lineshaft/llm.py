@@ -153,6 +153,8 @@ class LLM(Base):
                 cancel(self.engine, [text.request for text in group.texts])
                 for text in group.texts:
                     self._texts.pop(text.request.id, None)
+            if not self._texts and self.engine.has_work and not self.engine.closed:
+                self.engine.step()  # lands the step that was on its way for those cancelled
 
     # ---- looking -----------------------------------------------------------------------------------------------
 

@@ -40,6 +40,14 @@ def test_each_value_comes_with_its_source(lineshaft_run: Run, file: str) -> None
     assert found["scheduler.max_rows"][1] == "default"
 
 
+def test_a_profile_is_a_source(lineshaft_run: Run, file: str) -> None:
+    _, out, _ = lineshaft_run("config", "show", "--config", file, "--json", "--set", "profile=batch", "--set", "seed=4")
+    found = {key: item["source"] for key, item in json.loads(out).items()}
+    assert found["profile"] == "option profile"
+    assert found["scheduler.max_rows"] == "profile batch"
+    assert found["cache.pages"] == "variable LINESHAFT_CACHE__PAGES"
+
+
 def test_a_table_and_what_was_given_alone(lineshaft_run: Run, file: str) -> None:
     _, out, _ = lineshaft_run("config", "show", "--config", file, "--given")
     rows = [line.split() for line in out.splitlines()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lineshaft.config import PROFILES, load_config, make_config
-from lineshaft.config.load import layers
+from lineshaft.config.load import gather
 from lineshaft.errors import InvalidValue
 
 
@@ -33,7 +33,7 @@ def test_every_given_key_wins_wherever_the_profile_is_named(tmp_path: Path) -> N
 
 
 def test_values_remember_that_they_are_of_the_profile() -> None:
-    sources = {item.path: item.source for item in layers(None, {}, {"profile": "batch", "scheduler.max_rows": "9"})}
+    sources = {item.path: item.source for item in gather(None, {}, {"profile": "batch", "scheduler.max_rows": "9"})}
     assert sources["scheduler", "cache_aware"] == "profile batch"
     assert sources["scheduler", "max_rows"] == "option scheduler.max_rows"
 

@@ -104,13 +104,13 @@ class EngineThread(Thread):
             self._listener.stepped(tokens, ended)
 
     def _fail(self, error: Exception) -> None:
-        """Cancel everything: the next step is the next request's."""
+        """Cancel everything: the next step is the next request's. One that fails and serves nobody is the last."""
         requests = list(self._watched.values())
         self._watched.clear()
         self._listener.failed(error)
         with suppress(Exception):
             cancel(self._engine, requests)
-        self._stopping = self._stopping or self._engine.has_work  # what cannot even be cancelled is broken for good
+        self._stopping = self._stopping or not requests
 
 
 def refuse() -> NoReturn:
