@@ -13,7 +13,7 @@ import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
 from lineshaft.config import EngineConfig
-from lineshaft.errors import InvalidSamplingParams, SessionClosed, TokenOutOfRange
+from lineshaft.errors import InvalidSamplingParams, RequestError, SessionClosed, TokenOutOfRange
 from lineshaft.executors import Executor, agree, make_executor
 from lineshaft.flight import Flight, Live, Token, token_of
 from lineshaft.meter import Clock, Meter, median, now
@@ -155,13 +155,16 @@ class Engine:
         parent      a request of the same prompt, of which this is sample number `fork`, from 1 on: it shares the
                     parent's pages and, where it brings none, its seed
 
-        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
+        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed, and RequestError for
+        another prompt or salt than the parent's.
         """
         self._require_open()
         if params.truncate_prompt_tokens is not None:
             prompt = prompt[-params.truncate_prompt_tokens :]
         self._check(prompt, params)
         if parent is not None:
+            if parent.prompt != tuple(prompt) or parent.salt != salt:
+                raise RequestError("a parent of another prompt or salt: give the same for all samples of a prompt")
             params = dataclasses.replace(params, prompt_logprobs=None)
         choice = make_choice(params, prompt, self.vocab, eos_ids, self.vocabulary)
         request_id, clock = self._next_id, Clock()
@@ -319,7 +322,7 @@ class Engine:
                 live = self._live.get(request.id)
                 if live is not None:
                     tokens.append(self._token(live, row, token, result, at))
-        self._book(flight, results, len(tokens))
+        self._book(flight, results, sum(token.token_id >= 0 for token in tokens))
         return tokens
 
     def _note_start(self, batch: Batch, began: float) -> None:
