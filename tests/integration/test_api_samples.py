@@ -202,6 +202,7 @@ def test_a_lower_priority_runs_first_where_priorities_decide(even_chat: Path) ->
         ({"priority": True}, "priority = True"),
         ({"deadline_s": 0}, "deadline_s = 0"),
         ({"deadline_s": float("nan")}, "deadline_s = nan"),
+        ({"deadline_s": 10**400}, "deadline_s = 1000"),
         ({"deadline_s": "soon"}, "deadline_s = 'soon'"),
         ({"cache_salt": b"x"}, "cache_salt = b'x'"),
     ],

@@ -59,17 +59,24 @@ class Bars:
         axes.legend(fontsize=8)
 
 
-def draw(panels: Sequence[Curves | Bars], title: str, file: Path) -> None:
-    """Draw the panels, two in a row, into a file whose ending names its format. Raises PlotError."""
+def check_drawable(file: Path) -> None:
+    """Raises PlotError, before any work, for a file that could not be drawn after it: its ending names its format."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(f"plots need matplotlib ({error}); pip install 'lineshaft-bench[plot]'") from error
-    lines = -(-len(panels) // 2)
-    figure = Figure(figsize=(12, 4.2 * lines), layout="constrained")
-    allowed = figure.canvas.get_supported_filetypes()
+    allowed = Figure().canvas.get_supported_filetypes()
     if file.suffix.lstrip(".") not in allowed:
         raise PlotError(f"{file}: cannot draw a {file.suffix or 'file without an ending'}; use {', '.join(allowed)}")
+
+
+def draw(panels: Sequence[Curves | Bars], title: str, file: Path) -> None:
+    """Draw the panels, two in a row, into a file that `check_drawable` takes. Raises PlotError for another."""
+    check_drawable(file)
+    from matplotlib.figure import Figure
+
+    lines = -(-len(panels) // 2)
+    figure = Figure(figsize=(12, 4.2 * lines), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for panel, axes in zip(panels, figure.subplots(lines, 2, squeeze=False).flat, strict=False):
         panel.draw(axes)

@@ -81,7 +81,12 @@ def test_simulate_lists_devices(lineshaft: Any) -> None:
         ("simulate", TRACE, "--device", "v5e", "--tp", "0"),
         ("simulate", TRACE, "--device", "v5e", "--speed", "-1"),
         ("simulate", TRACE, "--device", "v5e", "--plot", "/nowhere/p.png"),
+        ("simulate", TRACE, "--device", "v5e", "--plot", "p.xyz"),
+        ("simulate", TRACE, "--device", "v5e", "--plot", "without_an_ending"),
+        ("simulate", TRACE, "--device", "v5e", "--memory-fraction", "5"),
         ("simulate", "/nowhere.csv", "--device", "v5e"),
+        ("bench", "--model", "m", "--plot", "p.xyz"),
+        ("bench", "--model", "m", "--peer-model", "tensorrt=/x"),
         ("bench", "--workload", "marathon"),
         ("bench", "--workload", "single,overhead"),
         ("bench", "--workload", "overhead", "--rows", "many"),
@@ -96,6 +101,13 @@ def test_what_is_wrong_is_one_line_and_status_2(arguments: tuple[str, ...], line
     status, out, err = lineshaft(*arguments)
     assert (status, out) == (2, "")
     assert err.splitlines()[-1].startswith("lineshaft: error: ")
+
+
+@pytest.mark.parametrize(("command", "option"), [("simulate", "--plot"), ("bench", "--plot"), ("bench", "--trace")])
+def test_what_cannot_be_written_is_named_by_its_option(command: str, option: str, lineshaft: Any) -> None:
+    asked = {"simulate": (TRACE, "--device", "v5e"), "bench": ("--model", "m")}[command]
+    status, out, err = lineshaft(command, *asked, option, "/nowhere/p.png")
+    assert (status, out) == (2, "") and f"{option} /nowhere/p.png: it cannot be written" in err
 
 
 def test_bench_measures_the_overhead(lineshaft: Any) -> None:

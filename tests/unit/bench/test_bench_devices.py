@@ -167,6 +167,7 @@ def test_a_file_describes_a_device(tmp_path: Path) -> None:
         ("memory_bytes = 16e9", "", "memory_bytes"),
         ("memory_bytes = 16e9", "memory_bytes = 16e9\ncolour = 1", "colour"),
         ("[flops_per_s]", "[flops_per_s", "TOML"),
+        ("memory_bytes = 16e9", f"colour = {'[' * 10_000}", "TOML"),
         ("10e12", "0", "flops_per_s"),
         ("10e12", "inf", "flops_per_s"),
     ],

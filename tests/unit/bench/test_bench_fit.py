@@ -71,7 +71,9 @@ def test_a_cost_model_survives_a_file(tmp_path: Path) -> None:
     assert read_cost(file) == found
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"buckets": [[1]], "shapes": [], "slopes": {}, "plain": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, "[]", "{}", '{"buckets": [[1]], "shapes": [], "slopes": {}, "plain": {}}']
+)
 def test_a_file_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
     file.write_text(text)

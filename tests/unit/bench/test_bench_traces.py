@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lineshaft.errors import InvalidValue, LineshaftError
 from lineshaft_bench.errors import TraceFileError
 from lineshaft_bench.traces import Trace, read_trace
+from lineshaft_bench.traces.arrivals import MOST_TOKENS
 from lineshaft_bench.traces.formats import BadLine, parser_of
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -151,11 +152,24 @@ def test_each_turn_of_a_chat_repeats_all_that_was_said() -> None:
     [
         "poisson:rate=0", "poisson:rate=x", "poisson:colour=1", "poisson:prompt=zipf(1)", "poisson:prompt=lognormal(1)",
         "poisson:prompt=exponential(0)", "poisson:rate=1;", "chat:prefix=3", "poisson:requests=inf", "poisson:rate=nan",
+        "poisson:prompt=nan", "poisson:output=inf", "poisson:prompt=-5", "poisson:prompt=0", "poisson:requests=0.5",
+        "poisson:requests=1e12", "poisson:prefixes=1e12", "poisson:prefix=1e12", "poisson:prefix=-1",
+        "chat:system=1e12",
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_refused_by_name(text: str) -> None:
     with pytest.raises(InvalidValue):
         read_trace(text)
+
+
+def test_the_far_tail_of_a_distribution_is_cut() -> None:
+    found = read_trace("poisson:requests=40,prompt=lognormal(5,1e12)").arrivals
+    assert {arrival.prompt_tokens for arrival in found} == {1, MOST_TOKENS}
+
+
+def test_a_session_of_endless_turns_ends_with_the_trace() -> None:
+    found = read_trace("chat:requests=20,turns=1e12").arrivals
+    assert len(found) == 20
 
 
 def test_faster_keeps_the_requests_and_shortens_the_time() -> None:
@@ -219,7 +233,7 @@ def test_a_trace_without_a_request_is_an_error(lines: tuple[str, ...], write: Wr
         read_trace(write(*lines), skip_bad=True)
 
 
-@pytest.mark.parametrize("first", ["hello", "{}", '{"a": 1}', "a,b,c", "\x7fELF"])
+@pytest.mark.parametrize("first", ["hello", "[" * 100_000, "{}", '{"a": 1}', "a,b,c", "\x7fELF"])
 def test_an_unknown_format_says_which_are_known(first: str, write: Write) -> None:
     with pytest.raises(TraceFileError, match=r"ContextTokens.*input_length.*arrival_s"):
         read_trace(write(first))

@@ -45,6 +45,7 @@ def python(code: str, **more: Any) -> subprocess.CompletedProcess[str]:
         ["generate", "--prompt", "x", "--config", "absent.toml"],
         ["generate", "--prompt", "x", "--model", "m", "--max", "3"],
         ["explain", "--model", "m", "--backend-option", "=3"],
+        ["generate", "--prompt-ids=--", "--model", "m"],
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(
@@ -205,6 +206,11 @@ def test_a_dash_reads_the_prompt_from_stdin(
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(read=lambda: "from stdin"))
     assert run(capsys, "generate", "--prompt", "-", "--model", "m", "--quiet")[0] == 0
     assert fake["prompt"] == "from stdin"
+
+
+def test_two_dashes_are_a_text_like_any_other(capsys: pytest.CaptureFixture[str], fake: dict[str, Any]) -> None:
+    assert run(capsys, "generate", "--prompt=--", "--model", "m", "--quiet")[0] == 0
+    assert fake["prompt"] == "--"
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,22 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
     assert "did you mean scheduler?" in said
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", "nan"),
+        ("temperature", "inf"),
+        ("temperature", "-1"),
+        ("top_p", "0"),
+        ("top_p", "5"),
+        ("top_k", "-2"),
+    ],
+)
+def test_a_sampling_default_that_no_request_could_have_is_refused(key: str, value: str) -> None:
+    said = message(lambda: load_config(None, {}, {"model": "m", f"sampling.{key}": value}), InvalidValue)
+    assert f"sampling.{key} = '{value}'" in said
+
+
 def test_no_model_says_how_to_set_one() -> None:
     assert "LINESHAFT_MODEL" in message(lambda: load_config(None, {}, {}), InvalidValue)
 
@@ -135,6 +151,7 @@ def test_a_file_that_is_missing_or_no_toml_is_one_line(tmp_path: Path) -> None:
     assert "cannot read" in message(lambda: load_config(tmp_path / "none.toml", {}, {}), ConfigError)
     assert "cannot read" in message(lambda: load_config(tmp_path, {}, {}), ConfigError)
     assert "is not TOML" in message(lambda: load_config(toml(tmp_path, "a = = 1"), {}, {}), ConfigError)
+    assert "is not TOML" in message(lambda: load_config(toml(tmp_path, f"a = {'[' * 10_000}"), {}, {}), ConfigError)
     (tmp_path / "latin.toml").write_bytes(b"model = '\xff'")
     assert "is not TOML" in message(lambda: load_config(tmp_path / "latin.toml", {}, {}), ConfigError)
 

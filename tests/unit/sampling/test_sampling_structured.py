@@ -137,8 +137,10 @@ def test_a_token_that_is_not_allowed_leaves_no_token(vocabulary: Vocabulary) -> 
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"regex": "(a"}, "structured.regex"),
-    ({"regex": "(?=a)b"}, "structured.regex"),
+    ({"regex": "(a"}, "unclosed group"),
+    ({"regex": "(?=a)b"}, "look-ahead"),
+    ({"json": {"type": "string", "pattern": "("}}, "unclosed group"),
+    ({"json": {"$ref": "#"}}, "structured.json: nothing can be written that follows it"),
     ({"json": {"type": "nonsense"}}, "structured.json"),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "structured.json"),
     ({"json": {"$ref": "http://localhost/schema.json"}}, "structured.json"),

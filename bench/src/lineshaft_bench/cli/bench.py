@@ -15,7 +15,7 @@ from lineshaft.cli.compile import check_writable
 from lineshaft.cli.options import add_config_arguments, load_config, pairs
 from lineshaft.cli.table import table
 from lineshaft.errors import InvalidValue
-from lineshaft_bench.cli.simulate import names, whole
+from lineshaft_bench.cli.simulate import check_plot, names, whole
 
 if TYPE_CHECKING:
     from lineshaft.config import EngineConfig
@@ -58,20 +58,22 @@ def run(args: Namespace) -> int:
     for name in asked:
         if name not in WORKLOADS:
             raise InvalidValue(f"--workload {name}: known are {', '.join(WORKLOADS)}")
-    for file in filter(None, (args.plot, args.trace)):
-        check_writable(file)
+    if args.plot:
+        check_plot(args.plot)
+    if args.trace:
+        check_writable(args.trace, "--trace")
     if OVERHEAD in asked:
         if len(asked) > 1:
             raise InvalidValue(f"--workload {OVERHEAD} runs no model: measure it alone")
         return run_overhead(args)
     from lineshaft_bench.measure import Bench
-    from lineshaft_bench.peers.client import environments
+    from lineshaft_bench.peers.client import environments, of_peers
 
     peers = names(args.against) if args.against else []
     with tempfile.TemporaryDirectory(prefix="lineshaft-bench-") as scratch:
         bench = Bench(
             configured(args), peers, environments(dict(pairs("--peer-env", args.peer_env))),
-            dict(pairs("--peer-model", args.peer_model)), Path(scratch), args.repeat,
+            of_peers("--peer-model", dict(pairs("--peer-model", args.peer_model))), Path(scratch), args.repeat,
             str(args.trace.resolve()) if args.trace else "",
         )  # fmt: skip
         found = bench.run(asked, lambda line: print(line, file=sys.stderr))

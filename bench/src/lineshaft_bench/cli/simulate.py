@@ -66,7 +66,7 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--max-model-len", metavar="N", type=whole, help="tokens a request (default: the model's)")
     group.add_argument("--page-size", metavar="N", type=whole, default=16, help="tokens a page (default: 16)")
     group.add_argument("--pages", metavar="N", type=whole, help="KV pages (default: what the device has room for)")
-    group.add_argument("--memory-fraction", metavar="X", type=positive, default=0.9, help="(default: 0.9)")
+    group.add_argument("--memory-fraction", metavar="X", type=share, default=0.9, help="(default: 0.9)")
     group.add_argument(
         "--max-tokens", metavar="N", type=whole,
         help="what requests ask for, so that nobody knows when they end (default: exactly what they generate)",
@@ -92,13 +92,21 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0 and at most 1")
+    return value
+
+
 def run(args: Namespace) -> int:
     if args.list_devices:
         return list_devices()
     if args.trace is None or args.device is None:
         raise InvalidValue("give a TRACE and --device NAME|FILE; see `lineshaft simulate --help`")
     if args.plot:
-        check_writable(args.plot)
+        check_plot(args.plot)
     from lineshaft_bench.simulator.report import Summary
     from lineshaft_bench.traces import read_trace
 
@@ -113,6 +121,14 @@ def run(args: Namespace) -> int:
     if args.plot:
         plot(args, runs, summaries)
     return 0
+
+
+def check_plot(file: Path) -> None:
+    """Raises InvalidValue and PlotError, before any work, for a plot that could not be drawn or written after it."""
+    from lineshaft_bench.plots import check_drawable
+
+    check_writable(file, "--plot")
+    check_drawable(file)
 
 
 def names(text: str) -> list[str]:

@@ -91,7 +91,12 @@ def interpreter(name: str, environment: Path | None) -> Path:
 
 def environments(texts: Mapping[str, str]) -> dict[str, Path]:
     """The folder of each peer's environment. Raises PeerError for a name that is no peer."""
+    return {name: Path(path).expanduser() for name, path in of_peers("--peer-env", texts).items()}
+
+
+def of_peers(option: str, texts: Mapping[str, str]) -> Mapping[str, str]:
+    """What an option gives each peer. Raises PeerError for a name that is no peer."""
     for name in texts:
         if name not in PEERS:
-            raise PeerError(f"--peer-env {name}: known are {', '.join(PEERS)}")
-    return {name: Path(path).expanduser() for name, path in texts.items()}
+            raise PeerError(f"{option} {name}: known are {', '.join(PEERS)}")
+    return texts

@@ -84,7 +84,7 @@ def read(name: str, file: Traversable) -> Device:
         return Device.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise DeviceError(f"{name}: {error.strerror}; give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DeviceError(f"{name}: it is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -171,5 +171,5 @@ def read_cost(file: Path) -> Fitted:
         raise DeviceError(
             f"{file}: {error.strerror}; give a file that benchmarks/validate_simulator.py wrote"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DeviceError(f"{file}: it holds no cost model: {type(error).__name__}: {error}") from error

@@ -56,7 +56,7 @@ def parser_of(first: str) -> tuple[Parse, bool] | None:
         return azure(columns), True
     try:
         found = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     for keys, make in ((MOONCAKE_KEYS, mooncake), (OWN_KEYS, own)):
         if isinstance(found, Mapping) and keys[0] in found:
@@ -87,7 +87,7 @@ def mooncake() -> Parse:
         values = table(line, MOONCAKE_KEYS)
         tokens = count("input_length", values["input_length"])
         names = values.get("hash_ids") or ()
-        if not isinstance(names, Sequence) or not all(isinstance(name, int | str) for name in names):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, int | str) for name in names):
             raise BadLine(f"hash_ids = {names!r:.60}: give a list of numbers")
         prompt = blocks(contents, [(name, MOONCAKE_BLOCK) for name in names], tokens)
         at = seconds("timestamp", values["timestamp"]) / 1e3

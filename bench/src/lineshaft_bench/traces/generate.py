@@ -46,22 +46,26 @@ class Spec:
             raise InvalidValue(f"{self.kind}: {key} = {given}: give a number above {low:g}")
         return value
 
+    def count(self, key: str, default: int, low: int = 1) -> int:
+        """A whole number from `low` on, as large as a trace can bear."""
+        value = self.number(key, default, low - 1)
+        if not value.is_integer() or value > MOST_TOKENS:
+            raise InvalidValue(f"{self.kind}: {key} = {value:g}: give a whole number from {low} to {MOST_TOKENS}")
+        return int(value)
+
     def draw(self, key: str, default: str) -> Draw:
         """A number or a distribution."""
         given = self._take(key, default)
         call = CALL.fullmatch(given)
         try:
-            if call is None:
-                value = float(given)
-                return lambda rng: value
-            arity, make = DISTRIBUTIONS[call["name"]]
-            numbers = [float(number) for number in call["numbers"].split(",")]
+            arity, make = DISTRIBUTIONS[call["name"]] if call else (1, lambda value: lambda rng: value)
+            numbers = [float(number) for number in (call["numbers"] if call else given).split(",")]
             if len(numbers) == arity and all(0 <= number <= 1e12 for number in numbers) and numbers[0] > 0:
                 return make(*numbers)
         except (ValueError, KeyError):
             pass
         allowed = ", ".join(f"{name} of {arity}" for name, (arity, _) in DISTRIBUTIONS.items())
-        raise InvalidValue(f"{self.kind}: {key} = {given}: give a number, or of so many numbers: {allowed}")
+        raise InvalidValue(f"{self.kind}: {key} = {given}: give a number above 0, or of so many numbers: {allowed}")
 
     def done(self) -> None:
         """Raise InvalidValue for an option that the kind does not have."""
@@ -80,10 +84,10 @@ def independent(spec: Spec, rng: Random) -> Iterator[Arrival]:
 
     The gaps are gamma-distributed: of shape 1 for `poisson`, of shape `burstiness` below that for `bursty`.
     """
-    rate, requests = spec.number("rate", 1.0), int(spec.number("requests", 100))
+    rate, requests = spec.number("rate", 1.0), spec.count("requests", 100)
     shape = spec.number("burstiness", 0.25) if spec.kind == "bursty" else 1.0
     prompt, output = spec.draw("prompt", "lognormal(512,1)"), spec.draw("output", "200")
-    prefix, prefixes = int(spec.number("prefix", 0, -1)), int(spec.number("prefixes", 1))
+    prefix, prefixes = spec.count("prefix", 0, 0), spec.count("prefixes", 1)
     spec.done()
     contents, at = Contents(), 0.0
     shared = [contents.fresh() for _ in range(prefixes)]
@@ -98,8 +102,8 @@ def chat(spec: Spec, rng: Random) -> Iterator[Arrival]:
 
     All begin with the same `system` tokens; `turns` is their mean number, `think` the mean seconds between two.
     """
-    rate, requests = spec.number("rate", 1.0), int(spec.number("requests", 100))
-    system, turns = int(spec.number("system", 512, -1)), spec.number("turns", 4)
+    rate, requests = spec.number("rate", 1.0), spec.count("requests", 100)
+    system, turns = spec.count("system", 512, 0), spec.number("turns", 4)
     think, prompt = spec.number("think", 20), spec.draw("prompt", "lognormal(256,1)")
     output = spec.draw("output", "lognormal(200,0.7)")
     spec.done()
@@ -108,7 +112,7 @@ def chat(spec: Spec, rng: Random) -> Iterator[Arrival]:
     while len(made) < requests:
         at += rng.expovariate(rate)
         now, said = at, begin
-        while True:
+        for _ in range(requests):
             said = (*said, (contents.fresh(), tokens(prompt, rng)))
             made.append(Arrival(now, said, tokens(output, rng), reply := contents.fresh()))
             said = (*said, (reply, made[-1].output_tokens))
@@ -128,7 +132,10 @@ KINDS: Mapping[str, Callable[[Spec, Random], Iterator[Arrival]]] = {
 
 def tokens(draw: Draw, rng: Random) -> int:
     """A drawn number of tokens."""
-    return min(MOST_TOKENS, max(1, round(draw(rng))))
+    try:
+        return max(1, round(min(MOST_TOKENS, draw(rng))))
+    except OverflowError:  # a lognormal's far tail
+        return MOST_TOKENS
 
 
 def generate(text: str, seed: int) -> list[Arrival]:

@@ -105,8 +105,9 @@ def act_compile(args: Namespace) -> int:
     from lineshaft_conformance.runner.matrix import compile_matrix
 
     before = load_matrix(args.against) if args.against else None
-    for file in filter(None, (args.out, args.markdown)):
-        check_writable(file)
+    for option in ("out", "markdown"):
+        if file := getattr(args, option):
+            check_writable(file, f"--{option}")
     devices, kernels = names(args.targets), names(args.kernels)
     with Bar() as bar:
         matrix = compile_matrix(target(args), devices, kernels, args.jobs, args.limit, bar)

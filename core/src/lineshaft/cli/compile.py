@@ -53,11 +53,11 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def check_writable(file: Path) -> None:
+def check_writable(file: Path, option: str = "--out") -> None:
     """Raises InvalidValue, before any work, for a file that could not be written after it."""
     folder = file.absolute().parent
     if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        raise InvalidValue(f"--out {file}: it cannot be written; name a file in a folder that exists and is yours")
+        raise InvalidValue(f"{option} {file}: it cannot be written; name a file in a folder that exists and is yours")
 
 
 class Told:

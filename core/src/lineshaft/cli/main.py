@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lineshaft.cli import backends, chat, compile, completion, config, explain, generate
 from lineshaft.cli.plugins import Command, further_commands
@@ -37,6 +37,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"lineshaft: error: {message}; see `{self.prog} --help`\n")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Of --option=--, the text "--": Python before 3.13 drops it and gives an empty list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
 
 class Version(argparse.Action):

@@ -78,11 +78,11 @@ class LayoutConfig(Table):
 class SamplingConfig(Table):
     """Defaults of the command line for requests; an unset key leaves the default of `SamplingParams`."""
 
-    temperature: float | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Divides the logits; 0 is greedy."""
-    top_p: float | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Keeps the most probable tokens up to this total probability, in (0, 1]."""
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     """Keeps this many of the most probable tokens; 0 keeps all."""
     max_tokens: Positive | None = None
     """Most tokens to generate for one prompt; unset: 256."""

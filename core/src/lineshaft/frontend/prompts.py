@@ -5,7 +5,7 @@ Knows the tokenizer and no engine.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -157,8 +157,8 @@ def _priorities(given: Any, count: int) -> list[int]:
 def _deadline(seconds: Any) -> float | None:
     if seconds is None:
         return None
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
-        raise RequestError(f"deadline_s = {seconds!r}: give a number of seconds above 0, or None")
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= sys.float_info.max:
+        raise RequestError(f"deadline_s = {seconds!r:.60}: give a number of seconds above 0, or None")
     return float(seconds)
 
 

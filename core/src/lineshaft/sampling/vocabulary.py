@@ -21,7 +21,8 @@ KEPT = 64
 """Grammars that are kept compiled, those used last."""
 MOST_THREADS = 8
 """Threads that compute masks of several rows at once, on a machine with so many CPUs."""
-
+NO_OUTPUT = "NoExtensionBias"
+"""What the grammar library says where no token may come first."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,100}"
 """Between two parts of a JSON text: more than an indentation needs, less than a model that has gone astray writes. A
@@ -114,11 +115,11 @@ class Vocabulary:
         try:
             matcher = LLMatcher(self._tokens, _grammar_text(structured), log_level=0)
         except ValueError as error:
-            raise InvalidStructure(f"structured.{structured.kind}: {_first_line(str(error))}") from error
+            raise InvalidStructure(f"structured.{structured.kind}: {_reason(str(error))}") from error
         probe = matcher.deep_copy()
         probe.compute_bitmask()  # some grammars show only now that they lead nowhere, or are too large
         if probe.is_error():
-            raise InvalidStructure(f"structured.{structured.kind}: {_first_line(probe.get_error())}")
+            raise InvalidStructure(f"structured.{structured.kind}: {_reason(probe.get_error())}")
         return matcher
 
     @cached_property
@@ -150,9 +151,13 @@ def _grammar_text(structured: Structured) -> str:
     return grammar_from("regex" if structured.kind == "regex" else "grammar", value)
 
 
-def _first_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0][:300] if lines else "it cannot be used"
+def _reason(message: str) -> str:
+    """The first line of the library's message, and what a parser says further down in a line of its own."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["it cannot be used"]
+    if lines[0] == NO_OUTPUT:
+        return "nothing can be written that follows it: it refers to itself without an end, or contradicts itself"
+    said = next((line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")), "")
+    return f"{lines[0][:300]} {said[:300]}".strip()
 
 
 class _Wrapper:
