@@ -113,3 +113,34 @@ def test_a_row_without_a_token_ends_alone(llama: Llama) -> None:
         run = drive(engine, [[1, 2, 3], [4, 5]], [params(1, ignore_eos=True), params(3, ignore_eos=True)], look=False)
     assert [request.finish_reason for request in run.requests] == ["error", "length"]
     assert [len(tokens) for tokens in run.tokens] == [2, 21]
+
+
+def test_what_interrupts_a_step_leaves_nothing_for_the_next(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of a step that was given up are not taken for those of the next one."""
+    each = [params(i, ignore_eos=True) for i in range(2)]
+    settings = config(llama("even").path, max_model_len=160, overlap="on", executor="process")
+    with Engine(settings) as engine:
+        calm = drive(engine, PROMPTS[:2], each, look=False).tokens
+        requests = [engine.add(prompt, one, salt=b"2") for prompt, one in zip(PROMPTS, each, strict=False)]
+        engine.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "_schedule", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        while engine.has_work:
+            engine.step()
+        engine.check_integrity()
+    assert [request.output for request in requests] == calm
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_engine_with_threads_may_be_closed_twice(llama: Llama) -> None:
+    engine = Engine(config(llama("even").path, backend="numpy", max_model_len=64, overlap="on"))
+    engine.add([1, 2, 3], params(0))
+    engine.step()
+    engine.close()
+    engine.close()
+    assert not engine.has_work

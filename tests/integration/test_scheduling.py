@@ -9,7 +9,7 @@ from tests.integration.driving import config, drive, greedy
 
 from lineshaft.engine import Engine
 from lineshaft.sampling.params import SamplingParams
-from lineshaft.scheduler import FinishReason, Request
+from lineshaft.scheduler import Batch, FinishReason, Request
 
 RNG = np.random.default_rng(3)
 PROMPTS = [[int(token) for token in RNG.integers(1, 90, length)] for length in (30, 7, 19, 41)]
@@ -68,3 +68,31 @@ def test_deadlines_and_rejections_reach_the_caller(llama: Llama, overlap: str) -
         engine.check_integrity()
     assert FinishReason.REJECTED in {request.finish_reason for request in requests}
     assert requests[0].finish_reason is FinishReason.LENGTH
+
+
+def test_pages_come_back_in_the_step_that_saves_those_of_another(llama: Llama) -> None:
+    settings = {
+        "max_model_len": 40, "cache.page_size": 4, "scheduler.admission": "priority", "scheduler.fair_tenants": True,
+        "scheduler.preemption": "swap", "scheduler.swap_pages": 64, "scheduler.max_rows": 2,
+    }  # fmt: skip
+    given = ((PROMPTS[2][:16], 12, b"a", 0), (PROMPTS[3][:12], 16, b"a", 0), (PROMPTS[3][:24], 8, b"b", 1))
+
+    def run(pages: int) -> tuple[list[list[int]], int]:
+        both = 0
+        with Engine(config(llama("even").path, **settings, **{"cache.pages": pages})) as engine:
+            schedule = engine._replicas[0].scheduler.schedule
+
+            def watched(now: float) -> Batch:
+                nonlocal both
+                batch = schedule(now)
+                both += bool(batch.swaps_out and batch.swaps_in)
+                return batch
+
+            engine._replicas[0].scheduler.schedule = watched  # type: ignore[method-assign, assignment]
+            requests = [engine.add(ids, greedy(n), salt=salt, priority=rank) for ids, n, salt, rank in given]
+            finish(engine)
+            engine.check_integrity()
+        return [request.output for request in requests], both
+
+    roomy, tight = run(60), run(11)
+    assert tight[0] == roomy[0] and tight[1] > 0 == roomy[1]

@@ -14,13 +14,16 @@ from lineshaft.weights.decoded import decode_with
 
 
 def folder_for_peers(reference: str, dtype: str, scratch: Path) -> Path:
-    """The model's own folder, or, for a GGUF file, one that is written below `scratch`. Raises ModelError."""
+    """The model's own folder, or, for a GGUF file, one that is written below `scratch`, once. Raises ModelError."""
     registry = discover()
     path = resolve(reference)
     if path.is_dir():
         return path
+    folder = scratch / f"{path.stem}-{dtype}"
+    if folder.exists():
+        return folder
     opened = open_checkpoint(path, (*registry.checkpoints(), *FORMATS))
-    return write_folder(decode_with(opened, registry.schemes()), dtype, scratch / f"{path.stem}-{dtype}")
+    return write_folder(decode_with(opened, registry.schemes()), dtype, folder)
 
 
 def write_folder(checkpoint: Checkpoint, dtype: str, folder: Path) -> Path:

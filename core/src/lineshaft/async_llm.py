@@ -98,9 +98,9 @@ class AsyncLLM(Base):
         if not isinstance(name, int | str | None):
             raise RequestError(f"request_id = {name!r:.60}: give a whole number or a text, or none")
         label = next(number for number in self._numbers if number not in self._streams) if name is None else name
-        if label in self._streams:
+        stream = Stream()
+        if self._streams.setdefault(label, stream) is not stream:
             raise RequestError(f"request_id {label!r} is running already: give another, or none")
-        stream = self._streams[label] = Stream()
         try:
             await asyncio.wrap_future(self._thread.call(partial(self._begin, stream, asks[0], label)))
             group = stream.group
@@ -146,7 +146,7 @@ class AsyncLLM(Base):
 
     def failed(self, error: BaseException) -> None:
         """Of the engine's listener."""
-        self._reader.submit(self._fail, error)
+        self._reader.submit(self._fail, error, list(self._texts))
 
     # ---- in the reader's thread --------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class AsyncLLM(Base):
         try:
             act()
         except BaseException as error:
-            self._fail(ordinary(error))
+            self._fail(ordinary(error), list(self._texts))
 
     def _read(self, tokens: Sequence[tuple[Token, bool]], ended: Sequence[Request]) -> None:
         grown: set[Stream] = set()
@@ -174,9 +174,10 @@ class AsyncLLM(Base):
                 grown.add(stream)
         wake(grown)
 
-    def _fail(self, error: BaseException) -> None:
-        streams = {stream for stream, _ in self._texts.values()}
-        self._texts.clear()
+    def _fail(self, error: BaseException, request_ids: Iterable[int]) -> None:
+        """Only these fail: the engine's thread may have begun others meanwhile."""
+        found = [self._texts.pop(request_id, None) for request_id in request_ids]
+        streams = {stream for stream, _ in filter(None, found)}
         for stream in streams:
             assert stream.group is not None
             stream.group.error = error
@@ -199,9 +200,8 @@ class AsyncLLM(Base):
                 return
             self._closed = True
             self._thread.stop()
-            self._reader.submit(
-                self._fail, SessionClosed("the engine was closed before this request was finished; make a new one")
-            )
+            error = SessionClosed("the engine was closed before this request was finished; make a new one")
+            self.failed(error)
             self._reader.shutdown()
             self.engine.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from lineshaft.outputs import RunMetrics
 from lineshaft.plan import Plan
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import Sizes, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Sizes, StepResult
 from lineshaft.runner.pack import Place, need_of, pack_forward
 from lineshaft.runner.worker import Progress, silent
 from lineshaft.sampling.choice import make_choice
@@ -89,6 +90,7 @@ class Engine:
         self._ended: list[Token] = []  # requests that scheduling ended, which `step` has not returned yet
         self._flight: Flight | None = None  # submitted before the step that returns its tokens
         self._committed = 0.0
+        self._mask_thread = ThreadPoolExecutor(1, "lineshaft-masks")  # where the forward runs in this one
         self.recorder: Recorder | None = None
         self._stepping = False
         self.closed = False
@@ -154,13 +156,16 @@ class Engine:
         parent      a request of the same prompt, of which this is sample number `fork`, from 1 on: it shares the
                     parent's pages and, where it brings none, its seed
 
-        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed.
+        Raises EmptyPrompt, TokenOutOfRange, PromptTooLong, InvalidSamplingParams, SessionClosed, and RequestError for
+        another prompt or salt than the parent's.
         """
         self._require_open()
         if params.truncate_prompt_tokens is not None:
             prompt = prompt[-params.truncate_prompt_tokens :]
         self._check(prompt, params)
         if parent is not None:
+            if parent.prompt != tuple(prompt) or parent.salt != salt:
+                raise RequestError("a parent of another prompt or salt: give the same for all samples of a prompt")
             params = dataclasses.replace(params, prompt_logprobs=None)
         choice = make_choice(params, prompt, self.vocab, eos_ids, self.vocabulary)
         request_id, clock = self._next_id, Clock()
@@ -250,7 +255,7 @@ class Engine:
         if flight is None:
             return []
         at = now()
-        self._executor.choose(flight.choices(self._live, self.vocab, logits=self.teacher is not None))
+        self._executor.choose(self._choices(flight) if flight.masks is None else flight.masks.result())
         self._mark("sample", flight, at)
         following = self._schedule() if self._overlap else None
         at = now()
@@ -271,7 +276,7 @@ class Engine:
         batches = [replica.scheduler.schedule(began) for replica in self._replicas]
         self._ended += [self._end(request) for batch in batches for request in batch.finished]
         need = reduce(Need.join, (need_of(batch.rows) for batch in batches))
-        if not need.tokens and not any(batch.swaps_out or batch.swaps_in for batch in batches):
+        if not need.tokens and not any(batch.moves_pages for batch in batches):
             return None
         shape, at = fit(self._facts.shapes, need), now()
         parts = zip(self._replicas, batches, strict=True)
@@ -285,9 +290,14 @@ class Engine:
         """Submit the forward of a step whose tokens are all known."""
         if flight is not None:
             at = now()
+            if not self._overlap and flight.masked(self._live):
+                flight.masks = self._mask_thread.submit(self._choices, flight)
             self._executor.submit(flight.messages())
             self._mark("run", flight, at)
         return flight
+
+    def _choices(self, flight: Flight) -> list[ChoiceMessage]:
+        return flight.choices(self._live, self.vocab, logits=self.teacher is not None)
 
     def _taught(self, sampled: Sequence[Place], result: StepResult) -> list[int]:
         """The token of each request that gets one."""
@@ -319,7 +329,7 @@ class Engine:
                 live = self._live.get(request.id)
                 if live is not None:
                     tokens.append(self._token(live, row, token, result, at))
-        self._book(flight, results, len(tokens))
+        self._book(flight, results, sum(token.token_id >= 0 for token in tokens))
         return tokens
 
     def _note_start(self, batch: Batch, began: float) -> None:
@@ -402,6 +412,8 @@ class Engine:
         self.closed = True
         for request_id in list(self._live):
             self.cancel(request_id)
+        self._flight, self._ended = None, []
+        self._mask_thread.shutdown()
         self._executor.close()
 
     def __enter__(self) -> Engine:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -58,6 +59,7 @@ class Flight:
     batches: Sequence[Batch]
     packed: Sequence[Packed]
     began: float  # when its scheduling began, in seconds
+    masks: Future[list[ChoiceMessage]] | None = None  # its choices, where they are made while its forward is submitted
 
     @cached_property
     def scored(self) -> list[list[tuple[int, Row]]]:
@@ -89,6 +91,11 @@ class Flight:
         """Put in the tokens of the step before, in the midst of which this one was scheduled."""
         for packed, sampled, given in zip(self.packed, before.sampled, ids, strict=True):
             packed.fill({request.id: token for (_, request), token in zip(sampled, given, strict=True)})
+
+    def masked(self, live: Mapping[int, Live]) -> bool:
+        """Whether a grammar's mask is to be computed for it."""
+        each = (live.get(request.id) for sampled in self.sampled for _, request in sampled)
+        return any(own is not None and own.choice is not None and own.choice.grammar is not None for own in each)
 
     # ---- how its tokens are chosen -----------------------------------------------------------------------------
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from threading import RLock
 from typing import Any, Unpack
 
 from tqdm import tqdm
 
 from lineshaft.config import EngineConfig
-from lineshaft.errors import RequestError, SessionClosed
+from lineshaft.errors import LineshaftError, RequestError, SessionClosed
 from lineshaft.frontend.base import Base
 from lineshaft.frontend.group import Group, cancel, marked, start
 from lineshaft.frontend.prompts import (
@@ -154,7 +155,8 @@ class LLM(Base):
                 for text in group.texts:
                     self._texts.pop(text.request.id, None)
             if not self._texts and self.engine.has_work and not self.engine.closed:
-                self.engine.step()  # lands the step that was on its way for those cancelled
+                with suppress(LineshaftError):  # which the next request meets again
+                    self.engine.step()  # lands the step that was on its way for those cancelled
 
     # ---- looking -----------------------------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ class Meter:
         """Book one finished request."""
         self.requests += 1
         self.prompt_tokens += prompt_tokens
-        self.ttft.append(metrics.ttft_s)
+        if metrics.ttft_s:  # 0 where the request ended without a token
+            self.ttft.append(metrics.ttft_s)
         if metrics.tpot_s:
             self.tpot.append(metrics.tpot_s)

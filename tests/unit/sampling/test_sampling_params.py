@@ -152,7 +152,7 @@ def test_values_are_normalised() -> None:
     )
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 1.0, 0, 7)
     assert [type(x) for x in (params.temperature, params.top_p, params.seed)] == [float, float, int]
-    assert params.stop == params.stop_strings == ("end",)
+    assert params.stop == ("end",)
     assert params.stop_token_ids == (3, 4) and type(params.stop_token_ids[1]) is int
     assert SamplingParams().stop == () and SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 

@@ -39,6 +39,7 @@ def serve(driver: Driver) -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
+    sys.stdout.flush()
     os._exit(0)  # engines leave threads and processes that would not end
 
 

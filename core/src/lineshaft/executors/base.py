@@ -17,9 +17,10 @@ from lineshaft.runner.worker import Progress
 class Executor(Protocol):
     """Runs the same step on every rank of each replica and brings back each replica's result.
 
-    A step is submitted, then told how its tokens are chosen, then collected; only then is the next one submitted.
-    Neither of the first two waits for the step where the backend or the workers run beside the engine. Their sequences
-    hold one message per dp replica.
+    A step is submitted, then told how its tokens are chosen, then collected; only then is the next one submitted. A
+    step that the engine was interrupted in is given up: the next one is submitted in its place. Neither of the first
+    two waits for the step where the backend or the workers run beside the engine. Their sequences hold one message per
+    dp replica.
     """
 
     beside: bool  # whether workers run beside the engine's thread

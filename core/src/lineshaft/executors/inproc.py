@@ -79,8 +79,9 @@ class InprocExecutor:
         return [future.result() for future in waiting]
 
     def close(self) -> None:
+        workers, self._workers = self._workers, []
         with ExitStack() as stack:
             for thread in self._threads:
                 stack.callback(thread.shutdown)
-            if self._workers:
-                stack.callback(self._all, [worker.close for worker in self._workers])
+            if workers:
+                stack.callback(self._all, [worker.close for worker in workers])

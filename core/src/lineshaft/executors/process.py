@@ -77,6 +77,7 @@ class ProcessExecutor:
         self._folder = Path(tempfile.mkdtemp(prefix="lineshaft-"))
         self._children: list[Child] = []
         self._broken = ""
+        self._asked = False  # whether a step is to be collected
         self._timeout = config.step_timeout_s
         try:
             for rank in range(self._degrees.world):
@@ -108,14 +109,18 @@ class ProcessExecutor:
         return [Started(**header) for header, _ in replies]
 
     def submit(self, steps: Sequence[StepMessage]) -> None:
+        if self._asked:
+            self.collect()  # the engine gave that step up: its replies would be taken for this one's
         self._tell("submit", steps)
 
     def choose(self, choices: Sequence[ChoiceMessage]) -> None:
+        self._asked = True
         self._tell("choose", choices)
 
     def collect(self) -> list[StepResult]:
         with self._exchange():
             replies = self._collect(None, self._timeout)
+        self._asked = False
         return [StepResult.from_frames(*reply) for reply in replies[:: self._degrees.replica]]
 
     def _tell(self, call: str, messages: Sequence[StepMessage | ChoiceMessage]) -> None:

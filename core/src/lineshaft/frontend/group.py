@@ -51,9 +51,15 @@ class Group:
         deltas = [merged(text) for text in (self._kept() if self._read else self.texts) if text.pending]
         if self._ranked:
             deltas = [dataclasses.replace(delta, index=index) for index, delta in enumerate(deltas)]
-        if self._read and deltas:
+        if self._read:
+            deltas = deltas or [self._nothing_new()]
             deltas[-1] = dataclasses.replace(deltas[-1], output=self.output())
         return deltas
+
+    def _nothing_new(self) -> StreamDelta:
+        """What follows a last delta that was taken just before its text was marked finished."""
+        last = self.texts[-1]
+        return StreamDelta(self.label, "", finish_reason=last.finish_reason, index=last.index)
 
     def output(self) -> RequestOutput:
         """What became of the prompt so far."""

@@ -70,7 +70,7 @@ def completions(
     found = [_encode(tokenizer, prompt, cache_salt) for prompt in several]
     shared = zip(found, _spread(params, len(found)), _priorities(priority, len(found)), strict=True)
     deadline_s = _deadline(deadline_s)
-    return [Ask(_cut(ids, one), text, one, rank, deadline_s, salt) for (ids, text, salt), one, rank in shared]
+    return [Ask(ids, text, one, rank, deadline_s, salt) for (ids, text, salt), one, rank in shared]
 
 
 def chats(
@@ -101,7 +101,7 @@ def chats(
     salt, deadline_s = _salt(cache_salt), _deadline(deadline_s)
     shared = zip(texts, _spread(params, len(texts)), _priorities(priority, len(texts)), strict=True)
     return [
-        Ask(_cut(tokenizer.encode(text, add_special=False), one), text, one, rank, deadline_s, salt, names)
+        Ask(tokenizer.encode(text, add_special=False), text, one, rank, deadline_s, salt, names)
         for text, one, rank in shared
     ]
 
@@ -134,11 +134,6 @@ def _encode(tokenizer: Tokenizer, prompt: Any, salt: str) -> tuple[Sequence[int]
     if not isinstance(prompt, (list, tuple)):
         raise RequestError(f"a prompt given as {type(prompt).__name__}: give a text or a list of token ids")
     return prompt, None, _salt(salt)
-
-
-def _cut(ids: Sequence[int], params: SamplingParams) -> Sequence[int]:
-    """The last tokens of a prompt, where no more are wanted."""
-    return ids if params.truncate_prompt_tokens is None else ids[-params.truncate_prompt_tokens :]
 
 
 def _spread(params: Params | None, count: int) -> list[SamplingParams]:

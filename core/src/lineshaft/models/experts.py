@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from lineshaft.contract.problems import ConstProblem, ExpertProblem, LinearProblem, RouterProblem
 from lineshaft.contract.sessions import Tree
-from lineshaft.contract.weights import Array, Coordinate, Param
+from lineshaft.contract.weights import Array, Param
 from lineshaft.errors import CorruptCheckpoint, LayoutError
 from lineshaft.layout import Layout, choose_layout
 from lineshaft.models import shards
@@ -151,6 +151,6 @@ class ExpertMlp:
     def layout(self) -> Layout:
         return choose_layout(self.context.degrees)
 
-    def _range(self, at: Coordinate) -> tuple[int, int]:
-        share = self.width // self.context.degrees.tp
-        return at.tp * share, (at.tp + 1) * share
+    @cached_property
+    def _range(self) -> shards.Range:
+        return shards.even(self.width, self.context.degrees.tp)

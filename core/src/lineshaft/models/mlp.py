@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from lineshaft.contract.sessions import Tree
-from lineshaft.contract.weights import Array, Coordinate
+from lineshaft.contract.weights import Array
 from lineshaft.layout import Layout, choose_layout
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
@@ -64,9 +64,9 @@ class GatedMlp:
     def layout(self) -> Layout:
         return choose_layout(self.context.degrees)
 
-    def _range(self, at: Coordinate) -> tuple[int, int]:
-        share = self.width // self.context.degrees.tp
-        return at.tp * share, (at.tp + 1) * share
+    @cached_property
+    def _range(self) -> shards.Range:
+        return shards.even(self.width, self.context.degrees.tp)
 
     def _gate_up(self, at: str, kind: str, tail: tuple[int, ...]) -> shards.Shard:
         """Rows of gate and up for a rank: each cut first and joined after."""

@@ -54,6 +54,12 @@ def all_of(size: int) -> Range:
     return lambda at: (0, size)
 
 
+def even(size: int, ranks: int) -> Range:
+    """This rank's part of `size`, which is cut evenly over the ranks of tp."""
+    share = size // ranks
+    return lambda at: (at.tp * share, (at.tp + 1) * share)
+
+
 def joined(*parts: Shard) -> Shard:
     """The parts of several shard functions, one after another."""
     return lambda checkpoint, at: Local(tuple(part for shard in parts for part in shard(checkpoint, at).parts))

@@ -39,7 +39,7 @@ class Packed:
 
     host: HostStep
     unknown: Sequence[tuple[int, int]]  # (index into token_ids, request id)
-    on_host: tuple[int, ...] = ()  # sequences whose pages are saved, where the step saves some
+    on_host: tuple[int, ...] = ()  # sequences whose saved pages are still wanted, where the step saves some
 
     def fill(self, tokens: Mapping[int, int]) -> None:
         """Put in the tokens, by request id; where one could not be sampled, the row is void and any id serves."""
@@ -72,7 +72,8 @@ def pack_forward(batch: Batch, cache: CacheManager, page_sizes: Sequence[int], s
         page, offset = np.divmod(positions, page_size)
         host[f"slots.{group}"][:total] = table[of_row, page] * page_size + offset
         host[f"context_lens.{group}"][: len(rows)] = stops
-    return Packed(host, unknown, tuple(cache.on_host) if batch.swaps_out else ())
+    returning = [swap.seq for swap in batch.swaps_in]  # the cache manager no longer counts them as saved
+    return Packed(host, unknown, (*cache.on_host, *returning) if batch.swaps_out else ())
 
 
 def _token_ids(rows: Sequence[Row], ends: HostArray) -> tuple[list[int], list[tuple[int, int]]]:

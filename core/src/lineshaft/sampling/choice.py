@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import InvalidSamplingParams, TokenOutOfRange
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.sampling.vocabulary import Grammar, Vocabulary
 
-HostArray = np.ndarray[Any, Any]
 Edits = tuple[HostArray, HostArray, HostArray]
 """Of one row: ids int32 [n], all different, scale f32 [n] and bias f32 [n]."""
 

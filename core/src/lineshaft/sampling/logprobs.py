@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-HostArray = np.ndarray[Any, Any]
+from lineshaft.contract.sessions import HostArray
+
 TokenLogprobs = dict[int, tuple[float, int]]
 """Token id -> (log-probability, rank; 1 is the likeliest, 0 below those asked for)."""
 

@@ -135,11 +135,6 @@ class SamplingParams:
         """How many outputs are made."""
         return self.best_of or self.n
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as it is after construction."""
-        return _stop_strings(self.stop)
-
     @cached_property
     def filters(self) -> tuple[float, float, float, float, int]:
         """temperature, top_p, min_p, typical_p and top_k, as the op `sample` reads them."""

@@ -6,18 +6,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lineshaft.contract.ops.logits import logprobs, sample
 from lineshaft.contract.problems import SampleProblem
+from lineshaft.contract.sessions import HostArray
 from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.sampling.params import SamplingParams
 
 log = logging.getLogger(__name__)
-HostArray = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,7 @@ class Vocabulary:
         The first one takes as long as the tokens take to sort, a known one a copy, a wrong or huge one at most about
         a second. Raises InvalidStructure.
         """
-        with self._lock:
-            return Grammar(self._compiled(structured).deep_copy(), self)
+        return Grammar(self._compiled(structured).deep_copy(), self)
 
     def fill(self, grammars: Sequence[tuple[Grammar, int]], mask: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
         """Write what each grammar allows next into its row of mask uint32[R, ceil(V / 32)]: nothing where it failed."""
@@ -104,10 +103,15 @@ class Vocabulary:
                 mask[row] = 0
 
     def _compile(self, structured: Structured) -> Any:
-        from llguidance import LLMatcher
-
+        """One at a time; known grammars are copied meanwhile."""
         if not self.eos_ids:
             raise InvalidStructure("structured: the model has no end-of-sequence token to end such an output with")
+        with self._lock:
+            return self._matcher(structured)
+
+    def _matcher(self, structured: Structured) -> Any:
+        from llguidance import LLMatcher
+
         try:
             matcher = LLMatcher(self._tokens, _grammar_text(structured), log_level=0)
         except ValueError as error:

@@ -74,6 +74,11 @@ class Batch:
         return sum([row.count for row in self.rows])
 
     @property
+    def moves_pages(self) -> bool:
+        """Whether pages are to be copied or swapped before the step."""
+        return bool(self.copies or self.swaps_out or self.swaps_in)
+
+    @property
     def logits(self) -> int:
         """How many rows of logits the step gives."""
         return sum([row.logits for row in self.rows])
