@@ -37,7 +37,8 @@ def compiled(folder: Path, model: dict[str, Any], topology: str, tp: int, *only:
 def test_every_program_of_a_small_model_compiles(tmp_path: Path, topology: str) -> None:
     found = compiled(tmp_path, SMALL, topology, TOPOLOGIES[topology])
     names = [program.label for program in found.programs]
-    assert names == ["forward/t16-b8-r8-q16", "forward/t8-b8-r8-q1", "sample/b8-r8", "logprobs/b8-r8"]
+    over_logits = ("sample", "logprobs", "sample_typical", "mask", "edit_64", "edit_1024")
+    assert names == ["forward/t16-b8-r8-q16", "forward/t8-b8-r8-q1", *(f"{name}/b8-r8" for name in over_logits)]
     kernels = {entry.kernel for entry in found.plan.entries}
     assert kernels >= {"pallas_attend", "pallas_write_kv"}
     for program in found.programs[:2]:
