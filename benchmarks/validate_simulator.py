@@ -20,8 +20,9 @@ from lineshaft.config import EngineConfig, make_config
 from lineshaft.engine import Engine
 from lineshaft.executors import make_executor
 from lineshaft.flight import Token
+from lineshaft.meter import now
 from lineshaft.registry import discover
-from lineshaft_bench.drive import drive, now
+from lineshaft_bench.drive import drive
 from lineshaft_bench.figures import Ran
 from lineshaft_bench.measure import simulated
 from lineshaft_bench.simulator.fit import Sample, Watching, fit_cost, to_json

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 
 from lineshaft.engine import Engine
 from lineshaft.flight import Token
+from lineshaft.meter import now
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_bench.workloads import Job
-
-now = time.perf_counter
 
 
 def drive(engine: Engine, jobs: Sequence[Job], step: Callable[[], Sequence[Token]] | None = None) -> list[list[float]]:

@@ -179,11 +179,11 @@ def test_a_wrong_file_is_named_with_its_key(old: str, new: str, said: str, tmp_p
         find_device(str(file), discover([]))
 
 
-def test_an_unknown_device_names_the_known() -> None:
+def test_an_unknown_device_names_the_known(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="zen4-2core"):
         find_device("abacus", discover())
     with pytest.raises(DeviceError, match=r"nowhere\.toml"):
-        find_device("/tmp/nowhere.toml", discover())
+        find_device(str(tmp_path / "nowhere.toml"), discover())
 
 
 def test_a_dtype_that_the_device_does_not_know_is_refused() -> None:

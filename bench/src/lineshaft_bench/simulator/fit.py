@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from lineshaft.contract.steps import StepShape
-from lineshaft.executors import Executor
+from lineshaft.executors import Executor, Forwarding
 from lineshaft.plan.plan import make_shape
 from lineshaft.runner.buckets import Need, fit
-from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
-from lineshaft.runner.worker import Progress
+from lineshaft.runner.messages import Sizes, StepMessage
 from lineshaft_bench.errors import DeviceError
 from lineshaft_bench.simulator.cost import Linear, Load
 
@@ -44,33 +43,17 @@ def bucket_of(shape: StepShape) -> Bucket:
     return shape.tokens, shape.rows, shape.max_query
 
 
-class Watching:
+class Watching(Forwarding):
     """An executor that notes the load of every step on its way to another executor; `sizes` is what that found."""
 
     def __init__(self, inner: Executor) -> None:
-        self._inner = inner
-        self.beside = inner.beside
+        super().__init__(inner)
         self.sizes: Sizes = inner.size()[0]
         self.seen: list[tuple[Bucket, Load]] = []
 
-    def size(self) -> list[Sizes]:
-        return self._inner.size()
-
-    def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return self._inner.start(pages, progress)
-
     def submit(self, steps: Sequence[StepMessage]) -> None:
         self.seen.append((bucket_of(steps[0].shape), load_in(steps[0])))
-        self._inner.submit(steps)
-
-    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
-        self._inner.choose(choices)
-
-    def collect(self) -> list[StepResult]:
-        return self._inner.collect()
-
-    def close(self) -> None:
-        self._inner.close()
+        super().submit(steps)
 
 
 def load_in(step: StepMessage) -> Load:

@@ -9,45 +9,32 @@ from lineshaft.config import EngineConfig
 from lineshaft.contract.sessions import HostArray
 from lineshaft.contract.steps import StepShape
 from lineshaft.engine import Engine
-from lineshaft.executors import Executor, make_executor
+from lineshaft.executors import Executor, Forwarding, make_executor
 from lineshaft.registry import Registry
-from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import StepMessage, StepResult
 from lineshaft.runner.setup import degrees_of
 from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.trace.errors import TraceError
 
 
-class Keeping:
+class Keeping(Forwarding):
     """An executor that keeps what it was told and the token ids that came out."""
 
-    beside = False
-
     def __init__(self, inner: Executor) -> None:
-        self._inner = inner
+        super().__init__(inner)
+        self.beside = False
         self.steps: list[StepMessage] = []
         self.token_ids: list[HostArray] = []
 
-    def size(self) -> list[Sizes]:
-        return self._inner.size()
-
-    def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return self._inner.start(pages, progress)
-
     def submit(self, steps: Sequence[StepMessage]) -> None:
         self.steps += steps
-        self._inner.submit(steps)
-
-    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
-        self._inner.choose(choices)
+        super().submit(steps)
 
     def collect(self) -> list[StepResult]:
-        results = self._inner.collect()
+        results = super().collect()
         self.token_ids += [result.token_ids for result in results]
         return results
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def generate(

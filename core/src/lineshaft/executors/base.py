@@ -38,6 +38,31 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+class Forwarding:
+    """An executor that hands every call on to another, for those that watch some of them."""
+
+    def __init__(self, inner: Executor) -> None:
+        self.inner, self.beside = inner, inner.beside
+
+    def size(self) -> list[Sizes]:
+        return self.inner.size()
+
+    def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
+        return self.inner.start(pages, progress)
+
+    def submit(self, steps: Sequence[StepMessage]) -> None:
+        self.inner.submit(steps)
+
+    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
+        self.inner.choose(choices)
+
+    def collect(self) -> list[StepResult]:
+        return self.inner.collect()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 @dataclass(frozen=True)
 class ExecutorInfo:
     """An executor as core or a plugin registers it.

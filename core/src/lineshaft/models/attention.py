@@ -13,7 +13,7 @@ from lineshaft.contract.problems import AttendProblem, KVProblem, RopeProblem, R
 from lineshaft.contract.sessions import Cache, Tree
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Array, Coordinate
-from lineshaft.layout import HeadShare, Layout, ModelShape, choose_layout
+from lineshaft.layout import HeadShare, ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import RmsNorm, linear, product, vector
@@ -74,16 +74,16 @@ class Attention:
 
     def __call__(self, ops: Any, w: Tree, x: Array, cache: Cache, step: StepInputs) -> tuple[Array, Cache]:
         """x [T, H] -> (out [T, H], the cache with this step's keys and values)."""
-        q, k, v = self._split(product(ops, w, "qkv", self.layout.enter(ops, x)))
+        q, k, v = self._split(product(ops, w, "qkv", self.context.layout.enter(ops, x)))
         if self.head_norm is not None:
             q, k = ops.rms_norm(q, w["q_norm"]), ops.rms_norm(k, w["k_norm"])
         if self.rope is not None:
             q, k = getattr(ops, self._name("rope"))(q, k, step.positions)
         cache = ops.write_kv(cache, k, v, step)
         sinks = {"sinks": w["sinks"]} if self.sinks else {}
-        out = self.layout.attend(ops, q, cache, step, self._name("attend"), **sinks)
+        out = self.context.layout.attend(ops, q, cache, step, self._name("attend"), **sinks)
         out = out.reshape(x.shape[0], self.q_heads * self.head_dim)
-        return self.layout.leave(ops, product(ops, w, "out", out)), cache
+        return self.context.layout.leave(ops, product(ops, w, "out", out)), cache
 
     def _split(self, qkv: Array) -> tuple[Array, Array, Array]:
         """qkv [T, (Hq + 2 Hkv) D] -> q [T, Hq, D], k and v [T, Hkv, D]."""
@@ -140,10 +140,6 @@ class Attention:
         return found
 
     # ---- shares ------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def layout(self) -> Layout:
-        return choose_layout(self.context.degrees)
 
     @cached_property
     def q_heads(self) -> int:

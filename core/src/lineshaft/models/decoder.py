@@ -14,7 +14,7 @@ from lineshaft.contract.problems import ConstProblem, EmbedProblem, KVProblem, L
 from lineshaft.contract.sessions import Cache, Tree
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Array, Param
-from lineshaft.layout import ModelShape, choose_layout
+from lineshaft.layout import ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import RmsNorm
@@ -94,7 +94,6 @@ class Decoder:
         context.degrees.validate(sizes.shape)
         self.context, self.sizes, self.layers = context, sizes, tuple(layers)
         self.norm, self.embed_scale = norm, embed_scale
-        self.layout = choose_layout(context.degrees)
         self.vocab_share = context.degrees.padded_vocab(sizes.shape.vocab) // context.degrees.tp
 
     @property
@@ -109,7 +108,7 @@ class Decoder:
 
     def forward(self, ops: Any, weights: Tree, caches: Sequence[Cache], step: StepInputs) -> tuple[Array, list[Cache]]:
         """Logits [R, V] of the step's logit rows, and the caches after the step's writes."""
-        x = self.layout.leave(ops, ops.embed(step.token_ids, weights["embed"], weights["vocab_start"]))
+        x = self.context.layout.leave(ops, ops.embed(step.token_ids, weights["embed"], weights["vocab_start"]))
         r, given, written = None, iter(caches), []
         for layer, w, kept in zip(self.layers, weights["layers"], self.kept, strict=True):
             cache = None if kept is None else next(given)
@@ -117,7 +116,7 @@ class Decoder:
             written += [] if cache is None else [cache]
         x, _ = ops.add_rms_norm(x, r, weights["norm"])
         x = ops.gather_rows(x, step.logit_rows)
-        logits = self.layout.logits(ops, ops.linear(self.layout.enter(ops, x), weights["head"]))
+        logits = self.context.layout.logits(ops, ops.linear(self.context.layout.enter(ops, x), weights["head"]))
         return logits[:, : self.shape.vocab], written
 
     # ---- declarations ------------------------------------------------------------------------------------------

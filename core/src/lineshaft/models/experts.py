@@ -13,7 +13,6 @@ from lineshaft.contract.problems import ConstProblem, ExpertProblem, LinearProbl
 from lineshaft.contract.sessions import Tree
 from lineshaft.contract.weights import Array, Param
 from lineshaft.errors import CorruptCheckpoint, LayoutError
-from lineshaft.layout import Layout, choose_layout
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.mlp import GatedMlp
@@ -92,13 +91,13 @@ class ExpertMlp:
 
     def __call__(self, ops: Any, w: Tree, x: Array) -> Array:
         """x [T, H] -> [T, H]."""
-        x = self.layout.moe_enter(ops, x)
+        x = self.context.layout.moe_enter(ops, x)
         ids, probs = ops.router_topk(product(ops, w, "router", x))
         biases = {name: w[name] for name in ("w13_bias", "w2_bias") if self.bias}
-        out = self.layout.experts(ops, x, ids, probs, w["w13"], w["w2"], w["expert_map"], **biases)
+        out = self.context.layout.experts(ops, x, ids, probs, w["w13"], w["w2"], w["expert_map"], **biases)
         if self.shared is not None:
             out = ops.add(out, self.shared.partial(ops, w["shared"], x))
-        return self.layout.moe_leave(ops, out)
+        return self.context.layout.moe_leave(ops, out)
 
     # ---- declarations ------------------------------------------------------------------------------------------
 
@@ -146,10 +145,6 @@ class ExpertMlp:
 
     def _const(self, name: str, shape: tuple[int, ...], shard: shards.Shard, dtype: str) -> Param:
         return Param(name, name, shape, dtype, {"const": ConstProblem(dtype=dtype, shape=shape)}, shard, varies=("tp",))
-
-    @cached_property
-    def layout(self) -> Layout:
-        return choose_layout(self.context.degrees)
 
     @cached_property
     def _range(self) -> shards.Range:

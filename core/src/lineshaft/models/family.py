@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from lineshaft.contract.problems import KVProblem, Problem
@@ -12,7 +13,7 @@ from lineshaft.contract.sessions import Cache, Tree
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Array
 from lineshaft.errors import UnknownArchitecture
-from lineshaft.layout import Degrees, ModelShape
+from lineshaft.layout import Degrees, Layout, ModelShape, choose_layout
 
 Uses = Mapping[str, tuple[str, Problem]]
 """Name in the forward -> (op, base problem): an op's own name, or one with a suffix where a model needs several."""
@@ -30,6 +31,11 @@ class BuildContext:
     degrees: Degrees
     quantization: str = "none"
     max_model_len: int | None = None
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The communication of these degrees."""
+        return choose_layout(self.degrees)
 
 
 class Model(Protocol):

@@ -6,14 +6,12 @@ Owns projections, norms of latents, the rotated part and the cache; knows no fam
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
 from lineshaft.contract.sessions import Cache, Tree
 from lineshaft.contract.steps import StepInputs
 from lineshaft.contract.weights import Array, Coordinate, Param
-from lineshaft.layout import Layout, choose_layout
 from lineshaft.models import shards
 from lineshaft.models.attention import Rope
 from lineshaft.models.family import BuildContext, Uses
@@ -52,7 +50,7 @@ class LatentAttention:
     def __call__(self, ops: Any, w: Tree, x: Array, cache: Cache, step: StepInputs) -> tuple[Array, Cache]:
         """x [T, H] -> (out [T, H], the cache with this step's latents)."""
         tokens, heads, rank = x.shape[0], self.local_heads, self.rank
-        both = ops.linear(self.layout.enter(ops, x), w["q_kv"])
+        both = ops.linear(self.context.layout.enter(ops, x), w["q_kv"])
         q, kv = both[:, : self._q_width], both[:, self._q_width :]
         if self.q_rank:
             q = ops.linear(ops.rms_norm(q, w["q_norm"]), w["q_up"])
@@ -63,7 +61,7 @@ class LatentAttention:
         cache = ops.write_kv(cache, ops.concat([latent, k_rope], 2), None, step)
         out = ops.latent_attend(q[:, :, : self.nope_dim], q_rope, cache, w["k_up"], w["v_up"], step)
         out = ops.linear(out.reshape(tokens, heads * self.v_dim), w["out"])
-        return self.layout.leave(ops, out), cache
+        return self.context.layout.leave(ops, out), cache
 
     # ---- declarations ------------------------------------------------------------------------------------------
 
@@ -102,10 +100,6 @@ class LatentAttention:
         return found
 
     # ---- shares ------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def layout(self) -> Layout:
-        return choose_layout(self.context.degrees)
 
     @property
     def local_heads(self) -> int:

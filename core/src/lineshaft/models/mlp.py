@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from lineshaft.contract.sessions import Tree
 from lineshaft.contract.weights import Array
-from lineshaft.layout import Layout, choose_layout
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import linear, product, vector
@@ -35,7 +34,7 @@ class GatedMlp:
 
     def __call__(self, ops: Any, w: Tree, x: Array) -> Array:
         """x [T, H] -> [T, H]."""
-        return self.layout.leave(ops, self.partial(ops, w, self.layout.enter(ops, x)))
+        return self.context.layout.leave(ops, self.partial(ops, w, self.context.layout.enter(ops, x)))
 
     def partial(self, ops: Any, w: Tree, x: Array) -> Array:
         """x [T, H], which has entered the layout -> [T, H] before it leaves it: this rank's part of the sum."""
@@ -59,10 +58,6 @@ class GatedMlp:
             found["gate_up_bias"] = vector(self.context, name + "gate_up_bias", 2 * share, both)
             found["down_bias"] = vector(self.context, name + "down_bias", hidden, down)
         return found
-
-    @cached_property
-    def layout(self) -> Layout:
-        return choose_layout(self.context.degrees)
 
     @cached_property
     def _range(self) -> shards.Range:

@@ -8,10 +8,9 @@ from lineshaft.models.decoder import Decoder
 from lineshaft.models.family import BuildContext, ModelFamily
 from lineshaft.models.plain import plain
 from lineshaft.models.qwen2 import ABSENT as QWEN2_ABSENT
-from lineshaft.models.qwen2 import qwen_windows
+from lineshaft.models.qwen2 import ONLY, qwen_windows
 from lineshaft.models.reading import Config, flag, refuse_variants
 
-ONLY: Final[dict[str, Any]] = {"partial_rotary_factor": 1.0, "mlp_bias": False, "quantization_config": None}
 ABSENT: Final[dict[str, Any]] = {**QWEN2_ABSENT, "head_dim": 128}
 
 
