@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Bound, Kernel
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
-from lineshaft.contract.steps import HostStep, StepInputs, StepShape, forward_inputs
-from lineshaft.contract.weights import Local, Param, Stored, Weight
 from lineshaft.plan import Resolver
+from lineshaft_contract.backends import World
+from lineshaft_contract.kernels import Bound, Kernel
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
+from lineshaft_contract.steps import HostStep, StepInputs, StepShape, forward_inputs
+from lineshaft_contract.weights import Local, Param, Stored, Weight
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_torch.arrays import to_host

@@ -25,11 +25,11 @@ from lineshaft.cli.sampling import CONFIGURED, MEANINGS, STRUCTURES, option, tur
 from lineshaft.config import EngineConfig
 from lineshaft.config.load import variable
 from lineshaft.config.values import is_table
-from lineshaft.contract.hooks import HookSpecs
-from lineshaft.contract.ops import OpSpec, all_ops
-from lineshaft.contract.problems import Problem
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.mutants import gallery
+from lineshaft_contract.hooks import HookSpecs
+from lineshaft_contract.ops import OpSpec, all_ops
+from lineshaft_contract.problems import Problem
 
 DOCS = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -218,8 +218,8 @@ def test_a_wrong_variable(place: Place) -> None:
 # ---- plugins ---------------------------------------------------------------------------------------------------------
 
 PHANTOM = """
-from lineshaft.contract.backends import BackendInfo, Probe
-from lineshaft.contract.hooks import hookimpl
+from lineshaft_contract.backends import BackendInfo, Probe
+from lineshaft_contract.hooks import hookimpl
 {top}
 @hookimpl
 def lineshaft_backends():

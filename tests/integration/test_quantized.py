@@ -13,13 +13,13 @@ from tests.integration.conftest import Llama
 from tests.integration.driving import config, drive, follow, greedy
 from tests.integration.oracle import Oracle
 
-from lineshaft.contract.ops.quantize import quantize_rows
 from lineshaft.engine import Engine
 from lineshaft.errors import InvalidValue, Unsupported
 from lineshaft.explain import explain
 from lineshaft.models import BuildContext, ModelFamily, builtin_families
 from lineshaft.registry import discover
 from lineshaft.runner import setup
+from lineshaft_contract.ops.quantize import quantize_rows
 
 SCHEMES = ("int8", "fp8")
 SMALL: dict[str, Any] = {

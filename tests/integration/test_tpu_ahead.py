@@ -10,7 +10,7 @@ import pytest
 
 from lineshaft.config import make_config
 from lineshaft.errors import OutOfMemory
-from lineshaft.runner.ahead import Compiled, compile_ahead
+from lineshaft_conformance.ahead import Compiled, compile_ahead
 
 SMALL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,

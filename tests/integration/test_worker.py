@@ -8,14 +8,14 @@ import pytest
 from tests.integration.conftest import Llama
 from tests.integration.driving import config, drive, greedy
 
-from lineshaft.contract.backends import World
 from lineshaft.engine import Engine
 from lineshaft.errors import SessionClosed
 from lineshaft.executors.inproc import InprocExecutor
-from lineshaft.reference.backend import ReferenceBackend, ReferenceOptions, create
 from lineshaft.registry import discover
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.worker import Worker
+from lineshaft_contract.backends import World
+from lineshaft_contract.reference.backend import ReferenceBackend, ReferenceOptions, create
 
 
 @pytest.mark.parametrize("budget", [64, 1024])

@@ -22,12 +22,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(
     path.parent
-    for pattern in ("core", "kits/*", "plugins/*", "conformance", "bench")
+    for pattern in ("contract", "core", "kits/*", "plugins/*", "conformance", "bench")
     for path in ROOT.glob(f"{pattern}/pyproject.toml")
 )
 NAMES = [tomllib.loads((folder / "pyproject.toml").read_text())["project"]["name"] for folder in FOLDERS]
 COMPILED = {"lineshaft-cpu": "lineshaft_cpu/_native.so"}
 """What a build compiles, by distribution, with the C compiler that these tests need; a text beside it may say more."""
+CORE = ("lineshaft-contract", "lineshaft")
 TORCH_FREE = "import sys; assert not {'torch', 'jax', 'triton'} & set(sys.modules), 'a tensor library was imported'"
 
 
@@ -158,7 +159,8 @@ def test_the_metadata_say_what_is_needed(built: dict[str, Built]) -> None:
         assert metadata["Requires-Python"] == ">=3.11"
         always = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
         assert set(map(bare, always)) == set(map(bare, project.requirements))
-    assert {bare(line) for line in built["lineshaft"].requirements} & {"torch", "jax", "triton"} == set()
+    for name in CORE:
+        assert {bare(line) for line in built[name].requirements} & {"torch", "jax", "triton"} == set()
 
 
 def bare(requirement: str) -> str:
@@ -170,10 +172,10 @@ def bare(requirement: str) -> str:
 
 @pytest.fixture(scope="module")
 def core_alone(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of a clean environment in which pip installed the core's wheel and, from the index, what it needs."""
+    """The `bin` of a clean environment: the wheels of contract and core and, from the index, what they need."""
     folder = tmp_path_factory.mktemp("core")
     venv.EnvBuilder(with_pip=True).create(folder)
-    run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", built["lineshaft"].wheel)
+    run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", *(built[name].wheel for name in CORE))
     return folder / "bin"
 
 
@@ -211,7 +213,7 @@ def test_wheels_together_reuse_the_third_party_packages_at_hand(built: dict[str,
 def test_the_plugin_without_its_kit_is_listed_and_breaks_nothing(built: dict[str, Built], tmp_path: Path) -> None:
     """The core's and the plugin's wheels alone: third-party packages as above, the kit and PyTorch hidden."""
     python = borrowing_environment(tmp_path / "few", hidden=("torch", "lineshaft_torch"))
-    wheels = [built[name].wheel for name in ("lineshaft", "lineshaft-cpu")]
+    wheels = [built[name].wheel for name in (*CORE, "lineshaft-cpu")]
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", *wheels)
     listed = json.loads(run(python.parent / "lineshaft", "backends", "--json", cwd=tmp_path))
     (cpu,) = [backend for backend in listed["backends"] if backend["name"] == "cpu"]
@@ -246,7 +248,7 @@ def test_a_backend_on_plain_numpy_answers_and_is_certified(built: dict[str, Buil
     """The example is installed from its folder, beside the wheels of core and suite; no PyTorch is to be had."""
     python = borrowing_environment(tmp_path / "outside", hidden=("torch", "jax", "lineshaft_torch"))
     source = shutil.copytree(ROOT / "examples" / "numpy_backend", tmp_path / "numpy_backend")
-    wheels = [built[name].wheel for name in ("lineshaft", "lineshaft-conformance")]
+    wheels = [built[name].wheel for name in (*CORE, "lineshaft-conformance")]
     run(python, "-m", "pip", *FROM_SOURCE, *wheels, source)
     (home,) = json.loads(run(python, "-c", homes_of(["lineshaft_plainnp"]), cwd=tmp_path))
     assert Path(home).is_relative_to(tmp_path / "outside")
@@ -262,7 +264,7 @@ def test_a_backend_on_plain_numpy_answers_and_is_certified(built: dict[str, Buil
 def test_a_new_plugin_installs_and_passes_its_own_tests(kit: str, built: dict[str, Built], tmp_path: Path) -> None:
     """`new-plugin` and the suite come from wheels; the repository's tests run levels 0 and 1."""
     python = borrowing_environment(tmp_path / "author")
-    names = {"lineshaft", "lineshaft-conformance", *({f"lineshaft-{kit}"} & set(built))}
+    names = {*CORE, "lineshaft-conformance", *({f"lineshaft-{kit}"} & set(built))}
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", *(built[name].wheel for name in names))
     run(python.parent / "lineshaft", "new-plugin", "mychip", "--kit", kit, cwd=tmp_path)
     folder = tmp_path / "lineshaft-mychip"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from lineshaft.contract.weights import Checkpoint
 from lineshaft.registry import discover
 from lineshaft.weights import FORMATS, dequantize, open_checkpoint, resolve
 from lineshaft.weights.decoded import decode_with
+from lineshaft_contract.weights import Checkpoint
 
 
 def folder_for_peers(reference: str, dtype: str, scratch: Path) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lineshaft.config import EngineConfig
-from lineshaft.host import usable_cpus
 from lineshaft.registry import Registry, discover
 from lineshaft.scheduler import Limits
 from lineshaft_bench.bounds import Bounds
@@ -25,6 +24,7 @@ from lineshaft_bench.simulator.setup import Setting, pages_per_request
 from lineshaft_bench.stats import Spread
 from lineshaft_bench.traces import Arrival
 from lineshaft_bench.workloads import AT_ONCE, Round, Workload, workload
+from lineshaft_contract.host import usable_cpus
 
 BOUND = "bound"
 Told = Callable[[str], None]

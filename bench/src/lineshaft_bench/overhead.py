@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from lineshaft.config import make_config
-from lineshaft.contract.backends import Capabilities
 from lineshaft.engine import Engine
 from lineshaft.meter import now
 from lineshaft.plan import Plan
@@ -20,6 +19,7 @@ from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Limits
 from lineshaft_bench.timeline import Recorder
+from lineshaft_contract.backends import Capabilities
 
 PAGE, LONGEST, VOCAB, PROMPT = 16, 2048, 32000, 100
 STEPS = 300

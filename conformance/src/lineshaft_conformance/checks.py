@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
-from lineshaft.contract.sessions import HostArray
 from lineshaft_conformance.results import Deviation
+from lineshaft_contract.sessions import HostArray
 
 if TYPE_CHECKING:
     from lineshaft_conformance.subject import Subject

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lineshaft.contract.backends import BackendInfo, BackendKind, Probe
 from lineshaft_conformance.results import Evidence
+from lineshaft_contract.backends import BackendInfo, BackendKind, Probe
 
 NODES = ("nvidia[0-9]*", "accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*", "neuron[0-9]*")
 """Device nodes of accelerators under /dev. A render node counts only beside kfd: displays have render nodes too."""

@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lineshaft.config import validate_options
-from lineshaft.contract.backends import Backend, BackendInfo, Capabilities, Toolchain, World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import OpSpec, all_ops
 from lineshaft.errors import InvalidValue
 from lineshaft.registry import Registry, discover, load_attribute
-from lineshaft.runner.ahead import make_toolchain
+from lineshaft_conformance.ahead import make_toolchain
+from lineshaft_contract.backends import Backend, BackendInfo, Capabilities, Toolchain, World
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import OpSpec, all_ops
 
 if TYPE_CHECKING:
     from lineshaft_conformance.mutants.mutant import Mutant

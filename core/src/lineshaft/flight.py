@@ -13,8 +13,6 @@ from functools import cached_property
 
 import numpy as np
 
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import StepShape
 from lineshaft.meter import Clock
 from lineshaft.runner.messages import ChoiceMessage, StepMessage, StepResult
 from lineshaft.runner.pack import Packed, Place, places
@@ -24,6 +22,8 @@ from lineshaft.sampling.pack import pack_adjust, pack_sampling
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.sampling.processors import ProcessedRow, choose_processed
 from lineshaft.scheduler import Batch, Request, Row
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import StepShape
 
 GREEDY = SamplingParams(temperature=0)
 NO_COPIES = np.zeros((0, 3), np.int32)

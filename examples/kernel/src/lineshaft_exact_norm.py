@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lineshaft.contract.hooks import hookimpl
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import NormProblem
+from lineshaft_contract.hooks import hookimpl
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import NormProblem
 
 if TYPE_CHECKING:
     import torch

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lineshaft.contract.hooks import hookimpl
-from lineshaft.errors import CorruptCheckpoint
 from lineshaft.models import BuildContext, ModelFamily
 from lineshaft.models.attention import Attention
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.reading import Sizes, count, refuse_variants, rope
+from lineshaft_contract.errors import CorruptCheckpoint
+from lineshaft_contract.hooks import hookimpl
 
 ABSENT: dict[str, Any] = {  # what a config.json without the key means
     "max_position_embeddings": 32768, "no_rope_layer_interval": 4, "tie_word_embeddings": True,

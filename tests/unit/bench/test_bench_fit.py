@@ -9,11 +9,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.runner.messages import StepMessage
 from lineshaft_bench.errors import DeviceError
 from lineshaft_bench.simulator.cost import Load
 from lineshaft_bench.simulator.fit import Sample, bucket_of, fit_cost, load_in, read_cost, to_json
+from lineshaft_contract.steps import HostStep, StepShape, forward_inputs
 
 DECODE = [StepShape(n, n, (8,), n, 1) for n in (1, 2, 4, 8)]
 MIXED = [StepShape(tokens, 8, (8,), 8, tokens) for tokens in (16, 64)]

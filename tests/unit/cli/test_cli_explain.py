@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 
 from lineshaft.cli.main import main
-from lineshaft.contract.backends import API_VERSION
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import ConstProblem
-from lineshaft.contract.steps import StepShape
 from lineshaft.plan.plan import Plan, PlanEntry, make_entry
 from lineshaft.plan.resolve import Rejection
+from lineshaft_contract.backends import API_VERSION
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import ConstProblem
+from lineshaft_contract.steps import StepShape
 
 
 def entry(op: str, problem: str, kernel: str, *rejected: Rejection) -> PlanEntry:

@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from lineshaft.config import validate_options
-from lineshaft.contract.backends import BackendInfo
 from lineshaft.errors import InvalidValue, PluginError, UnknownKey
+from lineshaft_contract.backends import BackendInfo
 
 
 class Options(BaseModel):

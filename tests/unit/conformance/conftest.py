@@ -10,9 +10,9 @@ PLUGIN = """
 import os, time
 from dataclasses import replace
 from pydantic import BaseModel
-from lineshaft.contract.backends import BackendInfo, BackendKind, Probe
-from lineshaft.contract.hooks import hookimpl
-from lineshaft.reference.backend import create, probe
+from lineshaft_contract.backends import BackendInfo, BackendKind, Probe
+from lineshaft_contract.hooks import hookimpl
+from lineshaft_contract.reference.backend import create, probe
 
 class Options(BaseModel):
     does: str = ""

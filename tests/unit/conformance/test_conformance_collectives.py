@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.spec import Size
 from lineshaft_conformance.checks import Failure, NotClaimed
 from lineshaft_conformance.harness import world
 from lineshaft_conformance.harness.world import Collective, Exchange, Mesh, mesh_axes
 from lineshaft_conformance.levels.collectives import FOUR, checks, groups_of
 from lineshaft_conformance.mutants import collectives as mutants
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.spec import Size
 
 OPS = sorted(name for name, spec in all_ops().items() if spec.collective)
 PAIR = mesh_axes(tp=2)

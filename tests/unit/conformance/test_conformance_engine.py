@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 
 from lineshaft.config import make_config
-from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
 from lineshaft.models import builtin_families, find_family
 from lineshaft.runner.messages import ChoiceMessage, StepMessage
 from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed
@@ -28,6 +25,9 @@ from lineshaft_conformance.levels.engine import SCENARIOS, Scenario, make_check
 from lineshaft_conformance.mutants.engine import MUTANTS
 from lineshaft_conformance.mutants.mutant import changed
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.backends import World
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.steps import HostStep, StepShape, forward_inputs, sample_inputs
 
 SEED = 3
 KILLS = {mutant.name: mutant for mutant in MUTANTS}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lineshaft.contract.backends import BackendInfo, BackendKind, Probe
 from lineshaft_conformance.evidence import boasts, evidence_of, os_devices
 from lineshaft_conformance.results import Evidence
+from lineshaft_contract.backends import BackendInfo, BackendKind, Probe
 
 NODE = "/dev/accel0"
 

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 from lineshaft.cli import main as command_line
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.problems import AttendProblem, CollectiveProblem, KVProblem, LinearProblem
 from lineshaft_conformance.checks import Failure, NotClaimed
 from lineshaft_conformance.cli import kernels
 from lineshaft_conformance.harness.abstract import MAKERS, zero_case
@@ -25,6 +23,8 @@ from lineshaft_conformance.results import Evidence, Status
 from lineshaft_conformance.runner.attempt import attempt
 from lineshaft_conformance.runner.run import run_suite
 from lineshaft_conformance.subject import OnDevice, Subject, Target
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.problems import AttendProblem, CollectiveProblem, KVProblem, LinearProblem
 
 FAR = Path(__file__).parents[1] / "far"
 TARGETS = ("small:1x1", "big:2x4")

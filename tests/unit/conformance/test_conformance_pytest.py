@@ -100,7 +100,7 @@ def test_nothing_is_added_for_others(toy: Path) -> None:
 
 
 ABSENT = """
-from lineshaft.contract.backends import Probe
+from lineshaft_contract.backends import Probe
 
 def probe():
     return Probe(False, "no toy is plugged in", unless={"does": "stand in"})

@@ -13,13 +13,13 @@ pytest.importorskip("lineshaft_tpu")
 
 import jax
 
-from lineshaft.contract.backends import BackendInfo, Probe
 from lineshaft.errors import LayoutError
 from lineshaft_conformance.checks import Failure, NotClaimed
 from lineshaft_conformance.harness.rank import mesh_executor
 from lineshaft_conformance.levels import collectives, load, ranks
 from lineshaft_conformance.levels.determinism import Bench
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.backends import BackendInfo, Probe
 from lineshaft_jax import session as sessions
 from lineshaft_jax.mesh import coordinates_of
 from lineshaft_jax.program import StepPending

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.attention import attend, attend_problem, latent_attend, merge_states
-from lineshaft.contract.ops.cases import Paging, paged_step
-from lineshaft.contract.ops.run import operand
-from lineshaft.contract.ops.spec import Case, HostArray
-from lineshaft.contract.problems import MergeProblem
 from lineshaft.errors import ContractViolation
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.attention import attend, attend_problem, latent_attend, merge_states
+from lineshaft_contract.ops.cases import Paging, paged_step
+from lineshaft_contract.ops.run import operand
+from lineshaft_contract.ops.spec import Case, HostArray
+from lineshaft_contract.problems import MergeProblem
 
 CASES = [
     case

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops.cache import (
+from lineshaft_contract.ops.cache import (
     copy_pages,
     copy_slots,
     decode,
@@ -18,11 +18,11 @@ from lineshaft.contract.ops.cache import (
     write_kv,
     write_pages,
 )
-from lineshaft.contract.ops.cases import Paging, paged_step
-from lineshaft.contract.ops.spec import EXACT, StepArg
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.steps import StepShape
-from lineshaft.reference.session import ReferenceSession
+from lineshaft_contract.ops.cases import Paging, paged_step
+from lineshaft_contract.ops.spec import EXACT, StepArg
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.reference.session import ReferenceSession
+from lineshaft_contract.steps import StepShape
 
 
 def problem(**fields: Any) -> KVProblem:

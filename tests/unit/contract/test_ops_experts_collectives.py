@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.collectives import (
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
@@ -17,9 +17,9 @@ from lineshaft.contract.ops.collectives import (
     permute,
     reduce_scatter,
 )
-from lineshaft.contract.ops.experts import expert_mlp, moe_combine, moe_dispatch, router_topk
-from lineshaft.contract.ops.run import operand
-from lineshaft.contract.problems import CollectiveProblem, ExpertProblem, RouterProblem
+from lineshaft_contract.ops.experts import expert_mlp, moe_combine, moe_dispatch, router_topk
+from lineshaft_contract.ops.run import operand
+from lineshaft_contract.problems import CollectiveProblem, ExpertProblem, RouterProblem
 
 
 def route(logits: Any, **fields: Any) -> tuple[list[list[int]], Any]:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lineshaft.contract.ops.logits import allowed_tokens, apply_logits, argmax, kept_tokens, logprobs, sample
-from lineshaft.contract.problems import SampleProblem
+from lineshaft_contract.ops.logits import allowed_tokens, apply_logits, argmax, kept_tokens, logprobs, sample
+from lineshaft_contract.problems import SampleProblem
 
 INF = math.inf
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops.linear import head_linear, linear
-from lineshaft.contract.ops.norm import add_rms_norm, rms_norm
-from lineshaft.contract.ops.pointwise import add, concat, gelu_mul, silu_mul
-from lineshaft.contract.ops.rope import rope, rope_frequencies
-from lineshaft.contract.ops.rows import embed, gather_rows, merge_rows
-from lineshaft.contract.ops.spec import Numerics
-from lineshaft.contract.problems import (
+from lineshaft.errors import ContractViolation
+from lineshaft_contract.ops.linear import head_linear, linear
+from lineshaft_contract.ops.norm import add_rms_norm, rms_norm
+from lineshaft_contract.ops.pointwise import add, concat, gelu_mul, silu_mul
+from lineshaft_contract.ops.rope import rope, rope_frequencies
+from lineshaft_contract.ops.rows import embed, gather_rows, merge_rows
+from lineshaft_contract.ops.spec import Numerics
+from lineshaft_contract.problems import (
     EmbedProblem,
     LinearProblem,
     NormProblem,
@@ -23,7 +24,6 @@ from lineshaft.contract.problems import (
     RopeProblem,
     RopeScaling,
 )
-from lineshaft.errors import ContractViolation
 
 F64 = "float64"
 POINTWISE = PointwiseProblem(dtype=F64)

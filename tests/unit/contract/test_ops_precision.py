@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.run import compare, named_outputs, run_reference
-from lineshaft.contract.ops.spec import EXACT, Case, Numerics, OpSpec
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.run import compare, named_outputs, run_reference
+from lineshaft_contract.ops.spec import EXACT, Case, Numerics, OpSpec
 
 OPS = all_ops()
 LOWER = {"float64": "float32", "float32": "bfloat16"}

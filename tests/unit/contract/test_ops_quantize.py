@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from lineshaft.contract.ops import all_ops, quantize
-from lineshaft.contract.ops.linear import linear
-from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES, quantize_rows, quantized_bytes
-from lineshaft.contract.ops.spec import Numerics
-from lineshaft.contract.problems import LinearProblem
 from lineshaft.errors import ContractViolation
+from lineshaft_contract.ops import all_ops, quantize
+from lineshaft_contract.ops.linear import linear
+from lineshaft_contract.ops.quantize import WEIGHT_SCHEMES, quantize_rows, quantized_bytes
+from lineshaft_contract.ops.spec import Numerics
+from lineshaft_contract.problems import LinearProblem
 
 SCHEMES = tuple(WEIGHT_SCHEMES)
 F8 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.spec import Call
-from lineshaft.contract.problems import (
+from lineshaft.errors import ContractViolation
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.spec import Call
+from lineshaft_contract.problems import (
     AttendProblem,
     EmbedProblem,
     ExpertProblem,
@@ -19,10 +20,9 @@ from lineshaft.contract.problems import (
     RopeProblem,
     RouterProblem,
 )
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import ArraySpec, StepInputs, StepShape, forward_inputs
-from lineshaft.contract.weights import Weight
-from lineshaft.errors import ContractViolation
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import ArraySpec, StepInputs, StepShape, forward_inputs
+from lineshaft_contract.weights import Weight
 
 OPS = all_ops()
 

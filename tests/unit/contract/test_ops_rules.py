@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.quantize import quantize_rows
-from lineshaft.contract.ops.run import compare, run_reference
-from lineshaft.contract.ops.spec import EXACT, Case, Numerics, StepArg
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.quantize import quantize_rows
+from lineshaft_contract.ops.run import compare, run_reference
+from lineshaft_contract.ops.spec import EXACT, Case, Numerics, StepArg
 
 OPS = all_ops()
 Reference = Callable[..., Any]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.run import compare, named_outputs, operand, run_reference
-from lineshaft.contract.ops.spec import EXACT, CacheArg, Call, Case, Numerics, OpSpec, StepArg, WeightArg
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import ArraySpec, StepInputs
-from lineshaft.contract.weights import Weight
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.run import compare, named_outputs, operand, run_reference
+from lineshaft_contract.ops.spec import EXACT, CacheArg, Call, Case, Numerics, OpSpec, StepArg, WeightArg
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import ArraySpec, StepInputs
+from lineshaft_contract.weights import Weight
 
 OPS = all_ops()
 SEED = 0

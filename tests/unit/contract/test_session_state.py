@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lineshaft.contract.sessions import SessionState
 from lineshaft.errors import SessionClosed, SessionFrozen, SessionPoisoned
-from lineshaft.reference.session import ReferenceSession
+from lineshaft_contract.reference.session import ReferenceSession
+from lineshaft_contract.sessions import SessionState
 
 
 def test_a_frozen_session_runs_and_does_not_change_until_it_is_thawed() -> None:

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lineshaft.contract.ops import Case, all_ops
-from lineshaft.contract.ops.cases import PagedStep, Paging, paged_step
-from lineshaft.contract.ops.run import compare, operand
-from lineshaft.contract.ops.spec import CacheArg
-from lineshaft.contract.problems import AttendProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs
+from lineshaft_contract.ops import Case, all_ops
+from lineshaft_contract.ops.cases import PagedStep, Paging, paged_step
+from lineshaft_contract.ops.run import compare, operand
+from lineshaft_contract.ops.spec import CacheArg
+from lineshaft_contract.problems import AttendProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs
 from lineshaft_cpu.attention import SPARE_KEYS, Planner, alike, attend
 from lineshaft_torch.arrays import from_host, to_host
 from lineshaft_torch.tensors import map_tensors

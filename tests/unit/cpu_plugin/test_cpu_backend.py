@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lineshaft.contract.backends import World
+from lineshaft_contract.backends import World
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.memory import HostMemory
 from lineshaft_cpu.options import CpuOptions
@@ -37,7 +37,7 @@ def test_options_refuse_what_they_do_not_know() -> None:
 def test_kernels_have_unique_names_and_the_memory_budget_of_the_options() -> None:
     kernels = create(CpuOptions(attention_memory_mib=1), World()).kernels()
     assert len({kernel.name for kernel in kernels}) == len(kernels)
-    from lineshaft.contract.problems import AttendProblem
+    from lineshaft_contract.problems import AttendProblem
 
     problem = AttendProblem(
         dtype="float32", kv_dtype="float32", q_heads=8, kv_heads=8, qk_dim=64, v_dim=64, page_size=16, scale=1.0,

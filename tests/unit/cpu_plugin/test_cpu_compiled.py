@@ -11,11 +11,12 @@ import torch
 from tests.unit.cpu_plugin.test_cpu_attention import FEATURES, SPEC, case_of, tensors_of
 from tests.unit.cpu_plugin.test_cpu_kernels import LEVELS
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops.cases import Paging, paged_step
-from lineshaft.contract.ops.run import compare
-from lineshaft.contract.problems import (
+from lineshaft.errors import Unsupported
+from lineshaft_contract.backends import World
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops.cases import Paging, paged_step
+from lineshaft_contract.ops.run import compare
+from lineshaft_contract.problems import (
     AttendProblem,
     NormProblem,
     PointwiseProblem,
@@ -23,7 +24,6 @@ from lineshaft.contract.problems import (
     RopeProblem,
     SampleProblem,
 )
-from lineshaft.errors import Unsupported
 from lineshaft_cpu import compiled, native
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions

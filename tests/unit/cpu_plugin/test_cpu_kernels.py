@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import Case, OpSpec, all_ops
-from lineshaft.contract.ops.run import compare, operand
-from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
-from lineshaft.contract.problems import ExpertProblem, LinearProblem, PointwiseProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs
-from lineshaft.contract.weights import Local, Param, Stored, Weight
-from lineshaft.weights import pack_rows
+from lineshaft_contract.backends import World
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import Case, OpSpec, all_ops
+from lineshaft_contract.ops.run import compare, operand
+from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg
+from lineshaft_contract.packing import pack_rows
+from lineshaft_contract.problems import ExpertProblem, LinearProblem, PointwiseProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs
+from lineshaft_contract.weights import Local, Param, Stored, Weight
 from lineshaft_cpu import native
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.problems import EmbedProblem, LinearProblem
-from lineshaft.contract.sessions import Packing
-from lineshaft.contract.steps import StepShape
-from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext
 from lineshaft.models.llama import build
 from lineshaft.plan import Workload, make_plan
 from lineshaft.plan.resolve import Resolver, joint_layout
 from lineshaft.runner.programs import all_programs
+from lineshaft_contract.backends import World
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.problems import EmbedProblem, LinearProblem
+from lineshaft_contract.sessions import Packing
+from lineshaft_contract.steps import StepShape
+from lineshaft_contract.weights import Local, Param, Stored
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_cpu.packed import BLOCKED, linear, pack, supports

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.contract.ops.logits import kept_tokens
-from lineshaft.contract.problems import SampleProblem
+from lineshaft_contract.ops.logits import kept_tokens
+from lineshaft_contract.problems import SampleProblem
 from lineshaft_cpu import sampling
 
 PLAIN = SampleProblem(dtype="float32", vocab=0)

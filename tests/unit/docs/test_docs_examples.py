@@ -15,9 +15,6 @@ import pytest
 
 from lineshaft import LLM, SamplingParams
 from lineshaft.config import make_config
-from lineshaft.contract.problems import EmbedProblem, LinearProblem, Problem
-from lineshaft.contract.sessions import Packing
-from lineshaft.contract.weights import Local, Param
 from lineshaft.errors import (
     AmbiguousBackend,
     InvalidSamplingParams,
@@ -36,6 +33,9 @@ from lineshaft_conformance.harness.rig import Values, whole_param
 from lineshaft_conformance.levels import collect
 from lineshaft_conformance.scaffold import render
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.problems import EmbedProblem, LinearProblem, Problem
+from lineshaft_contract.sessions import Packing
+from lineshaft_contract.weights import Local, Param
 
 ROOT = Path(__file__).parents[3]
 PLAIN, KERNEL = ROOT / "examples" / "numpy_backend", ROOT / "examples" / "kernel"
@@ -225,7 +225,9 @@ def turned(param: Param, local: Local) -> dict[str, np.ndarray[Any, Any]]:
 def test_plain_numpy_is_small_and_free_of_other_array_libraries() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (PLAIN / "src").rglob("*.py")]
     assert sum(bool(line.strip()) for text in sources for line in text.splitlines()) <= 300
-    assert not re.search(r"^\s*(import|from) (torch|jax|lineshaft_(?!plainnp))", "\n".join(sources), re.MULTILINE)
+    assert not re.search(
+        r"^\s*(import|from) (torch|jax|lineshaft_(?!plainnp|contract))", "\n".join(sources), re.MULTILINE
+    )
 
 
 # ---- one kernel for another's backend --------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from tests.unit.docs.pages import PAGES, ROOT, blocks, named, prose, script, spans
 
-from lineshaft.contract.backends import Capabilities
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.scaffold import KITS, render
+from lineshaft_contract.backends import Capabilities
 from lineshaft_cpu.options import CpuOptions
 
 EXAMPLES = ("kernel", "numpy_backend")
@@ -70,7 +70,7 @@ def test_every_file_in_a_code_span_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_name_of_lineshaft_in_a_code_span_can_be_imported(page: Path) -> None:
-    names = {span for span in spans(page) if re.fullmatch(r"lineshaft(_torch|_cpu)?(\.\w+)+", span)}
+    names = {span for span in spans(page) if re.fullmatch(r"lineshaft(_contract|_torch|_cpu)?(\.\w+)+", span)}
     names -= {"lineshaft.backends", "lineshaft.commands"}  # the entry points' groups
     assert [name for name in sorted(names) if not importable(name)] == []
 

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import Case, all_ops
-from lineshaft.contract.ops.run import compare, operand
-from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
-from lineshaft.contract.problems import KVProblem, LinearProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs
-from lineshaft.contract.weights import Weight
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import Case, all_ops
+from lineshaft_contract.ops.run import compare, operand
+from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg
+from lineshaft_contract.problems import KVProblem, LinearProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs
+from lineshaft_contract.weights import Weight
 from lineshaft_jax.arrays import to_host
 from lineshaft_jax.kernels import xla_kernels
 from lineshaft_jax.kernels.attend import attend

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from lineshaft.contract.ops import Case, all_ops
-from lineshaft.contract.ops.run import compare, operand
-from lineshaft.contract.problems import CollectiveProblem
 from lineshaft.errors import ContractViolation
+from lineshaft_contract.ops import Case, all_ops
+from lineshaft_contract.ops.run import compare, operand
+from lineshaft_contract.problems import CollectiveProblem
 from lineshaft_jax.arrays import to_host
 from lineshaft_jax.kernels import xla_kernels
 

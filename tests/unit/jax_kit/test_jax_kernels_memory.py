@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lineshaft.contract.problems import AttendProblem, KVProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs, StepShape
+from lineshaft_contract.problems import AttendProblem, KVProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs, StepShape
 from lineshaft_jax.kernels import xla_kernels
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs
 

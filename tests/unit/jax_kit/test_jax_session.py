@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.steps import ArraySpec, InputField, InputLayout, StepInputs, StepShape
 from lineshaft.errors import ContractViolation, InvalidValue
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.rig import Rig, const_param
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.backends import World
+from lineshaft_contract.ops.spec import numpy_dtype
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.steps import ArraySpec, InputField, InputLayout, StepInputs, StepShape
 from lineshaft_jax.devices import cpu_devices
 from lineshaft_jax.kernels.pages import cache_specs
 from lineshaft_jax.mesh import Placement, mesh_of

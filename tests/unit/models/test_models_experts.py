@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.sessions import Tree, leaves
-from lineshaft.contract.weights import Coordinate, Param, Stored
 from lineshaft.errors import CorruptCheckpoint, LineshaftError, MisshapenTensor, UnknownArchitecture
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, deepseek, gpt_oss, mixtral, qwen3_moe
@@ -17,7 +15,9 @@ from lineshaft.models.decoder import Decoder
 from lineshaft.models.gpt_oss import decode_mxfp4
 from lineshaft.plan.trace import distinct_params
 from lineshaft.weights.memory import local_bytes
-from lineshaft.weights.schemes import check_parts
+from lineshaft_contract.schemes import check_parts
+from lineshaft_contract.sessions import Tree, leaves
+from lineshaft_contract.weights import Coordinate, Param, Stored
 
 E, H, F = 3, 32, 64
 PLAIN: dict[str, Any] = {

@@ -9,10 +9,10 @@ import pytest
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lineshaft.contract.ops.rope import rope_frequencies
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext
 from lineshaft.models.reading import FULL, SLIDING, rope
+from lineshaft_contract.ops.rope import rope_frequencies
 
 DIM, MOST = 64, 1024
 FACTORS = {"short_factor": [1.0 + i / 50 for i in range(32)], "long_factor": [1.0 + i for i in range(32)]}

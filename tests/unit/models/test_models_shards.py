@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.sessions import leaves
-from lineshaft.contract.weights import Coordinate, Param, Stored
 from lineshaft.errors import MisshapenTensor, MissingTensor
 from lineshaft.layout import Degrees, ModelShape
 from lineshaft.models import BuildContext, gemma3
 from lineshaft.models.attention import Attention
 from lineshaft.models.mlp import GatedMlp
-from lineshaft.weights import dequantize
+from lineshaft_contract.schemes import dequantize
+from lineshaft_contract.sessions import leaves
+from lineshaft_contract.weights import Coordinate, Param, Stored
 
 Q_HEADS, KV_HEADS, DIM, HIDDEN, WIDTH = 8, 4, 2, 6, 16
 SHAPE = ModelShape(Q_HEADS, KV_HEADS, HIDDEN, WIDTH, 10)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.problems import EmbedProblem, ExpertProblem, LinearProblem, Problem
-from lineshaft.contract.steps import InputField, InputLayout, StepShape
-from lineshaft.contract.weights import Local, Param
 from lineshaft.plan import Plan, ProgramSpec, Resolver, Workload, make_plan
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.problems import EmbedProblem, ExpertProblem, LinearProblem, Problem
+from lineshaft_contract.steps import InputField, InputLayout, StepShape
+from lineshaft_contract.weights import Local, Param
 
 VOCAB, WIDTH = 6, 4
 BYTES = 2 * VOCAB * WIDTH

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import AttendProblem, LinearProblem
 from lineshaft.errors import Ambiguous, Unsupported
 from lineshaft.plan.resolve import Resolver, joint_layout
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import AttendProblem, LinearProblem
 
 LINEAR = LinearProblem(dtype="float32", n=8, k=4, m=2)
 ATTEND = AttendProblem(

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.steps import ArraySpec
 from lineshaft.errors import ContractViolation
 from lineshaft.plan.trace import AbstractArray, Workspace, dispatch_key
-from lineshaft.reference.session import ValueArray
+from lineshaft_contract.reference.session import ValueArray
+from lineshaft_contract.steps import ArraySpec
 
 
 def both(shape: tuple[int, ...]) -> list[Any]:

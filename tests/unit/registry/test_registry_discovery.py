@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from lineshaft.contract.backends import API_VERSION, BackendInfo, BackendKind, Probe
-from lineshaft.contract.hooks import ENTRY_POINT_GROUP, hookimpl
-from lineshaft.contract.kernels import Kernel
 from lineshaft.errors import AmbiguousBackend, BackendUnavailable, PluginError, UnknownBackend
 from lineshaft.registry import Registry, discover, load_attribute
+from lineshaft_contract.backends import API_VERSION, BackendInfo, BackendKind, Probe
+from lineshaft_contract.hooks import ENTRY_POINT_GROUP, hookimpl
+from lineshaft_contract.kernels import Kernel
 
 Install = Callable[..., EntryPoint]
 

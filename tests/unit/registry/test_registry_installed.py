@@ -46,8 +46,8 @@ def distribution(folder: Path, name: str, code: str) -> None:
 
 def test_plugins_are_found_by_their_metadata(tmp_path: Path) -> None:
     good = """
-from lineshaft.contract.backends import BackendInfo
-from lineshaft.contract.hooks import hookimpl
+from lineshaft_contract.backends import BackendInfo
+from lineshaft_contract.hooks import hookimpl
 @hookimpl
 def lineshaft_backends():
     return [BackendInfo(name="widget", probe="x:y", factory="x:z")]

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import lineshaft
-from lineshaft import errors
 from lineshaft.config import load_config
+from lineshaft_contract import errors
 
 ROOT = Path(__file__).parents[3]
 DISTRIBUTIONS = sorted(
     path.parent
-    for pattern in ("core", "bench", "conformance", "kits/*", "plugins/*")
+    for pattern in ("contract", "core", "bench", "conformance", "kits/*", "plugins/*")
     for path in ROOT.glob(f"{pattern}/pyproject.toml")
 )
 

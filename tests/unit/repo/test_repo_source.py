@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 CORE = ROOT / "core" / "src" / "lineshaft"
+CONTRACT = ROOT / "contract" / "src" / "lineshaft_contract"
 SUITE = ROOT / "conformance" / "src"
 BENCH = ROOT / "bench" / "src"
 SOURCES = [
-    ROOT / "core" / "src", SUITE, BENCH,
+    ROOT / "contract" / "src", ROOT / "core" / "src", SUITE, BENCH,
     *sorted((ROOT / "kits").glob("*/src")), *sorted((ROOT / "plugins").glob("*/src")),
 ]  # fmt: skip
 MODULES = sorted(CORE.rglob("*.py"))
+NEUTRAL = sorted([*MODULES, *CONTRACT.rglob("*.py")])
 ALL_MODULES = sorted(path for source in SOURCES for path in source.rglob("*.py"))
 
 # fmt: off
@@ -33,10 +37,10 @@ TENSOR_LIBRARIES = {"cupy", "jax", "mlx", "tensorflow", "tinygrad", "torch", "tr
 
 # An import goes from a higher rank to a lower one. A new folder or module gets its rank here, on purpose.
 RANKS = (
-    {"errors", "host"},
-    {"contract", "cache", "outputs"},
+    {"errors"},
+    {"cache", "outputs"},
     {"sampling", "registry", "layout", "weights", "meter"},
-    {"scheduler", "config", "models", "tokenizer", "plan", "reference"},
+    {"scheduler", "config", "models", "tokenizer", "plan"},
     {"runner"},
     {"executors", "flight"},
     {"engine"},
@@ -46,11 +50,13 @@ RANKS = (
 )
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 NARROW = {
-    "contract": {"errors"},
     "cache": {"errors"},
-    "sampling": {"errors", "host", "contract"},
+    "sampling": {"errors"},
     "scheduler": {"errors", "cache", "sampling"},
 }
+NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+}  # fmt: skip
 WITHOUT_ARRAYS = ("cache", "scheduler", "config", "registry", "cli")
 
 
@@ -84,8 +90,8 @@ def test_the_lint_takes_identifiers_apart() -> None:
     assert not words("CompletionOutput throughput relationship hipster") & VENDORS
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_core_names_no_vendor(path: Path) -> None:
+@pytest.mark.parametrize("path", NEUTRAL, ids=name)
+def test_core_and_contract_name_no_vendor(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     named = [f"{number}: {line.strip()}" for number, line in enumerate(lines, 1) if words(line) & VENDORS]
     assert named == []
@@ -115,22 +121,39 @@ def test_host_logic_uses_no_array_library(folder: str) -> None:
 
 
 def test_core_imports_no_tensor_library_nor_plugin_even_lazily() -> None:
-    roots = {(name(path), module.partition(".")[0]) for path in MODULES for module in imports(path)}
-    assert {found for found in roots if found[1] in TENSOR_LIBRARIES or found[1].startswith("lineshaft_")} == set()
+    roots = {(name(path), module.partition(".")[0]) for path in NEUTRAL for module in imports(path)}
+    assert {found for found in roots if found[1] in TENSOR_LIBRARIES or plugin(found[1])} == set()
+
+
+def plugin(module: str) -> bool:
+    """Whether a top-level module is another distribution of ours than core and contract."""
+    return module.startswith("lineshaft_") and module != "lineshaft_contract"
+
+
+def test_the_contract_and_what_is_built_on_it_do_not_know_core() -> None:
+    below = [path for path in ALL_MODULES if not path.is_relative_to(CORE) and SUITE not in path.parents]
+    knowing = {name(path) for path in below if BENCH not in path.parents and "lineshaft" in roots(path)}
+    assert knowing == set()
+    assert {module for path in CONTRACT.rglob("*.py") for module in roots(path) if plugin(module)} == set()
+
+
+def roots(path: Path) -> set[str]:
+    """The top-level modules that a file imports."""
+    return {module.partition(".")[0] for module in imports(path)}
 
 
 def test_the_suite_imports_a_tensor_library_and_plugins_for_its_mutants_only() -> None:
     for path in SUITE.rglob("*.py"):
-        roots = {module.partition(".")[0] for module in imports(path)} - {"lineshaft_conformance"}
         if "mutants" not in path.parts:
-            assert not {root for root in roots if root in TENSOR_LIBRARIES or root.startswith("lineshaft_")}, path
+            others = roots(path) - {"lineshaft_conformance"}
+            assert not {root for root in others if root in TENSOR_LIBRARIES or plugin(root)}, path
 
 
 def test_the_bench_imports_a_tensor_library_in_the_drivers_of_peers_only() -> None:
     for path in BENCH.rglob("*.py"):
-        roots = {module.partition(".")[0] for module in imports(path)} - {"lineshaft_bench"}
         if "peers" not in path.parts:
-            assert not {root for root in roots if root in TENSOR_LIBRARIES or root.startswith("lineshaft_")}, path
+            others = roots(path) - {"lineshaft_bench"}
+            assert not {root for root in others if root in TENSOR_LIBRARIES or plugin(root)}, path
 
 
 IMPORT_ALL = """
@@ -139,7 +162,7 @@ forbidden = set(sys.argv[1].split())
 found = {}
 for name in sys.argv[2].split():
     importlib.import_module(name)
-    roots = {module.partition(".")[0] for module in sys.modules}
+    roots = {module.partition(".")[0] for module in sys.modules} - {"lineshaft_contract"}
     found[name] = sorted(root for root in roots if root in forbidden or root.startswith("lineshaft_"))
 print(json.dumps(found))
 """
@@ -158,10 +181,59 @@ def test_a_process_that_imports_all_of_core_holds_no_tensor_library_nor_plugin()
     assert {module: roots for module, roots in held.items() if roots} == {}
 
 
+MOST_LINES = 9_000
+"""Of code in core: neither blank lines, comments nor docstrings."""
+
+
+def test_core_stays_small() -> None:
+    assert sum(map(lines_of_code, MODULES)) <= MOST_LINES
+
+
+def lines_of_code(path: Path) -> int:
+    """How many lines hold code, of the file at `path`."""
+    text = path.read_text(encoding="utf-8")
+    return len(lines_of_tokens(text) - lines_of_docstrings(ast.parse(text)))
+
+
+def lines_of_tokens(text: str) -> set[int]:
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return {line for token in tokens if token.type not in NO_CODE for line in range(token.start[0], token.end[0] + 1)}
+
+
+def lines_of_docstrings(tree: ast.Module) -> set[int]:
+    """Of modules, classes and functions, and of texts that stand alone below what they describe."""
+    texts = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    return {line for node in texts for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+
+
+def test_lines_of_code_are_those_that_do_something(tmp_path: Path) -> None:
+    path = tmp_path / "counted.py"
+    path.write_text('''"""A module
+of two lines."""
+
+# a comment
+X = (
+    1,  # counted
+)
+"""What X is."""
+
+
+def f() -> int:
+    """Nothing."""
+    return """a text
+that counts"""
+''')
+    assert lines_of_code(path) == 6
+
+
 def test_only_the_configuration_reads_the_environment() -> None:
     readers = {"environ", "environb", "getenv", "getenvb"}
     found = set()
-    for path in MODULES:
+    for path in NEUTRAL:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             of_os = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
             if of_os and node.attr in readers:

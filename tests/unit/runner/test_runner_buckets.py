@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lineshaft.contract.backends import Capabilities
 from lineshaft.runner.buckets import Need, fit, make_shapes, powers_of_two
+from lineshaft_contract.backends import Capabilities
 
 
 @given(budget=st.integers(1, 300), max_rows=st.integers(1, 40), data=st.data())

@@ -3,13 +3,13 @@
 import numpy as np
 
 from lineshaft.cache import CacheManager, GroupSpec
-from lineshaft.contract.steps import HostStep, StepShape, edit_inputs, forward_inputs
 from lineshaft.runner.messages import ChoiceMessage, StepMessage, StepResult
 from lineshaft.runner.pack import need_of, pack_forward
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.sampling.pack import pack_sampling
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Limits, Request, Scheduler
+from lineshaft_contract.steps import HostStep, StepShape, edit_inputs, forward_inputs
 
 
 def run_one_step() -> tuple[HostStep, Scheduler, CacheManager, list[Request]]:

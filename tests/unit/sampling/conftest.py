@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from lineshaft.contract.ops.logits import apply_logits
-from lineshaft.contract.problems import SampleProblem
 from lineshaft.sampling.choice import Choice
 from lineshaft.sampling.pack import pack_adjust
 from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.tokenizer import Tokenizer
 from lineshaft.weights import resolve
+from lineshaft_contract.ops.logits import apply_logits
+from lineshaft_contract.problems import SampleProblem
 
 Adjust = Callable[[Sequence[Choice | None], Any], Any]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import generation
 
-from lineshaft.contract.ops.logits import kept_tokens
-from lineshaft.contract.problems import SampleProblem
 from lineshaft.sampling import SamplingParams
 from lineshaft.sampling.pack import pack_sampling
+from lineshaft_contract.ops.logits import kept_tokens
+from lineshaft_contract.problems import SampleProblem
 from lineshaft_torch.kernels.logits import sample
 
 WARPERS: dict[str, tuple[dict[str, Any], list[Any]]] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops.logits import logprobs
-from lineshaft.contract.problems import SampleProblem
 from lineshaft.sampling.logprobs import Logprobs, PromptLogprobs
+from lineshaft_contract.ops.logits import logprobs
+from lineshaft_contract.problems import SampleProblem
 
 PROMPT, VOCAB, TOP = [4, 1, 7, 7, 2, 0, 9], 12, 3
 LOGITS = np.random.default_rng(0).standard_normal((len(PROMPT), VOCAB))

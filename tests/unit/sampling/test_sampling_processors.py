@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.ops.logits import logprobs
-from lineshaft.contract.problems import SampleProblem
 from lineshaft.sampling import SamplingParams
 from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.sampling.processors import ProcessedRow, choose_processed
+from lineshaft_contract.ops.logits import logprobs
+from lineshaft_contract.problems import SampleProblem
 
 LOGITS = np.array([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 9.0]], np.float32)
 IDS = np.array([1, 0, 3], np.int32)

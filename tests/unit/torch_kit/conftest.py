@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.contract.problems import KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
-from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.plan import Resolver
+from lineshaft_contract.problems import KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
+from lineshaft_contract.weights import Local, Param, Stored
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_torch.session import SessionOptions, TorchSession
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.errors import ContractViolation
+from lineshaft_contract.ops.spec import numpy_dtype
 from lineshaft_torch.arrays import DTYPES, dtype_name, from_host, host_view, to_host, torch_dtype
 
 

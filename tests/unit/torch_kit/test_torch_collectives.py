@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.run import compare, operand
 from lineshaft.errors import ContractViolation
+from lineshaft_contract.backends import World
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.run import compare, operand
 from lineshaft_torch.collectives import Group, ProcessGroups, gloo_group, members_of
 
 TIMEOUT_S = 60
@@ -24,7 +24,7 @@ OPS = {name: spec for name, spec in all_ops().items() if spec.collective}
 WORKER = """
 import pickle, sys
 import torch
-from lineshaft.contract.backends import World
+from lineshaft_contract.backends import World
 from lineshaft_torch.arrays import from_host, to_host
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_torch.session import SessionOptions, TorchSession
@@ -108,7 +108,7 @@ def test_collectives_agree_with_their_references(tmp_path: Path, degrees: Any, p
 
 
 def test_a_subgroup_sums_over_its_own_members_only(tmp_path: Path) -> None:
-    from lineshaft.contract.problems import CollectiveProblem
+    from lineshaft_contract.problems import CollectiveProblem
 
     operands = {rank: np.full((2,), 10.0**rank, np.float32) for rank in range(4)}
     jobs = [
@@ -122,7 +122,7 @@ def test_a_subgroup_sums_over_its_own_members_only(tmp_path: Path) -> None:
 
 
 def test_a_missing_rank_is_a_dead_worker_within_the_timeout(tmp_path: Path) -> None:
-    from lineshaft.contract.problems import CollectiveProblem
+    from lineshaft_contract.problems import CollectiveProblem
 
     operands = {rank: np.ones(2, np.float32) for rank in range(2)}
     problem = CollectiveProblem(dtype="float32", axis=("tp",), size=2, shape=(2,))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.contract.problems import AttendProblem, EmbedProblem, LinearProblem, SampleProblem
-from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepShape, forward_inputs
 from lineshaft.errors import ContractViolation, SessionPoisoned
+from lineshaft_contract.problems import AttendProblem, EmbedProblem, LinearProblem, SampleProblem
+from lineshaft_contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepShape, forward_inputs
 from lineshaft_torch.tensors import storage_key
 
 WIDTH = 8

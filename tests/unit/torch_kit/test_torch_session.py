@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.problems import ConstProblem, LinearProblem
-from lineshaft.contract.sessions import Packing
-from lineshaft.contract.steps import InputField, InputLayout, StepShape
-from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory, SessionClosed, SessionFrozen
-from lineshaft.reference.session import ReferenceSession
+from lineshaft_contract.backends import World
+from lineshaft_contract.ops.spec import numpy_dtype
+from lineshaft_contract.problems import ConstProblem, LinearProblem
+from lineshaft_contract.reference.session import ReferenceSession
+from lineshaft_contract.sessions import Packing
+from lineshaft_contract.steps import InputField, InputLayout, StepShape
+from lineshaft_contract.weights import Local, Param, Stored
 from lineshaft_torch.collectives import coordinate_of, members_of
 from lineshaft_torch.session import TorchSession
 

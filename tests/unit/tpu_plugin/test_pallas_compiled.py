@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
 from lineshaft_tpu.chips import CHIPS, parse_topology
 from lineshaft_tpu.devices import topology_devices
 from lineshaft_tpu.inspection import inspect

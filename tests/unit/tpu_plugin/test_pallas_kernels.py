@@ -12,15 +12,15 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.quantize import quantize_rows
-from lineshaft.contract.ops.run import compare, operand
-from lineshaft.contract.ops.spec import CacheArg, Case, StepArg, WeightArg
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs, StepShape
-from lineshaft.contract.weights import Weight
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.quantize import quantize_rows
+from lineshaft_contract.ops.run import compare, operand
+from lineshaft_contract.ops.spec import CacheArg, Case, StepArg, WeightArg
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs, StepShape
+from lineshaft_contract.weights import Weight
 from lineshaft_tpu.chips import CHIPS
 from lineshaft_tpu.pallas.interpreting import watched
 from lineshaft_tpu.pallas.recipes import pallas_kernels

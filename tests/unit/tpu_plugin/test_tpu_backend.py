@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.problems import KVProblem
 from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
+from lineshaft_contract.backends import World
+from lineshaft_contract.problems import KVProblem
 from lineshaft_jax.memory import RankMemory, device_memory
 from lineshaft_tpu import devices, probe
 from lineshaft_tpu.backend import TpuBackend, create

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.weights import Stored
 from lineshaft.weights.decoded import decode_with
+from lineshaft_contract.weights import Stored
 
 
 class Halves:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lineshaft.contract.weights import Local, Param
 from lineshaft.errors import MisshapenTensor, OutOfMemory
 from lineshaft.weights import as_dtype, check_fits, local_bytes, repacked
+from lineshaft_contract.weights import Local, Param
 
 GIB = 1 << 30
 

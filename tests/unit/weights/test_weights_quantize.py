@@ -9,11 +9,11 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize as quantize_blocks
 
-from lineshaft.contract.ops.quantize import quantize_rows
-from lineshaft.contract.problems import LinearProblem
-from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.errors import ContractViolation, MisshapenTensor
 from lineshaft.weights import dequantize, local_bytes, pack_rows, quantized
+from lineshaft_contract.ops.quantize import quantize_rows
+from lineshaft_contract.problems import LinearProblem
+from lineshaft_contract.weights import Local, Param, Stored
 
 SCHEMES = ("int8", "fp8")
 

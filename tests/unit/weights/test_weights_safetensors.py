@@ -12,9 +12,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import CorruptCheckpoint, LineshaftError, MisshapenTensor, MissingTensor, ModelNotFound
 from lineshaft.weights import open_checkpoint
+from lineshaft_contract.weights import Checkpoint
 
 
 def write_raw(folder: Path, header: Any, data: bytes = b"\0" * 64) -> Path:

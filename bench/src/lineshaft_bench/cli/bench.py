@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lineshaft.cli.compile import check_writable
-from lineshaft.cli.options import add_config_arguments, load_config, pairs
+from lineshaft.cli.options import add_config_arguments, check_writable, load_config, pairs
 from lineshaft.cli.table import table
 from lineshaft.errors import InvalidValue
 from lineshaft_bench.cli.simulate import check_plot, names, whole

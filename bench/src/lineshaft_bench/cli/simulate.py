@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lineshaft.cli.compile import check_writable
+from lineshaft.cli.options import check_writable
 from lineshaft.cli.table import table
 from lineshaft.errors import InvalidValue
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.steps import StepShape
 from lineshaft.executors import Executor, Forwarding
 from lineshaft.plan.plan import make_shape
 from lineshaft.runner.buckets import Need, fit
 from lineshaft.runner.messages import Sizes, StepMessage
 from lineshaft_bench.errors import DeviceError
 from lineshaft_bench.simulator.cost import Linear, Load
+from lineshaft_contract.steps import StepShape
 
 ROUNDS, OUTLIER = 3, 4.0
 """Fits, each of which leaves out samples whose error is so many times the median."""

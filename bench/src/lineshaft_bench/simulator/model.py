@@ -8,14 +8,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lineshaft.contract.problems import AttendProblem, KVProblem, RouterProblem
-from lineshaft.contract.weights import Param
 from lineshaft.errors import InvalidValue
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, builtin_families, find_family
 from lineshaft.plan.trace import distinct_params
 from lineshaft.registry import Registry
 from lineshaft.weights import CONFIG_ALONE, FORMATS, as_dtype, local_bytes, open_checkpoint, resolve
+from lineshaft_contract.problems import AttendProblem, KVProblem, RouterProblem
+from lineshaft_contract.weights import Param
 
 HEAD = "head"
 """How models name the parameter that makes logits."""

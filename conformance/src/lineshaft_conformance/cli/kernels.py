@@ -13,16 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lineshaft.cli.compile import check_writable
-from lineshaft.cli.options import pairs
+from lineshaft.cli.options import check_writable, pairs
 from lineshaft.cli.table import table
 from lineshaft.errors import InvalidValue
 from lineshaft_conformance.cli.conformance import backend_arguments, limit, positive
 
 if TYPE_CHECKING:
-    from lineshaft.contract.kernels import Kernel
     from lineshaft_conformance.matrix import Matrix
     from lineshaft_conformance.subject import Target
+    from lineshaft_contract.kernels import Kernel
 
 HELP = "list a backend's kernels, or compile them for devices that are not here"
 EPILOG = """exit status:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops import Case
-from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg, numpy_dtype
-from lineshaft.contract.problems import (
+from lineshaft_conformance.harness.op_case import cache_problem
+from lineshaft_contract.ops import Case
+from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg, numpy_dtype
+from lineshaft_contract.problems import (
     AttendProblem,
     EmbedProblem,
     KVProblem,
@@ -23,9 +24,8 @@ from lineshaft.contract.problems import (
     RopeProblem,
     SampleProblem,
 )
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import StepShape, forward_inputs
-from lineshaft_conformance.harness.op_case import cache_problem
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import StepShape, forward_inputs
 
 Operands = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of an op by position and by keyword."""

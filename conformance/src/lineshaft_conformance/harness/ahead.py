@@ -14,12 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import OpSpec
-from lineshaft.contract.ops.spec import Size
-from lineshaft.contract.problems import CollectiveProblem, Problem
-from lineshaft.contract.sessions import CaptureReport
 from lineshaft.errors import LayoutError
 from lineshaft.plan.resolve import Resolver
 from lineshaft.registry.loading import one_line
@@ -29,6 +23,12 @@ from lineshaft_conformance.harness.op_case import OpCase, prepare
 from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.harness.world import Collective, Exchange, mesh_axes
 from lineshaft_conformance.subject import OnDevice
+from lineshaft_contract.backends import World
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import OpSpec
+from lineshaft_contract.ops.spec import Size
+from lineshaft_contract.problems import CollectiveProblem, Problem
+from lineshaft_contract.sessions import CaptureReport
 
 FIGURES = ("seconds", "arguments", "outputs", "temporaries", "aliased", "code", "flops", "moved")
 """Fields of a CaptureReport that are stored of each compilation, beside its details."""

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import Case, OpSpec
-from lineshaft.contract.ops.run import operand
-from lineshaft.contract.ops.spec import CacheArg, StepArg, WeightArg
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
-from lineshaft.contract.sessions import Cache, HostArray, StepFunction, Tree
-from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
-from lineshaft.contract.weights import Array, Param
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.rig import Rig, whole_param
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import Case, OpSpec
+from lineshaft_contract.ops.run import operand
+from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
+from lineshaft_contract.sessions import Cache, HostArray, StepFunction, Tree
+from lineshaft_contract.steps import InputField, InputLayout, StepInputs, StepShape
+from lineshaft_contract.weights import Array, Param
 
 USE = "op_under_test"
 PASSED_ON = "given."

@@ -11,16 +11,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import Numerics
-from lineshaft.contract.ops.spec import EXACT, StepArg, numpy_dtype
-from lineshaft.contract.problems import AttendProblem, KVProblem
-from lineshaft.contract.sessions import Cache, HostArray, Pending, Transfer
-from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape, forward_inputs
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.checks import Found, NotClaimed, fail, require, require_dtype
 from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import Numerics
+from lineshaft_contract.ops.spec import EXACT, StepArg, numpy_dtype
+from lineshaft_contract.problems import AttendProblem, KVProblem
+from lineshaft_contract.sessions import Cache, HostArray, Pending, Transfer
+from lineshaft_contract.steps import InputField, InputLayout, StepInputs, StepShape, forward_inputs
 
 Pages = dict[str, HostArray]
 HEADS, KV_HEADS, DIM = 4, 2, 16

@@ -13,15 +13,9 @@ from itertools import product
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.ops.logits import argmax, sample
-from lineshaft.contract.ops.spec import Tolerance, epsilon
-from lineshaft.contract.problems import SampleProblem
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext
 from lineshaft.plan import ProgramSpec
-from lineshaft.reference.backend import NAME
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.programs import FORWARD, forward_function
@@ -30,6 +24,12 @@ from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.harness.watched import Step
 from lineshaft_conformance.results import Deviation
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.ops.logits import argmax, sample
+from lineshaft_contract.ops.spec import Tolerance, epsilon
+from lineshaft_contract.problems import SampleProblem
+from lineshaft_contract.reference.backend import NAME
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import HostStep, StepShape, forward_inputs
 
 RULE = Tolerance()
 """The contract's rule; its K is the model's width, the reduction that makes the logits: what is lost before it shows in

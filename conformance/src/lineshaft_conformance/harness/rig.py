@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import ConstProblem, KVProblem, Problem
-from lineshaft.contract.sessions import Handle, HostArray, Pending, Program, Session, Transfer, Tree, map_tree
-from lineshaft.contract.steps import HostStep
-from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored
 from lineshaft.plan import Plan, Planned, ProgramSpec, Resolver, Workload, make_plan
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import ConstProblem, KVProblem, Problem
+from lineshaft_contract.sessions import Handle, HostArray, Pending, Program, Session, Transfer, Tree, map_tree
+from lineshaft_contract.steps import HostStep
+from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored
 
 ONE = dict.fromkeys(("dp", "pp", "cp", "ep", "tp"), 1)
 

@@ -13,10 +13,6 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig, make_config
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.logits import logprobs
-from lineshaft.contract.ops.spec import EXACT, Numerics
-from lineshaft.contract.problems import SampleProblem
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.scheduler import Request
 from lineshaft_conformance.checks import Failure, Found, require
@@ -24,6 +20,10 @@ from lineshaft_conformance.harness.replay import Compared, Reference, compare_st
 from lineshaft_conformance.harness.rig import kernel_names
 from lineshaft_conformance.harness.watched import Row, Step, watched_engine
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.logits import logprobs
+from lineshaft_contract.ops.spec import EXACT, Numerics
+from lineshaft_contract.problems import SampleProblem
 
 MOST_STEPS = 2000
 """More than any scenario needs: an engine that does not get on fails instead of hanging."""

@@ -11,9 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.backends import Backend, World
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.problems import (
+from lineshaft.plan import ProgramSpec
+from lineshaft_conformance.harness.op_case import NO_STEP
+from lineshaft_conformance.harness.rig import Rig, whole_param
+from lineshaft_conformance.harness.timing import seconds
+from lineshaft_conformance.subject import Subject
+from lineshaft_contract.backends import Backend, World
+from lineshaft_contract.ops.spec import numpy_dtype
+from lineshaft_contract.problems import (
     AttendProblem,
     EmbedProblem,
     KVProblem,
@@ -23,14 +28,9 @@ from lineshaft.contract.problems import (
     Problem,
     SampleProblem,
 )
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import InputField, InputLayout, StepShape, forward_inputs
-from lineshaft.contract.weights import Array
-from lineshaft.plan import ProgramSpec
-from lineshaft_conformance.harness.op_case import NO_STEP
-from lineshaft_conformance.harness.rig import Rig, whole_param
-from lineshaft_conformance.harness.timing import seconds
-from lineshaft_conformance.subject import Subject
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import InputField, InputLayout, StepShape, forward_inputs
+from lineshaft_contract.weights import Array
 
 Run = Callable[[], object]
 WIDTH, HEADS, DIM = 2048, 8, 64

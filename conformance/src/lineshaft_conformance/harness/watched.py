@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
 from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.worker import Progress, Worker
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.sessions import HostArray
 
 
 @dataclass(frozen=True)

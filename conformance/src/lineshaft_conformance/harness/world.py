@@ -25,16 +25,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.problems import ConstProblem
-from lineshaft.contract.sessions import Cache, HostArray, SharedPending, Tree
-from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
-from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param
 from lineshaft.errors import LayoutError
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.checks import Failure, NotClaimed, require
 from lineshaft_conformance.harness.rig import ONE, Rig, stored
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.backends import World
+from lineshaft_contract.problems import ConstProblem
+from lineshaft_contract.sessions import Cache, HostArray, SharedPending, Tree
+from lineshaft_contract.steps import InputField, InputLayout, StepInputs, StepShape
+from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param
 
 Axes = tuple[tuple[str, int], ...]
 """Mesh axes and their sizes, in the order of `World.axes`."""

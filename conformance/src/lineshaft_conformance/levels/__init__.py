@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 
-from lineshaft.contract.ops.spec import Size
 from lineshaft_conformance.checks import Check
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops.spec import Size
 
 THEMES = (
     "load", "ahead", "ops", "paging", "graphs", "weights", "collectives", "ranks", "engine", "determinism", "speed",

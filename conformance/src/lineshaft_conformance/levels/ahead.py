@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import OpSpec
-from lineshaft.contract.ops.spec import Size
 from lineshaft.errors import InvalidValue, LayoutError, Unsupported
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, fail, require
 from lineshaft_conformance.harness.ahead import FIGURES, Outcome, trials, try_kernel
 from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.harness.world import mesh_axes
 from lineshaft_conformance.subject import OnDevice, Subject
+from lineshaft_contract.backends import World
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import OpSpec
+from lineshaft_contract.ops.spec import Size
 
 BEYOND = 2**20
 """Ranks that no target holds."""

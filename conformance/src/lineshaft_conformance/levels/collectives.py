@@ -15,11 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lineshaft.contract.ops import Numerics, OpSpec
-from lineshaft.contract.ops.spec import EXACT, Call, Size, numpy_dtype
-from lineshaft.contract.problems import CollectiveProblem, Problem
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import ArraySpec
 from lineshaft.errors import ContractViolation
 from lineshaft.plan import Resolver, Workload, make_plan
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, require_dtype
@@ -28,6 +23,11 @@ from lineshaft_conformance.harness.world import Axes, Collective, Exchange, Rank
 from lineshaft_conformance.levels.ops import claims, deviation, refusal
 from lineshaft_conformance.results import Deviation
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops import Numerics, OpSpec
+from lineshaft_contract.ops.spec import EXACT, Call, Size, numpy_dtype
+from lineshaft_contract.problems import CollectiveProblem, Problem
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import ArraySpec
 
 FOUR = mesh_axes(dp=2, tp=2)
 THREE = mesh_axes(tp=3)

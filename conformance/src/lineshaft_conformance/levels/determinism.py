@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.ops.spec import Size
-from lineshaft.contract.sessions import HostArray
 from lineshaft.engine import Engine
 from lineshaft.executors import Executor
 from lineshaft.sampling.params import SamplingParams
@@ -24,6 +22,8 @@ from lineshaft_conformance.harness.stage import engine_config, smallest_page
 from lineshaft_conformance.harness.tiny import EVEN, checkpoint
 from lineshaft_conformance.harness.watched import WatchedExecutor
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops.spec import Size
+from lineshaft_contract.sessions import HostArray
 
 CLASSES = ("run", "batch", "chunk", "tp", "device")
 TOKENS = 6

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import Size
 from lineshaft.errors import Unsupported
 from lineshaft_conformance.checks import Check, Found, NotClaimed, require_dtype, rule_of
 from lineshaft_conformance.harness.stage import Stage, smallest_page
 from lineshaft_conformance.harness.tiny import FEATURED, TINY, tiny
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops.spec import Size
 
 Play = Callable[[Stage], None]
 DTYPES = ("float32", "bfloat16", "float64", "float16")

@@ -16,11 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops.spec import Size, numpy_dtype
-from lineshaft.contract.problems import EmbedProblem, LinearProblem
-from lineshaft.contract.sessions import Cache, HostArray, Pending, Session
-from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
 from lineshaft.errors import (
     ContractViolation,
     MisshapenTensor,
@@ -35,6 +30,11 @@ from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.harness.rig import Rig, const_param, whole_param
 from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, seconds
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops.spec import Size, numpy_dtype
+from lineshaft_contract.problems import EmbedProblem, LinearProblem
+from lineshaft_contract.sessions import Cache, HostArray, Pending, Session
+from lineshaft_contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs, StepShape
 
 WIDTH = 64
 UNREAD = 48

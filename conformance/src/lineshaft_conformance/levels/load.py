@@ -15,7 +15,15 @@ import numpy as np
 from pydantic import BaseModel
 
 from lineshaft.config import validate_options
-from lineshaft.contract.backends import (
+from lineshaft.errors import LineshaftError
+from lineshaft.plan.resolve import Resolver
+from lineshaft.registry import load_attribute
+from lineshaft_conformance.checks import Check, Found, NotClaimed, fail, require
+from lineshaft_conformance.evidence import boasts, os_devices
+from lineshaft_conformance.harness.op_case import prepare
+from lineshaft_conformance.levels.ops import claims
+from lineshaft_conformance.subject import Subject
+from lineshaft_contract.backends import (
     API_VERSION,
     Backend,
     BackendInfo,
@@ -25,18 +33,10 @@ from lineshaft.contract.backends import (
     Probe,
     World,
 )
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import Case, OpSpec
-from lineshaft.contract.ops.spec import Size, numpy_dtype
-from lineshaft.contract.problems import AttendProblem, KVProblem, Problem
-from lineshaft.errors import LineshaftError
-from lineshaft.plan.resolve import Resolver
-from lineshaft.registry import load_attribute
-from lineshaft_conformance.checks import Check, Found, NotClaimed, fail, require
-from lineshaft_conformance.evidence import boasts, os_devices
-from lineshaft_conformance.harness.op_case import prepare
-from lineshaft_conformance.levels.ops import claims
-from lineshaft_conformance.subject import Subject
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import Case, OpSpec
+from lineshaft_contract.ops.spec import Size, numpy_dtype
+from lineshaft_contract.problems import AttendProblem, KVProblem, Problem
 
 PAGE_SIZES = (1, 8, 16, 24, 32, 64, 128)
 """Sizes that a backend which takes any page size must have kernels for."""
@@ -44,7 +44,7 @@ PAGE_SIZES = (1, 8, 16, 24, 32, 64, 128)
 _PROBE = """
 import json, sys, time
 began = time.perf_counter()
-import lineshaft.config, lineshaft.contract.ops, lineshaft.host, lineshaft.registry
+import lineshaft.config, lineshaft_contract.ops, lineshaft_contract.host, lineshaft.registry
 from lineshaft.registry import load_attribute
 core, before = time.perf_counter(), set(sys.modules)
 load_attribute(sys.argv[1])()

@@ -12,13 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.backends import Capabilities
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import Case, Numerics, OpSpec
-from lineshaft.contract.ops.run import named_outputs, run_reference
-from lineshaft.contract.ops.spec import EXACT, CacheArg, Size, Tolerance
-from lineshaft.contract.problems import Problem
-from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import Unsupported
 from lineshaft.plan.resolve import Candidates, Resolver
 from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed, fail, require, require_dtype
@@ -26,6 +19,13 @@ from lineshaft_conformance.harness.op_case import PASSED_ON, OpCase, OpRun, prep
 from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.results import Deviation
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.backends import Capabilities
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import Case, Numerics, OpSpec
+from lineshaft_contract.ops.run import named_outputs, run_reference
+from lineshaft_contract.ops.spec import EXACT, CacheArg, Size, Tolerance
+from lineshaft_contract.problems import Problem
+from lineshaft_contract.sessions import HostArray
 
 Book = Callable[[str, int], Mapping[str, Case]]
 """(op, seed) -> the op's cases by id, with the values of that seed."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import Size, numpy_dtype
 from lineshaft_conformance.checks import Check, Found, require, rule_of
 from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops.spec import Size, numpy_dtype
 
 Scenario = Callable[[Miniature], None]
 TWO = Layout(groups=(0, 1, 0))

@@ -11,12 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.ops.spec import Size, numpy_dtype
-from lineshaft.contract.problems import KVProblem, LinearProblem
-from lineshaft.contract.sessions import Cache, HostArray, Pending
-from lineshaft.contract.steps import ArraySpec, InputField, InputLayout, StepInputs, StepShape, forward_inputs
-from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param
 from lineshaft.errors import MisshapenTensor
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, rule_of
@@ -24,6 +18,12 @@ from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.harness.world import RANK, mesh_axes, place, rank_number, rank_param, results
 from lineshaft_conformance.levels.collectives import require_collectives
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.backends import World
+from lineshaft_contract.ops.spec import Size, numpy_dtype
+from lineshaft_contract.problems import KVProblem, LinearProblem
+from lineshaft_contract.sessions import Cache, HostArray, Pending
+from lineshaft_contract.steps import ArraySpec, InputField, InputLayout, StepInputs, StepShape, forward_inputs
+from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param
 
 ROWS, WIDTH = 4, 32
 HEADS, DIM, PAGES = 2, 16, 6

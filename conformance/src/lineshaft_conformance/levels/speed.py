@@ -10,7 +10,6 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from lineshaft.contract.ops.spec import Size
 from lineshaft.engine import Engine
 from lineshaft.runner.messages import ChoiceMessage, StepMessage
 from lineshaft.sampling.params import SamplingParams
@@ -22,6 +21,7 @@ from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio
 from lineshaft_conformance.harness.tiny import LLAMA, checkpoint
 from lineshaft_conformance.harness.watched import WatchedExecutor
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops.spec import Size
 
 GROWTH = 8
 LEAST = 1 / 6

@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import Size, numpy_dtype
-from lineshaft.contract.problems import EmbedProblem, LinearProblem
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import InputField, InputLayout, StepInputs, StepShape
-from lineshaft.contract.weights import Local, Param, Stored
 from lineshaft.errors import MisshapenTensor
 from lineshaft.plan import ProgramSpec
-from lineshaft.weights import dequantize
-from lineshaft.weights.schemes import BLOCKS
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, rule_of
 from lineshaft_conformance.harness.rig import Rig, const_param, stored, whole_param
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.ops.spec import Size, numpy_dtype
+from lineshaft_contract.problems import EmbedProblem, LinearProblem
+from lineshaft_contract.schemes import BLOCKS, dequantize
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import InputField, InputLayout, StepInputs, StepShape
+from lineshaft_contract.weights import Local, Param, Stored
 
 ROWS, WIDTH = 3, 64
 PLAIN = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")

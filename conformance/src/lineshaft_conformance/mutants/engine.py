@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lineshaft.contract.backends import DeterminismClaims
-from lineshaft.contract.steps import HostStep
 from lineshaft_conformance.mutants.mutant import Make, Mutant, with_call, with_capabilities, with_program
+from lineshaft_contract.backends import DeterminismClaims
+from lineshaft_contract.steps import HostStep
 
 Change = Callable[[Any, HostStep, dict[str, Any]], None]
 """Changes the inputs of a step: (session, a copy of the step, what the program remembers)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.sessions import CaptureReport
 from lineshaft.errors import ContractViolation, MisshapenTensor, SessionPoisoned
 from lineshaft_conformance.mutants.mutant import Mutant, with_kernel, with_program, with_session
+from lineshaft_contract.sessions import CaptureReport
 
 
 class Results:

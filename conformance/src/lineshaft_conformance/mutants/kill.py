@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 from rich.table import Table
 from rich.text import Text
 
-from lineshaft.contract.ops.spec import Size
 from lineshaft.errors import InvalidValue
 from lineshaft_conformance.checks import Check, Found
 from lineshaft_conformance.levels import collect as collect_checks
@@ -25,6 +24,7 @@ from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.runner.attempt import attempt
 from lineshaft_conformance.runner.pool import Pool, Task
 from lineshaft_conformance.subject import Subject, Target
+from lineshaft_contract.ops.spec import Size
 
 COLLECT = "lineshaft_conformance.mutants.kill:collect"
 COLLECT_THOROUGH = "lineshaft_conformance.mutants.kill:collect_thorough"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from lineshaft.contract.backends import Backend, BackendInfo, Capabilities
-from lineshaft.contract.kernels import Bound, Kernel
-from lineshaft.contract.ops.spec import Size
+from lineshaft_contract.backends import Backend, BackendInfo, Capabilities
+from lineshaft_contract.kernels import Bound, Kernel
+from lineshaft_contract.ops.spec import Size
 from lineshaft_torch.bound import BoundKernel
 
 Make = Callable[[Any], "Changed"]

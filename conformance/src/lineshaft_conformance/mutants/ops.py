@@ -13,10 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops.logits import kept_tokens
-from lineshaft.contract.problems import RopeScaling
-from lineshaft.weights.schemes import dequantize
 from lineshaft_conformance.mutants.mutant import (
     Make,
     Mutant,
@@ -28,6 +24,10 @@ from lineshaft_conformance.mutants.mutant import (
     with_problem,
     with_result,
 )
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops.logits import kept_tokens
+from lineshaft_contract.problems import RopeScaling
+from lineshaft_contract.schemes import dequantize
 from lineshaft_torch.bound import DENSE, dense, recipe, stateless
 from lineshaft_torch.bound import with_problem as given_problem
 from lineshaft_torch.kernels.linear import linear

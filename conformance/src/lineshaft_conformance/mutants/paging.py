@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lineshaft.contract.kernels import Kernel
 from lineshaft_conformance.mutants.mutant import (
     Mutant,
     all_of,
@@ -19,6 +18,7 @@ from lineshaft_conformance.mutants.mutant import (
     with_program,
     with_session,
 )
+from lineshaft_contract.kernels import Kernel
 from lineshaft_torch.arrays import host_view
 from lineshaft_torch.pages import page_view
 

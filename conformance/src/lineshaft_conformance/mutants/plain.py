@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.problems import AttendProblem
 from lineshaft_conformance.mutants.mutant import Make, with_kernel
+from lineshaft_contract.problems import AttendProblem
 from lineshaft_torch.arrays import accumulator, torch_dtype
 
 INF = torch.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lineshaft.contract.backends import Probe
+from lineshaft_contract.backends import Probe
 
 
 def of_no_device() -> Probe:

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from lineshaft.contract.backends import Capabilities, World
-from lineshaft.contract.kernels import Bound, Kernel
-from lineshaft.contract.ops import OpSpec, all_ops
-from lineshaft.contract.ops.spec import Call
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
-from lineshaft.contract.sessions import Cache, CaptureReport, SessionState, Tree, leaves, map_tree
-from lineshaft.contract.steps import ArraySpec, InputLayout, StepInputs, StepShape
-from lineshaft.contract.weights import Param, Weight
 from lineshaft.errors import InvalidValue, LayoutError, Unsupported
 from lineshaft.plan.trace import AbstractArray
+from lineshaft_contract.backends import Capabilities, World
+from lineshaft_contract.kernels import Bound, Kernel
+from lineshaft_contract.ops import OpSpec, all_ops
+from lineshaft_contract.ops.spec import Call
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
+from lineshaft_contract.sessions import Cache, CaptureReport, SessionState, Tree, leaves, map_tree
+from lineshaft_contract.steps import ArraySpec, InputLayout, StepInputs, StepShape
+from lineshaft_contract.weights import Param, Weight
 
 DEVICES: Mapping[str, tuple[int, int]] = {"small:1x1": (1, 1 << 30), "big:2x4": (8, 16 << 30)}
 """How many devices each target has, and the bytes of memory of one."""

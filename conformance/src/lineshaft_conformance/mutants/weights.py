@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.sessions import map_tree
-from lineshaft.contract.weights import Local, Param, Stored
-from lineshaft.weights import dequantize
 from lineshaft_conformance.mutants.mutant import Make, Mutant, changed, with_kernels, with_program, with_session
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.schemes import dequantize
+from lineshaft_contract.sessions import map_tree
+from lineshaft_contract.weights import Local, Param, Stored
 
 
 def _with_share(change: Any) -> Make:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lineshaft.contract.backends import BackendInfo, BackendKind
-from lineshaft.contract.kernels import Kernel
 from lineshaft_conformance.mutants.mutant import (
     Changed,
     Make,
@@ -19,6 +17,8 @@ from lineshaft_conformance.mutants.mutant import (
     with_kernels,
     with_program,
 )
+from lineshaft_contract.backends import BackendInfo, BackendKind
+from lineshaft_contract.kernels import Kernel
 
 PROBES = "lineshaft_conformance.mutants.probes"
 TOOLCHAINS = "lineshaft_conformance.mutants.toolchains"

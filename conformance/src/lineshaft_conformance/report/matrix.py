@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lineshaft.cli.table import human, table
+from lineshaft.cli.table import table
+from lineshaft_conformance.amounts import human
 from lineshaft_conformance.matrix import COMPILED, FAILS, Cell, Matrix
 
 

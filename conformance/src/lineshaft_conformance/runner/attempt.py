@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lineshaft.contract.sessions import HostArray
 from lineshaft.registry.loading import one_line
 from lineshaft_conformance.checks import Check, Failure, Found, NotClaimed
 from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.sessions import HostArray
 
 SUITE = Path(__file__).parents[1]
 

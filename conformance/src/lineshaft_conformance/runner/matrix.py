@@ -11,9 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 
-from lineshaft.contract.ops.spec import Size
 from lineshaft.errors import BackendUnavailable, InvalidValue
-from lineshaft.host import usable_cpus
 from lineshaft_conformance.checks import Check, Found
 from lineshaft_conformance.harness.ahead import trials, try_kernel
 from lineshaft_conformance.matrix import FAILS, Cell, Matrix
@@ -21,6 +19,8 @@ from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.runner.pool import Listed, LoadFailed, Pool, Task
 from lineshaft_conformance.runner.run import machine
 from lineshaft_conformance.subject import OnDevice, Target
+from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.ops.spec import Size
 
 COLLECT = "lineshaft_conformance.runner.matrix:collect"
 LIMIT = 1800.0

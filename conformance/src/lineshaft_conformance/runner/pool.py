@@ -17,11 +17,11 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from lineshaft import errors
-from lineshaft.contract.ops.spec import Size
-from lineshaft.host import usable_cpus
 from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.runner.child import Child, Message
 from lineshaft_conformance.subject import Target
+from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.ops.spec import Size
 
 COLLECT = "lineshaft_conformance.levels:collect"
 START_SECONDS = 120.0

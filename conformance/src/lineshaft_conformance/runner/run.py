@@ -18,15 +18,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lineshaft.contract.backends import BackendInfo, BackendKind
-from lineshaft.contract.ops.spec import Size
 from lineshaft.errors import InvalidValue, LineshaftError
-from lineshaft.host import usable_cpus
 from lineshaft_conformance.checks import LEVELS
 from lineshaft_conformance.evidence import evidence_of, os_devices
 from lineshaft_conformance.results import Evidence, Report, Result, Status
 from lineshaft_conformance.runner.pool import LOAD, Listed, LoadFailed, Pool, Task
 from lineshaft_conformance.subject import Target
+from lineshaft_contract.backends import BackendInfo, BackendKind
+from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.ops.spec import Size
 
 Progress = Callable[[int, int, Result], None]
 """Told after each try: how many are done, of how many, and the latest result."""

@@ -12,15 +12,15 @@ from string import Template
 KITS: Mapping[str, Mapping[str, str]] = {
     "torch": {
         "requirement": "lineshaft-torch>=0.1,<0.2", "kit_summary": "PyTorch on the CPU, with portable kernels",
-        "folders": "./core ./kits/torch ./conformance", "single_program": "False",
+        "folders": "./contract ./core ./kits/torch ./conformance", "single_program": "False",
     },
     "jax": {
         "requirement": "lineshaft-jax>=0.1,<0.2", "kit_summary": "JAX on the CPU, with kernels for XLA",
-        "folders": "./core ./kits/jax ./conformance", "single_program": "True",
+        "folders": "./contract ./core ./kits/jax ./conformance", "single_program": "True",
     },
     "numpy": {
         "requirement": "numpy>=2.0", "kit_summary": "NumPy on the CPU, with the reference ops of lineshaft",
-        "folders": "./core ./conformance", "single_program": "False",
+        "folders": "./contract ./core ./conformance", "single_program": "False",
     },
 }  # fmt: skip
 """What the templates of each kit's repository need besides the name; `folders` of a checkout are what it installs."""

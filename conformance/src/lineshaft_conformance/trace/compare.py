@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import epsilon
-from lineshaft.contract.sessions import HostArray
 from lineshaft_conformance.trace.digests import SPREAD, Digest, Distance, digest, estimate, exact
 from lineshaft_conformance.trace.store import Kept
 from lineshaft_conformance.trace.watch import Call, Result
+from lineshaft_contract.ops.spec import epsilon
+from lineshaft_contract.sessions import HostArray
 
 RUNS = 2
 """Runs whose roundings add up: the recorded one and the replayed one."""

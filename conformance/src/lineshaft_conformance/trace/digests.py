@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lineshaft.contract.sessions import HostArray
+from lineshaft_contract.sessions import HostArray
 
 BUCKETS = 64
 BLOCK = 1 << 18

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import StepShape
 from lineshaft.engine import Engine
 from lineshaft.executors import Executor, Forwarding, make_executor
 from lineshaft.registry import Registry
@@ -16,6 +14,8 @@ from lineshaft.runner.setup import degrees_of
 from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.trace.errors import TraceError
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import StepShape
 
 
 class Keeping(Forwarding):

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.weights import Checkpoint
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.setup import Setup, make_setup
@@ -24,6 +22,8 @@ from lineshaft_conformance.trace.generation import generate, pages_used, shapes_
 from lineshaft_conformance.trace.shaken import Shaken
 from lineshaft_conformance.trace.store import Kept, Writer, writing
 from lineshaft_conformance.trace.watch import Call, Rerun, Result, live_logits
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.weights import Checkpoint
 
 EDGE_ROWS = 4
 SHAKES = 2

@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig, make_config
-from lineshaft.contract.backends import Backend, Capabilities
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import StepShape
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.setup import Setup, make_setup
@@ -22,6 +19,9 @@ from lineshaft_conformance.trace.errors import TraceError
 from lineshaft_conformance.trace.record import described, fingerprint
 from lineshaft_conformance.trace.store import Kept, Trace, read
 from lineshaft_conformance.trace.watch import Rerun, live_tokens
+from lineshaft_contract.backends import Backend, Capabilities
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import StepShape
 
 Change = Callable[[Backend], Backend]
 

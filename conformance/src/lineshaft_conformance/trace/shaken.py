@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import epsilon
-from lineshaft.contract.weights import Stored
 from lineshaft.weights.decoded import CheckpointView
-from lineshaft.weights.schemes import PLAIN, dequantize
+from lineshaft_contract.ops.spec import epsilon
+from lineshaft_contract.schemes import PLAIN, dequantize
+from lineshaft_contract.weights import Stored
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, StepShape, aligned_zeros, forward_inputs
 from lineshaft.plan.plan import make_shape
 from lineshaft.runner.messages import StepMessage
 from lineshaft_conformance.trace.digests import BUCKETS, Digest
 from lineshaft_conformance.trace.errors import TraceError
+from lineshaft_contract.ops.spec import numpy_dtype
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import HostStep, StepShape, aligned_zeros, forward_inputs
 
 VERSION: Final = 1
 HEADER, STEPS, DIGESTS, SKETCHES = "trace.json", "steps.safetensors", "digests.jsonl", "sketches.safetensors"

@@ -13,11 +13,6 @@ from typing import Any
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.ops import OpSpec, all_ops
-from lineshaft.contract.problems import Problem
-from lineshaft.contract.sessions import Cache, HostArray, Program, Session, StepFunction, Tree
-from lineshaft.contract.steps import HostStep, StepInputs, StepShape, forward_inputs
-from lineshaft.contract.weights import Array, Weight
 from lineshaft.plan import Planned, ProgramSpec
 from lineshaft.plan.trace import dispatch_key
 from lineshaft.registry import Registry
@@ -25,6 +20,11 @@ from lineshaft.runner.messages import StepMessage
 from lineshaft.runner.programs import FORWARD, forward_function
 from lineshaft.runner.setup import Setup, plan_programs
 from lineshaft.runner.worker import Progress
+from lineshaft_contract.ops import OpSpec, all_ops
+from lineshaft_contract.problems import Problem
+from lineshaft_contract.sessions import Cache, HostArray, Program, Session, StepFunction, Tree
+from lineshaft_contract.steps import HostStep, StepInputs, StepShape, forward_inputs
+from lineshaft_contract.weights import Array, Weight
 
 DECOMPOSED = "default decomposition"
 """Stands for the kernel of a composite op that has none of its own."""

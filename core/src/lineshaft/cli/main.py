@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from lineshaft.cli import backends, chat, compile, completion, config, explain, generate
+from lineshaft.cli import backends, chat, completion, config, explain, generate
 from lineshaft.cli.plugins import Command, further_commands
 from lineshaft.errors import LineshaftError
 
@@ -24,7 +24,6 @@ COMMANDS: Mapping[str, Command] = {
     "chat": chat,
     "backends": backends,
     "explain": explain,
-    "compile": compile,
     "config": config,
     "completion": completion,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,3 +78,10 @@ def pairs(option: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
         if not (key and equals):
             raise InvalidValue(f"{option} {text!r}: it should be KEY=VALUE")
         yield key.strip(), value
+
+
+def check_writable(file: Path, option: str = "--out") -> None:
+    """Raises InvalidValue, before any work, for a file that could not be written after it."""
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise InvalidValue(f"{option} {file}: it cannot be written; name a file in a folder that exists and is yours")

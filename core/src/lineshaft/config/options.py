@@ -12,7 +12,7 @@ from lineshaft.errors import InvalidValue, UnknownKey
 from lineshaft.registry import options_model
 
 if TYPE_CHECKING:
-    from lineshaft.contract.backends import BackendInfo
+    from lineshaft_contract.backends import BackendInfo
 
 TABLE = "backend_options"
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import LineshaftError
 from lineshaft.executors.wire import Disconnected, receive, send
 from lineshaft.runner.messages import ChoiceMessage, Frames, StepMessage
 from lineshaft.runner.worker import Worker
+from lineshaft_contract.sessions import HostArray
 
 
 class Server:

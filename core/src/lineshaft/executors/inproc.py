@@ -9,12 +9,12 @@ from functools import partial
 from typing import TypeVar
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.backends import Backend, World
 from lineshaft.executors.base import one_program
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import check_layout, degrees_of
 from lineshaft.runner.worker import Progress, Worker
+from lineshaft_contract.backends import Backend, World
 
 T = TypeVar("T")
 

@@ -20,14 +20,14 @@ from typing import Any
 
 from lineshaft import errors
 from lineshaft.config import EngineConfig
-from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import LineshaftError, SessionPoisoned, WorkerDied
 from lineshaft.executors.wire import Disconnected, receive, send
-from lineshaft.host import usable_cpus
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import check_layout, degrees_of
 from lineshaft.runner.worker import Progress
+from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.sessions import HostArray
 
 CLOSE_SECONDS = 5.0
 """How long all workers together may take to close before they are killed."""

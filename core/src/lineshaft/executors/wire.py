@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import aligned_zeros
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import aligned_zeros
 
 _LENGTH = struct.Struct("<Q")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lineshaft.contract.weights import Coordinate, coordinate_at
 from lineshaft.errors import LayoutError
+from lineshaft_contract.weights import Coordinate, coordinate_at
 
 AXES = ("dp", "pp", "cp", "ep", "tp")
 """Mesh axes, outermost first: ranks are numbered row-major, so tp neighbours are adjacent."""

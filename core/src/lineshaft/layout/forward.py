@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lineshaft.contract.weights import Array
 from lineshaft.layout.degrees import Degrees
+from lineshaft_contract.weights import Array
 
 
 class Layout:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from lineshaft.contract.problems import AttendProblem, KVProblem, RopeProblem, RopeScaling
-from lineshaft.contract.sessions import Cache, Tree
-from lineshaft.contract.steps import StepInputs
-from lineshaft.contract.weights import Array, Coordinate
 from lineshaft.layout import HeadShare, ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import RmsNorm, linear, product, vector
+from lineshaft_contract.problems import AttendProblem, KVProblem, RopeProblem, RopeScaling
+from lineshaft_contract.sessions import Cache, Tree
+from lineshaft_contract.steps import StepInputs
+from lineshaft_contract.weights import Array, Coordinate
 
 UNSCALED: Final = RopeScaling()
 

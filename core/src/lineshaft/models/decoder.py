@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from lineshaft.contract.problems import ConstProblem, EmbedProblem, KVProblem, LinearProblem, Problem
-from lineshaft.contract.sessions import Cache, Tree
-from lineshaft.contract.steps import StepInputs
-from lineshaft.contract.weights import Array, Param
 from lineshaft.layout import ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.reading import Sizes
+from lineshaft_contract.problems import ConstProblem, EmbedProblem, KVProblem, LinearProblem, Problem
+from lineshaft_contract.sessions import Cache, Tree
+from lineshaft_contract.steps import StepInputs
+from lineshaft_contract.weights import Array, Param
 
 
 class Block(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from lineshaft.contract.problems import RouterProblem
 from lineshaft.errors import UnknownArchitecture
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.experts import ExpertMlp
@@ -14,6 +13,7 @@ from lineshaft.models.latent import LatentAttention
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.reading import Config, Sizes, count, number, refuse_variants, rope, rope_table, yarn_scale
+from lineshaft_contract.problems import RouterProblem
 
 ONLY: Final[dict[str, Any]] = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "norm_topk_prob": False, "moe_layer_freq": 1,

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from lineshaft.contract.problems import ConstProblem, ExpertProblem, LinearProblem, RouterProblem
-from lineshaft.contract.sessions import Tree
-from lineshaft.contract.weights import Array, Param
 from lineshaft.errors import CorruptCheckpoint, LayoutError
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import product, vector
+from lineshaft_contract.problems import ConstProblem, ExpertProblem, LinearProblem, RouterProblem
+from lineshaft_contract.sessions import Tree
+from lineshaft_contract.weights import Array, Param
 
 Sizes = tuple[int, int, int]
 """(experts, hidden width, an expert's width), of the whole model."""

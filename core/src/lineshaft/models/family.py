@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from lineshaft.contract.problems import KVProblem, Problem
-from lineshaft.contract.sessions import Cache, Tree
-from lineshaft.contract.steps import StepInputs
-from lineshaft.contract.weights import Array
 from lineshaft.errors import UnknownArchitecture
 from lineshaft.layout import Degrees, Layout, ModelShape, choose_layout
+from lineshaft_contract.problems import KVProblem, Problem
+from lineshaft_contract.sessions import Cache, Tree
+from lineshaft_contract.steps import StepInputs
+from lineshaft_contract.weights import Array
 
 Uses = Mapping[str, tuple[str, Problem]]
 """Name in the forward -> (op, base problem): an op's own name, or one with a suffix where a model needs several."""

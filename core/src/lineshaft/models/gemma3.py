@@ -6,7 +6,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import numpy_dtype
 from lineshaft.models.attention import Attention, Rope
 from lineshaft.models.decoder import Decoder, Layer, Norms
 from lineshaft.models.family import BuildContext, ModelFamily
@@ -28,6 +27,7 @@ from lineshaft.models.reading import (
     rope_table,
     window,
 )
+from lineshaft_contract.ops.spec import numpy_dtype
 
 ONLY: Final[dict[str, Any]] = {
     "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,

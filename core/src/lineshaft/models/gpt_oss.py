@@ -12,8 +12,6 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from lineshaft.contract.problems import RouterProblem
-from lineshaft.contract.weights import Coordinate
 from lineshaft.errors import UnknownArchitecture
 from lineshaft.models import shards
 from lineshaft.models.decoder import Decoder, Layer
@@ -36,6 +34,8 @@ from lineshaft.models.reading import (
     window,
 )
 from lineshaft.models.shards import Numbers
+from lineshaft_contract.problems import RouterProblem
+from lineshaft_contract.weights import Coordinate
 
 ONLY: Final[dict[str, Any]] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
 ABSENT: Final[dict[str, Any]] = {

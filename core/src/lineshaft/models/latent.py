@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
-from lineshaft.contract.sessions import Cache, Tree
-from lineshaft.contract.steps import StepInputs
-from lineshaft.contract.weights import Array, Coordinate, Param
 from lineshaft.models import shards
 from lineshaft.models.attention import Rope
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import RmsNorm, linear
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
+from lineshaft_contract.sessions import Cache, Tree
+from lineshaft_contract.steps import StepInputs
+from lineshaft_contract.weights import Array, Coordinate, Param
 
 EPS = 1e-6
 """Of the norms of latents, whatever the config says of the others."""

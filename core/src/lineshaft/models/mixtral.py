@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from lineshaft.contract.problems import RouterProblem
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.experts import ExpertMlp, Matrices
 from lineshaft.models.family import BuildContext, ModelFamily
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.plain import attentions
 from lineshaft.models.reading import Config, Sizes, count, refuse_variants, rope, window
+from lineshaft_contract.problems import RouterProblem
 
 ONLY: Final[dict[str, Any]] = {
     "hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0, "quantization_config": None,

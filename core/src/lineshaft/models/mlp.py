@@ -7,11 +7,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
-from lineshaft.contract.sessions import Tree
-from lineshaft.contract.weights import Array
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import linear, product, vector
+from lineshaft_contract.sessions import Tree
+from lineshaft_contract.weights import Array
 
 ACTIVATIONS: Final = MappingProxyType({"silu": "silu_mul", "gelu_pytorch_tanh": "gelu_mul"})
 """A config's word for the activation of the gate -> the op."""

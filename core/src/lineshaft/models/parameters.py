@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lineshaft.contract.problems import ConstProblem, LinearProblem, NormProblem
-from lineshaft.contract.sessions import Tree
-from lineshaft.contract.weights import Array, Param
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext
+from lineshaft_contract.problems import ConstProblem, LinearProblem, NormProblem
+from lineshaft_contract.sessions import Tree
+from lineshaft_contract.weights import Array, Param
 
 
 def linear(context: BuildContext, name: str, n: int, k: int, shard: shards.Shard, *, bias: bool = False) -> Param:

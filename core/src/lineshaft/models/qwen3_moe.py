@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from lineshaft.contract.problems import RouterProblem
 from lineshaft.errors import CorruptCheckpoint
 from lineshaft.models.decoder import Decoder, Layer, MlpBlock
 from lineshaft.models.experts import ExpertMlp
@@ -13,6 +12,7 @@ from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.plain import attentions
 from lineshaft.models.reading import Config, Sizes, count, flag, refuse_variants, rope, window
+from lineshaft_contract.problems import RouterProblem
 
 ONLY: Final[dict[str, Any]] = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
 ABSENT: Final[dict[str, Any]] = {

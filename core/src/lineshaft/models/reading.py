@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from lineshaft.contract.problems import RopeScaling
 from lineshaft.errors import CorruptCheckpoint, UnknownArchitecture
 from lineshaft.layout import ModelShape
 from lineshaft.models.attention import Rope
 from lineshaft.models.family import BuildContext
 from lineshaft.models.mlp import ACTIVATIONS
+from lineshaft_contract.problems import RopeScaling
 
 Config = Mapping[str, Any]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Stored
 from lineshaft.errors import MisshapenTensor
-from lineshaft.weights.schemes import PLAIN, dequantize
+from lineshaft_contract.schemes import PLAIN, dequantize
+from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Stored
 
 Range = Callable[[Coordinate], tuple[int, int]]
 Shard = Callable[[Checkpoint, Coordinate], Local]

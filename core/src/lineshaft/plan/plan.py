@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lineshaft.contract.backends import API_VERSION
-from lineshaft.contract.problems import Problem
-from lineshaft.contract.steps import StepShape
 from lineshaft.plan.resolve import Rejection
+from lineshaft_contract.backends import API_VERSION
+from lineshaft_contract.problems import Problem
+from lineshaft_contract.steps import StepShape
 
 
 @dataclass(frozen=True)

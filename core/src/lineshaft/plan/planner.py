@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from lineshaft.contract.kernels import Bound, HostPrepare, Kernel
-from lineshaft.contract.ops.spec import OpSpec
-from lineshaft.contract.problems import KVProblem, Problem
-from lineshaft.contract.sessions import Cache, Packing, Session, StepFunction, Tree
-from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft.plan.plan import Plan, PlanEntry, make_entry
 from lineshaft.plan.resolve import Candidates, Resolver, joint_layout
 from lineshaft.plan.trace import Site, Trace, Tracer, dispatch_key, distinct_params, trace_function
 from lineshaft.weights.memory import local_bytes, quantized, repacked
+from lineshaft_contract.kernels import Bound, HostPrepare, Kernel
+from lineshaft_contract.ops.spec import OpSpec
+from lineshaft_contract.problems import KVProblem, Problem
+from lineshaft_contract.sessions import Cache, Packing, Session, StepFunction, Tree
+from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 
 Uses = Mapping[str, tuple[str, Problem]]
 

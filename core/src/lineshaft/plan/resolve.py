@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lineshaft.contract.backends import API_VERSION
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import Problem
 from lineshaft.errors import Ambiguous, Unsupported
+from lineshaft_contract.backends import API_VERSION
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import Problem
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import finalize
 
-from lineshaft.contract.ops.spec import Call, OpSpec
-from lineshaft.contract.problems import Problem
-from lineshaft.contract.restricted import Restricted, violate
-from lineshaft.contract.sessions import Cache, StepFunction, Tree, leaves, map_tree
-from lineshaft.contract.steps import ArraySpec, InputLayout, StepInputs, StepShape
-from lineshaft.contract.weights import Param, Weight
 from lineshaft.errors import Unsupported
+from lineshaft_contract.ops.spec import Call, OpSpec
+from lineshaft_contract.problems import Problem
+from lineshaft_contract.restricted import Restricted, violate
+from lineshaft_contract.sessions import Cache, StepFunction, Tree, leaves, map_tree
+from lineshaft_contract.steps import ArraySpec, InputLayout, StepInputs, StepShape
+from lineshaft_contract.weights import Param, Weight
 
 
 class AbstractArray(Restricted):

@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from inspect import isroutine
 from typing import Any
 
-from lineshaft.contract.backends import API_VERSION, BackendInfo, BackendKind
-from lineshaft.contract.hooks import PROJECT, HookSpecs
 from lineshaft.errors import PluginError
+from lineshaft_contract.backends import API_VERSION, BackendInfo, BackendKind
+from lineshaft_contract.hooks import PROJECT, HookSpecs
 
 MARK = f"{PROJECT}_impl"
 HOOKS = tuple(name for name in vars(HookSpecs) if name.startswith(f"{PROJECT}_"))

@@ -9,13 +9,13 @@ from importlib.metadata import entry_points as installed
 
 import pluggy
 
-from lineshaft.contract.backends import API_VERSION, BackendInfo
-from lineshaft.contract.hooks import ENTRY_POINT_GROUP, PROJECT, HookSpecs
 from lineshaft.errors import PluginError
 from lineshaft.registry.admission import check_backend, check_hooks, check_items
-from lineshaft.registry.builtin import ReferencePlugin
 from lineshaft.registry.loading import one_line
 from lineshaft.registry.registry import Plugin, Registry, Rejected, implementations
+from lineshaft_contract.backends import API_VERSION, BackendInfo
+from lineshaft_contract.hooks import ENTRY_POINT_GROUP, PROJECT, HookSpecs
+from lineshaft_contract.reference.plugin import ReferencePlugin
 
 log = logging.getLogger(__name__)
 Backends = dict[Plugin, Sequence[BackendInfo]]

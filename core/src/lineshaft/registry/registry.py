@@ -14,11 +14,11 @@ from typing import Any
 import pluggy
 from pydantic import BaseModel, ValidationError
 
-from lineshaft.contract.backends import BackendInfo, BackendKind, Probe
-from lineshaft.contract.kernels import Kernel
 from lineshaft.errors import AmbiguousBackend, BackendUnavailable, PluginError, UnknownBackend
 from lineshaft.registry.admission import check_items
 from lineshaft.registry.loading import load_attribute, one_line
+from lineshaft_contract.backends import BackendInfo, BackendKind, Probe
+from lineshaft_contract.kernels import Kernel
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lineshaft.contract.backends import Capabilities
-from lineshaft.contract.steps import StepShape
+from lineshaft_contract.backends import Capabilities
+from lineshaft_contract.steps import StepShape
 
 SMALLEST_MIXED = 16
 """Tokens of the smallest prefill bucket, unless the backend brings its own table."""

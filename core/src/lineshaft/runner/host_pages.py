@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lineshaft.cache import PageSwap
-from lineshaft.contract.sessions import HostArray, Session, Transfer
+from lineshaft_contract.sessions import HostArray, Session, Transfer
 
 Saved = list[dict[str, HostArray]]
 """Of each cache of a group, its pages in canonical form."""

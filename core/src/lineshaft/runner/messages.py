@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from lineshaft.cache import PageSwap
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 from lineshaft.plan import Plan
 from lineshaft.plan.plan import make_shape
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.scheduler import Limits
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import HostStep, InputLayout, StepShape, forward_inputs
 
 Frames = tuple[dict[str, Any], list[HostArray]]
 """A JSON-able header, and arrays that follow it."""

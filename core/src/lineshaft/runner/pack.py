@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lineshaft.cache import CacheManager
-from lineshaft.contract.sessions import HostArray
-from lineshaft.contract.steps import HostStep, StepShape, forward_inputs
 from lineshaft.runner.buckets import Need
 from lineshaft.scheduler import Batch, Request, Row
+from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import HostStep, StepShape, forward_inputs
 
 
 def need_of(rows: Sequence[Row]) -> Need:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lineshaft.contract.sessions import Cache, StepFunction, Tree
-from lineshaft.contract.steps import (
+from lineshaft.models import Model
+from lineshaft.plan import ProgramSpec
+from lineshaft.sampling.pack import EDITS
+from lineshaft_contract.sessions import Cache, StepFunction, Tree
+from lineshaft_contract.steps import (
     ArraySpec,
     HostStep,
     InputField,
@@ -18,10 +21,7 @@ from lineshaft.contract.steps import (
     mask_inputs,
     sample_inputs,
 )
-from lineshaft.contract.weights import Array
-from lineshaft.models import Model
-from lineshaft.plan import ProgramSpec
-from lineshaft.sampling.pack import EDITS
+from lineshaft_contract.weights import Array
 
 FORWARD, SAMPLE, LOGPROBS = "forward", "sample", "logprobs"
 TYPICAL, MASK, EDIT = "sample_typical", "mask", "edit"

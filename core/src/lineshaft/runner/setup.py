@@ -6,14 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lineshaft.config import EngineConfig, validate_options
-from lineshaft.contract.backends import Backend, BackendInfo, BackendKind, Capabilities, World
-from lineshaft.contract.ops import all_ops
-from lineshaft.contract.ops.quantize import NONE
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.steps import StepShape
-from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import InvalidValue
-from lineshaft.host import usable_cpus
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
@@ -24,6 +17,13 @@ from lineshaft.runner.programs import all_programs
 from lineshaft.scheduler import Limits
 from lineshaft.weights import FORMATS, CheckpointFormat, open_checkpoint, resolve
 from lineshaft.weights.decoded import decode_with
+from lineshaft_contract.backends import Backend, BackendInfo, BackendKind, Capabilities, World
+from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.quantize import NONE
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.steps import StepShape
+from lineshaft_contract.weights import Checkpoint
 
 
 @dataclass(frozen=True)

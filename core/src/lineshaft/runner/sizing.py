@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from lineshaft.cache import pages_for, pages_in_window
 from lineshaft.config import EngineConfig
-from lineshaft.contract.backends import BackendKind
-from lineshaft.contract.problems import AttendProblem
 from lineshaft.errors import PoolTooSmall
 from lineshaft.plan import Plan
 from lineshaft.runner.messages import Sizes
 from lineshaft.runner.setup import Setup
 from lineshaft.weights.memory import check_fits
+from lineshaft_contract.backends import BackendKind
+from lineshaft_contract.problems import AttendProblem
 
 
 def sizes(config: EngineConfig, setup: Setup, plan: Plan) -> Sizes:

@@ -8,9 +8,6 @@ from collections.abc import Callable
 import numpy as np
 
 from lineshaft.config import EngineConfig
-from lineshaft.contract.backends import Backend, World
-from lineshaft.contract.sessions import HostArray, Pending, Program, Session
-from lineshaft.contract.steps import HostStep, InputField, InputLayout, StepShape
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.host_pages import HostPages
@@ -20,6 +17,9 @@ from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import sizes
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.weights.memory import breakdown
+from lineshaft_contract.backends import Backend, World
+from lineshaft_contract.sessions import HostArray, Pending, Program, Session
+from lineshaft_contract.steps import HostStep, InputField, InputLayout, StepShape
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) while something long goes on."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lineshaft.contract.sessions import HostArray
 from lineshaft.errors import InvalidSamplingParams, TokenOutOfRange
 from lineshaft.sampling.params import SamplingParams
 from lineshaft.sampling.vocabulary import Grammar, Vocabulary
+from lineshaft_contract.sessions import HostArray
 
 Edits = tuple[HostArray, HostArray, HostArray]
 """Of one row: ids int32 [n], all different, scale f32 [n] and bias f32 [n]."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lineshaft.contract.sessions import HostArray
+from lineshaft_contract.sessions import HostArray
 
 TokenLogprobs = dict[int, tuple[float, int]]
 """Token id -> (log-probability, rank; 1 is the likeliest, 0 below those asked for)."""

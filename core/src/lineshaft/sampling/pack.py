@@ -8,10 +8,10 @@ from itertools import chain
 
 import numpy as np
 
-from lineshaft.contract.steps import HostStep, edit_inputs, mask_inputs, sample_inputs
 from lineshaft.sampling.choice import Choice, Edits
 from lineshaft.sampling.draw import PURPOSE_SAMPLE, draws
 from lineshaft.sampling.params import SamplingParams
+from lineshaft_contract.steps import HostStep, edit_inputs, mask_inputs, sample_inputs
 
 EDITS = (64, 1024)
 """Edits a row of the programs that edit logits: 12 bytes each. A row with more takes the largest one repeatedly."""

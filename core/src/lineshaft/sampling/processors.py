@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lineshaft.contract.ops.logits import logprobs, sample
-from lineshaft.contract.problems import SampleProblem
-from lineshaft.contract.sessions import HostArray
 from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.sampling.params import SamplingParams
+from lineshaft_contract.ops.logits import logprobs, sample
+from lineshaft_contract.problems import SampleProblem
+from lineshaft_contract.sessions import HostArray
 
 log = logging.getLogger(__name__)
 

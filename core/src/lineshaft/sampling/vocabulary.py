@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from lineshaft.errors import InvalidStructure
-from lineshaft.host import usable_cpus
 from lineshaft.sampling.structured import Structured
+from lineshaft_contract.host import usable_cpus
 
 KEPT = 64
 """Grammars that are kept compiled, those used last."""

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
 
-from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import ChatError, RequestError, TokenizerError, TokenOutOfRange
 from lineshaft.tokenizer.chat import ChatTemplate
 from lineshaft.tokenizer.from_folder import read_folder
@@ -21,6 +20,7 @@ from lineshaft.tokenizer.parts import TokenizerParts
 from lineshaft.tokenizer.pieces import Pieces
 from lineshaft.weights.gguf_parse import is_gguf, parse_gguf
 from lineshaft.weights.mapped import MappedCheckpoint
+from lineshaft_contract.weights import Checkpoint
 
 # Special tokens that end a turn of chat; a file's eos id is often only the one that ends a document, or the reverse.
 _TURN_ENDS: Final = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")

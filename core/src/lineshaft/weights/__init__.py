@@ -3,9 +3,9 @@
 from lineshaft.weights.checkpoint import CONFIG_ALONE, FORMATS, CheckpointFormat, open_checkpoint
 from lineshaft.weights.mapped import MappedCheckpoint
 from lineshaft.weights.memory import breakdown, check_fits, local_bytes, quantized, repacked
-from lineshaft.weights.quantize import pack_rows
 from lineshaft.weights.refs import resolve
-from lineshaft.weights.schemes import BLOCKS, Block, as_dtype, dequantize
+from lineshaft_contract.packing import pack_rows
+from lineshaft_contract.schemes import BLOCKS, Block, as_dtype, dequantize
 
 __all__ = [
     "BLOCKS",

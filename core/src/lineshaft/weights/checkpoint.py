@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lineshaft.contract.weights import Checkpoint
 from lineshaft.errors import CorruptCheckpoint, ModelNotFound
 from lineshaft.weights.gguf_file import open_gguf
 from lineshaft.weights.gguf_parse import is_gguf
@@ -20,6 +19,7 @@ from lineshaft.weights.safetensors_dir import (
     open_config_alone,
     open_safetensors_dir,
 )
+from lineshaft_contract.weights import Checkpoint
 
 
 @dataclass(frozen=True)

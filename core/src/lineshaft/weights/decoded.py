@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lineshaft.contract.weights import Checkpoint, Stored
-from lineshaft.weights.schemes import PLAIN
+from lineshaft_contract.schemes import PLAIN
+from lineshaft_contract.weights import Checkpoint, Stored
 
 
 class Scheme(Protocol):

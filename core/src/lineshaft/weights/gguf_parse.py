@@ -17,7 +17,7 @@ import numpy as np
 
 from lineshaft.errors import CorruptCheckpoint
 from lineshaft.weights.mapped import map_file
-from lineshaft.weights.schemes import BLOCKS, PLAIN, as_dtype
+from lineshaft_contract.schemes import BLOCKS, PLAIN, as_dtype
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)

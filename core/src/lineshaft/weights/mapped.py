@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.weights import Stored
 from lineshaft.errors import CorruptCheckpoint, MisshapenTensor, MissingTensor, ModelNotFound
-from lineshaft.weights.schemes import cut_columns
+from lineshaft_contract.schemes import cut_columns
+from lineshaft_contract.weights import Stored
 
 
 def map_file(path: Path) -> memoryview:

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Final
 
-from lineshaft.contract.ops.quantize import NONE, WEIGHT_SCHEMES, quantized_bytes
-from lineshaft.contract.weights import Param
 from lineshaft.errors import OutOfMemory
-from lineshaft.weights.schemes import as_dtype
+from lineshaft_contract.ops.quantize import NONE, WEIGHT_SCHEMES, quantized_bytes
+from lineshaft_contract.schemes import as_dtype
+from lineshaft_contract.weights import Param
 
 _GIB: Final = 1 << 30
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from lineshaft.errors import CorruptCheckpoint, MissingTensor, ModelNotFound
 from lineshaft.weights.mapped import MappedCheckpoint, TensorView, map_file
-from lineshaft.weights.schemes import PLAIN, as_dtype
+from lineshaft_contract.schemes import PLAIN, as_dtype
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract import sessions
-from lineshaft.contract.backends import Capabilities, World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache, DoneTransfer, Packing, Tree
-from lineshaft.contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
-from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
-from lineshaft.errors import InvalidValue, MisshapenTensor, OutOfMemory
-from lineshaft.weights import dequantize
+from lineshaft_contract import sessions
+from lineshaft_contract.backends import Capabilities, World
+from lineshaft_contract.errors import InvalidValue, MisshapenTensor, OutOfMemory
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.schemes import dequantize
+from lineshaft_contract.sessions import Cache, DoneTransfer, Packing, Tree
+from lineshaft_contract.steps import ArraySpec, HostStep, InputLayout, StepInputs, StepShape
+from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_plainnp.kernels import Array, plain_kernels
 from lineshaft_plainnp.plugin import Options
 
@@ -38,7 +38,7 @@ class Plain:
 
 
 class PlainSession(sessions.SessionState):
-    """See `lineshaft.contract.sessions.Session` for what each method promises."""
+    """See `lineshaft_contract.sessions.Session` for what each method promises."""
 
     def __init__(self) -> None:
         self.weights: Tree = {}

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops.rope import rope_frequencies
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops.rope import rope_frequencies
 
 Array = np.ndarray[Any, Any]
 

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lineshaft.contract.backends import BackendInfo, BackendKind, Probe
-from lineshaft.contract.hooks import hookimpl
+from lineshaft_contract.backends import BackendInfo, BackendKind, Probe
+from lineshaft_contract.hooks import hookimpl
 
 
 @hookimpl

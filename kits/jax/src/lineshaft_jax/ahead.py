@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 
 import jax
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.sessions import Capture, Handle, Packing, SessionState, Transfer
-from lineshaft.contract.steps import HostStep
-from lineshaft.contract.weights import Checkpoint, Param
-from lineshaft.errors import Unsupported
+from lineshaft_contract.backends import World
+from lineshaft_contract.errors import Unsupported
+from lineshaft_contract.sessions import Capture, Handle, Packing, SessionState, Transfer
+from lineshaft_contract.steps import HostStep
+from lineshaft_contract.weights import Checkpoint, Param
 from lineshaft_jax.packing import empty_share, host_leaves
 from lineshaft_jax.program import JaxProgram
 from lineshaft_jax.session import JaxSession, SessionOptions

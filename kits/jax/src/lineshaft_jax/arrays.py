@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.errors import ContractViolation
+from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.ops.spec import numpy_dtype
 
 Array = jax.Array
 HostArray = np.ndarray[Any, Any]

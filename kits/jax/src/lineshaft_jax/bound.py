@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lineshaft.contract.binding import DENSE, Recipe, dense, stateless, with_problem
-from lineshaft.contract.kernels import Kernel, always
-from lineshaft.contract.problems import itemsize
+from lineshaft_contract.binding import DENSE, Recipe, dense, stateless, with_problem
+from lineshaft_contract.kernels import Kernel, always
+from lineshaft_contract.problems import itemsize
 
 __all__ = ["DENSE", "Recipe", "dense", "recipe", "stateless", "with_problem"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lineshaft.errors import InvalidValue, LayoutError
+from lineshaft_contract.errors import InvalidValue, LayoutError
 
 VIRTUAL = 8
 """Fewest virtual devices: JAX fixes their number when it starts, and a later engine may want more than the first."""

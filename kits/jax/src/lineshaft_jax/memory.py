@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from lineshaft.contract.problems import KVProblem
+from lineshaft_contract.problems import KVProblem
 from lineshaft_jax.arrays import jax_dtype
 from lineshaft_jax.kernels.pages import cache_specs
 from lineshaft_jax.program import InFlight
@@ -15,7 +15,7 @@ Free = Callable[[], tuple[int, int] | None]
 
 
 class RankMemory:
-    """Implements `lineshaft.contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages, `flight`
+    """Implements `lineshaft_contract.sessions.Memory`; `free` tells (total, free), `lanes` pads the pages, `flight`
     has the steps that run."""
 
     def __init__(self, free: Free, lanes: int, flight: InFlight | None = None) -> None:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.weights import Coordinate, coordinate_at
-from lineshaft.errors import LayoutError
+from lineshaft_contract.backends import World
+from lineshaft_contract.errors import LayoutError
+from lineshaft_contract.weights import Coordinate, coordinate_at
 from lineshaft_jax.arrays import HostArray
 
 

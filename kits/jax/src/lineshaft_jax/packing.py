@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.sessions import Packing
-from lineshaft.contract.weights import Local, Param, Stored
-from lineshaft.weights.schemes import check_parts, dequantize
+from lineshaft_contract.ops.spec import numpy_dtype
+from lineshaft_contract.schemes import check_parts, dequantize
+from lineshaft_contract.sessions import Packing
+from lineshaft_contract.weights import Local, Param, Stored
 from lineshaft_jax.arrays import HostArray
 
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.sessions import (
+from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.ops.spec import numpy_dtype
+from lineshaft_contract.sessions import (
     Cache,
     Capture,
     CaptureReport,
@@ -26,8 +27,7 @@ from lineshaft.contract.sessions import (
     Transfer,
     check_handles,
 )
-from lineshaft.contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs
-from lineshaft.errors import ContractViolation
+from lineshaft_contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepInputs
 from lineshaft_jax.arrays import HostArray
 from lineshaft_jax.mesh import shards
 from lineshaft_jax.report import make_report

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxlib import _jax
 
-from lineshaft.contract.sessions import Cache, CaptureReport
+from lineshaft_contract.sessions import Cache, CaptureReport
 
 if TYPE_CHECKING:
     from lineshaft_jax.session import JaxSession

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import (
+from lineshaft_contract.backends import World
+from lineshaft_contract.errors import ContractViolation, OutOfMemory
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.sessions import (
     Cache,
     Capture,
     DoneTransfer,
@@ -25,9 +26,8 @@ from lineshaft.contract.sessions import (
     StepFunction,
     Tree,
 )
-from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
-from lineshaft.contract.weights import Checkpoint, Param
-from lineshaft.errors import ContractViolation, OutOfMemory
+from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
+from lineshaft_contract.weights import Checkpoint, Param
 from lineshaft_jax.arrays import HostArray
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs
 from lineshaft_jax.mesh import Placement, coordinates_of, mesh_of
@@ -53,7 +53,7 @@ class SessionOptions:
 
 
 class JaxSession(SessionState):
-    """Implements `lineshaft.contract.sessions.Session`; see there for what each method promises.
+    """Implements `lineshaft_contract.sessions.Session`; see there for what each method promises.
 
     `devices` are those of all ranks of the world, in their order; the session takes its worker's own.
     """

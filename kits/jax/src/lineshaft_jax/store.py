@@ -23,7 +23,7 @@ from typing import Any
 
 from jax.experimental import serialize_executable
 
-from lineshaft.errors import InvalidValue
+from lineshaft_contract.errors import InvalidValue
 from lineshaft_jax.report import device_facts
 
 log = logging.getLogger(__name__)

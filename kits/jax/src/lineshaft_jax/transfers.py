@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.contract.problems import KVProblem
+from lineshaft_contract.ops.spec import numpy_dtype
+from lineshaft_contract.problems import KVProblem
 from lineshaft_jax.arrays import HostArray
 from lineshaft_jax.mesh import Placement, shards
 

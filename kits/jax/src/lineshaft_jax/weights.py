@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lineshaft.contract.sessions import Packing, Tree, leaves, map_tree
-from lineshaft.contract.weights import Local, Param, Stored, Weight
-from lineshaft.errors import MisshapenTensor
+from lineshaft_contract.errors import MisshapenTensor
+from lineshaft_contract.sessions import Packing, Tree, leaves, map_tree
+from lineshaft_contract.weights import Local, Param, Stored, Weight
 from lineshaft_jax.arrays import HostArray
 from lineshaft_jax.packing import host_leaves
 

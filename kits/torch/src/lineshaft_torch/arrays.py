@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lineshaft.contract.ops.spec import numpy_dtype
-from lineshaft.errors import ContractViolation
+from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.ops.spec import numpy_dtype
 
 HostArray = np.ndarray[Any, Any]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lineshaft.contract.binding import DENSE, Recipe, dense, stateless, with_problem
-from lineshaft.contract.kernels import Kernel, always
+from lineshaft_contract.binding import DENSE, Recipe, dense, stateless, with_problem
+from lineshaft_contract.kernels import Kernel, always
 
 __all__ = ["DENSE", "BoundKernel", "Recipe", "dense", "recipe", "stateless", "with_problem"]
 

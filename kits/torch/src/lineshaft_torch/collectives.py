@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.weights import Coordinate, coordinate_at
-from lineshaft.errors import ContractViolation, WorkerDied
+from lineshaft_contract.backends import World
+from lineshaft_contract.errors import ContractViolation, WorkerDied
+from lineshaft_contract.weights import Coordinate, coordinate_at
 from lineshaft_torch.arrays import accumulator
 
 Store = Any

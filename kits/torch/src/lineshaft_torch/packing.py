@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lineshaft.contract.kernels import Pack
-from lineshaft.contract.weights import Local, Param, Stored
-from lineshaft.weights.schemes import check_parts, dequantize
+from lineshaft_contract.kernels import Pack
+from lineshaft_contract.schemes import check_parts, dequantize
+from lineshaft_contract.weights import Local, Param, Stored
 from lineshaft_torch.arrays import dtype_name, from_host, host_view, torch_dtype
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.sessions import Cache
 from lineshaft_torch.arrays import torch_dtype
 
 SLOTS_LAYOUT = "slots"

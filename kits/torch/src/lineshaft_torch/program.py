@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.sessions import (
+from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.sessions import (
     Cache,
     Capture,
     CaptureReport,
@@ -20,8 +21,7 @@ from lineshaft.contract.sessions import (
     Transfer,
     check_handles,
 )
-from lineshaft.contract.steps import ArraySpec, HostStep, StepInputs, StepShape
-from lineshaft.errors import ContractViolation
+from lineshaft_contract.steps import ArraySpec, HostStep, StepInputs, StepShape
 from lineshaft_torch.arrays import HostArray, to_host, torch_dtype
 from lineshaft_torch.recording import Placement, Recorder, ReshapeRecording, Step, Survey, Taping, recorded_namespace
 from lineshaft_torch.tensors import spec_of, storage_key, storage_keys, view_at

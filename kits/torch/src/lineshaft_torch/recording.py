@@ -16,8 +16,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from lineshaft.contract.steps import ArraySpec
-from lineshaft.errors import ContractViolation
+from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.steps import ArraySpec
 from lineshaft_torch.arena import Lifetime, plan_offsets
 from lineshaft_torch.bound import BoundKernel
 from lineshaft_torch.tensors import map_tensors, spec_of, storage_key, storage_keys, tensors_in, view_at

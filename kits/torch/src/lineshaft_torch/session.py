@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import (
+from lineshaft_contract.backends import World
+from lineshaft_contract.errors import ContractViolation, MisshapenTensor, OutOfMemory
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.sessions import (
     Cache,
     Capture,
     DoneTransfer,
@@ -26,9 +27,8 @@ from lineshaft.contract.sessions import (
     Tree,
     map_tree,
 )
-from lineshaft.contract.steps import ArraySpec, InputLayout, StepShape
-from lineshaft.contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
-from lineshaft.errors import ContractViolation, MisshapenTensor, OutOfMemory
+from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
+from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_torch.arrays import HostArray, from_host, to_host
 from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
 from lineshaft_torch.packing import dense_leaves, host_pack
@@ -54,7 +54,7 @@ class SessionOptions:
 
 
 class TorchSession(SessionState):
-    """Implements `lineshaft.contract.sessions.Session`; see there for what each method promises.
+    """Implements `lineshaft_contract.sessions.Session`; see there for what each method promises.
 
     All programs share one arena for intermediate results, which is as large as the largest of them needs.
     """

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import ArraySpec
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import ArraySpec
 from lineshaft_torch.arrays import dtype_name, torch_dtype
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lineshaft.contract.problems import AttendProblem, KVProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import HostStep, StepInputs, StepShape
+from lineshaft_contract.problems import AttendProblem, KVProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import HostStep, StepInputs, StepShape
 from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.arrays import accumulator, torch_dtype
 from lineshaft_torch.bound import Recipe, recipe

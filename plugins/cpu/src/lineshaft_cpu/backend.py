@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.host import usable_cpus
+from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
+from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.kernels import Kernel
 from lineshaft_cpu import native
 from lineshaft_cpu.kernels import cpu_kernels
 from lineshaft_cpu.memory import HostMemory
@@ -26,7 +26,7 @@ CAPABILITIES = Capabilities(
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """Implements `lineshaft.contract.backends.Backend`."""
+    """Implements `lineshaft_contract.backends.Backend`."""
 
     options: CpuOptions
     world: World

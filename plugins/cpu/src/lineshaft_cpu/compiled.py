@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.problems import (
+from lineshaft_contract.problems import (
     AttendProblem,
     KVProblem,
     NormProblem,
@@ -22,8 +22,8 @@ from lineshaft.contract.problems import (
     RopeProblem,
     SampleProblem,
 )
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs, StepShape
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs, StepShape
 from lineshaft_cpu import attention, native
 from lineshaft_cpu.priority import NATIVE
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import ExpertProblem
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import ExpertProblem
 from lineshaft_cpu import attention, compiled, packed, sampling
 from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, with_problem

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lineshaft.contract.problems import KVProblem
+from lineshaft_contract.problems import KVProblem
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
 
 class HostMemory:
-    """Implements `lineshaft.contract.sessions.Memory`; `meminfo` and `cgroup` are where Linux tells."""
+    """Implements `lineshaft_contract.sessions.Memory`; `meminfo` and `cgroup` are where Linux tells."""
 
     def __init__(self, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> None:
         self._meminfo, self._cgroup = meminfo, cgroup

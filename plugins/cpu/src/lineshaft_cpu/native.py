@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lineshaft.errors import Unsupported
+from lineshaft_contract.errors import Unsupported
 
 LEVELS = ("avx512", "avx2", "portable")
 """Best first."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.problems import LinearProblem
-from lineshaft.contract.weights import Local, Param
+from lineshaft_contract.problems import LinearProblem
+from lineshaft_contract.weights import Local, Param
 from lineshaft_cpu.priority import NATIVE
 from lineshaft_torch.bound import Recipe, dense, recipe, stateless
 from lineshaft_torch.packing import dense_leaves

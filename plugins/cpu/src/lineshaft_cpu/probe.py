@@ -6,8 +6,8 @@ import platform
 from importlib.util import find_spec
 from pathlib import Path
 
-from lineshaft.contract.backends import Probe
-from lineshaft.host import usable_cpus
+from lineshaft_contract.backends import Probe
+from lineshaft_contract.host import usable_cpus
 
 CPUINFO = Path("/proc/cpuinfo")
 

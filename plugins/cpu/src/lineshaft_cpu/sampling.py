@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lineshaft.contract.ops.logits import typical_order
-from lineshaft.contract.problems import SampleProblem
+from lineshaft_contract.ops.logits import typical_order
+from lineshaft_contract.problems import SampleProblem
 from lineshaft_cpu.priority import TORCH
 from lineshaft_torch.arrays import host_view
 from lineshaft_torch.bound import Recipe, recipe, stateless, with_problem

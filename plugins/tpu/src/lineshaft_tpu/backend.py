@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from lineshaft.contract.backends import Capabilities, DeterminismClaims, World
-from lineshaft.contract.kernels import Kernel
+from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
+from lineshaft_contract.kernels import Kernel
 from lineshaft_jax.devices import cpu_devices
 from lineshaft_jax.kernels import xla_kernels
 from lineshaft_jax.memory import RankMemory, device_memory
@@ -22,7 +22,7 @@ from lineshaft_tpu.pallas.interpreting import Mode
 from lineshaft_tpu.pallas.recipes import pallas_kernels
 from lineshaft_tpu.tiling import LANES
 
-PACKAGES = ("lineshaft", "lineshaft_jax", "lineshaft_tpu")
+PACKAGES = ("lineshaft", "lineshaft_contract", "lineshaft_jax", "lineshaft_tpu")
 """Whose source a compiled program depends on."""
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -42,7 +42,7 @@ CAPABILITIES = Capabilities(
 
 @dataclass(frozen=True)
 class TpuBackend:
-    """Implements `lineshaft.contract.backends.Backend`. `chip` is None where kernels for a TPU have no place."""
+    """Implements `lineshaft_contract.backends.Backend`. `chip` is None where kernels for a TPU have no place."""
 
     options: TpuOptions
     world: World

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from lineshaft.errors import InvalidValue
+from lineshaft_contract.errors import InvalidValue
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
+from lineshaft_contract.errors import BackendUnavailable, InvalidValue, LayoutError
 from lineshaft_jax.devices import cpu_devices, require_modes
 from lineshaft_tpu.chips import SLICES, Topology
 from lineshaft_tpu.probe import NO_LIBTPU

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lineshaft.contract.backends import BackendInfo
-from lineshaft.contract.hooks import hookimpl
+from lineshaft_contract.backends import BackendInfo
+from lineshaft_contract.hooks import hookimpl
 
 
 @hookimpl

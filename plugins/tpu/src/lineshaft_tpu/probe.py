@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from lineshaft.contract.backends import Probe
+from lineshaft_contract.backends import Probe
 
 PCI = Path("/sys/bus/pci/devices")
 VENDOR = "0x1ae0"

@@ -6,7 +6,7 @@ a reason that says what was given, what the chip wants and the nearest size that
 
 from __future__ import annotations
 
-from lineshaft.contract.problems import itemsize
+from lineshaft_contract.problems import itemsize
 from lineshaft_tpu.chips import MIB, Chip
 
 LANES = 128

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lineshaft.contract.backends import World
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
-from lineshaft.errors import LayoutError
+from lineshaft_contract.backends import World
+from lineshaft_contract.errors import LayoutError
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
 from lineshaft_jax.ahead import AheadSession
 from lineshaft_jax.memory import RankMemory
 from lineshaft_jax.session import SessionOptions
@@ -36,7 +36,7 @@ class AheadBackend(TpuBackend):
 
 @dataclass(frozen=True)
 class TpuToolchain:
-    """Implements `lineshaft.contract.backends.Toolchain`."""
+    """Implements `lineshaft_contract.backends.Toolchain`."""
 
     options: TpuOptions
 

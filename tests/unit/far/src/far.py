@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from lineshaft.contract.backends import BackendInfo, Probe, World
-from lineshaft.contract.hooks import hookimpl
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops import OpSpec
-from lineshaft.contract.problems import ExpertProblem, Problem
 from lineshaft_conformance.mutants.toolchains import PlainTarget, PlainToolchain
+from lineshaft_contract.backends import BackendInfo, Probe, World
+from lineshaft_contract.hooks import hookimpl
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops import OpSpec
+from lineshaft_contract.problems import ExpertProblem, Problem
 
 
 class Options(BaseModel):

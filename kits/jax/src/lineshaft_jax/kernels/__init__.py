@@ -5,7 +5,7 @@ The composites `expert_mlp` and `latent_attend` have none: their default decompo
 
 from __future__ import annotations
 
-from lineshaft.contract.kernels import Kernel
+from lineshaft_contract.kernels import Kernel
 from lineshaft_jax.kernels import attend, cache, collectives, experts, linear, logits, norm, rope, rows
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lineshaft.contract.problems import AttendProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import PageView, StepInputs
+from lineshaft_contract.problems import AttendProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import PageView, StepInputs
 from lineshaft_jax.arrays import Array, round_up, widened
 from lineshaft_jax.bound import Recipe, recipe, stateless
 from lineshaft_jax.kernels.cache import supports

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs
 from lineshaft_jax.arrays import Array
 from lineshaft_jax.bound import Recipe, recipe, with_problem
 from lineshaft_jax.kernels.pages import LAYOUT, from_canonical, stored, to_canonical

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lineshaft.contract.problems import CollectiveProblem
-from lineshaft.errors import ContractViolation
+from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.problems import CollectiveProblem
 from lineshaft_jax.arrays import Array, as_bits, of_dtype, widened
 from lineshaft_jax.bound import Recipe, recipe
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lineshaft.contract.problems import ExpertProblem, RouterProblem
+from lineshaft_contract.problems import ExpertProblem, RouterProblem
 from lineshaft_jax.arrays import Array, widened
 from lineshaft_jax.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 from lineshaft_jax.kernels.linear import product

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES
-from lineshaft.contract.problems import LinearProblem
-from lineshaft.weights import pack_rows
+from lineshaft_contract.ops.quantize import WEIGHT_SCHEMES
+from lineshaft_contract.packing import pack_rows
+from lineshaft_contract.problems import LinearProblem
 from lineshaft_jax.arrays import Array, widened
 from lineshaft_jax.bound import DENSE, Recipe, dense, recipe, stateless
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jax import lax
 
-from lineshaft.contract.problems import SampleProblem
+from lineshaft_contract.problems import SampleProblem
 from lineshaft_jax.arrays import Array, widened
 from lineshaft_jax.bound import Recipe, recipe, stateless, with_problem
 

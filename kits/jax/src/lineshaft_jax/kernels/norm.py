@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lineshaft.contract.problems import NormProblem
+from lineshaft_contract.problems import NormProblem
 from lineshaft_jax.arrays import Array, widened
 from lineshaft_jax.bound import DENSE, Recipe, dense, recipe, with_problem
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from lineshaft.contract.problems import KVProblem
+from lineshaft_contract.problems import KVProblem
 from lineshaft_jax.arrays import Array, as_bits, jax_dtype, of_dtype, round_up
 
 LAYOUT = "hnd"

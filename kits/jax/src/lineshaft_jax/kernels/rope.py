@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from lineshaft.contract.ops.rope import rope_frequencies
-from lineshaft.contract.problems import RopeProblem
+from lineshaft_contract.ops.rope import rope_frequencies
+from lineshaft_contract.problems import RopeProblem
 from lineshaft_jax.arrays import Array, widened
 from lineshaft_jax.bound import Recipe, recipe, with_problem
 

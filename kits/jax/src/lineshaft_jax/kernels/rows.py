@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lineshaft.contract.problems import EmbedProblem
+from lineshaft_contract.problems import EmbedProblem
 from lineshaft_jax.arrays import Array, widened
 from lineshaft_jax.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 

@@ -1,6 +1,6 @@
 """What pages hold under each `kv_scheme`: codes of keys and values, and back.
 
-`lineshaft.contract.ops.cache.encode` says what each scheme's scales are.
+`lineshaft_contract.ops.cache.encode` says what each scheme's scales are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lineshaft.contract.problems import SCALE_BLOCK, KVProblem
+from lineshaft_contract.problems import SCALE_BLOCK, KVProblem
 from lineshaft_jax.arrays import Array, jax_dtype, widened
 
 SCHEMES = ("tensor", "head", "token_head", "block")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.problems import AttendProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs
+from lineshaft_contract.problems import AttendProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs
 from lineshaft_torch.arrays import accumulator, torch_dtype
 from lineshaft_torch.bound import Recipe, recipe, stateless
 from lineshaft_torch.pages import SLOTS_LAYOUT, movable

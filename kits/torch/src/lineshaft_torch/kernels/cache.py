@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.problems import KVProblem
-from lineshaft.contract.sessions import Cache
-from lineshaft.contract.steps import StepInputs
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs
 from lineshaft_torch.bound import Recipe, recipe, with_problem
 from lineshaft_torch.pages import SLOTS_LAYOUT, movable, page_view, stored_as
 

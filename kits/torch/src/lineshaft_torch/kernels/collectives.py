@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.problems import CollectiveProblem
+from lineshaft_contract.problems import CollectiveProblem
 from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_torch.collectives import Group
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lineshaft.contract.problems import ExpertProblem, RouterProblem
+from lineshaft_contract.problems import ExpertProblem, RouterProblem
 from lineshaft_torch.arrays import accumulator
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES
-from lineshaft.contract.problems import EmbedProblem, LinearProblem
-from lineshaft.weights.quantize import pack_rows
+from lineshaft_contract.ops.quantize import WEIGHT_SCHEMES
+from lineshaft_contract.packing import pack_rows
+from lineshaft_contract.problems import EmbedProblem, LinearProblem
 from lineshaft_torch.arrays import accumulator
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lineshaft.contract.problems import SampleProblem
+from lineshaft_contract.problems import SampleProblem
 from lineshaft_torch.bound import Recipe, recipe, stateless, with_problem
 
 Params = Mapping[str, torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.problems import NormProblem
+from lineshaft_contract.problems import NormProblem
 from lineshaft_torch.arrays import accumulator
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe
 

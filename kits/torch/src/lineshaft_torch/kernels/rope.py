@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lineshaft.contract.ops.rope import rope_frequencies
-from lineshaft.contract.problems import RopeProblem
+from lineshaft_contract.ops.rope import rope_frequencies
+from lineshaft_contract.problems import RopeProblem
 from lineshaft_torch.arrays import accumulator, torch_dtype
 from lineshaft_torch.bound import Recipe, recipe
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lineshaft.contract.problems import AttendProblem
+from lineshaft_contract.problems import AttendProblem
 from lineshaft_tpu.chips import Chip
 from lineshaft_tpu.pallas.attend_blocks import Blocks, blocks
 from lineshaft_tpu.tiling import LANES, usable_vmem

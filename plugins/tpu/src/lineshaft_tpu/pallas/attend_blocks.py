@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lineshaft.contract.problems import AttendProblem, itemsize
+from lineshaft_contract.problems import AttendProblem, itemsize
 from lineshaft_tpu.chips import MIB, Chip
 from lineshaft_tpu.tiling import LANES, padded, sublanes
 

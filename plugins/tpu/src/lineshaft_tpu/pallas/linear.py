@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lineshaft.contract.problems import LinearProblem, itemsize
+from lineshaft_contract.problems import LinearProblem, itemsize
 from lineshaft_tpu.chips import MIB, Chip
 from lineshaft_tpu.tiling import LANES, padded, sublanes, usable_vmem
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lineshaft.contract.kernels import Kernel
-from lineshaft.contract.ops.quantize import WEIGHT_SCHEMES
-from lineshaft.contract.problems import AttendProblem, KVProblem, LinearProblem
-from lineshaft.weights import pack_rows
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops.quantize import WEIGHT_SCHEMES
+from lineshaft_contract.packing import pack_rows
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
 from lineshaft_jax.kernels.pages import LAYOUT
 from lineshaft_tpu.chips import Chip
 from lineshaft_tpu.pallas import attend_blocks
