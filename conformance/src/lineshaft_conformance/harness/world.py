@@ -382,11 +382,18 @@ def _watch(folder: str) -> None:
 
 
 def main() -> None:
-    """`python -m lineshaft_conformance.harness.world SOCKET_FD FOLDER`; Ctrl-C is the starter's business."""
+    """`python -m lineshaft_conformance.harness.world SOCKET_FD FOLDER`; Ctrl-C is the starter's business.
+
+    The folder goes with the first rank that ends: a killed starter leaves nobody else to remove it, and the watch may
+    not come to it before this thread has ended the process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor, folder = sys.argv[1:]
     threading.Thread(target=_watch, args=(folder,), daemon=True).start()
-    Member().serve(Connection(int(descriptor)))
+    try:
+        Member().serve(Connection(int(descriptor)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
