@@ -159,3 +159,46 @@ def test_a_scored_prompt_does_not_read_the_prefix_cache_but_fills_it() -> None:
         engine.cancel(number)
     engine.add(Request(3, tuple(range(9)), SamplingParams()))
     assert shape(engine.schedule()) == [(3, 8, 1)]
+
+
+def like(number: int, other: Request, tail: int) -> Request:
+    """A request that begins as another does, and goes on differently after `tail` tokens less."""
+    return Request(number, (*other.prompt[: len(other.prompt) - tail], *range(tail)), SamplingParams(max_tokens=5))
+
+
+def test_requests_of_one_step_share_the_prefix_that_the_first_of_them_computes() -> None:
+    engine = scheduler()
+    engine.add(one := request(1, 14))
+    engine.add(two := like(2, one, 3))
+    first = engine.schedule()
+    assert shape(first) == [(1, 0, 14), (2, 8, 6)], "two whole pages of four tokens are shared"
+    engine.add(like(3, one, 1))
+    second = engine.schedule()
+    assert shape(second)[2:] == [(3, 12, 2)], "and by those of a step that is scheduled before it is committed"
+    engine.commit(first, [7, 7])
+    engine.commit(second, [8, 8, 8])
+    engine.cache.check_integrity()
+    assert (two.cached, engine.cache.stats.hit_tokens) == (8, 20)
+
+
+def test_of_a_chunked_prompt_the_computed_part_is_shared() -> None:
+    engine = scheduler(token_budget=9)
+    engine.add(one := request(1, 14))
+    assert shape(engine.schedule()) == [(1, 0, 9)]
+    engine.add(like(2, one, 1))
+    assert shape(engine.schedule()) == [(1, 9, 5), (2, 12, 2)]
+
+
+def test_pages_of_a_step_that_never_ran_are_not_shared_afterwards() -> None:
+    engine = scheduler()
+    engine.add(one := request(1, 14))
+    engine.add(two := like(2, one, 3))
+    engine.commit(engine.schedule(), [7, 7])
+    engine.add(three := request(3, 14))
+    engine.schedule()
+    engine.cancel(3)
+    engine.discard()
+    engine.cache.check_integrity()
+    engine.add(like(4, three, 1))
+    assert shape(engine.schedule()) == [(1, 12, 3), (2, 12, 3), (4, 0, 14)], "what was committed still is"
+    assert two.output == [7]

@@ -70,6 +70,13 @@ def prefixes(stage: Stage) -> None:
     stage.finish()
     stage.happened("two prompts found their prefix", all(request.cached == 2 * size for request in pair))
     stage.happened("two rows of a step share pages", any(_share(rows) for rows in stage.rows()))
+    fresh = stage.prompt(2 * size)
+    pair = [stage.add([*fresh, *stage.prompt(n)], 2) for n in (2, 4)]
+    stage.finish()
+    stage.happened("a prompt found what another one began with", [r.cached for r in pair] == [0, 2 * size])
+    if stage.subject.capabilities.max_prefill_rows != 1:
+        filled = any(_fills_for_another(rows, size) for rows in stage.rows())
+        stage.happened("a row reads pages that another row of its step fills", filled)
 
 
 def cached(stage: Stage) -> None:
@@ -178,6 +185,12 @@ def flat(stage: Stage) -> list[Any]:
 
 def _share(rows: list[Any]) -> bool:
     return len(rows) > 1 and bool(set(rows[0].pages) & set(rows[1].pages))
+
+
+def _fills_for_another(rows: list[Any], size: int) -> bool:
+    """Whether a row's context has pages that another row of the step writes."""
+    filled = [set(row.pages[row.start // size :]) for row in rows]
+    return any(row is not other and filled[i] & set(row.pages) for row in rows for i, other in enumerate(rows))
 
 
 def checks(subject: Subject, size: Size) -> Iterator[Check]:

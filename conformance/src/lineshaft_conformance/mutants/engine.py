@@ -95,6 +95,15 @@ def prefix_from_zero(session: Any, host: HostStep, kept: dict[str, Any]) -> None
             host["positions"][first : first + count] = np.arange(count)
 
 
+def pages_of_this_step(session: Any, host: HostStep, kept: dict[str, Any]) -> None:
+    """A row sees of its prefix what earlier steps wrote, and not what another row of this one does."""
+    table, slots = host["page_table.0"], host["slots.0"]
+    bounds, size = host["query_starts"], session.caches[0].problem.page_size
+    for row in range(len(table)):
+        others = [*slots[: bounds[row]], *slots[bounds[row + 1] : bounds[-1]]]
+        table[row][np.isin(table[row], np.array(others, np.int32) // size)] = 0
+
+
 def one_draw(session: Any, host: HostStep, kept: dict[str, Any]) -> None:
     host["u"][:] = host["u"][0]
 
@@ -196,6 +205,8 @@ MUTANTS = (
            with_step(mixed_rows)),
     Mutant("engine-prefix-positions", "positions are given, and do not begin at the step's first token", 4,
            "L4/*/prefixes-*", with_step(prefix_from_zero)),
+    Mutant("engine-pages-of-this-step", "a row sees what all rows of its step wrote", 4, "L4/*/prefixes-*",
+           with_step(pages_of_this_step)),
     Mutant("engine-one-draw", "each row has a random number of its own", 4, "L4/*/sampled-*",
            with_step(one_draw, is_sampling)),
     Mutant("engine-wears-out", "the n-th replay reads its inputs as the first did", 4, "L4/*/decode-*",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 
@@ -41,7 +41,7 @@ class _Sequence:
     epoch: int  # of the prefix cache; pages computed under an older one are never registered
     number: int  # how many sequences were opened before it
     pages: list[array[int]]  # per group, in token order; 0 where a page fell out of the group's window
-    registered: list[int]  # per group, how many leading pages `commit` has seen whole
+    registered: list[int]  # per group, how many leading pages are whole, or will be after the steps that are scheduled
     unseen: list[int]  # per group, how many leading pages fell out of the window
     computed: int = 0  # tokens whose KV is in the pages; later positions are still to be written
     forked: bool = False  # whether pages that are still to be written may be shared
@@ -260,6 +260,27 @@ class CacheManager:
         self._note(seq, sequence)
         return copies
 
+    def share(self, seq: int, tokens: Sequence[int], scheduled: int) -> list[tuple[int, bytes]]:
+        """Register the pages that are whole once tokens[:scheduled] have their KV; return their groups and hashes.
+
+        That may be before they have it: who is opened on them runs in the step that computes them or a later one, and
+        every attention of a step reads what all its rows have written. If the step fails, or is never run, `forget`.
+        """
+        sequence = self._sequences[seq]
+        if not self.prefix_caching or sequence.epoch != self._epoch:
+            return []
+        return [
+            (group, digest)
+            for group, size in enumerate(self._sizes)
+            if scheduled // size > sequence.registered[group]
+            for digest in self._register(sequence, group, tokens, scheduled // size)
+        ]
+
+    def forget(self, shared: Iterable[tuple[int, bytes]]) -> None:
+        """Take back what `share` returned, once every sequence that was opened since is closed."""
+        for group, digest in shared:
+            self._pools[group].forget(digest)
+
     def commit(self, seq: int, tokens: Sequence[int], computed: int) -> None:
         """Note that tokens[:computed] have their KV now: register the pages that this made whole, and give up those
         that fell out of a window.
@@ -269,10 +290,7 @@ class CacheManager:
         sequence = self._sequences[seq]
         assert computed >= sequence.computed, "computed tokens cannot become fewer"
         sequence.computed = computed
-        if self.prefix_caching and sequence.epoch == self._epoch:
-            for group, size in enumerate(self._sizes):
-                if computed // size > sequence.registered[group]:
-                    self._register(sequence, group, tokens, computed // size)
+        self.share(seq, tokens, computed)
         for group, spec in enumerate(self.groups):
             if spec.window:
                 self._give_up(sequence, group, spec.unseen(computed))
@@ -436,11 +454,12 @@ class CacheManager:
         pool.drop(src)
         return PageCopy(group, src, pages[index])
 
-    def _register(self, sequence: _Sequence, group: int, tokens: Sequence[int], whole: int) -> None:
-        chain = sequence.hashes.chain(self._sizes[group], tokens, whole)
-        for index in range(sequence.registered[group], whole):
+    def _register(self, sequence: _Sequence, group: int, tokens: Sequence[int], whole: int) -> Sequence[bytes]:
+        chain, first = sequence.hashes.chain(self._sizes[group], tokens, whole), sequence.registered[group]
+        for index in range(first, whole):
             self._pools[group].register(sequence.pages[group][index], chain[index], (sequence.number, -index))
         sequence.registered[group] = whole
+        return chain[first:whole]
 
     def _give_up(self, sequence: _Sequence, group: int, unseen: int) -> None:
         pages = sequence.pages[group]

@@ -161,6 +161,14 @@ class PagePool:
         self._page_of[digest] = page
         self._born[page] = born
 
+    def forget(self, digest: bytes) -> None:
+        """Take a hash back; no-op if no page has it."""
+        page = self._page_of.get(digest)
+        if page is not None and self._holders[page]:
+            del self._hash_of[page], self._page_of[digest]
+        elif page is not None:
+            self._forget(page)
+
     def reset(self) -> None:
         """Forget every hash: idle pages become free, held ones stay held without a name."""
         for page in list(self._idle):

@@ -67,6 +67,7 @@ class Batch:
     swaps_out: tuple[PageSwap, ...] = ()  # a page list for each group of a request
     swaps_in: tuple[PageSwap, ...] = ()  # the same lists with new ids, 0 where nothing is to be written
     finished: tuple[Request, ...] = ()  # requests that scheduling ended: their deadline passed, or they were rejected
+    shared: tuple[tuple[int, bytes], ...] = ()  # what `CacheManager.share` gave for its prefills
 
     @property
     def tokens(self) -> int:
@@ -99,6 +100,7 @@ class BatchBuilder:
         self.swaps_out: list[PageSwap] = []
         self.swaps_in: list[PageSwap] = []
         self.finished: list[Request] = []
+        self.shared: list[tuple[int, bytes]] = []
         self.fresh: set[int] = set()  # ids of requests some of whose pages get their contents just before this step
         self.lacking = False  # whether some row was left out for want of pages
         self.tokens_left = limits.token_budget
@@ -140,5 +142,5 @@ class BatchBuilder:
 
     def build(self) -> Batch:
         """Return the finished batch."""
-        moved = tuple(self.swaps_out), tuple(self.swaps_in), tuple(self.finished)
+        moved = tuple(self.swaps_out), tuple(self.swaps_in), tuple(self.finished), tuple(self.shared)
         return Batch(tuple(self.rows), tuple(self.copies), tuple(self.preempted), *moved)

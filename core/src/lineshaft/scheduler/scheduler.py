@@ -227,8 +227,10 @@ class Scheduler:
         return finished
 
     def discard(self) -> None:
-        """Forget the uncommitted batches, which failed or never ran: all that has pages starts again, none is lost."""
-        self._uncommitted.clear()
+        """Forget the uncommitted batches, which failed or never ran: all that has pages starts again, none is lost.
+
+        Their pages are shared already, and so forgotten.
+        """
         for request in self._running:
             self._close(request)
         self._running.clear()
@@ -239,6 +241,9 @@ class Scheduler:
         for request, _ in self._requests.values():
             request.length -= request.in_flight
             request.in_flight = 0
+        for batch in self._uncommitted:
+            self.cache.forget(batch.shared)
+        self._uncommitted.clear()
 
     def observe(self, batch: Batch, seconds: float) -> None:
         """Learn how long the step of a batch took."""
@@ -315,7 +320,12 @@ class Scheduler:
                 if not self._has_chunk(request) and not self._grow(request, step):
                     step.lacking = True
                     return
-                step.add_prefill(request)
+                self._prefill(request, step)
+
+    def _prefill(self, request: Request, step: BatchBuilder) -> None:
+        """Give a request a chunk, whose pages are shared from the next admission on."""
+        step.add_prefill(request)
+        step.shared += self.cache.share(request.id, request.tokens, min(request.scheduled, len(request.tokens)))
 
     def _has_chunk(self, request: Request) -> bool:
         """Whether a request has pages for the most that a step computes of it; a group with a window may lack them."""
@@ -401,7 +411,7 @@ class Scheduler:
             request = self._choose()
             if request is None or step.preempted or step.lacking or not self._start(request, step):
                 return
-            step.add_prefill(request)
+            self._prefill(request, step)
 
     def _choose(self) -> Request | None:
         """The next waiting request, or of the first few the one with the largest share of its prompt cached."""
