@@ -148,10 +148,10 @@ def test_every_parameter_of_a_model_has_the_shape_that_it_says() -> None:
     }  # fmt: skip
     checkpoint = Numbered(shapes)
     for tp in (1, 2, 4):
-        for param in leaves(gemma3.build(config, context(tp)).params()):
+        for param in leaves(gemma3.FAMILY.build(config, context(tp)).params()):
             for rank in range(tp):
                 share(param, checkpoint, rank)
-    norm = gemma3.build(config, context(1)).params()["norm"]
+    norm = gemma3.FAMILY.build(config, context(1)).params()["norm"]
     np.testing.assert_array_equal(share(norm, checkpoint, 0), checkpoint.array("model.norm.weight") + 1)
     shapes["model.norm.weight"] = (HIDDEN + 1,)
     with pytest.raises(MisshapenTensor, match=r"model\.norm\.weight has shape \[7\]"):

@@ -8,11 +8,11 @@ from typing import Any, Final
 from lineshaft.errors import UnknownArchitecture
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.experts import ExpertMlp
-from lineshaft.models.family import BuildContext, ModelFamily
+from lineshaft.models.family import BuildContext, checked_family
 from lineshaft.models.latent import LatentAttention
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
-from lineshaft.models.reading import Config, Sizes, count, number, refuse_variants, rope, rope_table, yarn_scale
+from lineshaft.models.reading import Config, Sizes, count, number, rope, rope_table, yarn_scale
 from lineshaft_contract.problems import RouterProblem
 
 ONLY: Final[dict[str, Any]] = {
@@ -25,10 +25,7 @@ ABSENT: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(config: Config, context: BuildContext) -> Decoder:
-    """Build a DeepSeek-V2 at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
-    refuse_variants(config, ONLY, "deepseek_v2")
-    config = {**ABSENT, **config}
+def _build(config: Config, context: BuildContext) -> Decoder:
     sizes = Sizes.read(config)
     sizes = replace(sizes, shape=replace(sizes.shape, kv_heads=1))  # of latents, whatever the config says
     attention = _attention(config, context, sizes)
@@ -74,4 +71,4 @@ def _some(config: Config, key: str) -> int:
     return count(config, key) if config.get(key) else 0
 
 
-FAMILY = ModelFamily("deepseek_v2", ("DeepseekV2ForCausalLM", "deepseek_v2"), build)
+FAMILY = checked_family("deepseek_v2", ("DeepseekV2ForCausalLM", "deepseek_v2"), _build, ONLY, ABSENT)

@@ -113,7 +113,7 @@ class LatentAttention:
 
     def _heads(self, width: int) -> shards.Range:
         """This rank's heads, of `width` values each."""
-        return lambda at: (at.tp * self.local_heads * width, (at.tp + 1) * self.local_heads * width)
+        return shards.even(self.heads, self.context.degrees.tp, width)
 
     def _q_kv(self, at: str) -> shards.Shard:
         width, keys = self.nope_dim + self.rope_dim, self.rank + self.rope_dim

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
-from lineshaft.models.parameters import linear, product, vector
+from lineshaft.models.parameters import const, linear, product
 from lineshaft_contract.sessions import Tree
 from lineshaft_contract.weights import Array
 
@@ -54,9 +54,9 @@ class GatedMlp:
             "down": linear(self.context, name + "down", hidden, share, down, bias=self.bias),
         }
         if self.bias:
-            both, down = self._gate_up(at, "bias", ()), shards.on_first(at + "down_proj.bias", hidden)
-            found["gate_up_bias"] = vector(self.context, name + "gate_up_bias", 2 * share, both)
-            found["down_bias"] = vector(self.context, name + "down_bias", hidden, down)
+            both, down = self._gate_up(at, "bias", ()), shards.on_first(at + "down_proj.bias", (hidden,))
+            found["gate_up_bias"] = const(self.context, name + "gate_up_bias", (2 * share,), both)
+            found["down_bias"] = const(self.context, name + "down_bias", (hidden,), down)
         return found
 
     @cached_property
@@ -65,8 +65,5 @@ class GatedMlp:
 
     def _gate_up(self, at: str, kind: str, tail: tuple[int, ...]) -> shards.Shard:
         """Rows of gate and up for a rank: each cut first and joined after."""
-        if not self.fused:
-            shape = (self.width, *tail)
-            return shards.rows(*((f"{at}{part}_proj.{kind}", shape, self._range) for part in ("gate", "up")))
-        name, shape = f"{at}gate_up_proj.{kind}", (2 * self.width, *tail)
-        return shards.rows((name, shape, self._range), (name, shape, shards.moved(self._range, self.width)))
+        parts = [(f"{at}{part}_proj.{kind}", self.width, self._range) for part in ("gate", "up")]
+        return shards.stacked(parts, tail, f"{at}gate_up_proj.{kind}" if self.fused else "")
