@@ -32,7 +32,9 @@ def described(model: Any) -> tuple[Any, ...]:
 
 
 def test_keys_that_change_nothing_are_read_over() -> None:
-    assert described(FAMILIES["llama"].build(PLAIN | NEUTRAL, CONTEXT)) == described(FAMILIES["llama"].build(PLAIN, CONTEXT))
+    assert described(FAMILIES["llama"].build(PLAIN | NEUTRAL, CONTEXT)) == described(
+        FAMILIES["llama"].build(PLAIN, CONTEXT)
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,11 @@ def test_keys_that_change_nothing_are_read_over() -> None:
         ("gemma3", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
         ("phi3", {"attention_bias": True}, "attention_bias is True; the phi3 family"),
         ("phi3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'; known .* grows .* fixed one"),
-        ("qwen3", {"rope_scaling": {"rope_type": "mrope"}}, "'mrope'; known are default, linear, llama3, yarn, longrope"),
+        (
+            "qwen3",
+            {"rope_scaling": {"rope_type": "mrope"}},
+            "'mrope'; known are default, linear, llama3, yarn, longrope",
+        ),
     ],
     ids=str,
 )
