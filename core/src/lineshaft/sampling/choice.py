@@ -34,21 +34,15 @@ def make_choice(
     """
     if not {"edits", "mask"} & params.extras.keys():
         return None
-    text = next((word for word in params.bad_words if isinstance(word, str)), None)
-    if vocabulary is None and (params.structured is not None or text is not None):
-        what = "structured" if params.structured is not None else f"bad_words with the text {text!r}"
+    texts = [word for word in params.bad_words if isinstance(word, str)]
+    if vocabulary is None and (params.structured is not None or texts):
+        what = "structured" if params.structured is not None else f"bad_words with the text {texts[0]!r}"
         raise InvalidSamplingParams(f"{what}: this engine runs on token ids alone; use an LLM, which has a tokenizer")
-    sequences: list[tuple[int, ...]] = []
-    for word in params.bad_words:
-        if isinstance(word, str):
-            assert vocabulary is not None
-            sequences += vocabulary.spellings(word)
-        else:
-            sequences.append(tuple(word))
+    sequences = [tuple(word) for word in params.bad_words if not isinstance(word, str)]
     grammar = None
-    if params.structured is not None:
-        assert vocabulary is not None
-        grammar = vocabulary.grammar(params.structured)
+    if vocabulary is not None:
+        sequences += [spelling for text in texts for spelling in vocabulary.spellings(text)]
+        grammar = None if params.structured is None else vocabulary.grammar(params.structured)
     named = {
         "logit_bias": params.logit_bias or (),
         "allowed_token_ids": params.allowed_token_ids or (),
