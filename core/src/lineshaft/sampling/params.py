@@ -146,9 +146,6 @@ class SamplingParams:
         return {kind: name for kind, name in found.items() if name and not (kind == "typical_p" and self.greedy)}
 
 
-_NEUTRAL = SamplingParams()
-
-
 def check_extras(params: SamplingParams, declined: Mapping[str, str]) -> None:
     """Raises InvalidSamplingParams where the request needs an optional program that is not there: name -> reason."""
     for kind, name in params.extras.items():
@@ -217,3 +214,6 @@ def _processors(processors: Any) -> tuple[LogitsProcessor, ...]:
     listed = () if processors is None else _listed("logits_processors", processors, "a list of functions")
     _require(all(map(callable, listed)), "logits_processors", processors, "a list of functions")
     return listed
+
+
+_NEUTRAL = SamplingParams()
