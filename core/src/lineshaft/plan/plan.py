@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lineshaft.plan.resolve import Rejection
 from lineshaft_contract.backends import API_VERSION
 from lineshaft_contract.problems import Problem
@@ -86,12 +88,7 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_json` after a trip through JSON."""
-        given = {key: value for key, value in data.items() if key != "hash"}
-        shapes = tuple(make_shape(shape) for shape in given.pop("shapes"))
-        entries = tuple(
-            PlanEntry(**{**e, "rejected": tuple(Rejection(**r) for r in e["rejected"])}) for e in given.pop("entries")
-        )
-        return cls(shapes=shapes, entries=entries, notes=tuple(given.pop("notes")), **given)
+        return TypeAdapter(cls).validate_python(data)
 
 
 def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Rejection], calls: int) -> PlanEntry:

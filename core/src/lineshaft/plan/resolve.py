@@ -52,10 +52,7 @@ class Candidates:
     def rejections(self, chosen: Kernel) -> list[Rejection]:
         """Everything but `chosen`, each with its reason."""
         others = [k for k in self.taken if k.name != chosen.name]
-        return [
-            *(Rejection(k.name, _lost(k, chosen)) for k in others),
-            *self.rejected,
-        ]
+        return [*(Rejection(k.name, _lost(k, chosen)) for k in others), *self.rejected]
 
 
 def _lost(kernel: Kernel, chosen: Kernel) -> str:
@@ -68,19 +65,17 @@ class Resolver:
     """Finds candidates once per (op, problem). `named` maps an op to the kernel that the configuration demands."""
 
     def __init__(self, backend: str, kernels: Iterable[Kernel], named: Mapping[str, str]) -> None:
-        self._backend, self._named = backend, named
+        """Raises Unsupported where the backend has no kernel of such a name."""
+        self._named = named
         self._by_op: dict[str, list[Kernel]] = {}
         for kernel in kernels:
             self._by_op.setdefault(kernel.op, []).append(kernel)
         self._found: dict[tuple[str, Problem], Candidates] = {}
-        self._check_named()
-
-    def _check_named(self) -> None:
-        for op, name in self._named.items():
+        for op, name in named.items():
             known = [k.name for k in self._by_op.get(op, [])]
             if name not in known:
                 raise Unsupported(
-                    f"[kernels] {op} = {name!r}: backend {self._backend!r} has no such kernel for {op}; "
+                    f"[kernels] {op} = {name!r}: backend {backend!r} has no such kernel for {op}; "
                     f"it has {', '.join(known) or 'none'}"
                 )
 
@@ -89,10 +84,9 @@ class Resolver:
         return bool(self.candidates(op, problem).taken)
 
     def candidates(self, op: str, problem: Problem) -> Candidates:
-        key = (op, problem)
-        if key not in self._found:
-            self._found[key] = self._search(op, problem)
-        return self._found[key]
+        if (op, problem) not in self._found:
+            self._found[op, problem] = self._search(op, problem)
+        return self._found[op, problem]
 
     def _search(self, op: str, problem: Problem) -> Candidates:
         found = Candidates(problem, op)
