@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lineshaft.layout import ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import RmsNorm, const
@@ -91,15 +90,8 @@ class Decoder:
         context.degrees.validate(sizes.shape)
         self.context, self.sizes, self.layers = context, sizes, tuple(layers)
         self.norm, self.embed_scale = norm, embed_scale
+        self.shape, self.max_position = sizes.shape, sizes.max_position
         self.vocab_share = -(-sizes.shape.vocab // context.degrees.tp)  # the last ranks' are padded
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.sizes.shape
-
-    @property
-    def max_position(self) -> int:
-        return self.sizes.max_position
 
     # ---- the forward -------------------------------------------------------------------------------------------
 

@@ -70,6 +70,11 @@ def count(config: Config, key: str, default: int | None = None) -> int:
     return int(value(config, key, default, lambda given: type(given) is int and 1 <= given <= most, allowed))
 
 
+def some(config: Config, key: str) -> int:
+    """A count that may be absent, null or 0. Raises CorruptCheckpoint."""
+    return count(config, key) if config.get(key) else 0
+
+
 def flag(config: Config, key: str, default: bool = False) -> bool:
     """Raises CorruptCheckpoint for what is no boolean."""
     return bool(value(config, key, default, lambda given: isinstance(given, bool), "true or false"))
@@ -114,7 +119,7 @@ def layer_windows(config: Config, layers: int, local: Callable[[int], bool], ena
 
 def window(config: Config) -> int:
     """The sliding window in tokens, the query included; 0 where there is none."""
-    return count(config, "sliding_window") if config.get("sliding_window") else 0
+    return some(config, "sliding_window")
 
 
 def groups(windows: Sequence[int]) -> list[int]:

@@ -68,11 +68,9 @@ class Plan:
 
     def summary(self) -> str:
         """A few lines: backend, buckets, the kernel of each op, the hash, the notes."""
-        chosen: dict[str, list[str]] = {}
+        chosen: dict[str, dict[str, None]] = {}
         for entry in self.entries:
-            names = chosen.setdefault(entry.op, [])
-            if entry.label not in names:
-                names.append(entry.label)
+            chosen.setdefault(entry.op, {})[entry.label] = None
         lines = [
             f"plan {self.hash[:16]}  backend {self.backend}  buckets {len(self.shapes)}  problems {len(self.entries)}"
         ]

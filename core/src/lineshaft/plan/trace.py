@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import finalize
 
@@ -160,15 +161,9 @@ class Tracer:
         spec = self._specs.get(op)
         if spec is None:
             raise Unsupported(f"the forward calls ops.{name}, which is no op of the contract and no declared use")
+        return partial(self._record, name, spec, base)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._record(name, spec, base, args, kwargs)
-
-        return call
-
-    def _record(
-        self, name: str, spec: OpSpec, base: Problem | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _record(self, name: str, spec: OpSpec, base: Problem | None, /, *args: Any, **kwargs: Any) -> Any:
         call = Call(args, kwargs, self._degrees)
         held = [item for item in args if isinstance(item, Weight)] if spec.weight else []
         problem = spec.specialise(held[0].problems[spec.weight] if held else base, call)

@@ -155,9 +155,7 @@ def check_extras(params: SamplingParams, declined: Mapping[str, str]) -> None:
 
 def _require(valid: bool, name: str, given: object, allowed: str) -> None:
     if not valid:
-        shown = repr(given)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        raise InvalidSamplingParams(f"{name} = {shown} is not allowed: give {allowed}, or leave {name} out")
+        raise InvalidSamplingParams(f"{name} = {given!r:.80} is not allowed: give {allowed}, or leave {name} out")
 
 
 def _real(name: str, value: Any, allowed: str, valid: Callable[[float], bool]) -> float:
