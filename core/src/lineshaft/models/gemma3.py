@@ -41,7 +41,8 @@ def _build(config: Config, context: BuildContext) -> Decoder:
         activation=reading.activation(config, "hidden_activation"),
     )  # fmt: skip
     layers = [Layer(attention, mlp, norm, NORMS) for attention in _attentions(config, context, sizes)]
-    return Decoder(context, sizes, layers, norm, embed_scale=embed_scale(shape.hidden, context.dtype))
+    scale = np.float32(shape.hidden**0.5).astype(numpy_dtype(context.dtype))  # rounded as the model was trained with
+    return Decoder(context, sizes, layers, norm, embed_scale=float(scale))
 
 
 def _attentions(config: Config, context: BuildContext, sizes: Sizes) -> list[Attention]:
@@ -59,11 +60,6 @@ def _local_rope(config: Config, context: BuildContext) -> Rope:
     if SLIDING in reading.rope_table(config):
         return reading.rope(config, context, SLIDING)
     return Rope(reading.number(config, "rope_local_base_freq", 10000.0))
-
-
-def embed_scale(hidden: int, dtype: str) -> float:
-    """sqrt(hidden), rounded to float32 and then to the executed dtype, as the model was trained with."""
-    return float(np.float32(hidden**0.5).astype(numpy_dtype(dtype)))
 
 
 FAMILY = checked_family("gemma3", ("Gemma3ForCausalLM", "gemma3_text"), _build, ONLY, ABSENT)

@@ -73,8 +73,13 @@ def stacked(parts: Sequence[tuple[str, int, Range]], tail: tuple[int, ...], fuse
     if not fused:
         return rows(*((name, (size, *tail), where) for name, size, where in parts))
     starts = list(accumulate((size for _, size, _ in parts), initial=0))
-    ranges = (moved(where, start) for (_, _, where), start in zip(parts, starts, strict=False))
-    return rows(*((fused, (starts[-1], *tail), where) for where in ranges))
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        check_shape(checkpoint, fused, (starts[-1], *tail))
+        cuts = ((start, where(at)) for start, (_, _, where) in zip(starts, parts, strict=False))
+        return Local(tuple(checkpoint.rows(fused, start + first, start + stop) for start, (first, stop) in cuts))
+
+    return shard
 
 
 def joined(*parts: Shard) -> Shard:
@@ -97,16 +102,6 @@ def made(make: Callable[..., Iterable[Numbers]], *tensors: tuple[str, tuple[int,
         return Local(tuple(map(_plain, make(at, *numbers))))
 
     return shard
-
-
-def moved(where: Range, start: int) -> Range:
-    """`where` in a tensor that holds what it cuts from row `start` on."""
-
-    def place(at: Coordinate) -> tuple[int, int]:
-        first, stop = where(at)
-        return start + first, start + stop
-
-    return place
 
 
 def shifted(name: str, shape: tuple[int, ...], offset: float) -> Shard:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lineshaft.errors import Ambiguous, Unsupported
 from lineshaft_contract.backends import API_VERSION
@@ -19,14 +19,14 @@ class Rejection:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidates:
     """The kernels that take a problem, best first, and those that do not."""
 
     problem: Problem
     op: str
-    taken: list[Kernel] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
+    taken: list[Kernel]
+    rejected: list[Rejection]
 
     def best(self, layout: str | None = None) -> Kernel:
         """The highest priority (within `layout`). Raises Unsupported with every reason, Ambiguous on a tie."""
@@ -89,15 +89,10 @@ class Resolver:
         return self._found[op, problem]
 
     def _search(self, op: str, problem: Problem) -> Candidates:
-        found = Candidates(problem, op)
-        for kernel in self._by_op.get(op, []):
-            reason = self._reason(kernel, problem)
-            if reason is None:
-                found.taken.append(kernel)
-            else:
-                found.rejected.append(Rejection(kernel.name, reason))
-        found.taken.sort(key=lambda k: (-k.priority, k.name))
-        return found
+        judged = [(kernel, self._reason(kernel, problem)) for kernel in self._by_op.get(op, [])]
+        taken = [kernel for kernel, reason in judged if reason is None]
+        rejected = [Rejection(kernel.name, reason) for kernel, reason in judged if reason is not None]
+        return Candidates(problem, op, sorted(taken, key=lambda k: (-k.priority, k.name)), rejected)
 
     def _reason(self, kernel: Kernel, problem: Problem) -> str | None:
         named = self._named.get(kernel.op)
