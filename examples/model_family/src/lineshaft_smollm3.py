@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lineshaft.models import BuildContext, ModelFamily
+from lineshaft.models import BuildContext, ModelFamily, checked_family
 from lineshaft.models.attention import Attention
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
-from lineshaft.models.reading import Sizes, count, refuse_variants, rope
+from lineshaft.models.reading import Sizes, count, rope
 from lineshaft_contract.errors import CorruptCheckpoint
 from lineshaft_contract.hooks import hookimpl
 
@@ -25,8 +25,6 @@ ONLY: dict[str, Any] = {  # what changes the result, with the one value that is 
 
 def build(config: Mapping[str, Any], context: BuildContext) -> Decoder:
     """The model at a layout. Raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
-    config = {**ABSENT, **config}
-    refuse_variants(config, ONLY, "smollm3")
     sizes = Sizes.read(config)
     norm = RmsNorm(context, sizes.shape.hidden, sizes.eps)
     mlp = GatedMlp(context=context, hidden=sizes.shape.hidden, width=sizes.shape.intermediate)
@@ -54,4 +52,4 @@ def rotated_layers(config: Mapping[str, Any], layers: int) -> Sequence[int]:
 
 @hookimpl
 def lineshaft_models() -> list[ModelFamily]:
-    return [ModelFamily("smollm3", ("SmolLM3ForCausalLM", "smollm3"), build)]
+    return [checked_family("smollm3", ("SmolLM3ForCausalLM", "smollm3"), build, ONLY, ABSENT)]

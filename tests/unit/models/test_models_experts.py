@@ -31,11 +31,11 @@ LATENT: dict[str, Any] = PLAIN | {
 }  # fmt: skip
 MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 FAMILIES: dict[str, tuple[Callable[..., Decoder], dict[str, Any]]] = {
-    "mixtral": (mixtral.build, ROUTED),
-    "qwen3_moe": (qwen3_moe.build, ROUTED | {"moe_intermediate_size": F}),
-    "gpt_oss": (gpt_oss.build, ROUTED),
-    "gpt_oss-mxfp4": (gpt_oss.build, ROUTED | MXFP4),
-    "deepseek_v2": (deepseek.build, LATENT),
+    "mixtral": (mixtral.FAMILY.build, ROUTED),
+    "qwen3_moe": (qwen3_moe.FAMILY.build, ROUTED | {"moe_intermediate_size": F}),
+    "gpt_oss": (gpt_oss.FAMILY.build, ROUTED),
+    "gpt_oss-mxfp4": (gpt_oss.FAMILY.build, ROUTED | MXFP4),
+    "deepseek_v2": (deepseek.FAMILY.build, LATENT),
 }
 
 
@@ -135,7 +135,7 @@ def test_mxfp4_holds_the_lower_code_first() -> None:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_estimate_counts_every_expert(tp: int) -> None:
-    built = mixtral.build(ROUTED, BuildContext("bfloat16", "bfloat16", 16, Degrees(tp=tp)))
+    built = mixtral.FAMILY.build(ROUTED, BuildContext("bfloat16", "bfloat16", 16, Degrees(tp=tp)))
     params = [param for param in distinct_params(built.params()) if param.name.rsplit(".", 1)[-1] in ("w13", "w2")]
     assert local_bytes(params, {}) == 2 * E * 3 * H * F // tp
 
@@ -148,7 +148,7 @@ def test_a_latent_is_one_head_on_every_rank() -> None:
 
 def test_layers_without_experts() -> None:
     config = FAMILIES["qwen3_moe"][1] | {"num_hidden_layers": 5, "mlp_only_layers": [3], "decoder_sparse_step": 2}
-    built = qwen3_moe.build(config, BuildContext("float32", "float32", 16, Degrees()))
+    built = qwen3_moe.FAMILY.build(config, BuildContext("float32", "float32", 16, Degrees()))
     assert ["w13" in layer["mlp"] for layer in built.params()["layers"]] == [False, True, False, False, False]
 
 
@@ -156,7 +156,7 @@ def test_windows_take_turns_unless_the_config_says_otherwise() -> None:
     config = ROUTED | {"num_hidden_layers": 4, "sliding_window": 9}
 
     def windows(**more: Any) -> list[int]:
-        built = gpt_oss.build(config | more, BuildContext("float32", "float32", 16, Degrees()))
+        built = gpt_oss.FAMILY.build(config | more, BuildContext("float32", "float32", 16, Degrees()))
         uses = [layer.attention.uses() for layer in built.layers]
         return [problem.window for used in uses for op, problem in used.values() if op == "attend"]
 

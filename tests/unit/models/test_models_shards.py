@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lineshaft.errors import MisshapenTensor, MissingTensor
+from lineshaft.errors import LayoutError, MisshapenTensor, MissingTensor
 from lineshaft.layout import Degrees, ModelShape
-from lineshaft.models import BuildContext, gemma3
+from lineshaft.models import BuildContext, gemma3, shards
 from lineshaft.models.attention import Attention
 from lineshaft.models.mlp import GatedMlp
 from lineshaft_contract.schemes import dequantize
@@ -86,6 +88,38 @@ def separate(fused: Numbered) -> Numbered:
     return found
 
 
+@given(
+    kv=st.sampled_from([1, 2, 3, 4, 8]), group=st.sampled_from([1, 2, 3, 4]), tp=st.sampled_from([1, 2, 3, 4, 6, 8, 16])
+)
+def test_each_query_head_meets_its_own_kv_head(kv: int, group: int, tp: int) -> None:
+    try:
+        Degrees(tp=tp).validate(ModelShape(q_heads=kv * group, kv_heads=kv, hidden=8, intermediate=48, vocab=10))
+    except LayoutError:
+        return
+    owned: list[int] = []
+    for rank in range(tp):
+        at = Coordinate(tp=rank)
+        (q_start, q_stop), (kv_start, kv_stop) = shards.even(kv * group, tp)(at), shards.even(kv, tp)(at)
+        q, local_kv = q_stop - q_start, kv_stop - kv_start
+        owned += range(q_start, q_stop)
+        for i in range(q):
+            assert kv_start + i // (q // local_kv) == (q_start + i) // group
+        assert shards.even(kv, tp, 5)(at) == (5 * kv_start, 5 * kv_stop)
+    assert owned == list(range(kv * group))
+
+
+@given(vocab=st.integers(1, 40), tp=st.integers(1, 16))
+def test_each_rank_has_as_many_rows_of_the_vocabulary_padded_at_the_end(vocab: int, tp: int) -> None:
+    rows = -(-vocab // tp)
+    checkpoint = Numbered({"table": (vocab, 3)})
+    found = [shards.padded_rows("table", (vocab, 3), rows)(checkpoint, Coordinate(tp=rank)) for rank in range(tp)]
+    ranks = [np.concatenate([dequantize(part, "float32") for part in local.parts]) for local in found]
+    assert {rank.shape for rank in ranks} == {(rows, 3)}
+    joined = np.concatenate(ranks)
+    np.testing.assert_array_equal(joined[:vocab], checkpoint.array("table"))
+    assert not joined[vocab:].any()
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_fused_tensors_are_cut_by_part_before_they_are_joined(tp: int) -> None:
     fused = Numbered({
@@ -148,10 +182,10 @@ def test_every_parameter_of_a_model_has_the_shape_that_it_says() -> None:
     }  # fmt: skip
     checkpoint = Numbered(shapes)
     for tp in (1, 2, 4):
-        for param in leaves(gemma3.build(config, context(tp)).params()):
+        for param in leaves(gemma3.FAMILY.build(config, context(tp)).params()):
             for rank in range(tp):
                 share(param, checkpoint, rank)
-    norm = gemma3.build(config, context(1)).params()["norm"]
+    norm = gemma3.FAMILY.build(config, context(1)).params()["norm"]
     np.testing.assert_array_equal(share(norm, checkpoint, 0), checkpoint.array("model.norm.weight") + 1)
     shapes["model.norm.weight"] = (HIDDEN + 1,)
     with pytest.raises(MisshapenTensor, match=r"model\.norm\.weight has shape \[7\]"):

@@ -1,4 +1,4 @@
-"""draw: fixed values, NumPy's generator as the reference, and nothing but the arguments matters."""
+"""draws: fixed values, NumPy's generator as the reference, and nothing but the arguments matters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw, draws
+from lineshaft.sampling.draw import PURPOSE_SAMPLE, draws
 
 TOP = 2**64 - 1
-# (seed, fork, position, purpose, index) -> draw * 2**24. These never change: a seed must mean the same for ever.
+
+
+def draw(seed: int, fork: int, position: int, purpose: int, index: int) -> np.float32:
+    number: np.float32 = draws([seed], [fork], [position], purpose, index)[0]
+    return number
+
+
+# (seed, fork, position, purpose, index) -> number * 2**24. These never change: a seed must mean the same for ever.
 VECTORS = [
     ((0, 0, 0, 0, 0), 193722),
     ((0, 0, 1, 0, 0), 8428531),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lineshaft.sampling import SamplingParams
-from lineshaft.sampling.draw import draw
+from lineshaft.sampling.draw import draws
 from lineshaft.sampling.pack import pack_sampling
 
 HOT = SamplingParams(temperature=0.7, top_k=5, seed=42)
@@ -19,7 +19,7 @@ def test_greedy_rows_alone_need_no_sampling() -> None:
 def test_inputs_depend_on_the_row_alone() -> None:
     alone, among = pack_sampling([HOT], [2], [3], 1), pack_sampling([COLD, HOT], [0, 2], [9, 3], 4)
     assert alone is not None and among is not None
-    assert alone["u"][0, 0] == among["u"][1, 0] == draw(42, 2, 3, 0, 0)
+    assert alone["u"][0, 0] == among["u"][1, 0] == draws([42], [2], [3], 0, 0)[0]
     assert among["temperature"].tolist() == [0.0, np.float32(0.7), 0.0, 0.0]
     assert among["top_k"].tolist() == [0, 5, 0, 0]
     assert among["top_p"].tolist() == [0.0, 1.0, 0.0, 0.0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lineshaft.sampling import SamplingParams
-from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
+from lineshaft.sampling.draw import PURPOSE_SAMPLE, draws
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.sampling.processors import ProcessedRow, choose_processed
 from lineshaft_contract.ops.logits import logprobs
@@ -59,7 +59,7 @@ def test_a_processor_that_changes_nothing_samples_as_the_op_does() -> None:
     each = row(0, lambda output, prompt, logits: logits, temperature=1.0, seed=9)
     ids, _ = choose_processed([each], own, np.array([0], np.int32), None)
     shares = np.exp(own[0]) / np.exp(own[0]).sum()
-    assert ids[0] == np.searchsorted(np.cumsum(shares), draw(9, 0, 5, PURPOSE_SAMPLE, 0))
+    assert ids[0] == np.searchsorted(np.cumsum(shares), draws([9], [0], [5], PURPOSE_SAMPLE, 0)[0])
 
 
 def boom(output: Any, prompt: Any, logits: Any) -> Any:

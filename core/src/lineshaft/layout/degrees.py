@@ -26,16 +26,6 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class HeadShare:
-    """One tp rank's heads: half-open ranges of the model's q and kv heads."""
-
-    q_start: int
-    q_stop: int
-    kv_start: int
-    kv_stop: int
-
-
-@dataclass(frozen=True)
 class Degrees:
     """The number of ranks along each axis."""
 
@@ -64,39 +54,22 @@ class Degrees:
             raise LayoutError(f"rank {rank} is outside 0..{self.world - 1}, the ranks of {self}")
         return coordinate_at(self.axes, rank)
 
-    def heads(self, shape: ModelShape, tp: int) -> HeadShare:
-        """The heads of tp rank `tp`; kv heads are replicated where there are fewer of them than ranks."""
-        q = shape.q_heads // self.tp
-        kv = max(1, shape.kv_heads // self.tp)
-        kv_start = tp * shape.kv_heads // self.tp
-        return HeadShare(tp * q, (tp + 1) * q, kv_start, kv_start + kv)
-
-    def padded_vocab(self, vocab: int) -> int:
-        """Vocabulary entries after padding at the end to a multiple of tp."""
-        return -(-vocab // self.tp) * self.tp
-
     def validate(self, shape: ModelShape) -> None:
         """Raises LayoutError that lists every broken rule at once."""
-        broken = self._broken_degrees() + self._broken_shares(shape)
+        broken = [f"{axis}={n}: a degree is at least 1" for axis, n in self.axes if n < 1]
+        later = [(axis, n) for axis, n in self.axes if n > 1 and axis not in RUNNABLE]
+        broken += [f"{axis}={n}: this version runs dp and tp only, set {axis}=1" for axis, n in later]
+        broken += self._broken_shares(shape) if self.tp > 0 else []
         if broken:
             raise LayoutError(f"layout {self} breaks {len(broken)} rule(s): " + "; ".join(broken))
 
-    def _broken_degrees(self) -> list[str]:
-        low = [f"{axis}={n}: a degree is at least 1" for axis, n in self.axes if n < 1]
-        later = [
-            f"{axis}={n}: this version runs dp and tp only, set {axis}=1"
-            for axis, n in self.axes
-            if n > 1 and axis not in RUNNABLE
-        ]
-        return low + later
-
     def _broken_shares(self, shape: ModelShape) -> list[str]:
-        broken: list[str] = []
-        if self.tp < 1:
-            return broken
-        for what, count in (("query heads", shape.q_heads), ("intermediate width", shape.intermediate)):
-            if count % self.tp:
-                broken.append(f"tp={self.tp} does not divide the {count} {what} (allowed: {_divisors(count)})")
+        counts = {"query heads": shape.q_heads, "intermediate width": shape.intermediate}
+        broken = [
+            f"tp={self.tp} does not divide the {count} {what} (allowed: {_divisors(count)})"
+            for what, count in counts.items()
+            if count % self.tp
+        ]
         if shape.kv_heads % self.tp and self.tp % shape.kv_heads:
             broken.append(f"neither of tp={self.tp} and {shape.kv_heads} kv heads divides the other")
         return broken

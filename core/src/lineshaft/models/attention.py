@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from lineshaft.layout import HeadShare, ModelShape
+from lineshaft.layout import ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
-from lineshaft.models.parameters import RmsNorm, linear, product, vector
-from lineshaft_contract.problems import AttendProblem, KVProblem, RopeProblem, RopeScaling
+from lineshaft.models.parameters import RmsNorm, const, linear, product
+from lineshaft_contract.problems import AttendProblem, KVProblem, Problem, RopeProblem, RopeScaling
 from lineshaft_contract.sessions import Cache, Tree
 from lineshaft_contract.steps import StepInputs
-from lineshaft_contract.weights import Array, Coordinate
+from lineshaft_contract.weights import Array
 
 UNSCALED: Final = RopeScaling()
 
@@ -102,11 +102,11 @@ class Attention:
             kv_dtype=self.context.kv_dtype, group=self.group, window=self.window, softcap=self.softcap,
             sinks=self.sinks,
         )  # fmt: skip
-        found: Uses = {self._name("attend"): ("attend", attend)}
-        if self.rope is None:
-            return found
-        rope = self.rope.problem(self.context.dtype, self.head_dim, self.max_position)
-        return {self._name("rope"): ("rope", rope), **found}
+        found: dict[str, tuple[str, Problem]] = {self._name("attend"): ("attend", attend)}
+        if self.rope is not None:
+            rope = self.rope.problem(self.context.dtype, self.head_dim, self.max_position)
+            found[self._name("rope")] = "rope", rope
+        return found
 
     def cache(self) -> KVProblem:
         return KVProblem(
@@ -117,23 +117,22 @@ class Attention:
     def params(self, source: str, name: str) -> Tree:
         """The block's parameters: `source` is the layer's prefix in the checkpoint, `name` the one of its weights."""
         context, hidden, at = self.context, self.shape.hidden, source + self.at
-        heads, width = self.q_heads + 2 * self.kv_heads, self.q_heads * self.head_dim
-        full = (hidden, self.shape.q_heads * self.head_dim)
+        qkv, width = (self.q_heads + 2 * self.kv_heads) * self.head_dim, self.q_heads * self.head_dim
+        out = shards.cols(
+            at + "o_proj.weight", (hidden, self.shape.q_heads * self.head_dim), self._heads(self.shape.q_heads)
+        )
         found = {
-            "qkv": linear(context, name + "qkv", heads * self.head_dim, hidden, self._qkv(at, "weight", (hidden,)),
-                          bias=self.qkv_bias),
-            "out": linear(context, name + "out", hidden, width, shards.cols(at + "o_proj.weight", full, self._q),
-                          bias=self.out_bias),
-        }  # fmt: skip
+            "qkv": linear(context, name + "qkv", qkv, hidden, self._qkv(at, "weight", (hidden,)), bias=self.qkv_bias),
+            "out": linear(context, name + "out", hidden, width, out, bias=self.out_bias),
+        }
         if self.qkv_bias:
-            shard = self._qkv(at, "bias", ())
-            found["qkv_bias"] = vector(context, name + "qkv_bias", heads * self.head_dim, shard)
+            found["qkv_bias"] = const(context, name + "qkv_bias", (qkv,), self._qkv(at, "bias", ()))
         if self.out_bias:
-            shard = shards.on_first(at + "o_proj.bias", hidden)
-            found["out_bias"] = vector(context, name + "out_bias", hidden, shard)
+            shard = shards.on_first(at + "o_proj.bias", (hidden,))
+            found["out_bias"] = const(context, name + "out_bias", (hidden,), shard)
         if self.sinks:
-            shard = shards.rows((at + "sinks", (self.shape.q_heads,), self._sinks))
-            found["sinks"] = vector(context, name + "sinks", self.q_heads, shard)
+            shard = shards.rows((at + "sinks", (self.shape.q_heads,), shards.even(self.shape.q_heads, self._tp)))
+            found["sinks"] = const(context, name + "sinks", (self.q_heads,), shard)
         if self.head_norm is not None:
             for key in ("q_norm", "k_norm"):
                 found[key] = self.head_norm.param(name + key, f"{at}{key}.weight")
@@ -144,42 +143,26 @@ class Attention:
     @cached_property
     def q_heads(self) -> int:
         """This rank's."""
-        share = self._share(Coordinate())
-        return share.q_stop - share.q_start
+        return self.shape.q_heads // self._tp
 
     @cached_property
     def kv_heads(self) -> int:
-        """This rank's."""
-        share = self._share(Coordinate())
-        return share.kv_stop - share.kv_start
+        """This rank's; one of the model's where there are fewer of them than ranks."""
+        return max(1, self.shape.kv_heads // self._tp)
+
+    @property
+    def _tp(self) -> int:
+        return self.context.degrees.tp
 
     def _name(self, op: str) -> str:
         return f"{op}.{self.kind}" if self.kind else op
 
-    def _share(self, at: Coordinate) -> HeadShare:
-        return self.context.degrees.heads(self.shape, at.tp)
-
-    def _sinks(self, at: Coordinate) -> tuple[int, int]:
-        share = self._share(at)
-        return share.q_start, share.q_stop
-
-    def _q(self, at: Coordinate) -> tuple[int, int]:
-        share = self._share(at)
-        return share.q_start * self.head_dim, share.q_stop * self.head_dim
-
-    def _kv(self, at: Coordinate) -> tuple[int, int]:
-        share = self._share(at)
-        return share.kv_start * self.head_dim, share.kv_stop * self.head_dim
+    def _heads(self, count: int) -> shards.Range:
+        """This rank's values of `count` heads."""
+        return shards.even(count, self._tp, self.head_dim)
 
     def _qkv(self, at: str, kind: str, tail: tuple[int, ...]) -> shards.Shard:
         """Rows of q, k and v for a rank: each cut by heads first and joined after."""
-        q, kv = self.shape.q_heads * self.head_dim, self.shape.kv_heads * self.head_dim
-        if not self.fused:
-            return shards.rows(
-                (f"{at}q_proj.{kind}", (q, *tail), self._q),
-                (f"{at}k_proj.{kind}", (kv, *tail), self._kv),
-                (f"{at}v_proj.{kind}", (kv, *tail), self._kv),
-            )
-        name, shape = f"{at}qkv_proj.{kind}", (q + 2 * kv, *tail)
-        parts = ((0, self._q), (q, self._kv), (q + kv, self._kv))
-        return shards.rows(*((name, shape, shards.moved(where, start)) for start, where in parts))
+        heads = {"q": self.shape.q_heads, "k": self.shape.kv_heads, "v": self.shape.kv_heads}
+        parts = [(f"{at}{part}_proj.{kind}", n * self.head_dim, self._heads(n)) for part, n in heads.items()]
+        return shards.stacked(parts, tail, f"{at}qkv_proj.{kind}" if self.fused else "")

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
-from lineshaft.layout import ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
-from lineshaft.models.parameters import RmsNorm
+from lineshaft.models.parameters import RmsNorm, const
 from lineshaft.models.reading import Sizes
-from lineshaft_contract.problems import ConstProblem, EmbedProblem, KVProblem, LinearProblem, Problem
+from lineshaft_contract.problems import EmbedProblem, KVProblem, LinearProblem, Problem
 from lineshaft_contract.sessions import Cache, Tree
 from lineshaft_contract.steps import StepInputs
 from lineshaft_contract.weights import Array, Param
@@ -32,9 +30,9 @@ class Block(Protocol):
 class AttentionBlock(Block, Protocol):
     """x [T, H] -> out [T, H], which has left the layout, and the cache after the step's writes."""
 
-    def cache(self) -> KVProblem | None: ...  # None: it keeps none
+    def cache(self) -> KVProblem: ...
 
-    def __call__(self, ops: Any, w: Tree, x: Array, cache: Any, step: StepInputs) -> tuple[Array, Any]: ...
+    def __call__(self, ops: Any, w: Tree, x: Array, cache: Cache, step: StepInputs) -> tuple[Array, Cache]: ...
 
 
 class MlpBlock(Block, Protocol):
@@ -47,16 +45,14 @@ class MlpBlock(Block, Protocol):
 class Norms:
     """What a layer's norms are called in the checkpoint, before each block and, where there is one, after it."""
 
-    attend: str = "input_layernorm"
-    mlp: str = "post_attention_layernorm"
+    attend_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
     after_attend: str = ""
     after_mlp: str = ""
 
     def items(self) -> Iterable[tuple[str, str]]:
         """(name of the weight, name in the checkpoint)."""
-        every = {"attend_norm": self.attend, "mlp_norm": self.mlp}
-        every |= {"after_attend": self.after_attend, "after_mlp": self.after_mlp}
-        return ((name, source) for name, source in every.items() if source)
+        return ((name, source) for name, source in vars(self).items() if source)
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ class Layer:
     norms: Norms = Norms()
 
     def __call__(
-        self, ops: Any, w: Tree, x: Array, r: Array | None, cache: Any, step: StepInputs
-    ) -> tuple[Array, Array, Any]:
+        self, ops: Any, w: Tree, x: Array, r: Array | None, cache: Cache, step: StepInputs
+    ) -> tuple[Array, Array, Cache]:
         """x [T, H]: the last block's output, not yet added to the residual r [T, H] (None before the first block)."""
         h, r = (ops.rms_norm(x, w["attend_norm"]), x) if r is None else ops.add_rms_norm(x, r, w["attend_norm"])
         x, cache = self.attention(ops, w["attend"], h, cache, step)
@@ -94,26 +90,18 @@ class Decoder:
         context.degrees.validate(sizes.shape)
         self.context, self.sizes, self.layers = context, sizes, tuple(layers)
         self.norm, self.embed_scale = norm, embed_scale
-        self.vocab_share = context.degrees.padded_vocab(sizes.shape.vocab) // context.degrees.tp
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.sizes.shape
-
-    @property
-    def max_position(self) -> int:
-        return self.sizes.max_position
+        self.shape, self.max_position = sizes.shape, sizes.max_position
+        self.vocab_share = -(-sizes.shape.vocab // context.degrees.tp)  # the last ranks' are padded
 
     # ---- the forward -------------------------------------------------------------------------------------------
 
     def forward(self, ops: Any, weights: Tree, caches: Sequence[Cache], step: StepInputs) -> tuple[Array, list[Cache]]:
         """Logits [R, V] of the step's logit rows, and the caches after the step's writes."""
         x = self.context.layout.leave(ops, ops.embed(step.token_ids, weights["embed"], weights["vocab_start"]))
-        r, given, written = None, iter(caches), []
-        for layer, w, kept in zip(self.layers, weights["layers"], self.kept, strict=True):
-            cache = None if kept is None else next(given)
-            x, r, cache = layer(ops, w, x, r, cache, step)
-            written += [] if cache is None else [cache]
+        r, written = None, []
+        for layer, w, cache in zip(self.layers, weights["layers"], caches, strict=True):
+            x, r, after = layer(ops, w, x, r, cache, step)
+            written.append(after)
         x, _ = ops.add_rms_norm(x, r, weights["norm"])
         x = ops.gather_rows(x, step.logit_rows)
         logits = self.context.layout.logits(ops, ops.linear(self.context.layout.enter(ops, x), weights["head"]))
@@ -130,29 +118,22 @@ class Decoder:
         return found
 
     def caches(self) -> Sequence[KVProblem]:
-        return [cache for cache in self.kept if cache is not None]
-
-    @cached_property
-    def kept(self) -> Sequence[KVProblem | None]:
-        """The cache of each layer."""
+        """One for each layer."""
         return [layer.attention.cache() for layer in self.layers]
 
     def params(self) -> Tree:
         dtype, share, hidden = self.context.dtype, self.vocab_share, self.shape.hidden
         embed = "model.embed_tokens.weight"
         head = embed if self.sizes.tied else "lm_head.weight"
+        start = shards.constant(lambda at: [at.tp * share])
         table = EmbedProblem(dtype=dtype, vocab=share, width=hidden, scale=self.embed_scale)
         return {
             "embed": self._vocab("embed", embed, {"embed": table}),
-            "vocab_start": Param(
-                name="vocab_start", source_id="vocab_start", shape=(1,), dtype="int32", varies=("tp",),
-                problems={"const": ConstProblem(dtype="int32", shape=(1,))},
-                shard=shards.constant(lambda at: [at.tp * self.vocab_share]),
-            ),
+            "vocab_start": const(self.context, "vocab_start", (1,), start, "int32"),
             "layers": [layer.params(f"model.layers.{i}.", f"layers.{i}.") for i, layer in enumerate(self.layers)],
             "norm": self.norm.param("norm", "model.norm.weight"),
             "head": self._vocab("head", head, {"linear": LinearProblem(dtype=dtype, n=share, k=hidden)}),
-        }  # fmt: skip
+        }
 
     def _vocab(self, name: str, source: str, problems: Mapping[str, Problem]) -> Param:
         """A table of the vocabulary. Where the head is tied, both are of one source, each in the packing it likes."""

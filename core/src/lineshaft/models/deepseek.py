@@ -8,11 +8,11 @@ from typing import Any, Final
 from lineshaft.errors import UnknownArchitecture
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.experts import ExpertMlp
-from lineshaft.models.family import BuildContext, ModelFamily
+from lineshaft.models.family import BuildContext, checked_family
 from lineshaft.models.latent import LatentAttention
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
-from lineshaft.models.reading import Config, Sizes, count, number, refuse_variants, rope, rope_table, yarn_scale
+from lineshaft.models.reading import Config, Sizes, count, number, rope, rope_table, some, yarn_scale
 from lineshaft_contract.problems import RouterProblem
 
 ONLY: Final[dict[str, Any]] = {
@@ -25,15 +25,12 @@ ABSENT: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(config: Config, context: BuildContext) -> Decoder:
-    """Build a DeepSeek-V2 at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
-    refuse_variants(config, ONLY, "deepseek_v2")
-    config = {**ABSENT, **config}
+def _build(config: Config, context: BuildContext) -> Decoder:
     sizes = Sizes.read(config)
     sizes = replace(sizes, shape=replace(sizes.shape, kv_heads=1))  # of latents, whatever the config says
     attention = _attention(config, context, sizes)
     dense = GatedMlp(context=context, hidden=sizes.shape.hidden, width=sizes.shape.intermediate)
-    experts, first = _experts(config, context, sizes.shape.hidden), _some(config, "first_k_dense_replace")
+    experts, first = _experts(config, context, sizes.shape.hidden), some(config, "first_k_dense_replace")
     norm = RmsNorm(context, sizes.shape.hidden, sizes.eps)
     layers = [Layer(attention, dense if layer < first else experts, norm) for layer in range(sizes.layers)]
     return Decoder(context, sizes, layers, norm)
@@ -45,7 +42,7 @@ def _attention(config: Config, context: BuildContext, sizes: Sizes) -> LatentAtt
     if table.get("factor") and table.get("mscale_all_dim"):
         scale *= yarn_scale(number(table, "factor"), number(table, "mscale_all_dim")) ** 2
     return LatentAttention(
-        context=context, hidden=sizes.shape.hidden, heads=sizes.shape.q_heads, q_rank=_some(config, "q_lora_rank"),
+        context=context, hidden=sizes.shape.hidden, heads=sizes.shape.q_heads, q_rank=some(config, "q_lora_rank"),
         rank=count(config, "kv_lora_rank"), nope_dim=nope, rope_dim=rotated,
         v_dim=count(config, "v_head_dim"), rope=replace(rope(config, context), interleaved=True),
         max_position=sizes.max_position, scale=scale,
@@ -64,14 +61,9 @@ def _experts(config: Config, context: BuildContext, hidden: int) -> ExpertMlp:
         scale=number(config, "routed_scaling_factor", 1.0), groups=count(config, "n_group") if limited else 0,
         group_top=count(config, "topk_group") if limited else 1,
     )  # fmt: skip
-    if always := _some(config, "n_shared_experts"):
+    if always := some(config, "n_shared_experts"):
         shared = GatedMlp(context=context, hidden=hidden, width=always * width, at="mlp.shared_experts.")
     return ExpertMlp(context=context, hidden=hidden, width=width, router=router, shared=shared)
 
 
-def _some(config: Config, key: str) -> int:
-    """A count that may be absent, null or 0."""
-    return count(config, key) if config.get(key) else 0
-
-
-FAMILY = ModelFamily("deepseek_v2", ("DeepseekV2ForCausalLM", "deepseek_v2"), build)
+FAMILY = checked_family("deepseek_v2", ("DeepseekV2ForCausalLM", "deepseek_v2"), _build, ONLY, ABSENT)

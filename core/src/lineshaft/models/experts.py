@@ -6,15 +6,14 @@ Owns how the experts' weights are declared and cut over ranks; how a checkpoint 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 from lineshaft.errors import CorruptCheckpoint, LayoutError
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.mlp import GatedMlp
-from lineshaft.models.parameters import product, vector
-from lineshaft_contract.problems import ConstProblem, ExpertProblem, LinearProblem, RouterProblem
+from lineshaft.models.parameters import const, product
+from lineshaft_contract.problems import ExpertProblem, LinearProblem, RouterProblem
 from lineshaft_contract.sessions import Tree
 from lineshaft_contract.weights import Array, Param
 
@@ -106,22 +105,21 @@ class ExpertMlp:
 
     def params(self, source: str, name: str) -> Tree:
         """The block's parameters: `source` is the layer's prefix in the checkpoint, `name` the one of its weights."""
-        at, experts, share = source + self.at, self.router.experts, self.width // self.context.degrees.tp
-        sizes = experts, self.hidden, self.width
+        context, at, experts, tp = self.context, source + self.at, self.router.experts, self.context.degrees.tp
+        sizes, share, where = (experts, self.hidden, self.width), self.width // tp, shards.even(self.width, tp)
+        every = shards.constant(lambda _: list(range(experts)))
         found = {
             "router": self._router(at, name + "router"),
-            "w13": self._weight(name + "w13", 2 * share, self.hidden, self.stored.w13(at, sizes, self._range)),
-            "w2": self._weight(name + "w2", self.hidden, share, self.stored.w2(at, sizes, self._range)),
-            "expert_map": self._const(
-                name + "expert_map", (experts,), shards.constant(lambda _: list(range(experts))), "int32"
-            ),
+            "w13": self._weight(name + "w13", 2 * share, self.hidden, self.stored.w13(at, sizes, where)),
+            "w2": self._weight(name + "w2", self.hidden, share, self.stored.w2(at, sizes, where)),
+            "expert_map": const(context, name + "expert_map", (experts,), every, "int32"),
         }
         if self.bias:
             shard = shards.whole(f"{at}{self.gate}.bias", (experts,))
-            found["router_bias"] = vector(self.context, name + "router_bias", experts, shard)
-            first, second = self.stored.biases(at, sizes, self._range)
-            found["w13_bias"] = self._const(name + "w13_bias", (experts, 2 * share), first, self.context.dtype)
-            found["w2_bias"] = self._const(name + "w2_bias", (experts, self.hidden), second, self.context.dtype)
+            found["router_bias"] = const(context, name + "router_bias", (experts,), shard)
+            first, second = self.stored.biases(at, sizes, where)
+            found["w13_bias"] = const(context, name + "w13_bias", (experts, 2 * share), first)
+            found["w2_bias"] = const(context, name + "w2_bias", (experts, self.hidden), second)
         if self.shared is not None:
             found["shared"] = self.shared.params(source, name + "shared.")
         return found
@@ -142,10 +140,3 @@ class ExpertMlp:
         )  # fmt: skip
         shape = self.router.experts, n, k
         return Param(name, name, shape, self.context.dtype, {"experts": problem}, shard, varies=("tp",))
-
-    def _const(self, name: str, shape: tuple[int, ...], shard: shards.Shard, dtype: str) -> Param:
-        return Param(name, name, shape, dtype, {"const": ConstProblem(dtype=dtype, shape=shape)}, shard, varies=("tp",))
-
-    @cached_property
-    def _range(self) -> shards.Range:
-        return shards.even(self.width, self.context.degrees.tp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,13 +59,41 @@ class Model(Protocol):
     ) -> tuple[Array, list[Cache]]: ...  # logits [R, V], caches
 
 
+Build = Callable[[Mapping[str, Any], BuildContext], Model]
+"""(config.json, what it is built for) -> the model; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """A family of architectures; `architectures` are names as in config.json's `architectures` or `model_type`."""
 
     name: str
     architectures: tuple[str, ...]
-    build: Callable[[Mapping[str, Any], BuildContext], Model]
+    build: Build
+
+
+def refuse_variants(config: Mapping[str, Any], only: Mapping[str, Any], family: str) -> None:
+    """`only` has keys that change what is computed, each with the one value that the family computes; a key may be
+    absent or null. Raises UnknownArchitecture for another value."""
+    for key, value in only.items():
+        given = config.get(key)
+        if given is not None and given != value and (given or value):  # nothing, however written, is None or False
+            raise UnknownArchitecture(
+                f"config.json: {key} is {given!r:.80}; the {family} family computes {key} = {json.dumps(value)} only, "
+                "another needs a family of its own"
+            )
+
+
+def checked_family(
+    name: str, architectures: tuple[str, ...], build: Build, only: Mapping[str, Any], absent: Mapping[str, Any]
+) -> ModelFamily:
+    """A family whose `build` gets a config of no variant of `only`, completed with what absent keys mean."""
+
+    def checked(config: Mapping[str, Any], context: BuildContext) -> Model:
+        refuse_variants(config, only, name)
+        return build({**absent, **config}, context)
+
+    return ModelFamily(name, architectures, checked)
 
 
 def find_family(config: Mapping[str, Any], families: Sequence[ModelFamily]) -> ModelFamily:

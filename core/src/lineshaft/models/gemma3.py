@@ -6,27 +6,14 @@ from typing import Any, Final
 
 import numpy as np
 
+from lineshaft.models import reading
 from lineshaft.models.attention import Attention, Rope
 from lineshaft.models.decoder import Decoder, Layer, Norms
-from lineshaft.models.family import BuildContext, ModelFamily
+from lineshaft.models.family import BuildContext, checked_family
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.plain import attentions
-from lineshaft.models.reading import (
-    FULL,
-    SLIDING,
-    Config,
-    Sizes,
-    activation,
-    count,
-    flag,
-    layer_types,
-    number,
-    refuse_variants,
-    rope,
-    rope_table,
-    window,
-)
+from lineshaft.models.reading import FULL, SLIDING, Config, Sizes
 from lineshaft_contract.ops.spec import numpy_dtype
 
 ONLY: Final[dict[str, Any]] = {
@@ -38,47 +25,41 @@ ABSENT: Final[dict[str, Any]] = {
     "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6, "tie_word_embeddings": True,
 }  # fmt: skip
 NORMS: Final = Norms(
-    mlp="pre_feedforward_layernorm", after_attend="post_attention_layernorm", after_mlp="post_feedforward_layernorm"
+    mlp_norm="pre_feedforward_layernorm",
+    after_attend="post_attention_layernorm",
+    after_mlp="post_feedforward_layernorm",
 )
 STORED_LESS: Final = 1.0
 """Checkpoints hold the weights of norms less this."""
 
 
-def build(config: Config, context: BuildContext) -> Decoder:
-    """Build a Gemma 3 at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
-    refuse_variants(config, ONLY, "gemma3")
-    config = {**ABSENT, **config}
+def _build(config: Config, context: BuildContext) -> Decoder:
     sizes = Sizes.read(config)
     shape, norm = sizes.shape, RmsNorm(context, sizes.shape.hidden, sizes.eps, STORED_LESS)
     mlp = GatedMlp(
         context=context, hidden=shape.hidden, width=shape.intermediate,
-        activation=activation(config, "hidden_activation"),
+        activation=reading.activation(config, "hidden_activation"),
     )  # fmt: skip
     layers = [Layer(attention, mlp, norm, NORMS) for attention in _attentions(config, context, sizes)]
-    return Decoder(context, sizes, layers, norm, embed_scale=embed_scale(shape.hidden, context.dtype))
+    scale = np.float32(shape.hidden**0.5).astype(numpy_dtype(context.dtype))  # rounded as the model was trained with
+    return Decoder(context, sizes, layers, norm, embed_scale=float(scale))
 
 
 def _attentions(config: Config, context: BuildContext, sizes: Sizes) -> list[Attention]:
-    every, size, bias = count(config, "sliding_window_pattern"), window(config), flag(config, "attention_bias")
-    usual = [SLIDING if (i + 1) % every else FULL for i in range(sizes.layers)]
-    kinds = layer_types(config, sizes.layers, usual)
+    every, bias = reading.count(config, "sliding_window_pattern"), reading.flag(config, "attention_bias")
+    windows = reading.layer_windows(config, sizes.layers, lambda layer: (layer + 1) % every != 0)
     return attentions(
-        context, sizes, [size if kind == SLIDING else 0 for kind in kinds], rope(config, context, FULL, 1e6),
-        _local_rope(config, context), scale=number(config, "query_pre_attn_scalar") ** -0.5, qkv_bias=bias,
-        out_bias=bias, head_norm=RmsNorm(context, sizes.head_dim, sizes.eps, STORED_LESS),
+        context, sizes, windows, reading.rope(config, context, FULL, 1e6), _local_rope(config, context),
+        scale=reading.number(config, "query_pre_attn_scalar") ** -0.5, qkv_bias=bias, out_bias=bias,
+        head_norm=RmsNorm(context, sizes.head_dim, sizes.eps, STORED_LESS),
     )  # fmt: skip
 
 
 def _local_rope(config: Config, context: BuildContext) -> Rope:
     """Of layers with a window: never scaled, unless the config has a table of their own."""
-    if SLIDING in rope_table(config):
-        return rope(config, context, SLIDING)
-    return Rope(number(config, "rope_local_base_freq", 10000.0))
+    if SLIDING in reading.rope_table(config):
+        return reading.rope(config, context, SLIDING)
+    return Rope(reading.number(config, "rope_local_base_freq", 10000.0))
 
 
-def embed_scale(hidden: int, dtype: str) -> float:
-    """sqrt(hidden), rounded to float32 and then to the executed dtype, as the model was trained with."""
-    return float(np.float32(hidden**0.5).astype(numpy_dtype(dtype)))
-
-
-FAMILY = ModelFamily("gemma3", ("Gemma3ForCausalLM", "gemma3_text"), build)
+FAMILY = checked_family("gemma3", ("Gemma3ForCausalLM", "gemma3_text"), _build, ONLY, ABSENT)

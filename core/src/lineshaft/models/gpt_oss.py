@@ -17,22 +17,10 @@ from lineshaft.models import shards
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.experts import ExpertMlp
 from lineshaft.models.experts import Sizes as ExpertSizes
-from lineshaft.models.family import BuildContext, ModelFamily
+from lineshaft.models.family import BuildContext, checked_family
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.plain import attentions
-from lineshaft.models.reading import (
-    FULL,
-    SLIDING,
-    Config,
-    Sizes,
-    count,
-    flag,
-    layer_types,
-    number,
-    refuse_variants,
-    rope,
-    window,
-)
+from lineshaft.models.reading import Config, Sizes, count, flag, layer_windows, number, rope
 from lineshaft.models.shards import Numbers
 from lineshaft_contract.problems import RouterProblem
 from lineshaft_contract.weights import Coordinate
@@ -65,8 +53,7 @@ class FusedExperts:
         return self._each(at + "experts.gate_up_proj", (experts, 2 * width, hidden), cut)
 
     def w2(self, at: str, sizes: ExpertSizes, where: shards.Range) -> shards.Shard:
-        shape = sizes[0], sizes[1], sizes[2]
-        return self._each(at + "experts.down_proj", shape, lambda matrix, place: [matrix[:, slice(*where(place))]])
+        return self._each(at + "experts.down_proj", sizes, lambda matrix, place: [matrix[:, slice(*where(place))]])
 
     def _each(self, name: str, shape: tuple[int, int, int], cut: Cut) -> shards.Shard:
         """`cut` of each expert's matrix [out, in]; `shape` is (experts, out, in)."""
@@ -88,13 +75,8 @@ class FusedExperts:
             start, stop = where(place)
             return [np.concatenate([data[:, 0::2][:, start:stop], data[:, 1::2][:, start:stop]], 1)]
 
-        def second(place: Coordinate, data: Numbers) -> list[Numbers]:
-            return [np.zeros_like(data) if place.tp else data]  # once in the sum over ranks
-
-        return (
-            shards.made(first, (at + "experts.gate_up_proj_bias", (experts, 2 * width))),
-            shards.made(second, (at + "experts.down_proj_bias", (experts, hidden))),
-        )
+        second = shards.on_first(at + "experts.down_proj_bias", (experts, hidden))
+        return shards.made(first, (at + "experts.gate_up_proj_bias", (experts, 2 * width))), second
 
 
 def decode_mxfp4(blocks: Numbers, scales: Numbers) -> Numbers:
@@ -105,10 +87,7 @@ def decode_mxfp4(blocks: Numbers, scales: Numbers) -> Numbers:
     return numbers.reshape(len(scales), -1).astype(ml_dtypes.bfloat16)
 
 
-def build(config: Config, context: BuildContext) -> Decoder:
-    """Build a gpt-oss at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
-    refuse_variants(config, ONLY, "gpt_oss")
-    config = {**ABSENT, **config}
+def _build(config: Config, context: BuildContext) -> Decoder:
     sizes = Sizes.read(config)
     router = RouterProblem(
         dtype=context.dtype, experts=count(config, "num_local_experts"), k=count(config, "num_experts_per_tok"),
@@ -123,8 +102,7 @@ def build(config: Config, context: BuildContext) -> Decoder:
         bias=True, stored=FusedExperts(_is_mxfp4(config)), activation=activation,
     )  # fmt: skip
     norm = RmsNorm(context, sizes.shape.hidden, sizes.eps)
-    kinds = layer_types(config, sizes.layers, [FULL if layer % 2 else SLIDING for layer in range(sizes.layers)])
-    windows = [window(config) if kind == SLIDING else 0 for kind in kinds]
+    windows = layer_windows(config, sizes.layers, lambda layer: layer % 2 == 0)
     turned, bias = rope(config, context, base=150000.0), flag(config, "attention_bias")
     found = attentions(context, sizes, windows, turned, qkv_bias=bias, out_bias=bias, sinks=True)
     return Decoder(context, sizes, [Layer(attention, experts, norm) for attention in found], norm)
@@ -140,4 +118,4 @@ def _is_mxfp4(config: Config) -> bool:
     return method == "mxfp4"
 
 
-FAMILY = ModelFamily("gpt_oss", ("GptOssForCausalLM", "gpt_oss"), build)
+FAMILY = checked_family("gpt_oss", ("GptOssForCausalLM", "gpt_oss"), _build, ONLY, ABSENT)

@@ -5,6 +5,7 @@ Owns projections, norms of latents, the rotated part and the cache; knows no fam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,13 +84,13 @@ class LatentAttention:
     def params(self, source: str, name: str) -> Tree:
         """The block's parameters: `source` is the layer's prefix in the checkpoint, `name` the one of its weights."""
         context, at, heads = self.context, source + self.at, self.local_heads
-        keys, values = self.rank + self.rope_dim, self.v_dim
+        keys, values, nope = self.rank + self.rope_dim, self.v_dim, self.nope_dim
         out = shards.cols(at + "o_proj.weight", (self.hidden, self.heads * values), self._heads(values))
         found = {
             "q_kv": linear(context, name + "q_kv", self._q_width + keys, self.hidden, self._q_kv(at)),
             "kv_norm": RmsNorm(context, self.rank, EPS).param(name + "kv_norm", at + "kv_a_layernorm.weight"),
-            "k_up": self._up(name + "k_up", self.rank, self.nope_dim, at),
-            "v_up": self._up(name + "v_up", values, self.rank, at),
+            "k_up": self._up(name + "k_up", at, self.rank, nope, lambda heads: heads[:, :nope].transpose(0, 2, 1)),
+            "v_up": self._up(name + "v_up", at, values, self.rank, lambda heads: heads[:, nope:]),
             "out": linear(context, name + "out", self.hidden, heads * values, out),
         }
         if self.q_rank:
@@ -113,7 +114,7 @@ class LatentAttention:
 
     def _heads(self, width: int) -> shards.Range:
         """This rank's heads, of `width` values each."""
-        return lambda at: (at.tp * self.local_heads * width, (at.tp + 1) * self.local_heads * width)
+        return shards.even(self.heads, self.context.degrees.tp, width)
 
     def _q_kv(self, at: str) -> shards.Shard:
         width, keys = self.nope_dim + self.rope_dim, self.rank + self.rope_dim
@@ -122,17 +123,14 @@ class LatentAttention:
             return shards.rows((at + "q_a_proj.weight", (self.q_rank, self.hidden), shards.all_of(self.q_rank)), kv)
         return shards.rows((at + "q_proj.weight", (self.heads * width, self.hidden), self._heads(width)), kv)
 
-    def _up(self, name: str, n: int, k: int, at: str) -> Param:
-        """Of kv_b_proj, whose rows are each head's [nope_dim, rank] for keys and [v_dim, rank] for values: the part of
-        the keys, which maps queries to latents and so is transposed, or that of the values."""
+    def _up(self, name: str, at: str, n: int, k: int, cut: Callable[[shards.Numbers], shards.Numbers]) -> Param:
+        """What `cut` takes of this rank's heads of kv_b_proj, [heads, nope_dim + v_dim, rank]: rows of the keys before
+        those of the values."""
         width = self.nope_dim + self.v_dim
 
         def make(place: Coordinate, rows: shards.Numbers) -> list[shards.Numbers]:
             start, stop = self._heads(1)(place)
-            heads = rows.reshape(self.heads, width, self.rank)[start:stop]
-            if name.endswith("k_up"):
-                return [heads[:, : self.nope_dim].transpose(0, 2, 1)]
-            return [heads[:, self.nope_dim :]]
+            return [cut(rows.reshape(self.heads, width, self.rank)[start:stop])]
 
         shard = shards.made(make, (at + "kv_b_proj.weight", (self.heads * width, self.rank)))
         problem = LinearProblem(dtype=self.context.dtype, n=n, k=k, heads=self.local_heads)

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from lineshaft.models.decoder import Decoder, Layer
 from lineshaft.models.experts import ExpertMlp, Matrices
-from lineshaft.models.family import BuildContext, ModelFamily
+from lineshaft.models.family import BuildContext, checked_family
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.plain import attentions
-from lineshaft.models.reading import Config, Sizes, count, refuse_variants, rope, window
+from lineshaft.models.reading import Config, Sizes, count, rope, window
 from lineshaft_contract.problems import RouterProblem
 
 ONLY: Final[dict[str, Any]] = {
@@ -21,10 +21,7 @@ ABSENT: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(config: Config, context: BuildContext) -> Decoder:
-    """Build a Mixtral at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
-    refuse_variants(config, ONLY, "mixtral")
-    config = {**ABSENT, **config}
+def _build(config: Config, context: BuildContext) -> Decoder:
     sizes = Sizes.read(config)
     hidden = sizes.shape.hidden
     router = RouterProblem(
@@ -40,4 +37,4 @@ def build(config: Config, context: BuildContext) -> Decoder:
     return Decoder(context, sizes, [Layer(attention, experts, norm) for attention in found], norm)
 
 
-FAMILY = ModelFamily("mixtral", ("MixtralForCausalLM", "mixtral"), build)
+FAMILY = checked_family("mixtral", ("MixtralForCausalLM", "mixtral"), _build, ONLY, ABSENT)

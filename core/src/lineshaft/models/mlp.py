@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
-from lineshaft.models.parameters import linear, product, vector
+from lineshaft.models.parameters import const, linear, product
 from lineshaft_contract.sessions import Tree
 from lineshaft_contract.weights import Array
 
@@ -46,27 +45,21 @@ class GatedMlp:
 
     def params(self, source: str, name: str) -> Tree:
         """The block's parameters: `source` is the layer's prefix in the checkpoint, `name` the one of its weights."""
-        at, hidden, share = source + self.at, self.hidden, self.width // self.context.degrees.tp
-        down = shards.cols(at + "down_proj.weight", (hidden, self.width), self._range)
-        both = self._gate_up(at, "weight", (hidden,))
+        at, hidden, tp = source + self.at, self.hidden, self.context.degrees.tp
+        share, where = self.width // tp, shards.even(self.width, tp)
+        down = shards.cols(at + "down_proj.weight", (hidden, self.width), where)
+        both = self._gate_up(at, "weight", (hidden,), where)
         found = {
             "gate_up": linear(self.context, name + "gate_up", 2 * share, hidden, both, bias=self.bias),
             "down": linear(self.context, name + "down", hidden, share, down, bias=self.bias),
         }
         if self.bias:
-            both, down = self._gate_up(at, "bias", ()), shards.on_first(at + "down_proj.bias", hidden)
-            found["gate_up_bias"] = vector(self.context, name + "gate_up_bias", 2 * share, both)
-            found["down_bias"] = vector(self.context, name + "down_bias", hidden, down)
+            both, down = self._gate_up(at, "bias", (), where), shards.on_first(at + "down_proj.bias", (hidden,))
+            found["gate_up_bias"] = const(self.context, name + "gate_up_bias", (2 * share,), both)
+            found["down_bias"] = const(self.context, name + "down_bias", (hidden,), down)
         return found
 
-    @cached_property
-    def _range(self) -> shards.Range:
-        return shards.even(self.width, self.context.degrees.tp)
-
-    def _gate_up(self, at: str, kind: str, tail: tuple[int, ...]) -> shards.Shard:
+    def _gate_up(self, at: str, kind: str, tail: tuple[int, ...], where: shards.Range) -> shards.Shard:
         """Rows of gate and up for a rank: each cut first and joined after."""
-        if not self.fused:
-            shape = (self.width, *tail)
-            return shards.rows(*((f"{at}{part}_proj.{kind}", shape, self._range) for part in ("gate", "up")))
-        name, shape = f"{at}gate_up_proj.{kind}", (2 * self.width, *tail)
-        return shards.rows((name, shape, self._range), (name, shape, shards.moved(self._range, self.width)))
+        parts = [(f"{at}{part}_proj.{kind}", self.width, where) for part in ("gate", "up")]
+        return shards.stacked(parts, tail, f"{at}gate_up_proj.{kind}" if self.fused else "")

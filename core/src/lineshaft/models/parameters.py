@@ -21,10 +21,12 @@ def linear(context: BuildContext, name: str, n: int, k: int, shard: shards.Shard
     return Param(name, name, (n, k), context.dtype, {"linear": problem}, shard, varies=("tp",))
 
 
-def vector(context: BuildContext, name: str, n: int, shard: shards.Shard) -> Param:
-    """Numbers [n] of this rank that a forward hands to an op as an array: a bias, attention sinks."""
-    problem = ConstProblem(dtype=context.dtype, shape=(n,))
-    return Param(name, name, (n,), context.dtype, {"const": problem}, shard, varies=("tp",))
+def const(context: BuildContext, name: str, shape: tuple[int, ...], shard: shards.Shard, dtype: str = "") -> Param:
+    """Numbers of this rank that a forward hands to an op as an array: a bias, attention sinks. In the executed dtype
+    where none is given."""
+    dtype = dtype or context.dtype
+    problem = ConstProblem(dtype=dtype, shape=shape)
+    return Param(name, name, shape, dtype, {"const": problem}, shard, varies=("tp",))
 
 
 def product(ops: Any, w: Tree, name: str, x: Array) -> Array:

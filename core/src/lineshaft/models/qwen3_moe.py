@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from lineshaft.errors import CorruptCheckpoint
 from lineshaft.models.decoder import Decoder, Layer, MlpBlock
 from lineshaft.models.experts import ExpertMlp
-from lineshaft.models.family import BuildContext, ModelFamily
+from lineshaft.models.family import BuildContext, checked_family
 from lineshaft.models.mlp import GatedMlp
 from lineshaft.models.parameters import RmsNorm
 from lineshaft.models.plain import attentions
-from lineshaft.models.reading import Config, Sizes, count, flag, refuse_variants, rope, window
+from lineshaft.models.reading import Config, Sizes, count, flag, rope, value, window
 from lineshaft_contract.problems import RouterProblem
 
 ONLY: Final[dict[str, Any]] = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None}
@@ -21,10 +20,7 @@ ABSENT: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(config: Config, context: BuildContext) -> Decoder:
-    """Build a Qwen3-MoE at a layout; raises LayoutError, CorruptCheckpoint, UnknownArchitecture."""
-    refuse_variants(config, ONLY, "qwen3_moe")
-    config = {**ABSENT, **config}
+def _build(config: Config, context: BuildContext) -> Decoder:
     sizes = Sizes.read(config)
     hidden, bias = sizes.shape.hidden, flag(config, "attention_bias")
     size = window(config) if flag(config, "use_sliding_window") else 0
@@ -45,10 +41,13 @@ def build(config: Config, context: BuildContext) -> Decoder:
 
 def _dense_layers(config: Config, layers: int) -> list[bool]:
     """Which layers have no experts: those that `mlp_only_layers` names, and all but each `decoder_sparse_step`th."""
-    named, step = config.get("mlp_only_layers") or [], count(config, "decoder_sparse_step")
-    if not isinstance(named, (list, tuple)) or not all(isinstance(layer, int) for layer in named):
-        raise CorruptCheckpoint(f"config.json: mlp_only_layers is {named!r:.80}, it must be a list of layer numbers")
+
+    def valid(given: object) -> bool:
+        return isinstance(given, list | tuple) and all(isinstance(layer, int) for layer in given)
+
+    named = value(config, "mlp_only_layers", [], valid, "a list of layer numbers")
+    step = count(config, "decoder_sparse_step")
     return [layer in named or (layer + 1) % step != 0 for layer in range(layers)]
 
 
-FAMILY = ModelFamily("qwen3_moe", ("Qwen3MoeForCausalLM", "qwen3_moe"), build)
+FAMILY = checked_family("qwen3_moe", ("Qwen3MoeForCausalLM", "qwen3_moe"), _build, ONLY, ABSENT)

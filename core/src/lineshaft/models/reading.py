@@ -5,9 +5,8 @@ Owns what a wrong value is told as; knows no family.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -54,44 +53,40 @@ class Sizes:
         )
 
 
-def refuse_variants(config: Config, only: Config, family: str) -> None:
-    """`only` has keys that change what is computed, each with the one value that the family computes; a key may be
-    absent or null. Raises UnknownArchitecture for another value."""
-    for key, value in only.items():
-        given = config.get(key)
-        if given is not None and given != value and (given or value):  # nothing, however written, is None or False
-            raise UnknownArchitecture(
-                f"config.json: {key} is {given!r:.80}; the {family} family computes {key} = {json.dumps(value)} only, "
-                "another needs a family of its own"
-            )
+def value(config: Config, key: str, default: Any, valid: Callable[[Any], bool], allowed: str) -> Any:
+    """What the config has, or `default` where it has nothing or null. Raises CorruptCheckpoint that says what is
+    allowed."""
+    given = config.get(key)
+    given = default if given is None else given
+    if not valid(given):
+        raise CorruptCheckpoint(f"config.json: {key} is {given!r:.80}, it must be {allowed}")
+    return given
 
 
 def count(config: Config, key: str, default: int | None = None) -> int:
     """A whole number above 0. Raises CorruptCheckpoint."""
-    value = config.get(key)
-    value = default if value is None else value
     most = MOST.get(key, 1 << 31)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise CorruptCheckpoint(f"config.json: {key} is {value!r:.80}, it must be a whole number from 1 to {most}")
-    return value
+    allowed = f"a whole number from 1 to {most}"
+    return int(value(config, key, default, lambda given: type(given) is int and 1 <= given <= most, allowed))
+
+
+def some(config: Config, key: str) -> int:
+    """A count that may be absent, null or 0. Raises CorruptCheckpoint."""
+    return count(config, key) if config.get(key) else 0
 
 
 def flag(config: Config, key: str, default: bool = False) -> bool:
     """Raises CorruptCheckpoint for what is no boolean."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise CorruptCheckpoint(f"config.json: {key} is {value!r:.80}, it must be true or false")
-    return value
+    return bool(value(config, key, default, lambda given: isinstance(given, bool), "true or false"))
 
 
 def number(config: Config, key: str, default: float | None = None) -> float:
     """A finite number above 0. Raises CorruptCheckpoint."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise CorruptCheckpoint(f"config.json: {key} is {value!r:.80}, it must be a finite number above 0")
-    return float(value)
+    return float(value(config, key, default, _is_positive, "a finite number above 0"))
+
+
+def _is_positive(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < 1e30
 
 
 def activation(config: Config, key: str = "hidden_act") -> str:
@@ -107,21 +102,24 @@ def activation(config: Config, key: str = "hidden_act") -> str:
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def layer_types(config: Config, layers: int, default: Sequence[str]) -> Sequence[str]:
-    """FULL or SLIDING for each layer. Raises CorruptCheckpoint, and UnknownArchitecture for another kind of layer."""
-    given = config.get("layer_types")
-    given = default if given is None else given
-    if not isinstance(given, (list, tuple)) or len(given) != layers:
-        raise CorruptCheckpoint(f"config.json: layer_types is {given!r:.80}, it must name each of {layers} layers")
-    for kind in given:
+def layer_windows(config: Config, layers: int, local: Callable[[int], bool], enabled: bool = True) -> list[int]:
+    """The sliding window of each layer, 0 for one without: of those that layer_types calls so, or else that `local`
+    says. Raises CorruptCheckpoint, and UnknownArchitecture for another kind of layer."""
+    usual = [SLIDING if local(layer) else FULL for layer in range(layers)]
+    allowed = f"a list that names each of {layers} layers"
+    kinds = value(
+        config, "layer_types", usual, lambda given: isinstance(given, list | tuple) and len(given) == layers, allowed
+    )
+    for kind in kinds:
         if kind not in (FULL, SLIDING):
             raise UnknownArchitecture(f"config.json: layer type {kind!r:.80}; known are {FULL} and {SLIDING}")
-    return given
+    size = window(config) if enabled else 0
+    return [size if kind == SLIDING else 0 for kind in kinds]
 
 
 def window(config: Config) -> int:
     """The sliding window in tokens, the query included; 0 where there is none."""
-    return count(config, "sliding_window") if config.get("sliding_window") else 0
+    return some(config, "sliding_window")
 
 
 def groups(windows: Sequence[int]) -> list[int]:
@@ -141,12 +139,7 @@ def rope(config: Config, context: BuildContext, layer_type: str = "", base: floa
     given = rope_table(config, layer_type)
     base = number(given, "rope_theta", config.get("rope_theta") or base)
     share = number({**config, **given}, "partial_rotary_factor", 1.0)
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "su" or "long_factor" in given:  # what LongRoPE was called before
-        kind = "longrope"
-    if kind not in _KINDS:
-        raise UnknownArchitecture(f"config.json: rope_type {kind!r:.80}; known are {', '.join(_KINDS)}{_hint(kind)}")
-    scaling, attention_factor = _KINDS[kind](given, config, context)
+    scaling, attention_factor = _scaling(given, config, context)
     return Rope(base, scaling, share, attention_factor)
 
 
@@ -160,10 +153,34 @@ def rope_table(config: Config, layer_type: str = "") -> Config:
     return given
 
 
-def _hint(kind: str) -> str:
-    if kind != "dynamic":
-        return ""
-    return "; a scaling that changes while a text grows would make cached keys wrong: set a fixed one (yarn, linear)"
+def _scaling(given: Config, config: Config, context: BuildContext) -> tuple[RopeScaling, float]:
+    """How frequencies are scaled, and queries and keys with them."""
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "su" or "long_factor" in given:  # what LongRoPE was called before
+        kind = "longrope"
+    match kind:
+        case "default":
+            return RopeScaling(), 1.0
+        case "divisors":
+            return RopeScaling(freq_factors=_factors(given, "divisors")), 1.0
+        case "linear":
+            return RopeScaling(kind=kind, factor=number(given, "factor")), 1.0
+        case "llama3":
+            factor, original = number(given, "factor"), _original(given, config)
+            low, high = number(given, "low_freq_factor"), number(given, "high_freq_factor")
+            scaling = RopeScaling(
+                kind=kind, factor=factor, low_freq_factor=low, high_freq_factor=high, original_context=original
+            )
+            return scaling, 1.0
+        case "yarn":
+            return _yarn(given, config)
+        case "longrope":
+            return _longrope(given, config, context)
+    hint = "; a scaling that changes while a text grows would make cached keys wrong: set a fixed one (yarn, linear)"
+    raise UnknownArchitecture(
+        f"config.json: rope_type {kind!r:.80}; known are default, linear, llama3, yarn, longrope, divisors"
+        f"{hint if kind == 'dynamic' else ''}"
+    )
 
 
 def _original(given: Config, config: Config) -> int:
@@ -172,37 +189,14 @@ def _original(given: Config, config: Config) -> int:
     return count(config, key) if config.get(key) else count(given, key, config.get("max_position_embeddings"))
 
 
-def _default(given: Config, config: Config, context: BuildContext) -> tuple[RopeScaling, float]:
-    return RopeScaling(), 1.0
-
-
-def _divisors(given: Config, config: Config, context: BuildContext) -> tuple[RopeScaling, float]:
-    return RopeScaling(freq_factors=_factors(given, "divisors")), 1.0
-
-
 def _factors(given: Config, key: str) -> tuple[float, ...]:
-    values = given.get(key)
-    if not isinstance(values, (list, tuple)) or not all(isinstance(f, (int, float)) and f > 0 for f in values):
-        raise CorruptCheckpoint(f"config.json: rope {key} are {values!r:.80}, they must be numbers above 0")
-    return tuple(map(float, values))
+    def valid(values: object) -> bool:
+        return isinstance(values, list | tuple) and all(map(_is_positive, values))
+
+    return tuple(map(float, value(given, key, None, valid, "a list of numbers above 0")))
 
 
-def _linear(given: Config, config: Config, context: BuildContext) -> tuple[RopeScaling, float]:
-    return RopeScaling(kind="linear", factor=number(given, "factor")), 1.0
-
-
-def _llama3(given: Config, config: Config, context: BuildContext) -> tuple[RopeScaling, float]:
-    scaling = RopeScaling(
-        kind="llama3",
-        factor=number(given, "factor"),
-        low_freq_factor=number(given, "low_freq_factor"),
-        high_freq_factor=number(given, "high_freq_factor"),
-        original_context=_original(given, config),
-    )
-    return scaling, 1.0
-
-
-def _yarn(given: Config, config: Config, context: BuildContext) -> tuple[RopeScaling, float]:
+def _yarn(given: Config, config: Config) -> tuple[RopeScaling, float]:
     original = _original(given, config)
     factor = number(given, "factor", count(config, "max_position_embeddings", original) / original)
     scaling = RopeScaling(
@@ -213,10 +207,9 @@ def _yarn(given: Config, config: Config, context: BuildContext) -> tuple[RopeSca
         truncate=flag(given, "truncate", True),
         original_context=original,
     )
+    usual = yarn_scale(factor)
     if given.get("mscale") and given.get("mscale_all_dim"):
         usual = yarn_scale(factor, number(given, "mscale")) / yarn_scale(factor, number(given, "mscale_all_dim"))
-    else:
-        usual = yarn_scale(factor)
     return scaling, number(given, "attention_factor", usual)
 
 
@@ -234,11 +227,3 @@ def _longrope(given: Config, config: Config, context: BuildContext) -> tuple[Rop
     factor = number(given, "factor", most / original)
     usual = 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return RopeScaling(freq_factors=long if longest > original else short), number(given, "attention_factor", usual)
-
-
-_KINDS: Final = MappingProxyType(
-    {
-        "default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope,
-        "divisors": _divisors,
-    }
-)  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,31 @@ def all_of(size: int) -> Range:
     return lambda at: (0, size)
 
 
-def even(size: int, ranks: int) -> Range:
-    """This rank's part of `size`, which is cut evenly over the ranks of tp."""
-    share = size // ranks
-    return lambda at: (at.tp * share, (at.tp + 1) * share)
+def even(count: int, ranks: int, width: int = 1) -> Range:
+    """This rank's part of `count` heads (or rows) of `width` values each, cut evenly over the ranks of tp; where there
+    are fewer heads than ranks, neighbours have the same one."""
+    share = max(1, count // ranks) * width
+
+    def place(at: Coordinate) -> tuple[int, int]:
+        start = at.tp * count // ranks * width
+        return start, start + share
+
+    return place
+
+
+def stacked(parts: Sequence[tuple[str, int, Range]], tail: tuple[int, ...], fused: str = "") -> Shard:
+    """Rows of each (name, rows of the whole, range), cut first and joined after; `fused` names the one tensor that
+    holds the parts one after another, where the checkpoint has it. `tail`: the sizes of a row, () in a vector."""
+    if not fused:
+        return rows(*((name, (size, *tail), where) for name, size, where in parts))
+    starts = list(accumulate((size for _, size, _ in parts), initial=0))
+
+    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
+        check_shape(checkpoint, fused, (starts[-1], *tail))
+        cuts = ((start, where(at)) for start, (_, _, where) in zip(starts, parts, strict=False))
+        return Local(tuple(checkpoint.rows(fused, start + first, start + stop) for start, (first, stop) in cuts))
+
+    return shard
 
 
 def joined(*parts: Shard) -> Shard:
@@ -77,41 +99,19 @@ def made(make: Callable[..., Iterable[Numbers]], *tensors: tuple[str, tuple[int,
             check_shape(checkpoint, name, shape)
         whole = (checkpoint.rows(name, 0, shape[0]) for name, shape in tensors)
         numbers = (item.arrays["data"] if item.scheme == PLAIN else dequantize(item, "float32") for item in whole)
-        return Local(tuple(Stored(PLAIN, data.shape, {"data": data}) for data in make(at, *numbers)))
+        return Local(tuple(map(_plain, make(at, *numbers))))
 
     return shard
-
-
-def moved(where: Range, start: int) -> Range:
-    """`where` in a tensor that holds what it cuts from row `start` on."""
-
-    def place(at: Coordinate) -> tuple[int, int]:
-        first, stop = where(at)
-        return start + first, start + stop
-
-    return place
 
 
 def shifted(name: str, shape: tuple[int, ...], offset: float) -> Shard:
     """The whole tensor plus a number, in float32, on every rank."""
-
-    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
-        check_shape(checkpoint, name, shape)
-        data = dequantize(checkpoint.rows(name, 0, shape[0]), "float32") + np.float32(offset)
-        return Local((Stored("none", data.shape, {"data": data}),))
-
-    return shard
+    return made(lambda at, data: [data.astype(np.float32) + np.float32(offset)], (name, shape))
 
 
-def on_first(name: str, size: int) -> Shard:
-    """A vector [size] on the first tp rank and zeros on the others: what is added once to a sum over ranks."""
-
-    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
-        check_shape(checkpoint, name, (size,))
-        zeros = Stored("none", (size,), {"data": np.zeros(size, np.float32)})
-        return Local((zeros if at.tp else checkpoint.rows(name, 0, size),))
-
-    return shard
+def on_first(name: str, shape: tuple[int, ...]) -> Shard:
+    """A tensor on the first tp rank and zeros on the others: what is added once to a sum over ranks."""
+    return made(lambda at, data: [np.zeros_like(data) if at.tp else data], (name, shape))
 
 
 def padded_rows(name: str, shape: tuple[int, int], share: int) -> Shard:
@@ -121,10 +121,8 @@ def padded_rows(name: str, shape: tuple[int, int], share: int) -> Shard:
         check_shape(checkpoint, name, shape)
         start, stop = min(at.tp * share, shape[0]), min((at.tp + 1) * share, shape[0])
         parts = [checkpoint.rows(name, start, stop)] if stop > start else []
-        missing = share - (stop - start)
-        if missing:
-            zeros = np.zeros((missing, shape[1]), np.float32)
-            parts.append(Stored("none", zeros.shape, {"data": zeros}))
+        if missing := share - (stop - start):
+            parts.append(_plain(np.zeros((missing, shape[1]), np.float32)))
         return Local(tuple(parts))
 
     return shard
@@ -132,9 +130,8 @@ def padded_rows(name: str, shape: tuple[int, int], share: int) -> Shard:
 
 def constant(value: Callable[[Coordinate], list[int]]) -> Shard:
     """int32 numbers that depend on the coordinate."""
+    return lambda checkpoint, at: Local((_plain(np.asarray(value(at), np.int32)),))
 
-    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
-        data = np.asarray(value(at), np.int32)
-        return Local((Stored("none", data.shape, {"data": data}),))
 
-    return shard
+def _plain(data: Numbers) -> Stored:
+    return Stored(PLAIN, data.shape, {"data": data})

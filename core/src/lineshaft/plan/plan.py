@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lineshaft.plan.resolve import Rejection
 from lineshaft_contract.backends import API_VERSION
 from lineshaft_contract.problems import Problem
@@ -66,11 +68,9 @@ class Plan:
 
     def summary(self) -> str:
         """A few lines: backend, buckets, the kernel of each op, the hash, the notes."""
-        chosen: dict[str, list[str]] = {}
+        chosen: dict[str, dict[str, None]] = {}
         for entry in self.entries:
-            names = chosen.setdefault(entry.op, [])
-            if entry.label not in names:
-                names.append(entry.label)
+            chosen.setdefault(entry.op, {})[entry.label] = None
         lines = [
             f"plan {self.hash[:16]}  backend {self.backend}  buckets {len(self.shapes)}  problems {len(self.entries)}"
         ]
@@ -86,12 +86,7 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_json` after a trip through JSON."""
-        given = {key: value for key, value in data.items() if key != "hash"}
-        shapes = tuple(make_shape(shape) for shape in given.pop("shapes"))
-        entries = tuple(
-            PlanEntry(**{**e, "rejected": tuple(Rejection(**r) for r in e["rejected"])}) for e in given.pop("entries")
-        )
-        return cls(shapes=shapes, entries=entries, notes=tuple(given.pop("notes")), **given)
+        return TypeAdapter(cls).validate_python(data)
 
 
 def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Rejection], calls: int) -> PlanEntry:

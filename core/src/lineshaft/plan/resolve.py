@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lineshaft.errors import Ambiguous, Unsupported
 from lineshaft_contract.backends import API_VERSION
@@ -19,14 +19,14 @@ class Rejection:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidates:
     """The kernels that take a problem, best first, and those that do not."""
 
     problem: Problem
     op: str
-    taken: list[Kernel] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
+    taken: list[Kernel]
+    rejected: list[Rejection]
 
     def best(self, layout: str | None = None) -> Kernel:
         """The highest priority (within `layout`). Raises Unsupported with every reason, Ambiguous on a tie."""
@@ -52,10 +52,7 @@ class Candidates:
     def rejections(self, chosen: Kernel) -> list[Rejection]:
         """Everything but `chosen`, each with its reason."""
         others = [k for k in self.taken if k.name != chosen.name]
-        return [
-            *(Rejection(k.name, _lost(k, chosen)) for k in others),
-            *self.rejected,
-        ]
+        return [*(Rejection(k.name, _lost(k, chosen)) for k in others), *self.rejected]
 
 
 def _lost(kernel: Kernel, chosen: Kernel) -> str:
@@ -68,19 +65,17 @@ class Resolver:
     """Finds candidates once per (op, problem). `named` maps an op to the kernel that the configuration demands."""
 
     def __init__(self, backend: str, kernels: Iterable[Kernel], named: Mapping[str, str]) -> None:
-        self._backend, self._named = backend, named
+        """Raises Unsupported where the backend has no kernel of such a name."""
+        self._named = named
         self._by_op: dict[str, list[Kernel]] = {}
         for kernel in kernels:
             self._by_op.setdefault(kernel.op, []).append(kernel)
         self._found: dict[tuple[str, Problem], Candidates] = {}
-        self._check_named()
-
-    def _check_named(self) -> None:
-        for op, name in self._named.items():
+        for op, name in named.items():
             known = [k.name for k in self._by_op.get(op, [])]
             if name not in known:
                 raise Unsupported(
-                    f"[kernels] {op} = {name!r}: backend {self._backend!r} has no such kernel for {op}; "
+                    f"[kernels] {op} = {name!r}: backend {backend!r} has no such kernel for {op}; "
                     f"it has {', '.join(known) or 'none'}"
                 )
 
@@ -89,21 +84,15 @@ class Resolver:
         return bool(self.candidates(op, problem).taken)
 
     def candidates(self, op: str, problem: Problem) -> Candidates:
-        key = (op, problem)
-        if key not in self._found:
-            self._found[key] = self._search(op, problem)
-        return self._found[key]
+        if (op, problem) not in self._found:
+            self._found[op, problem] = self._search(op, problem)
+        return self._found[op, problem]
 
     def _search(self, op: str, problem: Problem) -> Candidates:
-        found = Candidates(problem, op)
-        for kernel in self._by_op.get(op, []):
-            reason = self._reason(kernel, problem)
-            if reason is None:
-                found.taken.append(kernel)
-            else:
-                found.rejected.append(Rejection(kernel.name, reason))
-        found.taken.sort(key=lambda k: (-k.priority, k.name))
-        return found
+        judged = [(kernel, self._reason(kernel, problem)) for kernel in self._by_op.get(op, [])]
+        taken = [kernel for kernel, reason in judged if reason is None]
+        rejected = [Rejection(kernel.name, reason) for kernel, reason in judged if reason is not None]
+        return Candidates(problem, op, sorted(taken, key=lambda k: (-k.priority, k.name)), rejected)
 
     def _reason(self, kernel: Kernel, problem: Problem) -> str | None:
         named = self._named.get(kernel.op)

@@ -4,16 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import finalize
 
 from lineshaft.errors import Unsupported
 from lineshaft_contract.ops.spec import Call, OpSpec
-from lineshaft_contract.problems import Problem
+from lineshaft_contract.problems import KVProblem, Problem
 from lineshaft_contract.restricted import Restricted, violate
 from lineshaft_contract.sessions import Cache, StepFunction, Tree, leaves, map_tree
 from lineshaft_contract.steps import ArraySpec, InputLayout, StepInputs, StepShape
 from lineshaft_contract.weights import Param, Weight
+
+Pair = tuple[str, Problem]
+"""An op and what it is to do: what a kernel is chosen for."""
+
+Resolvable = Callable[[str, Problem], bool]
+"""Whether some kernel takes a pair."""
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """One function to capture for one bucket; `optional` names what a run can do without ("": nothing)."""
+
+    name: str
+    fn: StepFunction
+    shape: StepShape
+    inputs: InputLayout
+    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
+    host_outputs: frozenset[str] = frozenset()
+    optional: str = ""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that is to be planned at once: a model's parameters, caches, declared uses and programs."""
+
+    params: Tree
+    caches: Sequence[KVProblem]
+    uses: Mapping[str, Pair]
+    programs: Sequence[ProgramSpec]
+    degrees: Mapping[str, int]
 
 
 class AbstractArray(Restricted):
@@ -49,6 +80,10 @@ class Site:
     weights: tuple[int, ...] = ()  # keys of the Weight arguments, all read in the kernel's packing
     cache: bool = False
     composite: bool = False  # run by the op's default decomposition
+
+    @property
+    def pair(self) -> Pair:
+        return self.op, self.problem
 
 
 class Workspace:
@@ -115,17 +150,10 @@ def label_of(item: Any) -> Any:
 
 
 class Tracer:
-    """The `ops` of an abstract run. `resolvable(op, problem)` says whether a composite has a kernel of its own."""
+    """The `ops` of an abstract run. `resolvable` says whether a composite has a kernel of its own."""
 
-    def __init__(
-        self,
-        specs: Mapping[str, OpSpec],
-        uses: Mapping[str, tuple[str, Problem]],
-        degrees: Mapping[str, int],
-        shape: StepShape,
-        resolvable: Callable[[str, Problem], bool],
-    ) -> None:
-        self._specs, self._uses, self._degrees, self._resolvable = specs, uses, degrees, resolvable
+    def __init__(self, specs: Mapping[str, OpSpec], work: Workload, shape: StepShape, resolvable: Resolvable) -> None:
+        self._specs, self._uses, self._degrees, self._resolvable = specs, work.uses, work.degrees, resolvable
         self.trace = Trace(shape)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -133,15 +161,9 @@ class Tracer:
         spec = self._specs.get(op)
         if spec is None:
             raise Unsupported(f"the forward calls ops.{name}, which is no op of the contract and no declared use")
+        return partial(self._record, name, spec, base)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._record(name, spec, base, args, kwargs)
-
-        return call
-
-    def _record(
-        self, name: str, spec: OpSpec, base: Problem | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _record(self, name: str, spec: OpSpec, base: Problem | None, /, *args: Any, **kwargs: Any) -> Any:
         call = Call(args, kwargs, self._degrees)
         held = [item for item in args if isinstance(item, Weight)] if spec.weight else []
         problem = spec.specialise(held[0].problems[spec.weight] if held else base, call)
@@ -194,24 +216,20 @@ def abstract_weights(params: Tree) -> Tree:
     return map_tree(one, params)
 
 
-def trace_function(
-    fn: StepFunction,
-    tracer: Tracer,
-    params: Tree,
-    caches: Sequence[Cache],
-    inputs: InputLayout,
-    arrays: Mapping[str, ArraySpec],
-) -> Trace:
-    """Run `fn` once on abstract arrays; raises ContractViolation if it leaves the contract or drops a cache."""
-    views = {f.name: AbstractArray(ArraySpec(f.shape, f.dtype), f"input {f.name}") for f in inputs.fields}
-    step = StepInputs(views, tracer.trace.shape)
-    given = {name: AbstractArray(spec, f"array {name}") for name, spec in arrays.items()}
-    outputs, after = fn(tracer, abstract_weights(params), list(caches), step, given)
+def trace_program(program: ProgramSpec, work: Workload, specs: Mapping[str, OpSpec], resolvable: Resolvable) -> Trace:
+    """Run the function once on abstract arrays; raises ContractViolation if it leaves the contract or drops a cache."""
+    tracer = Tracer(specs, work, program.shape, resolvable)
+    trace, caches = tracer.trace, [Cache(i, problem, "") for i, problem in enumerate(work.caches)]
+    fields = program.inputs.fields
+    views = {f.name: AbstractArray(ArraySpec(f.shape, f.dtype), f"input {f.name}") for f in fields}
+    given = {name: AbstractArray(spec, f"array {name}") for name, spec in program.arrays.items()}
+    step = StepInputs(views, program.shape)
+    outputs, after = program.fn(tracer, abstract_weights(work.params), list(caches), step, given)
     if len(after) != len(caches):
         violate(f"{len(after)} caches come back, {len(caches)} went in")
-    tracer.trace.outputs = {name: value.spec for name, value in outputs.items()}
-    tracer.trace.flow += [f"{name} = {label_of(value)}" for name, value in outputs.items()]
-    return tracer.trace
+    trace.outputs = {name: value.spec for name, value in outputs.items()}
+    trace.flow += [f"{name} = {label_of(value)}" for name, value in outputs.items()]
+    return trace
 
 
 def distinct_params(params: Tree) -> list[Param]:

@@ -6,7 +6,7 @@ Knows no batch: `pack` puts the rows of a step together.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,21 +34,15 @@ def make_choice(
     """
     if not {"edits", "mask"} & params.extras.keys():
         return None
-    text = next((word for word in params.bad_words if isinstance(word, str)), None)
-    if vocabulary is None and (params.structured is not None or text is not None):
-        what = "structured" if params.structured is not None else f"bad_words with the text {text!r}"
+    texts = [word for word in params.bad_words if isinstance(word, str)]
+    if vocabulary is None and (params.structured is not None or texts):
+        what = "structured" if params.structured is not None else f"bad_words with the text {texts[0]!r}"
         raise InvalidSamplingParams(f"{what}: this engine runs on token ids alone; use an LLM, which has a tokenizer")
-    sequences: list[tuple[int, ...]] = []
-    for word in params.bad_words:
-        if isinstance(word, str):
-            assert vocabulary is not None
-            sequences += vocabulary.spellings(word)
-        else:
-            sequences.append(tuple(word))
+    sequences = [tuple(word) for word in params.bad_words if not isinstance(word, str)]
     grammar = None
-    if params.structured is not None:
-        assert vocabulary is not None
-        grammar = vocabulary.grammar(params.structured)
+    if vocabulary is not None:
+        sequences += [spelling for text in texts for spelling in vocabulary.spellings(text)]
+        grammar = None if params.structured is None else vocabulary.grammar(params.structured)
     named = {
         "logit_bias": params.logit_bias or (),
         "allowed_token_ids": params.allowed_token_ids or (),
@@ -77,27 +71,24 @@ class Choice:
         self.grammar = grammar
         self.allowed = None if params.allowed_token_ids is None else mask_of(params.allowed_token_ids, vocab)
         self._params, self._ends, self._bad_words = params, sorted(ends), bad_words
-        self._reach = max((len(sequence) for sequence in bad_words), default=1) - 1
-        self._tail = list(prompt[len(prompt) - min(self._reach, len(prompt)) :])
+        reach = max((len(sequence) for sequence in bad_words), default=1) - 1
+        self._tail = deque(prompt[-reach:] if reach else (), maxlen=reach)
         self._new = 0
         self._counts: Counter[int] = Counter()
         self._given = params.logit_bias or {}
         self._repeats = params.repetition_penalty != 1
         self._penalises = self._repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
-        first = sorted({*self._given, *(prompt if self._repeats else ())})
+        seen = set(prompt) if self._repeats else set()
+        first = sorted(seen | self._given.keys())
         self._index = {token: i for i, token in enumerate(first)}
         self._ids = np.array(first, np.int32)
         self._bias = np.array([self._given.get(token, 0.0) for token in first], np.float32)
-        self._scale = np.zeros(len(first), np.float32)
-        if self._repeats:
-            seen = set(prompt)
-            self._scale[[i for i, token in enumerate(first) if token in seen]] = params.repetition_penalty
+        self._scale = np.array([params.repetition_penalty if token in seen else 0 for token in first], np.float32)
 
     def token(self, token: int) -> bool:
         """Take the token that was chosen; whether the output is complete, so that the request ends with it."""
         self._new += 1
-        if self._reach:
-            self._tail = [*self._tail[1 - self._reach :], token] if self._reach > 1 else [token]
+        self._tail.append(token)
         if self._penalises:
             self._penalise(token)
         return self.grammar is not None and self.grammar.accept(token)
@@ -123,8 +114,9 @@ class Choice:
     def _penalise(self, token: int) -> None:
         at = self._index.setdefault(token, len(self._index))
         if at == len(self._ids):  # room for as many again
-            size = max(16, 2 * at)
-            self._ids, self._scale, self._bias = (_grown(old, size) for old in (self._ids, self._scale, self._bias))
+            room = (0, max(16, at))
+            self._ids, self._scale = np.pad(self._ids, room), np.pad(self._scale, room)
+            self._bias = np.pad(self._bias, room)
         self._counts[token] += 1
         params = self._params
         self._ids[at] = token
@@ -135,8 +127,9 @@ class Choice:
     def _banned(self) -> list[int]:
         """Ends that come too early, and last tokens of bad words whose others have just come; no id twice."""
         found = list(self._ends) if self._new < self._params.min_tokens else []
+        tail = list(self._tail)
         for *start, last in self._bad_words:
-            if not start or self._tail[-len(start) :] == start:
+            if not start or tail[-len(start) :] == start:
                 found.append(last)
         return list(dict.fromkeys(found))
 
@@ -147,9 +140,3 @@ def mask_of(allowed: Sequence[int], vocab: int) -> HostArray:
     flags[list(allowed)] = 1
     words: HostArray = np.packbits(flags, bitorder="little").view("<u4").astype(np.uint32)
     return words
-
-
-def _grown(old: HostArray, size: int) -> HostArray:
-    new = np.zeros(size, old.dtype)
-    new[: len(old)] = old
-    return new

@@ -19,21 +19,16 @@ _MULTIPLIER_0, _MULTIPLIER_2 = 0xD2E7_470E_E14C_6C93, 0xCA5A_8263_9512_1157
 _WEYL_0, _WEYL_1 = 0x9E37_79B9_7F4A_7C15, 0xBB67_AE85_84CA_A73B
 
 
-def draw(seed: int, fork: int, position: int, purpose: int, index: int) -> np.float32:
-    """Return the uniform number in [0, 1) of one place: a float32 multiple of 2**-24.
-
-    seed: the request's uint64; fork: which of its parallel samples; position: the index, in prompt and output
-    together, of the token that is drawn; purpose: `PURPOSE_SAMPLE`, ...; index: the draw's number within purpose.
-    The layout is fixed: the top 24 bits of the first word of
-    `numpy.random.Philox(key=[seed, fork], counter=[position, purpose, index, 0])`, position < 2**64 - 1.
-    """
-    return np.float32((_philox((seed, fork), (position + 1, purpose, index), 1) >> 40) * 2.0**-24)
-
-
 def draws(
     seeds: Sequence[int], forks: Sequence[int], positions: Sequence[int], purpose: int, index: int
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """`draw` of n places at once, float32 [n]."""
+    """Return the uniform numbers in [0, 1) of n places: float32 [n], multiples of 2**-24.
+
+    seeds: the requests' uint64; forks: which of its parallel samples each is; positions: the index, in prompt and
+    output together, of the token that is drawn; purpose: `PURPOSE_SAMPLE`, ...; index: the draw's number within
+    purpose. The layout is fixed: the top 24 bits of the first word of
+    `numpy.random.Philox(key=[seed, fork], counter=[position, purpose, index, 0])`, position < 2**64 - 1.
+    """
     n = len(seeds)
     key, counter = (_lanes(seeds), _lanes(forks)), (_lanes(positions) + _ones(n), purpose * _ones(n), index * _ones(n))
     words = np.frombuffer(_philox(key, counter, n).to_bytes(16 * n, "little"), np.uint64)[::2]

@@ -35,6 +35,12 @@ _INTEGERS = {
     "max_tokens": (1, _INT32_END), "min_tokens": (0, _INT32_END), "logprobs": (0, _INT32_END),
     "prompt_logprobs": (0, _INT32_END), "truncate_prompt_tokens": (1, _INT32_END),
 }  # fmt: skip
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "edits": ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "bad_words"),
+    "mask": ("allowed_token_ids", "structured"),
+    "typical_p": ("typical_p",),
+}
+"""The optional programs, and the parameters that need them where they have a value."""
 _MAY_BE_NONE = frozenset({"best_of", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"})
 
 
@@ -97,26 +103,16 @@ class SamplingParams:
 
     def _check_contradictions(self) -> None:
         width, few, many = self.width, self.min_tokens, self.max_tokens
+        ids, structured, texts = self.allowed_token_ids, self.structured is not None, bool(self.stop)
+        equal = f"temperature = 0 and {width} outputs, which would be equal"
         wrong = (
             (width < self.n, f"best_of = {width} and n = {self.n}: give a best_of of at least n"),
-            (
-                self.greedy and width > 1,
-                f"temperature = 0 and {width} outputs, which would be equal: give n = 1, or a temperature above 0",
-            ),
+            (self.greedy and width > 1, f"{equal}: give n = 1, or a temperature above 0"),
             (few > many, f"min_tokens = {few} and max_tokens = {many}: give a min_tokens of at most max_tokens"),
-            (self.allowed_token_ids == (), "allowed_token_ids = (): give at least one token id, or leave it out"),
-            (
-                self.allowed_token_ids is not None and self.structured is not None,
-                "allowed_token_ids and structured: give only one of them",
-            ),
-            (
-                few > 0 and self.structured is not None,
-                "min_tokens and structured: a structured output ends when it is complete; leave min_tokens out",
-            ),
-            (
-                bool(self.stop) and not self.detokenize,
-                "stop and detokenize = false: stop strings are looked for in text; give stop_token_ids",
-            ),
+            (ids == (), "allowed_token_ids = (): give at least one token id, or leave it out"),
+            (ids is not None and structured, "allowed_token_ids and structured: give only one of them"),
+            (few > 0 and structured, f"min_tokens = {few} and structured, which ends by itself: leave min_tokens out"),
+            (texts and not self.detokenize, "stop and detokenize = false: stop looks at text; give stop_token_ids"),
         )
         for found, message in wrong:
             if found:
@@ -143,21 +139,11 @@ class SamplingParams:
     @cached_property
     def extras(self) -> Mapping[str, str]:
         """What of the optional programs this needs: "edits", "mask", "typical_p", each with the parameter that does."""
-        edits = {
-            "repetition_penalty": self.repetition_penalty != 1, "presence_penalty": self.presence_penalty != 0,
-            "frequency_penalty": self.frequency_penalty != 0, "logit_bias": bool(self.logit_bias),
-            "min_tokens": self.min_tokens > 0, "bad_words": bool(self.bad_words),
-        }  # fmt: skip
-        masks = {
-            "allowed_token_ids": self.allowed_token_ids is not None, "structured": self.structured is not None
-        }  # fmt: skip
-        wanted = {"edits": edits, "mask": masks, "typical_p": {"typical_p": self.typical_p < 1 and not self.greedy}}
-        found = {kind: next((name for name, on in names.items() if on), "") for kind, names in wanted.items()}
-        return {kind: name for kind, name in found.items() if name}
-
-
-EXTRAS = ("edits", "mask", "typical_p")
-"""The optional programs, as `SamplingParams.extras` names them."""
+        found = {
+            kind: next((name for name in names if getattr(self, name) != getattr(_NEUTRAL, name)), "")
+            for kind, names in EXTRAS.items()
+        }
+        return {kind: name for kind, name in found.items() if name and not (kind == "typical_p" and self.greedy)}
 
 
 def check_extras(params: SamplingParams, declined: Mapping[str, str]) -> None:
@@ -169,14 +155,11 @@ def check_extras(params: SamplingParams, declined: Mapping[str, str]) -> None:
 
 def _require(valid: bool, name: str, given: object, allowed: str) -> None:
     if not valid:
-        shown = repr(given)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        raise InvalidSamplingParams(f"{name} = {shown} is not allowed: give {allowed}, or leave {name} out")
+        raise InvalidSamplingParams(f"{name} = {given!r:.80} is not allowed: give {allowed}, or leave {name} out")
 
 
-def _real(name: str, value: object, allowed: str, valid: Callable[[float], bool]) -> float:
+def _real(name: str, value: Any, allowed: str, valid: Callable[[float], bool]) -> float:
     _require(isinstance(value, Real) and not isinstance(value, bool), name, value, allowed)
-    assert isinstance(value, Real)
     try:
         number = float(value)
     except OverflowError:  # an integer beyond float64
@@ -185,54 +168,50 @@ def _real(name: str, value: object, allowed: str, valid: Callable[[float], bool]
     return number
 
 
-def _integer(name: str, value: object, low: int, end: int) -> int:
-    allowed = f"an integer from {low} to {end - 1}"
-    _require(isinstance(value, Integral) and not isinstance(value, bool), name, value, allowed)
-    assert isinstance(value, Integral)
-    _require(low <= int(value) < end, name, value, allowed)
+def _integer(name: str, value: Any, low: int, end: int) -> int:
+    valid = isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) < end
+    _require(valid, name, value, f"an integer from {low} to {end - 1}")
     return int(value)
 
 
-def _listed(name: str, value: object, allowed: str) -> tuple[Any, ...]:
+def _listed(name: str, value: Any, allowed: str) -> tuple[Any, ...]:
     _require(isinstance(value, list | tuple | set | frozenset), name, value, allowed)
-    assert isinstance(value, list | tuple | set | frozenset)
     return tuple(value)
 
 
-def _stop_strings(stop: object) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list | tuple) else None
-    valid = stops is not None and all(isinstance(text, str) and text for text in stops)
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    valid = isinstance(stops, list | tuple) and all(isinstance(text, str) and text for text in stops)
     _require(valid, "stop", stop, "a string or a list of strings, none of them empty")
-    assert stops is not None
-    return stops
+    return tuple(stops)
 
 
-def _tokens(name: str, ids: object) -> tuple[int, ...]:
+def _tokens(name: str, ids: Any) -> tuple[int, ...]:
     return tuple(_integer(name, token, 0, _INT32_END) for token in _listed(name, ids, "a list of token ids"))
 
 
-def _biases(biases: object) -> dict[int, float]:
+def _biases(biases: Any) -> dict[int, float]:
     if biases is None:
         return {}
     allowed = "a dict of token id to a number from -100 to 100"
     _require(isinstance(biases, Mapping), "logit_bias", biases, allowed)
-    assert isinstance(biases, Mapping)
     return {
         _integer("logit_bias", token, 0, _INT32_END): _real("logit_bias", bias, allowed, lambda x: -100 <= x <= 100)
         for token, bias in biases.items()
     }
 
 
-def _bad_words(words: object) -> tuple[str | tuple[int, ...], ...]:
+def _bad_words(words: Any) -> tuple[str | tuple[int, ...], ...]:
     allowed = "a list of texts or of lists of token ids, none of them empty"
     listed = () if words is None else _listed("bad_words", words, allowed)
     _require(all(isinstance(word, str | list | tuple) and len(word) for word in listed), "bad_words", words, allowed)
     return tuple(word if isinstance(word, str) else _tokens("bad_words", word) for word in listed)
 
 
-def _processors(processors: object) -> tuple[LogitsProcessor, ...]:
+def _processors(processors: Any) -> tuple[LogitsProcessor, ...]:
     listed = () if processors is None else _listed("logits_processors", processors, "a list of functions")
     _require(all(map(callable, listed)), "logits_processors", processors, "a list of functions")
     return listed
+
+
+_NEUTRAL = SamplingParams()

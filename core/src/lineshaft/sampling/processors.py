@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lineshaft.sampling.draw import PURPOSE_SAMPLE, draw
 from lineshaft.sampling.logprobs import Logprobs
+from lineshaft.sampling.pack import pack_sampling
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_contract.ops.logits import logprobs, sample
 from lineshaft_contract.problems import SampleProblem
 from lineshaft_contract.sessions import HostArray
+from lineshaft_contract.steps import HostStep, sample_inputs
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +45,12 @@ def choose_processed(
     for each in rows:
         r, own = each.row, _process(each, logits[each.row])[None]
         problem = SampleProblem(dtype="float32", rows=1, vocab=logits.shape[1])
-        ids[r : r + 1] = sample(problem, own, *_sampling(each))
+        packed = pack_sampling([each.params], [each.fork], [each.position], 1) or HostStep(sample_inputs(1))
+        ids[r : r + 1] = sample(problem, own, packed.views, packed["u"])
         if kept is not None:
             chosen, top_ids, top = logprobs(problem, own, ids[r : r + 1], kept.top_ids.shape[1])
             kept.chosen[r], kept.top_ids[r], kept.top[r] = chosen[0], top_ids[0], top[0]
     return ids, kept
-
-
-def _sampling(each: ProcessedRow) -> tuple[dict[str, HostArray], HostArray]:
-    temperature, top_p, min_p, typical_p, top_k = each.params.filters
-    given = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "typical_p": typical_p, "top_k": top_k}
-    u = draw(each.params.seed or 0, each.fork, each.position, PURPOSE_SAMPLE, 0)
-    return {name: np.array([value]) for name, value in given.items()}, np.array([[u]])
 
 
 def _process(each: ProcessedRow, logits: HostArray) -> HostArray:

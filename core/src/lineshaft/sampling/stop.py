@@ -20,21 +20,16 @@ class StopStrings:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
-        self._hit: str | None = None
-
-    @property
-    def hit(self) -> str | None:
-        """The stop string that ended the text, or None."""
-        return self._hit
+        self.hit: str | None = None  # the stop string that ended the text
 
     def feed(self, delta: str) -> tuple[str, bool]:
         """Take more text; return the text that is safe to show now, and whether a stop string has been hit."""
-        if self._hit is not None:
+        if self.hit is not None:
             return "", True
         text = self._held + delta
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            end, start, self._hit = min(found)
+            end, start, self.hit = min(found)
             self._held = ""
             return text[: end if self._include else start], True
         safe = len(text) - self._possible_stop(text)
