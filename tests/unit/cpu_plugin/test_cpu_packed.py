@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lineshaft.layout import Degrees
-from lineshaft.models import BuildContext
-from lineshaft.models.llama import LLAMA
+from lineshaft.models import BuildContext, llama
 from lineshaft.plan import Workload, make_plan
 from lineshaft.plan.resolve import Resolver, joint_layout
 from lineshaft.runner.programs import all_programs
@@ -75,7 +74,7 @@ def test_a_tied_head_is_packed_and_its_lookup_dense() -> None:
         "num_hidden_layers": 1, "tie_word_embeddings": True,
     }  # fmt: skip
     backend = create(CpuOptions(), World())
-    model = LLAMA.build(config, BuildContext("bfloat16", "bfloat16", 16, Degrees()))
+    model = llama.FAMILY.build(config, BuildContext("bfloat16", "bfloat16", 16, Degrees()))
     programs = all_programs(model, [StepShape(2, 2, (1,), 2, 1)], "bfloat16", 0)
     work = Workload(model.params(), model.caches(), model.uses(), programs, {})
     made = make_plan("cpu", work, Resolver("cpu", backend.kernels(), {}), all_ops()).plan
