@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.integration.conftest import SMOLLM2
 from tests.integration.processes import assert_refused, folders_of, lineshaft
 
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
