@@ -63,10 +63,11 @@ class _Cursor:
         self.at = 0
 
     def take(self, count: int, what: str) -> memoryview:
-        if count > len(self.buffer) - self.at:
-            raise self.corrupt(f"ends inside {what}: it has {len(self.buffer)} bytes, {self.at + count} are needed")
-        self.at += count
-        return self.buffer[self.at - count : self.at]
+        start, end = self.at, self.at + count
+        if end > len(self.buffer):
+            raise self.corrupt(f"ends inside {what}: it has {len(self.buffer)} bytes, {end} are needed")
+        self.at = end
+        return self.buffer[start:end]
 
     def number(self, code: str, what: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]

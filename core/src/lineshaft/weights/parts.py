@@ -67,10 +67,9 @@ def _number(file: metadata.PackagePath) -> int:
 
 def _digest(parts: list[metadata.PackagePath], sources: list[Path]) -> str:
     """What tells these parts from others of their names: the installer's hash of each, its size and its time."""
-    stats = [source.stat() for source in sources]
     facts = [
-        f"{part.name} {part.hash and part.hash.value} {stat.st_size} {stat.st_mtime_ns}"
-        for part, stat in zip(parts, stats, strict=True)
+        f"{part.name} {part.hash and part.hash.value} {source.stat().st_size} {source.stat().st_mtime_ns}"
+        for part, source in zip(parts, sources, strict=True)
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,10 +99,11 @@ def _as_object(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.80} stands twice in one object")
+        found[key] = value
     return found
 
 
@@ -112,29 +111,23 @@ def _read_shards(folder: Path) -> dict[str, TensorView]:
     weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptCheckpoint(f"{folder / _INDEX} has no weight_map from tensor to file; {_AGAIN}")
-    shards = {file: read_safetensors(_shard_path(folder, file, weight_map)) for file in sorted({*weight_map.values()})}
-    homes: dict[str, str] = {}
-    for file, shard in shards.items():
-        for name in shard:
-            if homes.setdefault(name, file) != file:
+    shards: dict[str, dict[str, TensorView]] = {}
+    for name, file in weight_map.items():
+        if file not in shards:
+            if Path(file).name != file or not (folder / file).is_file():
                 raise CorruptCheckpoint(
-                    f"{folder / file} holds tensor {name}, and so does {homes[name]}; download the folder again"
+                    f"{folder / _INDEX} puts tensor {name} into {file!r}, which is no file of that folder; "
+                    "download the missing shard"
                 )
-    return {name: _in_shard(folder / file, shards[file], name) for name, file in weight_map.items()}
-
-
-def _shard_path(folder: Path, file: str, weight_map: Mapping[str, str]) -> Path:
-    path = folder / file
-    if Path(file).name != file or not path.is_file():
-        tensor = next(name for name, where in weight_map.items() if where == file)
-        raise CorruptCheckpoint(
-            f"{folder / _INDEX} puts tensor {tensor} into {file!r}, which is no file of that folder; "
-            "download the missing shard"
-        )
-    return path
-
-
-def _in_shard(path: Path, shard: Mapping[str, TensorView], name: str) -> TensorView:
-    if name not in shard:
-        raise MissingTensor(f"{path} lacks tensor {name}, which the index puts there; download the folder again")
-    return shard[name]
+            shards[file] = read_safetensors(folder / file)
+        if name not in shards[file]:
+            raise MissingTensor(
+                f"{folder / file} lacks tensor {name}, which the index puts there; download the folder again"
+            )
+    homes: dict[str, str] = {}
+    for file, name in sorted((file, name) for file, shard in shards.items() for name in shard):
+        if homes.setdefault(name, file) != file:
+            raise CorruptCheckpoint(
+                f"{folder / file} holds tensor {name}, and so does {homes[name]}; download the folder again"
+            )
+    return {name: shards[file][name] for name, file in weight_map.items()}
