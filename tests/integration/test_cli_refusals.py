@@ -90,7 +90,7 @@ SPOILT: dict[str, tuple[Callable[[Place], None], str, tuple[str, ...]]] = {
     "empty file": (lambda p: p.cut(0), "CorruptCheckpoint", ("model.safetensors", "empty")),
     "not safetensors": (
         lambda p: p.weights.write_bytes(b"\x10\0\0\0\0\0\0\0" + b"{" * 64) and None,
-        "CorruptCheckpoint", ("no valid JSON",),
+        "CorruptCheckpoint", ("model.safetensors", "header"),
     ),
     "no weights": (lambda p: p.weights.unlink(), "ModelNotFound", ("model.safetensors",)),
     "no tokenizer": (lambda p: (p.model / "tokenizer.json").unlink(), "TokenizerError", ("no tokenizer.json",)),
