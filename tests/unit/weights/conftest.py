@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lineshaft.errors import ModelNotFound
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 HEADS, KV_HEADS, HIDDEN, FF, VOCAB = 4, 2, 64, 96, 40
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from lineshaft.errors import CorruptCheckpoint, LayoutError, MisshapenTensor, ModelNotFound
-from lineshaft.weights import dequantize, open_checkpoint
-from lineshaft.weights.gguf_words import llama3_divisors
+from lineshaft.weights.checkpoint import open_checkpoint
+from lineshaft_contract.schemes import dequantize
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 HEADS, KV_HEADS = 4, 2
@@ -177,21 +177,16 @@ def test_half_precision_is_plain(write_gguf: Callable[..., Path], plain_tensors:
 def test_llama3_rope_factors_become_rope_scaling(
     write_gguf: Callable[..., Path], plain_tensors: dict[str, Any]
 ) -> None:
-    factors = np.array(llama3_divisors(500000.0, 16, LLAMA3), np.float32)
-    assert factors.min() == 1.0 and factors.max() == 32.0
-    checkpoint = open_checkpoint(write_gguf(plain_tensors | {"rope_freqs.weight": factors}))
-    assert checkpoint.config["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
-
-
-def test_llama3_divisors_are_those_of_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}
-    config = transformers.LlamaConfig(hidden_size=512, num_attention_heads=8, rope_parameters=rope)
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
-    np.testing.assert_allclose(plain / theirs.numpy(), llama3_divisors(500000.0, 64, LLAMA3), rtol=1e-5)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(head_dim=16, rope_parameters=rope), "cpu")
+    factors = np.round(500000.0 ** (-np.arange(0, 16, 2) / 16) / scaled.numpy(), 5).astype(np.float32)
+    assert factors.min() == 1.0 and factors.max() == 32.0
+    checkpoint = open_checkpoint(write_gguf(plain_tensors | {"rope_freqs.weight": factors}))
+    assert checkpoint.config["rope_scaling"] == {"rope_type": "llama3", **LLAMA3}
 
 
 def test_other_rope_factors_are_kept_as_they_are(

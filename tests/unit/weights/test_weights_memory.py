@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lineshaft.errors import MisshapenTensor, OutOfMemory
-from lineshaft.weights import as_dtype, check_fits, local_bytes, repacked
+from lineshaft.weights.memory import check_fits, local_bytes, repacked
+from lineshaft_contract.schemes import as_dtype
 from lineshaft_contract.weights import Local, Param
 
 GIB = 1 << 30

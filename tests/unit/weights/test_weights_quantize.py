@@ -10,9 +10,11 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize as quantize_blocks
 
 from lineshaft.errors import ContractViolation, MisshapenTensor
-from lineshaft.weights import dequantize, local_bytes, pack_rows, quantized
+from lineshaft.weights.memory import local_bytes, quantized
 from lineshaft_contract.ops.quantize import quantize_rows
+from lineshaft_contract.packing import pack_rows
 from lineshaft_contract.problems import LinearProblem
+from lineshaft_contract.schemes import dequantize
 from lineshaft_contract.weights import Local, Param, Stored
 
 SCHEMES = ("int8", "fp8")

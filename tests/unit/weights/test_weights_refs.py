@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lineshaft.errors import ModelNotFound
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 REVISION = "0123456789012345678901234567890123456789"
 

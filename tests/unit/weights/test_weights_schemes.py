@@ -12,7 +12,8 @@ import pytest
 from gguf.quants import dequantize as decoded
 
 from lineshaft.errors import LayoutError
-from lineshaft.weights import BLOCKS, dequantize, open_checkpoint
+from lineshaft.weights.checkpoint import open_checkpoint
+from lineshaft_contract.schemes import BLOCKS, dequantize
 
 ROWS, BLOCKS_A_ROW = 48, 3
 NAME = "model.layers.0.mlp.gate_proj.weight"

@@ -15,7 +15,7 @@ from lineshaft.engine import Engine
 from lineshaft.flight import Token
 from lineshaft.meter import now
 from lineshaft.tokenizer import Detokenizer, Tokenizer
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 from lineshaft_bench.bounds import measure
 from lineshaft_bench.drive import drive
 from lineshaft_bench.timeline import Recorder

@@ -13,8 +13,11 @@ from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, builtin_families, find_family
 from lineshaft.plan.trace import distinct_params
 from lineshaft.registry import Registry
-from lineshaft.weights import CONFIG_ALONE, FORMATS, as_dtype, local_bytes, open_checkpoint, resolve
+from lineshaft.weights.checkpoint import CONFIG_ALONE, FORMATS, open_checkpoint
+from lineshaft.weights.memory import local_bytes
+from lineshaft.weights.refs import resolve
 from lineshaft_contract.problems import AttendProblem, KVProblem, RouterProblem
+from lineshaft_contract.schemes import as_dtype
 from lineshaft_contract.weights import Param
 
 HEAD = "head"

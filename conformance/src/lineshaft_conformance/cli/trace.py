@@ -91,7 +91,7 @@ def run_record(args: Namespace) -> int:
 
 def open_tokenizer(config: EngineConfig) -> Tokenizer:
     from lineshaft.tokenizer import Tokenizer
-    from lineshaft.weights import resolve
+    from lineshaft.weights.refs import resolve
 
     return Tokenizer.from_checkpoint(resolve(config.tokenizer or config.model))
 

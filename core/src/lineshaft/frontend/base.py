@@ -14,7 +14,7 @@ from lineshaft.registry import Registry
 from lineshaft.runner.worker import Progress, silent
 from lineshaft.sampling.vocabulary import Vocabulary
 from lineshaft.tokenizer import Tokenizer
-from lineshaft.weights import resolve
+from lineshaft.weights.refs import resolve
 
 
 class Base:

@@ -15,8 +15,9 @@ from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft.runner.buckets import make_shapes
 from lineshaft.runner.programs import all_programs
 from lineshaft.scheduler import Limits
-from lineshaft.weights import FORMATS, CheckpointFormat, open_checkpoint, resolve
+from lineshaft.weights.checkpoint import FORMATS, CheckpointFormat, open_checkpoint
 from lineshaft.weights.decoded import decode_with
+from lineshaft.weights.refs import resolve
 from lineshaft_contract.backends import Backend, BackendInfo, BackendKind, Capabilities, World
 from lineshaft_contract.host import usable_cpus
 from lineshaft_contract.ops import all_ops

@@ -18,13 +18,13 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     Raises ChatError for no message, and for one without a role or with parts that are no text.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise ChatError(f"messages must be a list of at least one message like {MESSAGE}, not {_short(messages)}")
+        raise ChatError(f"messages must be a list of at least one message like {MESSAGE}, not {messages!r:.80}")
     return [_plain(f"message {index}", message) for index, message in enumerate(messages)]
 
 
 def _plain(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ChatError(f"{where} must be like {MESSAGE}, not {_short(message)}")
+        raise ChatError(f"{where} must be like {MESSAGE}, not {message!r:.80}")
     made = dict(message)
     if not isinstance(made.get("content"), str | None):
         made["content"] = _joined(where, made["content"])
@@ -37,10 +37,10 @@ def _joined(where: str, parts: Any) -> str:
     """The texts of content given in parts, one a line."""
     wanted = 'a text, or a list of {"type": "text", "text": "..."}: no other input is supported'
     if not isinstance(parts, list | tuple):
-        raise ChatError(f"the content of {where} is {_short(parts)}; it must be {wanted}")
+        raise ChatError(f"the content of {where} is {parts!r:.80}; it must be {wanted}")
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ChatError(f"the content of {where} has the part {_short(part)}; it must be {wanted}")
+            raise ChatError(f"the content of {where} has the part {part!r:.80}; it must be {wanted}")
     return "\n".join(part["text"] for part in parts)
 
 
@@ -50,7 +50,7 @@ def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
     def refuse(found: Any) -> NoReturn:
         raise ChatError(
             f'a tool call of {where} must be like {{"type": "function", "function": {{"name": "...", "arguments": '
-            f"{{...}}}}}}, not {_short(found)}"
+            f"{{...}}}}}}, not {found!r:.80}"
         )
 
     made = []
@@ -73,7 +73,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list | tuple):
-        raise ChatError(f"tools must be a list of functions like {TOOL}, not {_short(tools)}")
+        raise ChatError(f"tools must be a list of functions like {TOOL}, not {tools!r:.80}")
     for index, tool in enumerate(tools):
         wrong = _wrong(tool)
         if wrong:
@@ -85,23 +85,18 @@ def _wrong(tool: Any) -> str:
     """What is wrong with a tool; "" where nothing is."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or tool.get("type") != "function":
-        return f"{_short(tool)} is no function"
+        return f"{tool!r:.80} is no function"
     try:
         json.dumps(tool)
     except (TypeError, ValueError) as error:
         return f"it cannot be written as JSON ({error})"
     name, schema = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not name:
-        return f"its name is {_short(name)}"
+        return f"its name is {name!r:.80}"
     if schema is None:
         return ""
     if not isinstance(schema, Mapping) or schema.get("type") != "object":
-        return f"its parameters are {_short(schema)}, no JSON schema of an object"
+        return f"its parameters are {schema!r:.80}, no JSON schema of an object"
     if not isinstance(schema.get("properties", {}), Mapping):
-        return f"the properties of its parameters are {_short(schema['properties'])}"
+        return f"the properties of its parameters are {schema['properties']!r:.80}"
     return ""
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cached_property
 from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
@@ -46,6 +45,7 @@ class Pieces:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = frozenset(added)
         self._backend = backend
+        self._alphabet = byte_alphabet() if self.byte_level else {}
         self._cache: dict[int, bytes] = {}
 
     def token(self, token_id: int) -> str | None:
@@ -67,10 +67,6 @@ class Pieces:
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         return token.replace(_SPACE, " ").encode()
-
-    @cached_property
-    def _alphabet(self) -> dict[str, int]:
-        return byte_alphabet()
 
 
 def _decoder_steps(backend: Backend) -> frozenset[str]:

@@ -12,15 +12,13 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
 
-from lineshaft.errors import ChatError, RequestError, TokenizerError, TokenOutOfRange
+from lineshaft.errors import ChatError, RequestError
 from lineshaft.tokenizer.chat import ChatTemplate
 from lineshaft.tokenizer.from_folder import read_folder
 from lineshaft.tokenizer.from_gguf import read_metadata
 from lineshaft.tokenizer.parts import TokenizerParts
 from lineshaft.tokenizer.pieces import Pieces
 from lineshaft.weights.gguf_parse import is_gguf, parse_gguf
-from lineshaft.weights.mapped import MappedCheckpoint
-from lineshaft_contract.weights import Checkpoint
 
 # Special tokens that end a turn of chat; a file's eos id is often only the one that ends a document, or the reverse.
 _TURN_ENDS: Final = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
@@ -43,25 +41,15 @@ class Tokenizer:
         self._chat = None if parts.chat_template is None else ChatTemplate(parts.chat_template, parts.special_tokens)
 
     @classmethod
-    def from_checkpoint(cls, source: Path | Checkpoint) -> Tokenizer:
-        """The tokenizer of a GGUF file or a Hugging Face folder, given as a path or as the opened checkpoint.
-
-        Raises TokenizerError, or CorruptCheckpoint for a damaged file.
-        """
-        if isinstance(source, MappedCheckpoint):
-            return cls(read_metadata(source.metadata) if source.metadata else read_folder(source.path))
-        if not isinstance(source, Path):
-            raise TokenizerError(f"a {type(source).__name__} carries no tokenizer; give a GGUF file or a folder")
-        return cls(read_metadata(parse_gguf(source).metadata) if is_gguf(source) else read_folder(source))
+    def from_checkpoint(cls, path: Path) -> Tokenizer:
+        """The tokenizer of a GGUF file or a Hugging Face folder. Raises TokenizerError, or CorruptCheckpoint for a
+        damaged file."""
+        return cls(read_metadata(parse_gguf(path).metadata) if is_gguf(path) else read_folder(path))
 
     @property
     def vocab_size(self) -> int:
         """How many tokens there are, added ones included. The model's matrices may have more, unused, rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat is not None
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`; special tokens spelled in it count as such. Raises RequestError for lone surrogates.
@@ -78,13 +66,6 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
         detokenizer = Detokenizer(self, skip_special)
         return "".join([*map(detokenizer.feed, ids), detokenizer.finish()])
-
-    def token(self, token_id: int) -> str:
-        """How the vocabulary spells a token. Raises TokenOutOfRange."""
-        text = self.pieces.token(token_id)
-        if text is None:
-            raise TokenOutOfRange(f"token id {token_id} is not in the vocabulary; ids are 0 to {self.vocab_size - 1}")
-        return text
 
     def chat(self, messages: Sequence[Mapping[str, Any]] | str, *, template: str | None = None, **more: Any) -> str:
         """The prompt's text for a conversation; a string is one message of the user.

@@ -8,38 +8,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from lineshaft.errors import CorruptCheckpoint
-from lineshaft.weights.gguf_parse import GgufFile, GgufTensor, parse_gguf
+from lineshaft.weights.gguf_parse import GgufFile, parse_gguf
 from lineshaft.weights.gguf_words import ROPE_FACTORS, Family, config_of, family_of, tensor_name
 from lineshaft.weights.mapped import MappedCheckpoint, TensorView
 
 _SPLIT: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
-_NORM: Final = re.compile(r".*norm\.weight")
 _PERMUTED: Final = re.compile(r".*\.self_attn\.([qk])_proj\.(?:weight|bias)")
 
 
 def open_gguf(path: Path) -> MappedCheckpoint:
     """Open a GGUF file, with its siblings if it is split. Heads are checked now, the data is read when it is cut.
 
-    `metadata` is the first file's key-value pairs. Raises ModelNotFound or CorruptCheckpoint.
+    Raises ModelNotFound or CorruptCheckpoint.
     """
     file = _whole(parse_gguf(path))
     family = family_of(file.metadata)
-    views = {view.name: view for name, tensor in file.tensors.items() for view in _views(path, name, tensor, family)}
+    views = {view.name: view for tensor in file.tensors.values() for view in _views(path, tensor, family)}
+    tables = {key: file.tensors[name].data for name, key in ROPE_FACTORS.items() if name in file.tensors}
+    factors = {key: data.ravel().astype(np.float64).tolist() for key, data in tables.items()}
     try:
-        config = config_of(file.metadata, frozenset(views), _rope_factors(file))
+        config = config_of(file.metadata, frozenset(views), factors)
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{path}: {error}") from error
-    if family is not None and family.permuted:
-        views = {name: _unpermuted(path, view, config) for name, view in views.items()}
-    if family is not None and family.norm_offset:
-        views = {name: _less(view, family.norm_offset) for name, view in views.items()}
-    return MappedCheckpoint(path, config, views, file.metadata)
+    if family is not None:
+        views = {name: _restored(path, view, family, config) for name, view in views.items()}
+    return MappedCheckpoint(path, config, views)
 
 
 def _whole(file: GgufFile) -> GgufFile:
@@ -54,7 +54,7 @@ def _whole(file: GgufFile) -> GgufFile:
         )
     names = [f"{match['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
     files = [parse_gguf(file.path.with_name(name)) for name in names]
-    tensors: dict[str, GgufTensor] = {}
+    tensors: dict[str, TensorView] = {}
     for part in files:
         if twice := next((name for name in part.tensors if name in tensors), None):
             raise CorruptCheckpoint(f"{part.path} holds tensor {twice}, as a file before it does; download them again")
@@ -62,32 +62,22 @@ def _whole(file: GgufFile) -> GgufFile:
     return GgufFile(file.path, files[0].metadata, tensors)
 
 
-def _views(path: Path, name: str, tensor: GgufTensor, family: Family | None) -> list[TensorView]:
+def _views(path: Path, tensor: TensorView, family: Family | None) -> list[TensorView]:
     """The tensor under its Hugging Face name, or one view for each expert of stacked ones."""
-    word = tensor_name(name, family)
+    word = tensor_name(tensor.name, family)
     if "{}" not in word:
-        return [TensorView(word, tensor.scheme, tensor.shape, tensor.data)]
+        return [replace(tensor, name=word)]
     if len(tensor.shape) != 3:
-        raise CorruptCheckpoint(f"{path}: tensor {name} has shape {tensor.shape}, not 3 dims; download it again")
+        raise CorruptCheckpoint(f"{path}: tensor {tensor.name} has shape {tensor.shape}, not 3 dims; download it again")
     parts = enumerate(tensor.data)
     return [TensorView(word.format(index), tensor.scheme, tensor.shape[1:], data) for index, data in parts]
 
 
-def _rope_factors(file: GgufFile) -> dict[str, list[float]]:
-    found = {name: file.tensors[name] for name in ROPE_FACTORS if name in file.tensors}
-    return {name: [float(value) for value in tensor.data.ravel()] for name, tensor in found.items()}
-
-
-def _less(view: TensorView, offset: float) -> TensorView:
-    """The view of a norm's weight less what the file has added to it; any other view as it is."""
-    if not _NORM.fullmatch(view.name):
-        return view
-    return TensorView(view.name, view.scheme, view.shape, view.data.astype(np.float32) - np.float32(offset))
-
-
-def _unpermuted(path: Path, view: TensorView, config: Mapping[str, Any]) -> TensorView:
-    """The view with q/k rows in Hugging Face order; any other view as it is."""
-    match = _PERMUTED.fullmatch(view.name)
+def _restored(path: Path, view: TensorView, family: Family, config: Mapping[str, Any]) -> TensorView:
+    """A norm's weight less what the file has added to it, q/k rows in Hugging Face order; any other view as it is."""
+    if family.norm_offset and view.name.endswith("norm.weight"):
+        return replace(view, data=view.data.astype(np.float32) - np.float32(family.norm_offset))
+    match = _PERMUTED.fullmatch(view.name) if family.permuted else None
     if match is None:
         return view
     heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
@@ -95,7 +85,7 @@ def _unpermuted(path: Path, view: TensorView, config: Mapping[str, Any]) -> Tens
         raise CorruptCheckpoint(
             f"{path}: tensor {view.name} has {view.shape[0]} rows, not an even number for each of {heads} heads"
         )
-    return TensorView(view.name, view.scheme, view.shape, view.data, stored_rows(view.shape[0], heads))
+    return replace(view, order=stored_rows(view.shape[0], heads))
 
 
 def stored_rows(rows: int, heads: int) -> np.ndarray[Any, Any]:

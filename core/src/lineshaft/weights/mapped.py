@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from lineshaft.errors import CorruptCheckpoint, MisshapenTensor, MissingTensor, ModelNotFound
 from lineshaft_contract.schemes import cut_columns
 from lineshaft_contract.weights import Stored
+
+DTYPES: Final[Mapping[str, str]] = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "BOOL": "bool",
+}
+"""How files call the dtypes of plain numbers: safetensors all of these, GGUF some."""
 
 
 def map_file(path: Path) -> memoryview:
@@ -69,16 +81,12 @@ class TensorView:
 
 @dataclass(frozen=True)
 class MappedCheckpoint:
-    """A checkpoint in mapped files; a `contract.weights.Checkpoint`.
-
-    `config` is in the words of a Hugging Face config.json; `metadata` is what else the file says under its own
-    words (a GGUF file's key-value pairs; empty for safetensors), for the tokenizer.
-    """
+    """A checkpoint in mapped files; a `contract.weights.Checkpoint`. `config` is in the words of a Hugging Face
+    config.json."""
 
     path: Path
     config: Mapping[str, Any]
     views: Mapping[str, TensorView]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def names(self) -> frozenset[str]:
         """The Hugging Face names of all tensors."""

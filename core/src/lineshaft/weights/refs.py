@@ -61,18 +61,14 @@ def _from_hub(ref: str, cache: Path | None) -> Path:
         )
     except Exception as error:  # the client raises its HTTP library's errors too, and they share no base
         raise ModelNotFound(
-            f"model {ref!r} is neither cached here nor could it be downloaded ({_first_line(error)}); check the name "
-            "and revision, connect to the network, set HF_TOKEN for a gated model, or give a local path"
+            f"model {ref!r} is neither cached here nor could it be downloaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.200}); check the name and revision, connect to the network, set HF_TOKEN "
+            "for a gated model, or give a local path"
         ) from error
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ModelNotFound(f"model {ref!r} has no config.json; it must be a transformers model in safetensors")
     return path
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _from_distribution(ref: str, cache: Path | None) -> Path:
