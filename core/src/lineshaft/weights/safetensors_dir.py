@@ -71,16 +71,16 @@ def read_safetensors(path: Path) -> dict[str, TensorView]:
         raise CorruptCheckpoint(f"{path}: {error}; {_AGAIN}") from error
     header = _as_object(bytes(buffer[8 : 8 + length]), path)
     header.pop("__metadata__", None)
-    return {name: _view(path, name, buffer[8 + length :], **entry) for name, entry in header.items()}
+    return {name: _view(path, name, buffer[8 + length :], entry) for name, entry in header.items()}
 
 
-def _view(path: Path, name: str, data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> TensorView:
-    """A tensor in `data`, which is what follows the header."""
+def _view(path: Path, name: str, data: memoryview, entry: dict[str, Any]) -> TensorView:
+    """The tensor of a header's entry in `data`, which is what follows the header."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPES:
         raise CorruptCheckpoint(
             f"{path}: tensor {name} has dtype {dtype!r}, not one of {', '.join(DTYPES)}; convert the model"
         )
-    begin, end = data_offsets
     try:
         numbers = np.frombuffer(data[begin:end], as_dtype(DTYPES[dtype])).reshape(shape)
     except ValueError as error:
