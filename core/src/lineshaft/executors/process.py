@@ -101,12 +101,12 @@ class ProcessExecutor:
             raise
 
     def size(self) -> list[Sizes]:
-        return [Sizes.from_json(header) for header, _ in self._ask_all({"call": "size"})]
+        return [Sizes.from_frames(*reply) for reply in self._ask_all({"call": "size"})]
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
         replies = self._ask_all({"call": "start", "pages": pages}, progress)
         shutil.rmtree(self._folder, ignore_errors=True)  # all have met
-        return [Started(**header) for header, _ in replies]
+        return [Started.from_frames(*reply) for reply in replies]
 
     def submit(self, steps: Sequence[StepMessage]) -> None:
         if self._asked:

@@ -83,16 +83,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"hash": self.hash, **dataclasses.asdict(self)}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json` after a trip through JSON."""
-        given = {key: value for key, value in data.items() if key != "hash"}
-        shapes = tuple(make_shape(shape) for shape in given.pop("shapes"))
-        entries = tuple(
-            PlanEntry(**{**e, "rejected": tuple(Rejection(**r) for r in e["rejected"])}) for e in given.pop("entries")
-        )
-        return cls(shapes=shapes, entries=entries, notes=tuple(given.pop("notes")), **given)
-
 
 def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Rejection], calls: int) -> PlanEntry:
     """An entry for a chosen kernel."""
