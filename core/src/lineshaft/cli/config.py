@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lineshaft.cli.options import add_config_arguments, overrides
 
 if TYPE_CHECKING:
-    from lineshaft.config import Setting
+    from lineshaft.config.load import Setting
 
 HELP = "show the configuration that a run would have, and where each value comes from"
 
@@ -23,8 +23,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from lineshaft.config import environment, gather, settings
-    from lineshaft.config.load import DEFAULT
+    from lineshaft.config import environment
+    from lineshaft.config.load import DEFAULT, gather, settings
 
     found = settings(gather(args.config, environment(), overrides(args)))
     shown = [setting for setting in found if not args.given or setting.source != DEFAULT]

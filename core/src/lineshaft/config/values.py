@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -90,15 +90,11 @@ def convert(given: Given, kind: Any, field: FieldInfo) -> Any:
 
 
 def from_text(text: str, kind: Any) -> Any:
-    if text.strip().lower() == "none" and allows_none(kind):
-        return None
-    return TypeAdapter(kind).validate_strings(text, strict=False)
-
-
-def allows_none(kind: Any) -> bool:
-    if get_origin(kind) is Annotated:
-        return allows_none(get_args(kind)[0])
-    return get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind)
+    adapter = TypeAdapter(kind)
+    if text.strip().lower() == "none":
+        with suppress(ValidationError):
+            return adapter.validate_python(None)
+    return adapter.validate_strings(text, strict=False)
 
 
 def complaint(error: ValidationError) -> str:

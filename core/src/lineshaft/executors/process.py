@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,19 @@ class ProcessExecutor:
                 self._send(child, {**header, "rank": child.rank})
             return self._collect(progress)
 
-    def _send(self, child: Child, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
+    @contextmanager
+    def _talking(self, child: Child) -> Iterator[None]:
+        """What the socket raises says what became of the worker."""
         try:
-            send(child.peer, header, arrays)
+            yield
         except TimeoutError as error:
             raise self._hung([child]) from error
         except Disconnected as error:
             raise self._died(child) from error
+
+    def _send(self, child: Child, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
+        with self._talking(child):
+            send(child.peer, header, arrays)
 
     def _collect(self, progress: Progress | None = None, timeout: float = math.inf) -> list[Reply]:
         """One reply of every worker; the first failure ends the wait, as the others may wait for the failed one."""
@@ -176,12 +182,8 @@ class ProcessExecutor:
     def _take(
         self, child: Child, replies: dict[int, Reply], selector: selectors.BaseSelector, progress: Progress | None
     ) -> None:
-        try:
+        with self._talking(child):
             header, arrays = receive(child.peer)
-        except TimeoutError as error:
-            raise self._hung([child]) from error
-        except Disconnected as error:
-            raise self._died(child) from error
         if "progress" in header:
             if progress is not None and child.rank == 0:
                 progress(*header["progress"])
@@ -203,12 +205,9 @@ class ProcessExecutor:
         )
 
     def _died(self, child: Child) -> WorkerDied:
-        status = child.process.poll()
-        if status is None:
-            try:
-                status = child.process.wait(CLOSE_SECONDS)
-            except subprocess.TimeoutExpired:
-                status = None
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(CLOSE_SECONDS)
+        status = child.process.returncode
         how = "closed its connection" if status is None else f"ended with status {status}"
         if status is not None and status < 0:
             how = f"was killed by signal {-status}"

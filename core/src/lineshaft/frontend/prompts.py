@@ -21,6 +21,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = str | Sequence[Mapping[str, Any]]
 """Messages, each with "role" and "content" as in OpenAI's API; a text is one message of the user."""
 Params = SamplingParams | Sequence[SamplingParams]
+Encoded = tuple[Sequence[int], str | None, bytes]
+"""The token ids of one prompt, its text and its salt."""
 KEYS = ({"prompt"}, {"prompt", "cache_salt"}, {"prompt_token_ids"}, {"prompt_token_ids", "cache_salt"})
 
 
@@ -67,10 +69,7 @@ def completions(
     """An Ask for each prompt. Raises RequestError."""
     one = isinstance(prompts, (str, Mapping)) or _is_ids(prompts)
     several: Sequence[Any] = [prompts] if one else _several(prompts)
-    found = [_encode(tokenizer, prompt, cache_salt) for prompt in several]
-    shared = zip(found, _spread(params, len(found)), _priorities(priority, len(found)), strict=True)
-    deadline_s = _deadline(deadline_s)
-    return [Ask(ids, text, one, rank, deadline_s, salt) for (ids, text, salt), one, rank in shared]
+    return _asks([_encode(tokenizer, prompt, cache_salt) for prompt in several], params, priority, deadline_s)
 
 
 def chats(
@@ -98,12 +97,21 @@ def chats(
     }  # fmt: skip
     names = frozenset(tool["function"]["name"] for tool in functions) if functions else None
     texts = [tokenizer.chat(conversation, **more) for conversation in several]
-    salt, deadline_s = _salt(cache_salt), _deadline(deadline_s)
-    shared = zip(texts, _spread(params, len(texts)), _priorities(priority, len(texts)), strict=True)
-    return [
-        Ask(tokenizer.encode(text, add_special=False), text, one, rank, deadline_s, salt, names)
-        for text, one, rank in shared
-    ]
+    salt = _salt(cache_salt)
+    encoded = [(tokenizer.encode(text, add_special=False), text, salt) for text in texts]
+    return _asks(encoded, params, priority, deadline_s, names)
+
+
+def _asks(
+    encoded: Sequence[Encoded],
+    params: Params | None,
+    priority: Any,
+    deadline_s: Any,
+    tools: frozenset[str] | None = None,
+) -> list[Ask]:
+    shared = zip(encoded, _spread(params, len(encoded)), _priorities(priority, len(encoded)), strict=True)
+    seconds = _deadline(deadline_s)
+    return [Ask(ids, text, one, rank, seconds, salt, tools) for (ids, text, salt), one, rank in shared]
 
 
 def _is_ids(prompts: Any) -> bool:
@@ -119,8 +127,7 @@ def _several(items: Any) -> Sequence[Any]:
     return items
 
 
-def _encode(tokenizer: Tokenizer, prompt: Any, salt: str) -> tuple[Sequence[int], str | None, bytes]:
-    """The token ids of one prompt, its text and its salt."""
+def _encode(tokenizer: Tokenizer, prompt: Any, salt: str) -> Encoded:
     if isinstance(prompt, Mapping):
         if set(prompt) not in KEYS:
             raise RequestError(

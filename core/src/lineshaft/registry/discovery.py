@@ -60,20 +60,18 @@ def load(point: EntryPoint) -> object:
 
 def admit(manager: pluggy.PluginManager, plugin: Plugin, implementation: object) -> Sequence[BackendInfo]:
     """Register the plugin's hooks and return its checked backends; or raise PluginError and leave none."""
+    registered = None
     try:
         check_hooks(implementation)
-        manager.register(implementation, name=plugin.key)
-    except (Exception, SystemExit) as error:
-        raise as_plugin_error("its hooks are refused:", error) from error
-    try:
+        registered = manager.register(implementation, name=plugin.key)
         return backends_of(manager, plugin)
     except (Exception, SystemExit) as error:
-        manager.unregister(name=plugin.key)
-        raise as_plugin_error("lineshaft_backends raised", error) from error
-
-
-def as_plugin_error(what: str, error: BaseException) -> PluginError:
-    return error if isinstance(error, PluginError) else PluginError(f"{what} {one_line(error)}")
+        if registered:
+            manager.unregister(name=registered)
+        if isinstance(error, PluginError):
+            raise
+        failed = "lineshaft_backends raised" if registered else "its hooks are refused:"
+        raise PluginError(f"{failed} {one_line(error)}") from error
 
 
 def backends_of(manager: pluggy.PluginManager, plugin: Plugin) -> Sequence[BackendInfo]:

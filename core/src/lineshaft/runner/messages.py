@@ -19,7 +19,7 @@ from lineshaft_contract.steps import HostStep, InputLayout, StepShape
 
 Frames = tuple[dict[str, Any], list[HostArray]]
 """A JSON-able header, and arrays that follow it."""
-adapter: Callable[[type[Any]], TypeAdapter[Any]] = cache(TypeAdapter)
+adapter: Callable[[type[Any]], TypeAdapter[Any]] = cache(TypeAdapter)  # type: ignore[assignment]
 
 
 def _place(array: HostArray, info: SerializationInfo) -> int:

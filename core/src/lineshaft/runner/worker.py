@@ -136,12 +136,6 @@ class Worker:
         logprobs = self._logprobs(token_ids, choice.scored) if choice.logprobs else None
         return StepResult(token_ids, seconds, logprobs, logits)
 
-    def execute(self, step: StepMessage, choice: ChoiceMessage) -> StepResult:
-        """The three in one."""
-        self.submit(step)
-        self.choose(choice)
-        return self.collect()
-
     def _over_logits(self, host: HostStep, before: Pending, name: str = "") -> Pending:
         shape = StepShape(tokens=0, rows=self._rows, pages=(), logits=self._rows, max_query=0)
         return self._programs[name or program_of(host), shape](host, {"logits": before.handle("logits")})
