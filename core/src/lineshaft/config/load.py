@@ -55,19 +55,16 @@ def make_config(**values: Any) -> EngineConfig:
 
 
 def from_file(file: Path | None) -> Iterator[Given]:
-    """The values that a TOML file gives; none without a file."""
-    if file is not None:
-        yield from flatten((), read_toml(file), f"file {file}", text=False)
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """The parsed file, or ConfigError."""
+    """The values that a TOML file gives; none without a file. Raises ConfigError."""
+    if file is None:
+        return
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the file {file}: {error.strerror}; give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"the file {file} is not TOML: {error}; correct it there") from error
+    yield from flatten((), table, f"file {file}", text=False)
 
 
 def from_environment(environment: Mapping[str, str]) -> Iterator[Given]:

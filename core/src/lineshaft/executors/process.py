@@ -228,8 +228,7 @@ def spawn(rank: int, folder: Path, timeout: float, worker: Sequence[str] = WORKE
         raise WorkerDied(
             f"worker of rank {rank} cannot be started ({error.strerror}): raise the limit of open files"
         ) from error
-    arguments = [str(theirs.fileno()), str(lifeline_read), str(folder)]
-    command = [sys.executable, "-m", *worker, *arguments]
+    command = [sys.executable, "-m", *worker, str(theirs.fileno()), str(lifeline_read), str(folder)]
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), lifeline_read), start_new_session=True

@@ -34,7 +34,8 @@ def discover(entry_points: Iterable[EntryPoint] | None = None) -> Registry:
     found[core] = admit(manager, core, ReferencePlugin())
     points = installed(group=ENTRY_POINT_GROUP) if entry_points is None else entry_points
     for point in sorted(points, key=lambda point: (point.name, point.value)):
-        plugin = describe(point)
+        origin = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
+        plugin = Plugin(point.name, *origin)
         try:
             found[plugin] = admit(manager, plugin, load(point))
         except PluginError as error:
@@ -42,12 +43,6 @@ def discover(entry_points: Iterable[EntryPoint] | None = None) -> Registry:
     drop_clashes(manager, found, rejected, core)
     backends = {info.name: (info, plugin) for plugin, infos in found.items() for info in infos}
     return Registry(manager, backends, tuple(rejected))
-
-
-def describe(point: EntryPoint) -> Plugin:
-    """The plugin with the distribution that brought it, as far as its metadata say."""
-    name, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
-    return Plugin(point.name, name, version)
 
 
 def load(point: EntryPoint) -> object:

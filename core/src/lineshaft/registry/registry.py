@@ -96,7 +96,15 @@ class Registry:
 
         Raises UnknownBackend, BackendUnavailable with each reason, and AmbiguousBackend for a tie.
         """
-        return self._best() if name == "auto" else self._named(name, options or {})
+        if name == "auto":
+            return self._best()
+        info = self.named(name)
+        found = probe(info)
+        if not found.runs_with(options or {}):
+            raise BackendUnavailable(
+                f"backend {name!r} is not usable here: {found.reason}; mend that or choose another backend"
+            )
+        return info
 
     def kernels(self, backend: str) -> list[Kernel]:
         """Kernels that plugins contribute to the backend, besides its own. Raises PluginError naming the culprit."""
@@ -159,14 +167,6 @@ class Registry:
             raise self._absent(name)
         return self.backends[name]
 
-    def _named(self, name: str, options: Mapping[str, Any]) -> BackendInfo:
-        found = probe(self.named(name))
-        if not found.runs_with(options):
-            raise BackendUnavailable(
-                f"backend {name!r} is not usable here: {found.reason}; mend that or choose another backend"
-            )
-        return self.backends[name]
-
     def _absent(self, name: str) -> BackendUnavailable | UnknownBackend:
         """Why there is no such backend: its plugin was rejected, or nobody registers it."""
         for rejected in self.rejected:
@@ -182,21 +182,18 @@ class Registry:
         candidates = [status for status in self.status() if status.kind > BackendKind.REFERENCE]
         usable = [status for status in candidates if status.usable]
         if not usable:
-            raise BackendUnavailable(self._nothing_usable(candidates))
+            reasons = [f"{status.name}: {status.reason}" for status in candidates]
+            reasons += [f"{item.plugin}: rejected, {item.reason}" for item in self.rejected]
+            raise BackendUnavailable(
+                f'backend = "auto" finds no usable backend ({"; ".join(reasons) or "no plugin is installed"}); '
+                'install one, or write backend = "numpy" to check only'
+            )
         best = max(status.kind for status in usable)
         names = [status.name for status in usable if status.kind == best]
         if len(names) > 1:
             lines = " or ".join(f'backend = "{name}"' for name in names)
             raise AmbiguousBackend(f'backend = "auto" fits {", ".join(names)} equally well; write {lines}')
         return self.backends[names[0]]
-
-    def _nothing_usable(self, candidates: Sequence[BackendStatus]) -> str:
-        reasons = [f"{status.name}: {status.reason}" for status in candidates]
-        reasons += [f"{item.plugin}: rejected, {item.reason}" for item in self.rejected]
-        why = "; ".join(reasons) or "no plugin is installed"
-        return (
-            f'backend = "auto" finds no usable backend ({why}); install one, or write backend = "numpy" to check only'
-        )
 
 
 def probe(info: BackendInfo) -> Probe:
