@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lineshaft.config import EngineConfig
 from lineshaft.errors import InvalidValue, LayoutError, PlanMismatch
@@ -39,28 +39,13 @@ class Executor(Protocol):
 
 
 class Forwarding:
-    """An executor that hands every call on to another, for those that watch some of them."""
+    """An executor that hands every call on to another, `inner`, for those that watch some of them."""
 
     def __init__(self, inner: Executor) -> None:
         self.inner, self.beside = inner, inner.beside
 
-    def size(self) -> list[Sizes]:
-        return self.inner.size()
-
-    def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return self.inner.start(pages, progress)
-
-    def submit(self, steps: Sequence[StepMessage]) -> None:
-        self.inner.submit(steps)
-
-    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
-        self.inner.choose(choices)
-
-    def collect(self) -> list[StepResult]:
-        return self.inner.collect()
-
-    def close(self) -> None:
-        self.inner.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Worker:
     ) -> None:
         registry = registry or discover()
         self.config = config
-        self.setup: Setup = make_setup(config, rank, rendezvous, registry, start)
+        self.setup: Setup = make_setup(config, registry, rank, rendezvous, start)
         self.planned = make_planned(config, self.setup, registry)
         self._registry = registry
         self._session: Session | None = None
