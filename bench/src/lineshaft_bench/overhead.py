@@ -42,7 +42,7 @@ class AtOnce:
         return [Sizes(plan, 0, (1,), (1 + per_row * self._rows,), (PAGE,), limits, shapes, VOCAB, windows=(0,))]
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return [Started(0.0, 0.0, 0, 0)]
+        return [Started(0.0, 0.0, 0)]
 
     def submit(self, steps: Sequence[StepMessage]) -> None:
         (self._step,) = steps

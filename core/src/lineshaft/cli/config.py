@@ -22,12 +22,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     from lineshaft.config import environment
     from lineshaft.config.load import DEFAULT, gather, settings
+    from lineshaft.config.values import dotted
 
     found = settings(gather(args.config, environment(), overrides(args)))
     shown = [setting for setting in found if not args.given or setting.source != DEFAULT]
     if args.json:
-        print(json.dumps({one.key: {"value": one.value, "source": one.source} for one in shown}, indent=2))
+        print(json.dumps({dotted(one.path): {"value": one.value, "source": one.source} for one in shown}, indent=2))
     else:
-        rows = [(one.key, "-" if one.value is None else json.dumps(one.value), one.source) for one in shown]
+        rows = [(dotted(one.path), "-" if one.value is None else json.dumps(one.value), one.source) for one in shown]
         print(table(("KEY", "VALUE", "SOURCE"), rows))
     return 0

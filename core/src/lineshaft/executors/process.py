@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import selectors
 import shutil
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -168,30 +168,26 @@ class ProcessExecutor:
         """One reply of every worker; the first failure ends the wait, as the others may wait for the failed one."""
         replies: dict[int, Reply] = {}
         deadline = time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            for child in self._children:
-                selector.register(child.peer, selectors.EVENT_READ, child)
-            while len(replies) < len(self._children):
-                ready = selector.select(min(deadline - time.monotonic(), 3600.0))
-                if not ready and time.monotonic() >= deadline:
-                    raise self._hung([child for child in self._children if child.rank not in replies])
-                for key, _ in ready:
-                    self._take(key.data, replies, selector, progress)
-        return [replies[rank] for rank in sorted(replies)]
+        while waiting := [child for child in self._children if child.rank not in replies]:
+            ready = wait([child.peer for child in waiting], min(deadline - time.monotonic(), 3600.0))
+            if not ready and time.monotonic() >= deadline:
+                raise self._hung(waiting)
+            for child in waiting:
+                if child.peer in ready and (reply := self._take(child, progress)) is not None:
+                    replies[child.rank] = reply
+        return [replies[child.rank] for child in self._children]
 
-    def _take(
-        self, child: Child, replies: dict[int, Reply], selector: selectors.BaseSelector, progress: Progress | None
-    ) -> None:
+    def _take(self, child: Child, progress: Progress | None) -> Reply | None:
+        """A worker's reply; None where it only tells of its progress."""
         with self._talking(child):
             header, arrays = receive(child.peer)
         if "progress" in header:
             if progress is not None and child.rank == 0:
                 progress(*header["progress"])
-            return
+            return None
         if "error" in header:
             raise rebuild_error(header["error"], child.rank)
-        replies[child.rank] = (header, arrays)
-        selector.unregister(child.peer)
+        return header, arrays
 
     def _hung(self, silent: Sequence[Child]) -> WorkerDied:
         """Kills every worker: those that answered could only wait for the silent ones."""

@@ -95,14 +95,10 @@ def warn_of_next_api(plugin: Plugin, info: BackendInfo) -> None:
 
 def drop_clashes(manager: pluggy.PluginManager, found: Backends, rejected: list[Rejected], core: Plugin) -> None:
     """Reject all plugins that share a backend name; the core itself stays."""
-    owners: dict[str, list[Plugin]] = {}
-    for plugin, infos in found.items():
-        for info in infos:
-            owners.setdefault(info.name, []).append(plugin)
-    for name, plugins in owners.items():
-        for plugin in plugins if len(plugins) > 1 else ():
-            if plugin is not core and found.pop(plugin, None) is not None:
-                manager.unregister(name=plugin.key)
-                others = ", ".join(f"{other.name} ({other.distribution})" for other in plugins if other is not plugin)
-                reason = f"backend {name!r} is also registered by {others}; uninstall one"
-                rejected.append(Rejected(plugin.name, plugin.distribution, reason))
+    owned = [(info.name, plugin) for plugin, infos in found.items() for info in infos]
+    for name, plugin in owned:
+        others = ", ".join(f"{p.name} ({p.distribution})" for own, p in owned if own == name and p is not plugin)
+        if others and plugin is not core and found.pop(plugin, None) is not None:
+            manager.unregister(name=plugin.key)
+            reason = f"backend {name!r} is also registered by {others}; uninstall one"
+            rejected.append(Rejected(plugin.name, plugin.distribution, reason))

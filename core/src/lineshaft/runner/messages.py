@@ -129,6 +129,4 @@ class Started(Message):
 
     load_seconds: float
     capture_seconds: float
-    programs: int
     arena_bytes: int
-    ops_per_decode: int = 0

@@ -94,18 +94,8 @@ class Worker:
         progress("capturing programs", len(programs), len(programs))
         session.freeze()
         self._registry.plan_frozen(self.planned.plan)
-        return self._started(loaded - began, time.perf_counter() - loaded)
-
-    def _started(self, load_seconds: float, capture_seconds: float) -> Started:
-        reports = [program.report for program in self._programs.values()]
-        decode = min(self.setup.shapes, key=lambda s: (s.max_query, s.tokens))
-        return Started(
-            load_seconds,
-            capture_seconds,
-            programs=len(reports),
-            arena_bytes=max((report.arena for report in reports), default=0),
-            ops_per_decode=self._programs[FORWARD, decode].report.ops,
-        )
+        arena = max((program.report.arena for program in self._programs.values()), default=0)
+        return Started(loaded - began, time.perf_counter() - loaded, arena)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
