@@ -13,16 +13,7 @@ from lineshaft.config import EngineConfig
 from lineshaft.errors import LineshaftError, RequestError, SessionClosed
 from lineshaft.frontend.base import Base
 from lineshaft.frontend.group import Group, cancel, marked, start
-from lineshaft.frontend.prompts import (
-    Ask,
-    ChatOptions,
-    Conversation,
-    Options,
-    Params,
-    Prompt,
-    chats,
-    completions,
-)
+from lineshaft.frontend.prompts import Ask, ChatOptions, Conversation, Options, Params, Prompt, chats, completions
 from lineshaft.frontend.text import Text
 from lineshaft.outputs import RequestOutput, RunMetrics, StreamDelta
 from lineshaft.registry import Registry

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lineshaft.cli.generate import finite, template
-from lineshaft.cli.options import add_config_arguments, load_config
+from lineshaft.cli.options import add_config_arguments
 from lineshaft.cli.progress import opened
-from lineshaft.cli.sampling import MEANINGS, OF_SEVERAL, add_sampling_arguments, configured, read, sampling_params
+from lineshaft.cli.sampling import MEANINGS, OF_SEVERAL, add_sampling_arguments, read, sampling
 from lineshaft.errors import InvalidValue, RequestError
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    config = load_config(args, **configured(args))
-    params, more = sampling_params(args, config, max_tokens=MAX_TOKENS), template(args)
+    config, params = sampling(args, MAX_TOKENS)
+    more = template(args)
     terminal = sys.stdin is not None and sys.stdin.isatty()
     with opened(config) as llm:
         talk = Talk(llm, params, args.system, more, args.json)

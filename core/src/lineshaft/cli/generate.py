@@ -11,9 +11,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lineshaft.cli.options import add_config_arguments, load_config
+from lineshaft.cli.options import add_config_arguments
 from lineshaft.cli.progress import opened
-from lineshaft.cli.sampling import add_sampling_arguments, configured, content, convert, ids, sampling_params
+from lineshaft.cli.sampling import add_sampling_arguments, content, convert, ids, sampling
 from lineshaft.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    config = load_config(args, **configured(args))
-    params = sampling_params(args, config)
+    config, params = sampling(args)
     prompts: Prompts = read_prompts(args.prompt) if args.prompt else list(map(read_ids, args.prompt_ids))
     chat, more = not (args.raw or args.prompt_ids), template(args)
     with opened(config) as llm:

@@ -8,6 +8,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lineshaft.cli.options import load_config
 from lineshaft.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -126,20 +127,16 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def configured(args: Namespace) -> dict[str, str | None]:
-    """The dotted keys that options set."""
-    return {f"sampling.{name}": getattr(args, name) for name in CONFIGURED}
-
-
-def sampling_params(args: Namespace, config: EngineConfig, *, max_tokens: int = 256) -> SamplingParams:
-    """The configuration's sampling defaults with the options of this run. Raises InvalidValue and RequestError."""
+def sampling(args: Namespace, max_tokens: int = 256) -> tuple[EngineConfig, SamplingParams]:
+    """The configuration, and its sampling defaults with the options of this run. Raises ConfigError, RequestError."""
     from lineshaft.sampling.params import SamplingParams
 
+    config = load_config(args, **{f"sampling.{name}": getattr(args, name) for name in CONFIGURED})
     chosen: dict[str, Any] = {"max_tokens": max_tokens}
     chosen |= {key: value for key, value in config.sampling if value is not None}
     given = {name: getattr(args, name, None) for name in MEANINGS if name not in CONFIGURED}
     chosen |= {name: read(name, value, option(name)) for name, value in given.items() if value is not None}
-    return SamplingParams(**chosen, structured=structured(args))
+    return config, SamplingParams(**chosen, structured=structured(args))
 
 
 def read(name: str, given: bool | str | list[str], said: str) -> Any:

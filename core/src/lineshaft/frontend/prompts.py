@@ -67,7 +67,8 @@ def completions(
     cache_salt: str = "",
 ) -> list[Ask]:
     """An Ask for each prompt. Raises RequestError."""
-    one = isinstance(prompts, (str, Mapping)) or _is_ids(prompts)
+    listed = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+    one = isinstance(prompts, (str, Mapping)) or (listed and isinstance(prompts[0], Integral))
     several: Sequence[Any] = [prompts] if one else _several(prompts)
     return _asks([_encode(tokenizer, prompt, cache_salt) for prompt in several], params, priority, deadline_s)
 
@@ -112,10 +113,6 @@ def _asks(
     shared = zip(encoded, _spread(params, len(encoded)), _priorities(priority, len(encoded)), strict=True)
     seconds = _deadline(deadline_s)
     return [Ask(ids, text, one, rank, seconds, salt, tools) for (ids, text, salt), one, rank in shared]
-
-
-def _is_ids(prompts: Any) -> bool:
-    return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
 def _several(items: Any) -> Sequence[Any]:

@@ -112,7 +112,6 @@ class Sizes(Message):
     """What a worker found before it allocates anything; equal on every rank but for `pages`."""
 
     plan: Plan
-    weight_bytes: int
     page_bytes: tuple[int, ...]  # of one page id in each group, over all caches that share it
     pages: tuple[int, ...]  # that this worker can hold in each group, with the null page
     page_sizes: tuple[int, ...]  # tokens a page, of each group

@@ -25,7 +25,7 @@ def sizes(config: EngineConfig, setup: Setup, plan: Plan) -> Sizes:
     pool = sum(n * size for n, size in zip(pages, page_bytes, strict=True))
     check_fits({**parts, "KV pool": pool}, free)
     return Sizes(
-        plan, plan.weight_bytes, page_bytes, pages, setup.page_sizes, setup.limits, setup.shapes,
+        plan, page_bytes, pages, setup.page_sizes, setup.limits, setup.shapes,
         setup.model.shape.vocab, setup.backend.capabilities.asynchronous, windows_of(setup),
     )  # fmt: skip
 
