@@ -12,14 +12,13 @@ from tqdm import tqdm
 from lineshaft.config import EngineConfig
 from lineshaft.errors import LineshaftError, RequestError, SessionClosed
 from lineshaft.frontend.base import Base
-from lineshaft.frontend.group import Group, cancel, marked, start
+from lineshaft.frontend.group import Group, cancel, marked, start, stop
 from lineshaft.frontend.prompts import Ask, ChatOptions, Conversation, Options, Params, Prompt, chats, completions
 from lineshaft.frontend.text import Text
 from lineshaft.outputs import RequestOutput, RunMetrics, StreamDelta
 from lineshaft.registry import Registry
 from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
-from lineshaft.scheduler import FinishReason
 
 
 class LLM(Base):
@@ -129,8 +128,8 @@ class LLM(Base):
             for token, last in marked(self.engine.step()):
                 if (found := self._texts.get(token.request.id)) is not None:
                     _, text = found
-                    if text.feed(token, last) and not token.request.finished:
-                        self.engine.finish(token.request, FinishReason.STOP, text.stop_string)
+                    if text.feed(token, last):
+                        stop(self.engine, text)
             for _, text in self._texts.values():
                 if text.request.finished:
                     text.end()

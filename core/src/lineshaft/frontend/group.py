@@ -139,6 +139,12 @@ def cancel(engine: Engine, requests: Iterable[Request]) -> None:
             engine.cancel(request.id)
 
 
+def stop(engine: Engine, text: Text) -> None:
+    """End a request whose text has come to a stop string."""
+    if not text.request.finished:
+        engine.finish(text.request, FinishReason.STOP, text.stop_string)
+
+
 def marked(tokens: Sequence[Token]) -> Iterator[tuple[Token, bool]]:
     """The tokens of one step in their order, each with whether it is its request's last."""
     last = {token.request.id: at for at, token in enumerate(tokens)}

@@ -26,12 +26,9 @@ def check_hooks(plugin: object) -> None:
         if mark is None and attribute in HOOKS:
             raise PluginError(f"{attribute} lacks its decorator; put @hookimpl above it")
         if name not in HOOKS and (mark is not None or name.startswith(f"{PROJECT}_")):
-            raise PluginError(f"unknown hook {name}; {nearest_hook(name)}")
-
-
-def nearest_hook(name: str) -> str:
-    near = get_close_matches(name, HOOKS, n=1)
-    return f"did you mean {near[0]}?" if near else f"allowed: {', '.join(HOOKS)}"
+            near = get_close_matches(name, HOOKS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(HOOKS)}"
+            raise PluginError(f"unknown hook {name}; {hint}")
 
 
 def check_items(hook: str, value: object, kind: type) -> Sequence[Any]:
