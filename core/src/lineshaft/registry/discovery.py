@@ -72,8 +72,8 @@ def admit(manager: pluggy.PluginManager, plugin: Plugin, implementation: object)
 def backends_of(manager: pluggy.PluginManager, plugin: Plugin) -> Sequence[BackendInfo]:
     """The backends that one registered plugin names, each checked."""
     infos: list[BackendInfo] = []
-    for hook, call in implementations(manager, "lineshaft_backends", plugin.key):
-        infos += check_items(hook, call({}), BackendInfo)
+    for hook, call in implementations(manager, "lineshaft_backends", {}, plugin.key):
+        infos += check_items(hook, call(), BackendInfo)
     for info in infos:
         check_backend(info)
         warn_of_next_api(plugin, info)

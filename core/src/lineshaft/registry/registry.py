@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -59,16 +60,13 @@ class BackendStatus:
 
 
 def implementations(
-    manager: pluggy.PluginManager, hook: str, key: str | None = None
-) -> Iterator[tuple[str, Callable[[Mapping[str, Any]], Any]]]:
-    """Who implements a hook ("hook of plugin") and a call that passes the arguments it takes; `key`: of one plugin."""
+    manager: pluggy.PluginManager, hook: str, given: Mapping[str, Any], key: str | None = None
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Who implements a hook ("hook of plugin") and a call with those of the arguments that it takes; `key`: of one
+    plugin."""
     for impl in getattr(manager.hook, hook).get_hookimpls():
         if key is None or impl.plugin_name == key:
-            yield f"{hook} of {impl.plugin_name}", caller(impl)
-
-
-def caller(impl: pluggy.HookImpl) -> Callable[[Mapping[str, Any]], Any]:
-    return lambda given: impl.function(*[given[name] for name in impl.argnames])
+            yield f"{hook} of {impl.plugin_name}", partial(impl.function, *(given[name] for name in impl.argnames))
 
 
 class Registry:
@@ -132,17 +130,17 @@ class Registry:
 
     def plan_frozen(self, plan: Any) -> None:
         """Show a frozen plan to the plugins that observe it; an observer that raises is logged and changes nothing."""
-        for hook, call in implementations(self._manager, "lineshaft_plan_frozen"):
+        for hook, call in implementations(self._manager, "lineshaft_plan_frozen", {"plan": plan}):
             try:
-                call({"plan": plan})
+                call()
             except Exception as error:
                 log.warning("%s raised %s; the plan stands", hook, one_line(error))
 
     def _collect(self, hook: str, kind: type = object, **given: Any) -> list[Any]:
         items: list[Any] = []
-        for name, call in implementations(self._manager, hook):
+        for name, call in implementations(self._manager, hook, given):
             try:
-                items += check_items(name, call(given), kind)
+                items += check_items(name, call(), kind)
             except PluginError:
                 raise
             except Exception as error:

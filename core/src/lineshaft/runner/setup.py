@@ -36,7 +36,6 @@ class Setup:
     checkpoint: Checkpoint
     model: Model
     caches: tuple[KVProblem, ...]
-    degrees: Degrees
     limits: Limits
     shapes: tuple[StepShape, ...]
     dtype: str
@@ -115,7 +114,7 @@ def make_setup(
     limits = make_limits(config, capabilities, model)
     pages_per_row = tuple(-(-limits.max_model_len // page_size) for _ in range(groups))
     shapes = make_shapes(capabilities, limits.token_budget, limits.max_rows, pages_per_row)
-    return Setup(info, world, backend, checkpoint, model, caches, degrees, limits, shapes, dtype, (page_size,) * groups)
+    return Setup(info, world, backend, checkpoint, model, caches, limits, shapes, dtype, (page_size,) * groups)
 
 
 def make_planned(config: EngineConfig, setup: Setup, registry: Registry) -> Planned:
@@ -128,7 +127,7 @@ def plan_programs(config: EngineConfig, setup: Setup, registry: Registry, progra
     """The same for other programs of the model than the engine's."""
     kernels = [*setup.backend.kernels(), *registry.kernels(setup.info.name)]
     resolver = Resolver(setup.info.name, kernels, config.kernels)
-    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes))
+    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes))
     return make_plan(setup.info.name, work, resolver, all_ops(registry.ops()))
 
 
