@@ -171,7 +171,7 @@ def compile_ahead(
     sized = sizes(config, setup, planned.plan)
     counted = setup.backend.memory.total_free()
     return Compiled(
-        topology, planned.plan, setup.dtype, dict(setup.degrees.axes), sized, counted and counted[0],
+        topology, planned.plan, setup.dtype, dict(setup.world.axes), sized, counted and counted[0],
         free_bytes(setup), len(planned.programs), _capture(setup, planned, sized.pages, chosen, progress),
     )  # fmt: skip
 
