@@ -14,9 +14,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lineshaft.cli.generate import finite, template
+from lineshaft.cli.generate import finite, opened, template
 from lineshaft.cli.options import add_config_arguments
-from lineshaft.cli.progress import opened
 from lineshaft.cli.sampling import MEANINGS, OF_SEVERAL, add_sampling_arguments, read, sampling
 from lineshaft.errors import InvalidValue, RequestError
 

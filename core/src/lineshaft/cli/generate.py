@@ -7,16 +7,18 @@ import math
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lineshaft.cli.options import add_config_arguments
-from lineshaft.cli.progress import opened
+from lineshaft.cli.progress import Bar
 from lineshaft.cli.sampling import add_sampling_arguments, content, convert, ids, sampling
 from lineshaft.errors import InvalidValue
 
 if TYPE_CHECKING:
+    from lineshaft.config import EngineConfig
     from lineshaft.llm import LLM
     from lineshaft.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
     from lineshaft.sampling.params import SamplingParams
@@ -60,6 +62,14 @@ def run(args: Namespace) -> int:
         if not args.quiet:
             print(summary(llm, reasons), file=sys.stderr)
     return 0
+
+
+def opened(config: EngineConfig) -> LLM:
+    """The LLM of a configuration, with a bar while it starts."""
+    from lineshaft.llm import LLM
+
+    with closing(Bar()) as bar:
+        return LLM.from_config(config, progress=bar)
 
 
 def shows_more(params: SamplingParams) -> bool:

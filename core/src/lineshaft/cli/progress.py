@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from typing import TYPE_CHECKING
-
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from lineshaft.config import EngineConfig
-    from lineshaft.llm import LLM
 
 
 class Bar:
@@ -32,11 +25,3 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def opened(config: EngineConfig) -> LLM:
-    """The LLM of a configuration, with a bar while it starts."""
-    from lineshaft.llm import LLM
-
-    with closing(Bar()) as bar:
-        return LLM.from_config(config, progress=bar)

@@ -21,8 +21,6 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = str | Sequence[Mapping[str, Any]]
 """Messages, each with "role" and "content" as in OpenAI's API; a text is one message of the user."""
 Params = SamplingParams | Sequence[SamplingParams]
-Encoded = tuple[Sequence[int], str | None, bytes]
-"""The token ids of one prompt, its text and its salt."""
 KEYS = ({"prompt"}, {"prompt", "cache_salt"}, {"prompt_token_ids"}, {"prompt_token_ids", "cache_salt"})
 
 
@@ -67,10 +65,12 @@ def completions(
     cache_salt: str = "",
 ) -> list[Ask]:
     """An Ask for each prompt. Raises RequestError."""
-    listed = isinstance(prompts, (list, tuple)) and len(prompts) > 0
-    one = isinstance(prompts, (str, Mapping)) or (listed and isinstance(prompts[0], Integral))
+    one = isinstance(prompts, (str, Mapping)) or _is_ids(prompts)
     several: Sequence[Any] = [prompts] if one else _several(prompts)
-    return _asks([_encode(tokenizer, prompt, cache_salt) for prompt in several], params, priority, deadline_s)
+    found = [_encode(tokenizer, prompt, cache_salt) for prompt in several]
+    shared = zip(found, _spread(params, len(found)), _priorities(priority, len(found)), strict=True)
+    deadline_s = _deadline(deadline_s)
+    return [Ask(ids, text, one, rank, deadline_s, salt) for (ids, text, salt), one, rank in shared]
 
 
 def chats(
@@ -98,21 +98,16 @@ def chats(
     }  # fmt: skip
     names = frozenset(tool["function"]["name"] for tool in functions) if functions else None
     texts = [tokenizer.chat(conversation, **more) for conversation in several]
-    salt = _salt(cache_salt)
-    encoded = [(tokenizer.encode(text, add_special=False), text, salt) for text in texts]
-    return _asks(encoded, params, priority, deadline_s, names)
+    salt, deadline_s = _salt(cache_salt), _deadline(deadline_s)
+    shared = zip(texts, _spread(params, len(texts)), _priorities(priority, len(texts)), strict=True)
+    return [
+        Ask(tokenizer.encode(text, add_special=False), text, one, rank, deadline_s, salt, names)
+        for text, one, rank in shared
+    ]
 
 
-def _asks(
-    encoded: Sequence[Encoded],
-    params: Params | None,
-    priority: Any,
-    deadline_s: Any,
-    tools: frozenset[str] | None = None,
-) -> list[Ask]:
-    shared = zip(encoded, _spread(params, len(encoded)), _priorities(priority, len(encoded)), strict=True)
-    seconds = _deadline(deadline_s)
-    return [Ask(ids, text, one, rank, seconds, salt, tools) for (ids, text, salt), one, rank in shared]
+def _is_ids(prompts: Any) -> bool:
+    return isinstance(prompts, (list, tuple)) and len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
 def _several(items: Any) -> Sequence[Any]:
@@ -124,7 +119,8 @@ def _several(items: Any) -> Sequence[Any]:
     return items
 
 
-def _encode(tokenizer: Tokenizer, prompt: Any, salt: str) -> Encoded:
+def _encode(tokenizer: Tokenizer, prompt: Any, salt: str) -> tuple[Sequence[int], str | None, bytes]:
+    """The token ids of one prompt, its text and its salt."""
     if isinstance(prompt, Mapping):
         if set(prompt) not in KEYS:
             raise RequestError(
