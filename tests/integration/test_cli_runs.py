@@ -125,8 +125,10 @@ def test_a_conversation_on_a_pipe_remembers() -> None:
         env=environment(), input=f"{QUESTION}\nWhat did I ask?\n", capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    (said,) = json.loads(done.stdout)["conversations"]
+    *answers, end = map(json.loads, done.stdout.splitlines())
+    said = [turn for answer in answers for turn in answer["messages"]]
     assert [turn["role"] for turn in said] == ["user", "assistant"] * 2
+    assert set(end) == {"run", "plan"}
     assert "Paris" in said[1]["content"]
 
 

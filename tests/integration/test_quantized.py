@@ -92,7 +92,7 @@ def test_the_plan_says_what_is_quantized_and_what_it_saves(llama: Llama, scheme:
 def test_a_backend_without_a_kernel_says_why_each_of_its_own_declines(
     llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = setup.make_setup(config(llama("gqa1").path, quantization="int8", **SMALL))
+    made = setup.make_setup(config(llama("gqa1").path, quantization="int8", **SMALL), discover())
     few = [kernel for kernel in made.backend.kernels() if kernel.name != "torch_linear_int8"]
     monkeypatch.setattr(type(made.backend), "kernels", lambda backend: few)
     reasons = "no kernel for linear .*scheme=int8.*torch_linear: does not handle scheme.*torch_linear_fp8: is for "

@@ -39,10 +39,10 @@ class AtOnce:
         limits = Limits(max(512, self._rows), self._rows, LONGEST)
         shapes = make_shapes(Capabilities(), limits.token_budget, limits.max_rows, (per_row,))
         plan = Plan("none", shapes, (), {}, "", 0, 0)
-        return [Sizes(plan, 0, (1,), (1 + per_row * self._rows,), (PAGE,), limits, shapes, VOCAB, windows=(0,))]
+        return [Sizes(plan, (1,), (1 + per_row * self._rows,), (PAGE,), limits, shapes, VOCAB, windows=(0,))]
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return [Started(0.0, 0.0, 0, 0)]
+        return [Started(0.0, 0.0, 0)]
 
     def submit(self, steps: Sequence[StepMessage]) -> None:
         (self._step,) = steps

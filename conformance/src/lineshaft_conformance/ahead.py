@@ -75,14 +75,14 @@ class Compiled:
 
     @property
     def resident(self) -> int:
-        return self.sizes.weight_bytes + self.pool
+        return self.sizes.plan.weight_bytes + self.pool
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by name of all that a device must hold at once."""
         largest = self.largest
         return {
-            "weights": self.sizes.weight_bytes, "KV pool": self.pool,
+            "weights": self.sizes.plan.weight_bytes, "KV pool": self.pool,
             f"{largest.label} at work": largest.beyond(self.resident), "code": self.code,
         }  # fmt: skip
 
@@ -123,7 +123,7 @@ class Compiled:
                 {"program": each.label, "shape": asdict(each.shape), **asdict(each.report)} for each in self.programs
             ],
             "memory": {
-                "total": self.total, "free": self.free, "weights": self.sizes.weight_bytes, "kv_pool": self.pool,
+                "total": self.total, "free": self.free, "weights": self.sizes.plan.weight_bytes, "kv_pool": self.pool,
                 "largest_program": self.largest.label, "largest_at_work": self.largest.beyond(self.resident),
                 "code": self.code, "spare": self.spare, "fits": None if self.spare is None else self.spare >= 0,
             },
@@ -171,7 +171,7 @@ def compile_ahead(
     sized = sizes(config, setup, planned.plan)
     counted = setup.backend.memory.total_free()
     return Compiled(
-        topology, planned.plan, setup.dtype, dict(setup.degrees.axes), sized, counted and counted[0],
+        topology, planned.plan, setup.dtype, dict(setup.world.axes), sized, counted and counted[0],
         free_bytes(setup), len(planned.programs), _capture(setup, planned, sized.pages, chosen, progress),
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from lineshaft.config import EngineConfig
 from lineshaft.errors import RequestError, SessionClosed
 from lineshaft.flight import Token
 from lineshaft.frontend.base import Base
-from lineshaft.frontend.group import Group, cancel, start
+from lineshaft.frontend.group import Group, cancel, start, stop
 from lineshaft.frontend.prompts import Ask, ChatOptions, Conversation, Options, Prompt, chats, completions
 from lineshaft.frontend.stepping import EngineThread, ordinary
 from lineshaft.frontend.text import Text
@@ -27,7 +27,7 @@ from lineshaft.outputs import RequestId, RunMetrics, StreamDelta
 from lineshaft.registry import Registry
 from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
-from lineshaft.scheduler import FinishReason, Request
+from lineshaft.scheduler import Request
 
 
 class Stream:
@@ -136,10 +136,6 @@ class AsyncLLM(Base):
         if stream.group is not None:
             cancel(self.engine, [text.request for text in stream.group.texts])
 
-    def _finish(self, text: Text) -> None:
-        if not text.request.finished:
-            self.engine.finish(text.request, FinishReason.STOP, text.stop_string)
-
     def stepped(self, tokens: Sequence[tuple[Token, bool]], ended: Sequence[Request]) -> None:
         """Of the engine's listener."""
         self._reader.submit(self._guarded, partial(self._read, tokens, ended))
@@ -164,7 +160,7 @@ class AsyncLLM(Base):
                 stream, text = found
                 grown.add(stream)
                 if text.feed(token, last) and not last:
-                    self._thread.call(partial(self._finish, text))
+                    self._thread.call(partial(stop, self.engine, text))
                 if last:
                     del self._texts[token.request.id]
         for request in ended:

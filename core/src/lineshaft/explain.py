@@ -11,4 +11,4 @@ from lineshaft.runner.setup import make_planned, make_setup
 def explain(config: EngineConfig, registry: Registry | None = None) -> Plan:
     """The plan of rank 0 under this configuration. Raises what starting the engine would raise up to here."""
     registry = registry or discover()
-    return make_planned(config, make_setup(config, registry=registry), registry).plan
+    return make_planned(config, make_setup(config, registry), registry).plan

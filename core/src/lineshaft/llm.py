@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import RLock
 from typing import Any, Unpack
 
@@ -12,23 +12,13 @@ from tqdm import tqdm
 from lineshaft.config import EngineConfig
 from lineshaft.errors import LineshaftError, RequestError, SessionClosed
 from lineshaft.frontend.base import Base
-from lineshaft.frontend.group import Group, cancel, marked, start
-from lineshaft.frontend.prompts import (
-    Ask,
-    ChatOptions,
-    Conversation,
-    Options,
-    Params,
-    Prompt,
-    chats,
-    completions,
-)
+from lineshaft.frontend.group import Group, cancel, marked, start, stop
+from lineshaft.frontend.prompts import Ask, ChatOptions, Conversation, Options, Params, Prompt, chats, completions
 from lineshaft.frontend.text import Text
 from lineshaft.outputs import RequestOutput, RunMetrics, StreamDelta
 from lineshaft.registry import Registry
 from lineshaft.runner.worker import Progress
 from lineshaft.sampling.params import SamplingParams
-from lineshaft.scheduler import FinishReason
 
 
 class LLM(Base):
@@ -41,8 +31,7 @@ class LLM(Base):
 
     def _open(self, config: EngineConfig, registry: Registry | None, progress: Progress) -> None:
         super()._open(config, registry, progress)
-        self._texts: dict[int, Text] = {}
-        self._groups: set[Group] = set()
+        self._texts: dict[int, tuple[Group, Text]] = {}
         self._lock = RLock()  # whoever holds it steps for all
 
     # ---- generating --------------------------------------------------------------------------------------------
@@ -95,41 +84,38 @@ class LLM(Base):
         asks = make(self.tokenizer, prompt, sampling_params, **options)
         if len(asks) != 1:
             raise RequestError(f"{len(asks)} prompts to stream: give one; open a stream for each")
-        groups = self._start(asks, streamed=True)
-        try:
+        with self._running(asks, streamed=True) as groups:
             while not groups[0].read:
                 deltas = groups[0].take()
                 if not deltas:
                     self._step(groups)
                 yield from deltas
-        finally:
-            self._drop(groups)
 
     def _complete(self, asks: Sequence[Ask], progress: bool) -> list[RequestOutput]:
-        groups = self._start(asks, streamed=False)
-        try:
-            with tqdm(total=len(groups), unit="request", disable=None if progress and len(groups) > 1 else True) as bar:
-                done = 0
-                while done < len(groups):
-                    self._step(groups)
-                    before, done = done, sum(group.finished for group in groups)
-                    bar.update(done - before)
+        shown = progress and len(asks) > 1
+        with (
+            self._running(asks, streamed=False) as groups,
+            tqdm(total=len(groups), unit="request", disable=None if shown else True) as bar,
+        ):
+            done = 0
+            while done < len(groups):
+                self._step(groups)
+                before, done = done, sum(group.finished for group in groups)
+                bar.update(done - before)
             return [group.output() for group in groups]
-        finally:
-            self._drop(groups)
 
-    def _start(self, asks: Sequence[Ask], *, streamed: bool) -> list[Group]:
+    @contextmanager
+    def _running(self, asks: Sequence[Ask], *, streamed: bool) -> Iterator[list[Group]]:
+        """Start these together, or none of them; end what is unfinished when they are left."""
         groups: list[Group] = []
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 for ask in asks:
                     groups.append(start(self.engine, ask, self.tokenizer, streamed=streamed))
-            except BaseException:
-                self._drop(groups)
-                raise
-            self._groups.update(groups)
-            self._texts.update({text.request.id: text for group in groups for text in group.texts})
-        return groups
+                self._texts.update({text.request.id: (group, text) for group in groups for text in group.texts})
+            yield groups
+        finally:
+            self._drop(groups)
 
     def _step(self, groups: Sequence[Group]) -> None:
         """One engine step for all, unless another thread has finished these groups, or failed them."""
@@ -140,16 +126,16 @@ class LLM(Base):
             if all(group.finished for group in groups):
                 return
             for token, last in marked(self.engine.step()):
-                text = self._texts.get(token.request.id)
-                if text is not None and text.feed(token, last) and not token.request.finished:
-                    self.engine.finish(token.request, FinishReason.STOP, text.stop_string)
-            for text in self._texts.values():
+                if (found := self._texts.get(token.request.id)) is not None:
+                    _, text = found
+                    if text.feed(token, last):
+                        stop(self.engine, text)
+            for _, text in self._texts.values():
                 if text.request.finished:
                     text.end()
 
     def _drop(self, groups: Sequence[Group]) -> None:
         with self._lock:
-            self._groups.difference_update(groups)
             for group in groups:
                 cancel(self.engine, [text.request for text in group.texts])
                 for text in group.texts:
@@ -168,7 +154,7 @@ class LLM(Base):
     def close(self) -> None:
         """Idempotent: waits for the step under way, cancels what is unfinished, frees the model, ends every worker."""
         with self._lock:
-            for group in self._groups:
+            for group, _ in self._texts.values():
                 if not group.finished:
                     group.error = SessionClosed(
                         "the LLM was closed before this request was finished; make a new one and ask again"

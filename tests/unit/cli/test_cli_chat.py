@@ -87,13 +87,22 @@ def test_commands_change_what_follows(chat: Any, fake: dict[str, Any]) -> None:
     assert "/reset" in err
 
 
-def test_the_transcript_is_one_object(chat: Any, fake: dict[str, Any]) -> None:
-    status, out, _ = chat("one\n/reset\ntwo\n", "--json", "--system", "Be brief.")
-    found = json.loads(out, parse_constant=pytest.fail)
-    assert (status, set(found), found["plan"]) == (0, {"conversations", "run", "plan"}, "abc")
-    answer = ANSWER | {"finish_reason": "length"}
+def test_the_transcript_is_a_line_of_json_for_each_answer_and_one_of_the_run(chat: Any, fake: dict[str, Any]) -> None:
+    status, out, _ = chat("/reset\none\ntwo\n/reset\nthree\n", "--json", "--system", "Be brief.")
+    *answers, end = (json.loads(line, parse_constant=pytest.fail) for line in out.splitlines())
+    assert (status, set(end), end["plan"]) == (0, {"run", "plan"}, "abc")
     system = {"role": "system", "content": "Be brief."}
-    assert found["conversations"] == [[system, user("one"), answer], [system, user("two"), answer]]
+    assert [answer["conversation"] for answer in answers] == [0, 0, 1]
+    assert [answer["finish_reason"] for answer in answers] == ["length"] * 3
+    assert [answer["messages"] for answer in answers] == [
+        [system, user("one"), ANSWER], [user("two"), ANSWER], [system, user("three"), ANSWER],
+    ]  # fmt: skip
+
+
+def test_an_error_in_a_later_turn_keeps_the_answers_before_it(chat: Any, fake: dict[str, Any]) -> None:
+    status, out, err = chat("one\n/dance\ntwo\n", "--json")
+    (answer,) = map(json.loads, out.splitlines())
+    assert (status, answer["messages"], "unknown command /dance" in err) == (2, [user("one"), ANSWER], True)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lineshaft.config import PROFILES, load_config, make_config
+from lineshaft.config import load_config, make_config
 from lineshaft.config.load import gather
+from lineshaft.config.profiles import PROFILES
 from lineshaft.errors import InvalidValue
 
 

@@ -89,7 +89,7 @@ def summary(found: Compiled) -> list[str]:
     counted = f" ({human(found.free)} free)" if found.free is not None else ""
     lines = [
         f"a device of {found.topology}: {memory}{counted}",
-        f"weights {human(sizes.weight_bytes)}, KV pool {human(found.pool)} ({held or 'none'})",
+        f"weights {human(sizes.plan.weight_bytes)}, KV pool {human(found.pool)} ({held or 'none'})",
         f"largest program {largest.label}: {human(largest.beyond(found.resident))} beside them, of that temporaries "
         f"{human(largest.report.temporaries)}; code of all programs {human(found.code)}",
         verdict(found),

@@ -29,10 +29,10 @@ class Keeping(Forwarding):
 
     def submit(self, steps: Sequence[StepMessage]) -> None:
         self.steps += steps
-        super().submit(steps)
+        self.inner.submit(steps)
 
     def collect(self) -> list[StepResult]:
-        results = super().collect()
+        results = self.inner.collect()
         self.token_ids += [result.token_ids for result in results]
         return results
 

@@ -49,7 +49,7 @@ def record(
     registry = registry or discover()
     with writing(out, full=full) as writer:
         made = generate(config, registry, prompts, max_tokens, eos_ids, progress)
-        setup = make_setup(config, registry=registry)
+        setup = make_setup(config, registry)
         shapes, pages, changed = shapes_of(made.steps), pages_used(made.steps), 0
 
         def rerun_of(checkpoint: Checkpoint) -> Rerun:

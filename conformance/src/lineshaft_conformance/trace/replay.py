@@ -68,7 +68,7 @@ def replay(
     """
     trace, registry = read(folder), registry or discover()
     config = config_of(trace, backend, backend_options or {}, model, threads)
-    setup = make_setup(config, registry=registry)
+    setup = make_setup(config, registry)
     setup = replace(setup, backend=change(setup.backend))
     check_same_model(trace, setup)
     check_claims(backend, setup.backend.capabilities, trace.steps)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lineshaft.cli.table import table
 
 if TYPE_CHECKING:
-    from lineshaft.registry import BackendStatus, Registry, Rejected
+    from lineshaft.registry import BackendStatus, Rejected
 
 HELP = "list the backends, whether they can be used here, and why not"
 
@@ -21,23 +23,15 @@ def run(args: Namespace) -> int:
     from lineshaft.registry import discover
 
     registry = discover()
-    print(json.dumps(as_json(registry), indent=2) if args.json else as_table(registry))
+    found = registry.status()
+    if args.json:
+        backends = [asdict(status) | {"kind": status.kind.name.lower()} for status in found]
+        rejected = [asdict(plugin) for plugin in registry.rejected]
+        print(json.dumps({"backends": backends, "rejected": rejected}, indent=2))
+    else:
+        rows = [*map(status_row, found), *map(rejected_row, registry.rejected)]
+        print(table(("BACKEND", "KIND", "STATE", "FROM", "DEVICES", "REASON"), rows))
     return 0
-
-
-def as_json(registry: Registry) -> dict[str, Any]:
-    """Both lists, with kinds by name."""
-    return {
-        "backends": [asdict(status) | {"kind": status.kind.name.lower()} for status in registry.status()],
-        "rejected": [asdict(rejected) for rejected in registry.rejected],
-    }
-
-
-def as_table(registry: Registry) -> str:
-    from lineshaft.cli.table import table
-
-    rows = [*map(status_row, registry.status()), *map(rejected_row, registry.rejected)]
-    return table(("BACKEND", "KIND", "STATE", "FROM", "DEVICES", "REASON"), rows)
 
 
 def status_row(status: BackendStatus) -> tuple[str, ...]:

@@ -14,18 +14,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lineshaft.cli.generate import finite, template
-from lineshaft.cli.options import add_config_arguments, load_config
-from lineshaft.cli.progress import Bar
-from lineshaft.cli.sampling import (
-    MEANINGS,
-    OF_SEVERAL,
-    add_sampling_arguments,
-    configured,
-    read_text,
-    sampling_params,
-)
-from lineshaft.errors import InvalidValue, LineshaftError, RequestError
+from lineshaft.cli.generate import finite, opened, template
+from lineshaft.cli.options import add_config_arguments
+from lineshaft.cli.sampling import MEANINGS, OF_SEVERAL, add_sampling_arguments, read, sampling
+from lineshaft.errors import InvalidValue, RequestError
 
 if TYPE_CHECKING:
     from lineshaft.llm import LLM
@@ -48,21 +40,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="what the model is told first")
     add("--chat-template", metavar="FILE", help="a template in the place of the model's own")
-    add("--json", action="store_true", help="print nothing but one JSON object at the end: conversations, run and plan")
+    add("--json", action="store_true", help="print a line of JSON for each answer, and at the end one of run and plan")
     add_sampling_arguments(parser, without=OF_SEVERAL, max_tokens=MAX_TOKENS)
     add_config_arguments(parser)
 
 
 def run(args: Namespace) -> int:
-    config = load_config(args, **configured(args))
-    params, more = sampling_params(args, config, max_tokens=MAX_TOKENS), template(args)
+    config, params = sampling(args, MAX_TOKENS)
+    more = template(args)
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    from lineshaft.llm import LLM
-
-    with closing(Bar()) as bar:
-        llm = LLM.from_config(config, progress=bar)
-    with llm:
-        talk = Talk(llm, params, args.system, more, silent=args.json)
+    with opened(config) as llm:
+        talk = Talk(llm, params, args.system, more, args.json)
         for line in typed() if terminal else piped():
             try:
                 if talk.take(line):
@@ -72,8 +60,7 @@ def run(args: Namespace) -> int:
                     raise
                 print(f"lineshaft: error: {type(error).__name__}: {error}", file=sys.stderr)
         if args.json:
-            said = {"conversations": talk.conversations, "run": asdict(llm.metrics()), "plan": llm.plan.hash}
-            print(json.dumps(finite(said), indent=2, allow_nan=False))
+            print(json.dumps(finite({"run": asdict(llm.metrics()), "plan": llm.plan.hash}), allow_nan=False))
     return 0
 
 
@@ -125,9 +112,10 @@ class Talk:
     llm: LLM
     params: SamplingParams
     system: str | None
-    more: dict[str, str]
-    silent: bool
-    conversations: list[list[dict[str, Any]]] = field(default_factory=lambda: [[]])
+    more: dict[str, Any]
+    json: bool
+    number: int = 0  # of the conversation
+    said: list[dict[str, str]] = field(default_factory=list)
 
     def take(self, line: str) -> bool:
         """Answer a message, or do what a command says; whether that ends the conversation. Raises LineshaftError."""
@@ -147,44 +135,43 @@ class Talk:
 
     def answer(self, text: str) -> None:
         """Ask, show the answer as it comes, and remember both; a question that is refused is forgotten."""
-        said = self.conversations[-1]
-        if not said and self.system:
-            said.append({"role": "system", "content": self.system})
-        known = len(said)
-        said.append({"role": "user", "content": text})
-        try:
-            parts, reason = self.stream([{key: turn[key] for key in ("role", "content")} for turn in said])
-        except LineshaftError:
-            del said[known:]
-            raise
-        said.append({"role": "assistant", "content": "".join(parts), "finish_reason": reason})
+        asked = [{"role": "user", "content": text}]
+        if not self.said and self.system:
+            asked.insert(0, {"role": "system", "content": self.system})
+        parts, reason = self.stream(self.said + asked)
+        answer = {"role": "assistant", "content": "".join(parts)}
+        self.said += [*asked, answer]
+        if self.json:
+            turn = {"conversation": self.number, "messages": [*asked, answer], "finish_reason": reason}
+            print(json.dumps(turn), flush=True)
 
-    def stream(self, messages: list[dict[str, Any]]) -> tuple[list[str], str | None]:
+    def stream(self, messages: list[dict[str, str]]) -> tuple[list[str], str | None]:
         """The pieces of the answer, and why it ended."""
         parts, reason = [], None
-        answer = self.llm.stream(messages, self.params, chat=True, **self.more)  # type: ignore[arg-type]
+        answer = self.llm.stream(messages, self.params, chat=True, **self.more)
         with interruptible() as interrupted, closing(answer) as deltas:  # type: ignore[type-var]
             for delta in deltas:
                 parts.append(delta.text)
                 reason = delta.finish_reason
-                if not self.silent:
+                if not self.json:
                     print(delta.text, end="", flush=True)
                 if reason is None and interrupted():
                     reason = "interrupted"
                     break
-        if not self.silent:
+        if not self.json:
             print(flush=True)
         return parts, reason
 
     def reset(self, _: str) -> str:
-        if self.conversations[-1]:
-            self.conversations.append([])
+        self.number += bool(self.said)
+        self.said = []
         return "(forgotten)"
 
     def tell(self, text: str) -> str:
         self.system = text or None
-        said = [turn for turn in self.conversations[-1] if turn["role"] != "system"]
-        self.conversations[-1] = [{"role": "system", "content": text}, *said] if text and said else said
+        self.said = [turn for turn in self.said if turn["role"] != "system"]
+        if text and self.said:
+            self.said.insert(0, {"role": "system", "content": text})
         return "(told)" if text else "(nothing is told)"
 
     def change(self, text: str) -> str:
@@ -196,7 +183,7 @@ class Talk:
             name = name.replace("-", "_")
             if name not in allowed or not equals:
                 raise InvalidValue(f"/params {pair}: give NAME=VALUE, with a name of {', '.join(allowed)}")
-            changed[name] = read_text(name, value)
+            changed[name] = read(name, value, name)
         self.params = replace(self.params, **changed)
         return " ".join(f"{name}={getattr(self.params, name)}" for name in allowed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +18,7 @@ FILES = frozenset({"FILE", "DIR", "FOLDER", "BUNDLE", "FILE|TEXT"})
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    import argparse
-
-    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.epilog, parser.formatter_class = EPILOG, RawDescriptionHelpFormatter
     parser.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS), help="the shell")
 
 

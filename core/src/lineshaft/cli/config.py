@@ -1,15 +1,12 @@
-"""`lineshaft config show`: the value of every key and where it comes from."""
+"""`lineshaft config show`: the value of every key, as TOML would have it, and where it comes from."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
 
 from lineshaft.cli.options import add_config_arguments, overrides
-
-if TYPE_CHECKING:
-    from lineshaft.config import Setting
+from lineshaft.cli.table import table
 
 HELP = "show the configuration that a run would have, and where each value comes from"
 
@@ -23,22 +20,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from lineshaft.config import environment, gather, settings
-    from lineshaft.config.load import DEFAULT
+    from lineshaft.config import environment
+    from lineshaft.config.load import DEFAULT, gather, settings
+    from lineshaft.config.values import dotted
 
     found = settings(gather(args.config, environment(), overrides(args)))
     shown = [setting for setting in found if not args.given or setting.source != DEFAULT]
-    print(as_json(shown) if args.json else as_table(shown))
+    if args.json:
+        print(json.dumps({dotted(one.path): {"value": one.value, "source": one.source} for one in shown}, indent=2))
+    else:
+        rows = [(dotted(one.path), "-" if one.value is None else json.dumps(one.value), one.source) for one in shown]
+        print(table(("KEY", "VALUE", "SOURCE"), rows))
     return 0
-
-
-def as_json(found: list[Setting]) -> str:
-    return json.dumps({setting.key: {"value": setting.value, "source": setting.source} for setting in found}, indent=2)
-
-
-def as_table(found: list[Setting]) -> str:
-    """One row for each key; values are written as in TOML, "-" where there is none."""
-    from lineshaft.cli.table import table
-
-    rows = [(one.key, "-" if one.value is None else json.dumps(one.value), one.source) for one in found]
-    return table(("KEY", "VALUE", "SOURCE"), rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lineshaft.cli.options import add_config_arguments, load_config
@@ -43,10 +44,7 @@ def run(args: Namespace) -> int:
 
 def by_kernel(plan: Plan) -> str:
     """One row for every op, kernel and set of rejections, with the number of problems that it stands for."""
-    counts: dict[tuple[str, ...], int] = {}
-    for entry in plan.entries:
-        key = (entry.op, entry.dtype, entry.label, declined(entry))
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter((entry.op, entry.dtype, entry.label, declined(entry)) for entry in plan.entries)
     rows = [(op, dtype, kernel, str(count), reasons) for (op, dtype, kernel, reasons), count in counts.items()]
     return table(("OP", "DTYPE", "KERNEL", "PROBLEMS", "REJECTED"), rows)
 

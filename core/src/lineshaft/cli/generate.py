@@ -6,19 +6,21 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lineshaft.cli.options import add_config_arguments, load_config
+from lineshaft.cli.options import add_config_arguments
 from lineshaft.cli.progress import Bar
-from lineshaft.cli.sampling import add_sampling_arguments, configured, content, convert, ids, sampling_params
+from lineshaft.cli.sampling import add_sampling_arguments, content, convert, ids, sampling
 from lineshaft.errors import InvalidValue
 
 if TYPE_CHECKING:
+    from lineshaft.config import EngineConfig
     from lineshaft.llm import LLM
-    from lineshaft.outputs import CompletionOutput, Logprob, RequestOutput
+    from lineshaft.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
     from lineshaft.sampling.params import SamplingParams
 
 HELP = "generate text for one or more prompts"
@@ -43,28 +45,31 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    config = load_config(args, **configured(args))
-    params = sampling_params(args, config)
+    config, params = sampling(args)
     prompts: Prompts = read_prompts(args.prompt) if args.prompt else list(map(read_ids, args.prompt_ids))
-    how = Asking(chat=not (args.raw or args.prompt_ids), more=template(args))
-    from lineshaft.llm import LLM
-
-    with closing(Bar()) as bar:
-        llm = LLM.from_config(config, progress=bar)
-    with llm:
-        if args.json:
-            outputs = how.complete(llm, prompts, params, progress=False)
-            print(json.dumps(as_json(llm, prompts, outputs), indent=2, allow_nan=False))
-            return 0
-        if len(prompts) > 1 or args.no_stream or shows_more(params):
-            outputs = how.complete(llm, prompts, params, progress=not args.quiet)
+    chat, more = not (args.raw or args.prompt_ids), template(args)
+    with opened(config) as llm:
+        if len(prompts) > 1 or args.no_stream or args.json or shows_more(params):
+            complete: Any = partial(llm.chat, **more) if chat else llm.generate
+            outputs = complete(prompts, params, progress=not (args.quiet or args.json))
+            if args.json:
+                print(json.dumps(as_json(llm, prompts, outputs), indent=2, allow_nan=False))
+                return 0
             print_outputs(prompts, outputs, text=params.detokenize)
             reasons = {label: completion.finish_reason for label, _, completion in listed(prompts, outputs)}
         else:
-            reasons = {"": how.stream(llm, prompts[0], params)}
+            reasons = {"": print_stream(llm.stream(prompts[0], params, chat=chat, **more))}
         if not args.quiet:
             print(summary(llm, reasons), file=sys.stderr)
     return 0
+
+
+def opened(config: EngineConfig) -> LLM:
+    """The LLM of a configuration, with a bar while it starts."""
+    from lineshaft.llm import LLM
+
+    with closing(Bar()) as bar:
+        return LLM.from_config(config, progress=bar)
 
 
 def shows_more(params: SamplingParams) -> bool:
@@ -74,7 +79,7 @@ def shows_more(params: SamplingParams) -> bool:
     )
 
 
-def template(args: Namespace) -> dict[str, str]:
+def template(args: Namespace) -> dict[str, Any]:
     """What is told of the chat's template."""
     return {} if args.chat_template is None else {"chat_template": content("--chat-template", args.chat_template)}
 
@@ -97,26 +102,14 @@ def read_ids(text: str) -> list[int]:
     return list(convert("--prompt-ids", text, ids, "token ids like 1,2,3"))
 
 
-@dataclass(frozen=True)
-class Asking:
-    """Whether the prompts are messages of a chat, and what is told of that."""
-
-    chat: bool
-    more: dict[str, str]
-
-    def stream(self, llm: LLM, prompt: Any, params: SamplingParams) -> str | None:
-        """Print the text as it comes; return why it ended."""
-        reason = None
-        for delta in llm.stream(prompt, params, chat=self.chat, **self.more):  # type: ignore[arg-type]
-            print(delta.text, end="", flush=True)
-            reason = delta.finish_reason
-        print()
-        return reason
-
-    def complete(self, llm: LLM, prompts: Any, params: SamplingParams, *, progress: bool) -> list[RequestOutput]:
-        if self.chat:
-            return llm.chat(prompts, params, progress=progress, **self.more)  # type: ignore[arg-type]
-        return llm.generate(prompts, params, progress=progress)
+def print_stream(deltas: Iterable[StreamDelta]) -> str | None:
+    """Print the text as it comes; return why it ended."""
+    reason = None
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        reason = delta.finish_reason
+    print()
+    return reason
 
 
 def listed(prompts: Prompts, outputs: Sequence[RequestOutput]) -> Iterator[tuple[str, Any, CompletionOutput]]:

@@ -8,6 +8,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lineshaft.cli.options import load_config
 from lineshaft.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -71,7 +72,15 @@ def biases(texts: list[str]) -> dict[int, float]:
     return {int(token): float(value) for token, value in pairs}
 
 
+def truth(text: str) -> bool:
+    """Raises ValueError."""
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
 KINDS: Mapping[str, tuple[str, Callable[[Any], Any], str]] = {
+    "bool": ("", truth, "true or false"),
     "int": ("N", int, "a whole number"),
     "float": ("X", float, "a number"),
     "str": ("TEXT", list, "a text"),
@@ -118,52 +127,27 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def configured(args: Namespace) -> dict[str, str | None]:
-    """The dotted keys that options set."""
-    return {f"sampling.{name}": getattr(args, name) for name in CONFIGURED}
-
-
-def sampling_params(args: Namespace, config: EngineConfig, *, max_tokens: int = 256) -> SamplingParams:
-    """The configuration's sampling defaults with the options of this run. Raises InvalidValue and RequestError."""
+def sampling(args: Namespace, max_tokens: int = 256) -> tuple[EngineConfig, SamplingParams]:
+    """The configuration, and its sampling defaults with the options of this run. Raises ConfigError, RequestError."""
     from lineshaft.sampling.params import SamplingParams
 
+    config = load_config(args, **{f"sampling.{name}": getattr(args, name) for name in CONFIGURED})
     chosen: dict[str, Any] = {"max_tokens": max_tokens}
     chosen |= {key: value for key, value in config.sampling if value is not None}
     given = {name: getattr(args, name, None) for name in MEANINGS if name not in CONFIGURED}
-    chosen |= {name: read(name, value) for name, value in given.items() if value is not None}
-    return SamplingParams(**chosen, structured=structured(args))
+    chosen |= {name: read(name, value, option(name)) for name, value in given.items() if value is not None}
+    return config, SamplingParams(**chosen, structured=structured(args))
 
 
-def read(name: str, value: Any) -> Any:
-    """What argparse gave for an option, as its field's type. Raises InvalidValue."""
-    if isinstance(value, bool):
-        return value
-    _, make, allowed = kind(named(name))
-    return convert(option(name), value, make, allowed)
-
-
-def read_text(name: str, text: str) -> Any:
-    """A text as a field's type: "true" or "false" for a flag, "none" where it may be unset. Raises InvalidValue."""
-    field = named(name)
-    if text == "none" and "None" in str(field.type):
-        return None
-    if field.type == "bool":
-        return convert(name, text, truth, "true or false")
-    metavar, make, allowed = kind(field)
-    return convert(name, [text] if metavar in REPEATABLE else text, make, allowed)
-
-
-def named(name: str) -> Field[Any]:
+def read(name: str, given: bool | str | list[str], said: str) -> Any:
+    """The value of a field: of a text as its type says, None of "none" where it may be unset. Raises InvalidValue."""
     from lineshaft.sampling.params import SamplingParams
 
-    return next(field for field in fields(SamplingParams) if field.name == name)
-
-
-def truth(text: str) -> bool:
-    """Raises ValueError."""
-    if text not in ("true", "false"):
-        raise ValueError
-    return text == "true"
+    field = SamplingParams.__dataclass_fields__[name]
+    if isinstance(given, bool) or (given == "none" and "None" in str(field.type)):
+        return given if isinstance(given, bool) else None
+    metavar, make, allowed = kind(field)
+    return convert(said, [given] if metavar in REPEATABLE and isinstance(given, str) else given, make, allowed)
 
 
 def convert(what: str, value: str | list[str], make: Callable[[Any], Any], allowed: str) -> Any:

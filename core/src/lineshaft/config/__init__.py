@@ -4,29 +4,8 @@ It knows no backend: a plugin's own options stay an opaque table until the plugi
 """
 
 from lineshaft.config.environment import environment
-from lineshaft.config.load import Setting, gather, load_config, make_config, settings
-from lineshaft.config.models import (
-    CacheConfig,
-    EngineConfig,
-    LayoutConfig,
-    SamplingConfig,
-    SchedulerConfig,
-)
+from lineshaft.config.load import load_config, make_config
+from lineshaft.config.models import EngineConfig
 from lineshaft.config.options import validate_options
-from lineshaft.config.profiles import PROFILES
 
-__all__ = [
-    "PROFILES",
-    "CacheConfig",
-    "EngineConfig",
-    "LayoutConfig",
-    "SamplingConfig",
-    "SchedulerConfig",
-    "Setting",
-    "environment",
-    "gather",
-    "load_config",
-    "make_config",
-    "settings",
-    "validate_options",
-]
+__all__ = ["EngineConfig", "environment", "load_config", "make_config", "validate_options"]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from lineshaft.config.environment import PREFIX
 from lineshaft.config.models import EngineConfig
@@ -55,19 +55,16 @@ def make_config(**values: Any) -> EngineConfig:
 
 
 def from_file(file: Path | None) -> Iterator[Given]:
-    """The values that a TOML file gives; none without a file."""
-    if file is not None:
-        yield from flatten((), read_toml(file), f"file {file}", text=False)
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """The parsed file, or ConfigError."""
+    """The values that a TOML file gives; none without a file. Raises ConfigError."""
+    if file is None:
+        return
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the file {file}: {error.strerror}; give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"the file {file} is not TOML: {error}; correct it there") from error
+    yield from flatten((), table, f"file {file}", text=False)
 
 
 def from_environment(environment: Mapping[str, str]) -> Iterator[Given]:
@@ -127,30 +124,13 @@ def build(tree: dict[str, Any]) -> EngineConfig:
         raise InvalidValue(f"{key}: {complaint(error)}") from error
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A key with its value, None where it is unset, and where that comes from."""
-
-    key: str
-    value: Any
-    source: str
-
-
-def settings(given: Iterable[Given]) -> list[Setting]:
-    """Every key in order, those of free tables that are set, too. Without a model it is unset. Raises InvalidValue."""
+def settings(given: Iterable[Given]) -> list[Given]:
+    """Every key in order, those of free tables that are set, too, with its value, None where it is unset, and where
+    that comes from. Without a model it is unset. Raises InvalidValue."""
     items = list(given)
-    config = build({"model": ""} | merge(items))
-    sources = {item.path: item.source for item in items}
-    return [
-        Setting(dotted(path), value if path in sources or path != ("model",) else None, sources.get(path, DEFAULT))
-        for path, value in leaves((), config)
-    ]
-
-
-def leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values of nested tables; a free table that is empty counts as one."""
-    if not isinstance(value, (BaseModel, Mapping)) or not (items := dict(value)):
-        yield path, value
-        return
-    for key, inner in items.items():
-        yield from leaves((*path, key), inner)
+    sources = {("model",): DEFAULT} | {item.path: item.source for item in items}
+    config = build({"model": ""} | merge(items)).model_dump()
+    if sources["model",] == DEFAULT:
+        config["model"] = None
+    found = flatten((), config, DEFAULT, text=False)
+    return [replace(item, source=sources.get(item.path, DEFAULT)) for item in found]

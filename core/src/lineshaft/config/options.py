@@ -29,12 +29,8 @@ def validate_options(info: BackendInfo, options: Mapping[str, Any]) -> BaseModel
         if key not in known:
             hint = suggestion(key, (TABLE,), known)
             raise UnknownKey(f"the backend {info.name!r} has no option {TABLE}.{key}; {hint}")
-    return None if model is None else validate(info, model, options)
-
-
-def validate(info: BackendInfo, model: type[BaseModel], options: Mapping[str, Any]) -> BaseModel:
     try:
-        return model.model_validate(dict(options), strict=False)
+        return None if model is None else model.model_validate(dict(options), strict=False)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = dotted((TABLE, *map(str, first["loc"])))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -60,45 +60,30 @@ def settle_table(given: Given) -> Given:
 
 def settle_field(given: Given, field: FieldInfo, rest: KeyPath) -> Given:
     """A path that ends at a value, or inside a free table (`dict[str, X]`) whose keys are not ours."""
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     if get_origin(field.annotation) is dict:
         if not rest:
             return settle_table(given)
-        inner = get_args(field.annotation)[1]
-        if inner is Any:
+        kind, rest = get_args(field.annotation)[1], rest[1:]
+        if kind is Any:
             return given
-        if len(rest) == 1:
-            return replace(given, value=convert(given, inner, field))
-        raise InvalidValue(wrong(given, "it is a value, not a table"))
     if rest or isinstance(given.value, Mapping):
         raise InvalidValue(wrong(given, f"{dotted(given.path[: len(given.path) - len(rest)])} is a value, not a table"))
-    return replace(given, value=convert(given, annotation(field), field))
+    return replace(given, value=convert(given, kind, field.description))
 
 
-def annotation(field: FieldInfo) -> Any:
-    """The field's type with its bounds."""
-    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-
-
-def convert(given: Given, kind: Any, field: FieldInfo) -> Any:
+def convert(given: Given, kind: Any, meaning: str | None) -> Any:
     """The value as `kind`: strictly, or from text where it came as text ("none" unsets a key that may be unset)."""
+    adapter = TypeAdapter(kind)
     try:
-        if given.text and isinstance(given.value, str):
-            return from_text(given.value, kind)
-        return TypeAdapter(kind).validate_python(given.value, strict=True)
+        if not (given.text and isinstance(given.value, str)):
+            return adapter.validate_python(given.value, strict=True)
+        if given.value.strip().lower() == "none":
+            with suppress(ValidationError):
+                return adapter.validate_python(None)
+        return adapter.validate_strings(given.value, strict=False)
     except ValidationError as error:
-        raise InvalidValue(wrong(given, complaint(error), field.description)) from error
-
-
-def from_text(text: str, kind: Any) -> Any:
-    if text.strip().lower() == "none" and allows_none(kind):
-        return None
-    return TypeAdapter(kind).validate_strings(text, strict=False)
-
-
-def allows_none(kind: Any) -> bool:
-    if get_origin(kind) is Annotated:
-        return allows_none(get_args(kind)[0])
-    return get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind)
+        raise InvalidValue(wrong(given, complaint(error), meaning)) from error
 
 
 def complaint(error: ValidationError) -> str:

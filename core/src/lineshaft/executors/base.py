@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lineshaft.config import EngineConfig
 from lineshaft.errors import InvalidValue, LayoutError, PlanMismatch
@@ -39,28 +39,13 @@ class Executor(Protocol):
 
 
 class Forwarding:
-    """An executor that hands every call on to another, for those that watch some of them."""
+    """An executor that hands every call on to another, `inner`, for those that watch some of them."""
 
     def __init__(self, inner: Executor) -> None:
         self.inner, self.beside = inner, inner.beside
 
-    def size(self) -> list[Sizes]:
-        return self.inner.size()
-
-    def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
-        return self.inner.start(pages, progress)
-
-    def submit(self, steps: Sequence[StepMessage]) -> None:
-        self.inner.submit(steps)
-
-    def choose(self, choices: Sequence[ChoiceMessage]) -> None:
-        self.inner.choose(choices)
-
-    def collect(self) -> list[StepResult]:
-        return self.inner.collect()
-
-    def close(self) -> None:
-        self.inner.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
 @dataclass(frozen=True)
@@ -102,26 +87,19 @@ def make_executor(config: EngineConfig, registry: Registry) -> Executor:
     if config.executor != "auto" and config.executor not in known:
         raise InvalidValue(f"executor = {config.executor!r}: known are auto, {', '.join(known)}")
     asked = list(known.values()) if config.executor == "auto" else [known[config.executor]]
-    degrees = degrees_of(config)
-    if one_program(config, registry):
-        return _for_one_program(asked, config, registry)
+    degrees, one = degrees_of(config), one_program(config, registry)
     for info in asked:
-        if info.most_workers is None or degrees.world <= info.most_workers:
+        if info.one_program if one else info.most_workers is None or degrees.world <= info.most_workers:
             return info.make(config, registry)
+    if one:
+        raise LayoutError(
+            f"executor = {config.executor!r}: backend {config.backend!r} runs all ranks of a replica in one program, "
+            "which that executor cannot; choose 'inproc' or 'auto'"
+        )
     most = ", ".join(f"{info.name!r} {info.most_workers}" for info in asked)
     raise LayoutError(
         f"layout {degrees} has {degrees.world} workers; executor = {config.executor!r} runs at most so many on this "
         f"machine: {most}; lower a degree, or choose another executor"
-    )
-
-
-def _for_one_program(asked: Sequence[ExecutorInfo], config: EngineConfig, registry: Registry) -> Executor:
-    for info in asked:
-        if info.one_program:
-            return info.make(config, registry)
-    raise LayoutError(
-        f"executor = {config.executor!r}: backend {config.backend!r} runs all ranks of a replica in one program, which "
-        "that executor cannot; choose 'inproc' or 'auto'"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -66,9 +65,9 @@ class Server:
             return {}, []
         assert self._worker is not None
         if header["call"] == "size":
-            return self._worker.size().to_json(), []
+            return self._worker.size().to_frames()
         if header["call"] == "start":
-            return dataclasses.asdict(self._worker.start(tuple(header["pages"]), self._progress)), []
+            return self._worker.start(tuple(header["pages"]), self._progress).to_frames()
         if header["call"] == "submit":
             self._worker.submit(StepMessage.from_frames(header, arrays))
             return None

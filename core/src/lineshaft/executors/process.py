@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import selectors
 import shutil
 import socket
 import subprocess
@@ -13,8 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,12 @@ class ProcessExecutor:
             raise
 
     def size(self) -> list[Sizes]:
-        return [Sizes.from_json(header) for header, _ in self._ask_all({"call": "size"})]
+        return [Sizes.from_frames(*reply) for reply in self._ask_all({"call": "size"})]
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
         replies = self._ask_all({"call": "start", "pages": pages}, progress)
         shutil.rmtree(self._folder, ignore_errors=True)  # all have met
-        return [Started(**header) for header, _ in replies]
+        return [Started.from_frames(*reply) for reply in replies]
 
     def submit(self, steps: Sequence[StepMessage]) -> None:
         if self._asked:
@@ -150,46 +150,44 @@ class ProcessExecutor:
                 self._send(child, {**header, "rank": child.rank})
             return self._collect(progress)
 
-    def _send(self, child: Child, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
+    @contextmanager
+    def _talking(self, child: Child) -> Iterator[None]:
+        """What the socket raises says what became of the worker."""
         try:
-            send(child.peer, header, arrays)
+            yield
         except TimeoutError as error:
             raise self._hung([child]) from error
         except Disconnected as error:
             raise self._died(child) from error
+
+    def _send(self, child: Child, header: dict[str, Any], arrays: Sequence[HostArray] = ()) -> None:
+        with self._talking(child):
+            send(child.peer, header, arrays)
 
     def _collect(self, progress: Progress | None = None, timeout: float = math.inf) -> list[Reply]:
         """One reply of every worker; the first failure ends the wait, as the others may wait for the failed one."""
         replies: dict[int, Reply] = {}
         deadline = time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            for child in self._children:
-                selector.register(child.peer, selectors.EVENT_READ, child)
-            while len(replies) < len(self._children):
-                ready = selector.select(min(deadline - time.monotonic(), 3600.0))
-                if not ready and time.monotonic() >= deadline:
-                    raise self._hung([child for child in self._children if child.rank not in replies])
-                for key, _ in ready:
-                    self._take(key.data, replies, selector, progress)
-        return [replies[rank] for rank in sorted(replies)]
+        while waiting := [child for child in self._children if child.rank not in replies]:
+            ready = wait([child.peer for child in waiting], min(deadline - time.monotonic(), 3600.0))
+            if not ready and time.monotonic() >= deadline:
+                raise self._hung(waiting)
+            for child in waiting:
+                if child.peer in ready and (reply := self._take(child, progress)) is not None:
+                    replies[child.rank] = reply
+        return [replies[child.rank] for child in self._children]
 
-    def _take(
-        self, child: Child, replies: dict[int, Reply], selector: selectors.BaseSelector, progress: Progress | None
-    ) -> None:
-        try:
+    def _take(self, child: Child, progress: Progress | None) -> Reply | None:
+        """A worker's reply; None where it only tells of its progress."""
+        with self._talking(child):
             header, arrays = receive(child.peer)
-        except TimeoutError as error:
-            raise self._hung([child]) from error
-        except Disconnected as error:
-            raise self._died(child) from error
         if "progress" in header:
             if progress is not None and child.rank == 0:
                 progress(*header["progress"])
-            return
+            return None
         if "error" in header:
             raise rebuild_error(header["error"], child.rank)
-        replies[child.rank] = (header, arrays)
-        selector.unregister(child.peer)
+        return header, arrays
 
     def _hung(self, silent: Sequence[Child]) -> WorkerDied:
         """Kills every worker: those that answered could only wait for the silent ones."""
@@ -203,12 +201,9 @@ class ProcessExecutor:
         )
 
     def _died(self, child: Child) -> WorkerDied:
-        status = child.process.poll()
-        if status is None:
-            try:
-                status = child.process.wait(CLOSE_SECONDS)
-            except subprocess.TimeoutExpired:
-                status = None
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(CLOSE_SECONDS)
+        status = child.process.returncode
         how = "closed its connection" if status is None else f"ended with status {status}"
         if status is not None and status < 0:
             how = f"was killed by signal {-status}"
@@ -229,8 +224,7 @@ def spawn(rank: int, folder: Path, timeout: float, worker: Sequence[str] = WORKE
         raise WorkerDied(
             f"worker of rank {rank} cannot be started ({error.strerror}): raise the limit of open files"
         ) from error
-    arguments = [str(theirs.fileno()), str(lifeline_read), str(folder)]
-    command = [sys.executable, "-m", *worker, *arguments]
+    command = [sys.executable, "-m", *worker, str(theirs.fileno()), str(lifeline_read), str(folder)]
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), lifeline_read), start_new_session=True

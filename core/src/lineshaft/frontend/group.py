@@ -28,30 +28,25 @@ class Group:
         self.error: BaseException | None = None
         self._ask, self._tokenizer = ask, tokenizer
         self._n = ask.params.n
-        self._read = False
+        self.read = False  # whether `take` has given everything
 
     @property
     def finished(self) -> bool:
         """Whether nothing will follow."""
         return all(text.finish_reason is not None for text in self.texts)
 
-    @property
-    def read(self) -> bool:
-        """Whether `take` has given everything."""
-        return self._read
-
     def take(self) -> list[StreamDelta]:
         """What nobody has seen yet, a delta for each sample that has grown; of ranked samples nothing until the end.
 
         May be called while another thread feeds the texts.
         """
-        self._read = self.finished
-        if self._ranked and not self._read:
+        self.read = self.finished
+        if self._ranked and not self.read:
             return []
-        deltas = [merged(text) for text in (self._kept() if self._read else self.texts) if text.pending]
+        deltas = [merged(text) for text in (self._kept() if self.read else self.texts) if text.pending]
         if self._ranked:
             deltas = [dataclasses.replace(delta, index=index) for index, delta in enumerate(deltas)]
-        if self._read:
+        if self.read:
             deltas = deltas or [self._nothing_new()]
             deltas[-1] = dataclasses.replace(deltas[-1], output=self.output())
         return deltas
@@ -142,6 +137,12 @@ def cancel(engine: Engine, requests: Iterable[Request]) -> None:
     for request in requests:
         if not request.finished:
             engine.cancel(request.id)
+
+
+def stop(engine: Engine, text: Text) -> None:
+    """End a request whose text has come to a stop string."""
+    if not text.request.finished:
+        engine.finish(text.request, FinishReason.STOP, text.stop_string)
 
 
 def marked(tokens: Sequence[Token]) -> Iterator[tuple[Token, bool]]:

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from lineshaft.plan.resolve import Rejection
 from lineshaft_contract.backends import API_VERSION
 from lineshaft_contract.problems import Problem
@@ -82,11 +80,6 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {"hash": self.hash, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json` after a trip through JSON."""
-        return TypeAdapter(cls).validate_python(data)
 
 
 def make_entry(op: str, problem: Problem, kernel: Any, rejected: Sequence[Rejection], calls: int) -> PlanEntry:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
-from inspect import isroutine
+from inspect import getmembers, isroutine
 from typing import Any
 
 from lineshaft.errors import PluginError
@@ -20,42 +20,25 @@ NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 def check_hooks(plugin: object) -> None:
     """Raise PluginError for a function named like a hook that is none, or that lacks the decorator."""
-    for attribute, function in functions(plugin):
+    for attribute, function in getmembers(plugin, isroutine):
         mark = getattr(function, MARK, None)
         name = (mark or {}).get("specname") or attribute
         if mark is None and attribute in HOOKS:
             raise PluginError(f"{attribute} lacks its decorator; put @hookimpl above it")
         if name not in HOOKS and (mark is not None or name.startswith(f"{PROJECT}_")):
-            raise PluginError(f"unknown hook {name}; {nearest_hook(name)}")
-
-
-def functions(plugin: object) -> Iterator[tuple[str, Any]]:
-    """The functions of a module or object, with the names under which it has them."""
-    for attribute in dir(plugin):
-        value = getattr(plugin, attribute, None)
-        if isroutine(value):
-            yield attribute, value
-
-
-def nearest_hook(name: str) -> str:
-    near = get_close_matches(name, HOOKS, n=1)
-    return f"did you mean {near[0]}?" if near else f"allowed: {', '.join(HOOKS)}"
-
-
-def check_list(hook: str, value: object) -> Sequence[Any]:
-    """The hook's return value if it is a list or tuple, else PluginError."""
-    if isinstance(value, (list, tuple)):
-        return value
-    raise PluginError(f"{hook} returned {type(value).__name__}; allowed is a list or tuple")
+            near = get_close_matches(name, HOOKS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(HOOKS)}"
+            raise PluginError(f"unknown hook {name}; {hint}")
 
 
 def check_items(hook: str, value: object, kind: type) -> Sequence[Any]:
     """The hook's return value if it is a list or tuple of `kind`, else PluginError."""
-    items = check_list(hook, value)
-    for item in items:
+    if not isinstance(value, (list, tuple)):
+        raise PluginError(f"{hook} returned {type(value).__name__}; allowed is a list or tuple")
+    for item in value:
         if not isinstance(item, kind):
             raise PluginError(f"{hook} returned a {type(item).__name__}; allowed are {kind.__name__}")
-    return items
+    return value
 
 
 def check_backend(info: BackendInfo) -> None:

@@ -34,7 +34,8 @@ def discover(entry_points: Iterable[EntryPoint] | None = None) -> Registry:
     found[core] = admit(manager, core, ReferencePlugin())
     points = installed(group=ENTRY_POINT_GROUP) if entry_points is None else entry_points
     for point in sorted(points, key=lambda point: (point.name, point.value)):
-        plugin = describe(point)
+        origin = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
+        plugin = Plugin(point.name, *origin)
         try:
             found[plugin] = admit(manager, plugin, load(point))
         except PluginError as error:
@@ -42,12 +43,6 @@ def discover(entry_points: Iterable[EntryPoint] | None = None) -> Registry:
     drop_clashes(manager, found, rejected, core)
     backends = {info.name: (info, plugin) for plugin, infos in found.items() for info in infos}
     return Registry(manager, backends, tuple(rejected))
-
-
-def describe(point: EntryPoint) -> Plugin:
-    """The plugin with the distribution that brought it, as far as its metadata say."""
-    name, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
-    return Plugin(point.name, name, version)
 
 
 def load(point: EntryPoint) -> object:
@@ -60,27 +55,25 @@ def load(point: EntryPoint) -> object:
 
 def admit(manager: pluggy.PluginManager, plugin: Plugin, implementation: object) -> Sequence[BackendInfo]:
     """Register the plugin's hooks and return its checked backends; or raise PluginError and leave none."""
+    registered = None
     try:
         check_hooks(implementation)
-        manager.register(implementation, name=plugin.key)
-    except (Exception, SystemExit) as error:
-        raise as_plugin_error("its hooks are refused:", error) from error
-    try:
+        registered = manager.register(implementation, name=plugin.key)
         return backends_of(manager, plugin)
     except (Exception, SystemExit) as error:
-        manager.unregister(name=plugin.key)
-        raise as_plugin_error("lineshaft_backends raised", error) from error
-
-
-def as_plugin_error(what: str, error: BaseException) -> PluginError:
-    return error if isinstance(error, PluginError) else PluginError(f"{what} {one_line(error)}")
+        if registered:
+            manager.unregister(name=registered)
+        if isinstance(error, PluginError):
+            raise
+        failed = "lineshaft_backends raised" if registered else "its hooks are refused:"
+        raise PluginError(f"{failed} {one_line(error)}") from error
 
 
 def backends_of(manager: pluggy.PluginManager, plugin: Plugin) -> Sequence[BackendInfo]:
     """The backends that one registered plugin names, each checked."""
     infos: list[BackendInfo] = []
-    for hook, call in implementations(manager, "lineshaft_backends", plugin.key):
-        infos += check_items(hook, call({}), BackendInfo)
+    for hook, call in implementations(manager, "lineshaft_backends", {}, plugin.key):
+        infos += check_items(hook, call(), BackendInfo)
     for info in infos:
         check_backend(info)
         warn_of_next_api(plugin, info)
@@ -102,14 +95,10 @@ def warn_of_next_api(plugin: Plugin, info: BackendInfo) -> None:
 
 def drop_clashes(manager: pluggy.PluginManager, found: Backends, rejected: list[Rejected], core: Plugin) -> None:
     """Reject all plugins that share a backend name; the core itself stays."""
-    owners: dict[str, list[Plugin]] = {}
-    for plugin, infos in found.items():
-        for info in infos:
-            owners.setdefault(info.name, []).append(plugin)
-    for name, plugins in owners.items():
-        for plugin in plugins if len(plugins) > 1 else ():
-            if plugin is not core and found.pop(plugin, None) is not None:
-                manager.unregister(name=plugin.key)
-                others = ", ".join(f"{other.name} ({other.distribution})" for other in plugins if other is not plugin)
-                reason = f"backend {name!r} is also registered by {others}; uninstall one"
-                rejected.append(Rejected(plugin.name, plugin.distribution, reason))
+    owned = [(info.name, plugin) for plugin, infos in found.items() for info in infos]
+    for name, plugin in owned:
+        others = ", ".join(f"{p.name} ({p.distribution})" for own, p in owned if own == name and p is not plugin)
+        if others and plugin is not core and found.pop(plugin, None) is not None:
+            manager.unregister(name=plugin.key)
+            reason = f"backend {name!r} is also registered by {others}; uninstall one"
+            rejected.append(Rejected(plugin.name, plugin.distribution, reason))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from importlib import import_module
+import re
+from pkgutil import resolve_name
 from typing import Any
 
 from lineshaft.errors import PluginError
@@ -11,11 +11,10 @@ from lineshaft.errors import PluginError
 
 def load_attribute(reference: str) -> Any:
     """The object that "module:attribute" names. Raises PluginError that carries the import's own reason."""
-    module, colon, attribute = reference.partition(":")
-    if not (module and colon and attribute):
+    if not re.fullmatch(r"[^:]+:[^:]+", reference):
         raise PluginError(f"{reference!r} is no reference; allowed is 'module:attribute'")
     try:
-        return reduce(getattr, attribute.split("."), import_module(module))
+        return resolve_name(reference)
     except Exception as error:
         raise PluginError(f"cannot load {reference!r}: {one_line(error)}") from error
 

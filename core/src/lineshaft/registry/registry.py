@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -59,16 +60,13 @@ class BackendStatus:
 
 
 def implementations(
-    manager: pluggy.PluginManager, hook: str, key: str | None = None
-) -> Iterator[tuple[str, Callable[[Mapping[str, Any]], Any]]]:
-    """Who implements a hook ("hook of plugin") and a call that passes the arguments it takes; `key`: of one plugin."""
+    manager: pluggy.PluginManager, hook: str, given: Mapping[str, Any], key: str | None = None
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Who implements a hook ("hook of plugin") and a call with those of the arguments that it takes; `key`: of one
+    plugin."""
     for impl in getattr(manager.hook, hook).get_hookimpls():
         if key is None or impl.plugin_name == key:
-            yield f"{hook} of {impl.plugin_name}", caller(impl)
-
-
-def caller(impl: pluggy.HookImpl) -> Callable[[Mapping[str, Any]], Any]:
-    return lambda given: impl.function(*[given[name] for name in impl.argnames])
+            yield f"{hook} of {impl.plugin_name}", partial(impl.function, *(given[name] for name in impl.argnames))
 
 
 class Registry:
@@ -96,7 +94,15 @@ class Registry:
 
         Raises UnknownBackend, BackendUnavailable with each reason, and AmbiguousBackend for a tie.
         """
-        return self._best() if name == "auto" else self._named(name, options or {})
+        if name == "auto":
+            return self._best()
+        info = self.named(name)
+        found = probe(info)
+        if not found.runs_with(options or {}):
+            raise BackendUnavailable(
+                f"backend {name!r} is not usable here: {found.reason}; mend that or choose another backend"
+            )
+        return info
 
     def kernels(self, backend: str) -> list[Kernel]:
         """Kernels that plugins contribute to the backend, besides its own. Raises PluginError naming the culprit."""
@@ -124,17 +130,17 @@ class Registry:
 
     def plan_frozen(self, plan: Any) -> None:
         """Show a frozen plan to the plugins that observe it; an observer that raises is logged and changes nothing."""
-        for hook, call in implementations(self._manager, "lineshaft_plan_frozen"):
+        for hook, call in implementations(self._manager, "lineshaft_plan_frozen", {"plan": plan}):
             try:
-                call({"plan": plan})
+                call()
             except Exception as error:
                 log.warning("%s raised %s; the plan stands", hook, one_line(error))
 
     def _collect(self, hook: str, kind: type = object, **given: Any) -> list[Any]:
         items: list[Any] = []
-        for name, call in implementations(self._manager, hook):
+        for name, call in implementations(self._manager, hook, given):
             try:
-                items += check_items(name, call(given), kind)
+                items += check_items(name, call(), kind)
             except PluginError:
                 raise
             except Exception as error:
@@ -159,14 +165,6 @@ class Registry:
             raise self._absent(name)
         return self.backends[name]
 
-    def _named(self, name: str, options: Mapping[str, Any]) -> BackendInfo:
-        found = probe(self.named(name))
-        if not found.runs_with(options):
-            raise BackendUnavailable(
-                f"backend {name!r} is not usable here: {found.reason}; mend that or choose another backend"
-            )
-        return self.backends[name]
-
     def _absent(self, name: str) -> BackendUnavailable | UnknownBackend:
         """Why there is no such backend: its plugin was rejected, or nobody registers it."""
         for rejected in self.rejected:
@@ -182,21 +180,18 @@ class Registry:
         candidates = [status for status in self.status() if status.kind > BackendKind.REFERENCE]
         usable = [status for status in candidates if status.usable]
         if not usable:
-            raise BackendUnavailable(self._nothing_usable(candidates))
+            reasons = [f"{status.name}: {status.reason}" for status in candidates]
+            reasons += [f"{item.plugin}: rejected, {item.reason}" for item in self.rejected]
+            raise BackendUnavailable(
+                f'backend = "auto" finds no usable backend ({"; ".join(reasons) or "no plugin is installed"}); '
+                'install one, or write backend = "numpy" to check only'
+            )
         best = max(status.kind for status in usable)
         names = [status.name for status in usable if status.kind == best]
         if len(names) > 1:
             lines = " or ".join(f'backend = "{name}"' for name in names)
             raise AmbiguousBackend(f'backend = "auto" fits {", ".join(names)} equally well; write {lines}')
         return self.backends[names[0]]
-
-    def _nothing_usable(self, candidates: Sequence[BackendStatus]) -> str:
-        reasons = [f"{status.name}: {status.reason}" for status in candidates]
-        reasons += [f"{item.plugin}: rejected, {item.reason}" for item in self.rejected]
-        why = "; ".join(reasons) or "no plugin is installed"
-        return (
-            f'backend = "auto" finds no usable backend ({why}); install one, or write backend = "numpy" to check only'
-        )
 
 
 def probe(info: BackendInfo) -> Probe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lineshaft_contract.backends import Capabilities
 from lineshaft_contract.steps import StepShape
@@ -12,8 +12,7 @@ SMALLEST_MIXED = 16
 """Tokens of the smallest prefill bucket, unless the backend brings its own table."""
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """What a step must hold: tokens, rows, rows that sample, and the longest query of a row."""
 
     tokens: int
@@ -23,10 +22,7 @@ class Need:
 
     def join(self, other: Need) -> Need:
         """A need that covers both, for replicas that step together."""
-        return Need(
-            max(self.tokens, other.tokens), max(self.rows, other.rows),
-            max(self.logits, other.logits), max(self.max_query, other.max_query),
-        )  # fmt: skip
+        return Need(*map(max, self, other))
 
 
 def powers_of_two(first: int, last: int) -> tuple[int, ...]:

@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import PlainSerializer, PlainValidator, SerializationInfo, TypeAdapter, ValidationInfo
 
 from lineshaft.cache import PageSwap
 from lineshaft.plan import Plan
-from lineshaft.plan.plan import make_shape
 from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.scheduler import Limits
 from lineshaft_contract.sessions import HostArray
-from lineshaft_contract.steps import HostStep, InputLayout, StepShape, forward_inputs
+from lineshaft_contract.steps import HostStep, InputLayout, StepShape
 
 Frames = tuple[dict[str, Any], list[HostArray]]
 """A JSON-able header, and arrays that follow it."""
+adapter: Callable[[type[Any]], TypeAdapter[Any]] = cache(TypeAdapter)  # type: ignore[assignment]
+
+
+def _place(array: HostArray, info: SerializationInfo) -> int:
+    """Where an array of a message comes among those that follow the header."""
+    following: list[HostArray] = info.context  # type: ignore[assignment]
+    following.append(array)
+    return len(following) - 1
+
+
+def _array(place: int, info: ValidationInfo) -> HostArray:
+    return info.context[place]  # type: ignore[index, no-any-return]
+
+
+SentArray = Annotated[HostArray, PlainValidator(_array), PlainSerializer(_place)]
+SentStep = Annotated[
+    HostStep,
+    PlainValidator(lambda sent, info: HostStep(InputLayout.from_json(sent[0]), _array(sent[1], info))),
+    PlainSerializer(lambda step, info: (step.layout.to_json(), _place(step.buffer, info))),
+]
+SentLogprobs = Annotated[
+    Logprobs,
+    PlainValidator(lambda places, info: Logprobs(*(_array(place, info) for place in places))),
+    PlainSerializer(lambda found, info: [_place(array, info) for array in vars(found).values()]),
+]
+
+
+class Message:
+    """A dataclass whose fields cross a process border, the arrays in them apart."""
+
+    def to_frames(self) -> Frames:
+        arrays: list[HostArray] = []
+        return adapter(type(self)).dump_python(self, context=arrays), arrays
+
+    @classmethod
+    def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray] = ()) -> Self:
+        """The inverse of `to_frames`, after a trip of the header through JSON; what else is in there is left alone."""
+        made: Self = adapter(cls).validate_python(header, context=arrays)
+        return made
 
 
 @dataclass(frozen=True)
-class StepMessage:
+class StepMessage(Message):
     """The forward of one step of one replica: its packed inputs, and the pages to move first.
 
     Pages are saved to the host (`swaps_out`), then copied, then brought back (`swaps_in`). `copies` is int32 [n, 3] of
@@ -30,8 +69,8 @@ class StepMessage:
     """
 
     shape: StepShape
-    forward: HostStep
-    copies: HostArray
+    forward: SentStep
+    copies: SentArray
     swaps_out: tuple[PageSwap, ...] = ()
     swaps_in: tuple[PageSwap, ...] = ()
     on_host: tuple[int, ...] = ()
@@ -42,84 +81,37 @@ class StepMessage:
             own = self.copies[:, 0] == group
             yield int(group), self.copies[own, 1], self.copies[own, 2]
 
-    def to_frames(self) -> Frames:
-        header = {
-            "shape": dataclasses.asdict(self.shape),
-            "out": self.swaps_out,
-            "in": self.swaps_in,
-            "host": self.on_host,
-        }
-        return header, [self.forward.buffer, self.copies]
-
-    @classmethod
-    def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> StepMessage:
-        shape = make_shape(header["shape"])
-        out, back = (tuple(PageSwap(s, g, tuple(pages)) for s, g, pages in header[key]) for key in ("out", "in"))
-        return cls(shape, HostStep(forward_inputs(shape), arrays[0]), arrays[1], out, back, tuple(header["host"]))
-
 
 @dataclass(frozen=True)
-class ChoiceMessage:
+class ChoiceMessage(Message):
     """How the tokens of a step are chosen from its R rows of logits, sent while its forward runs.
 
     `adjust` are the steps that edit and mask the logits first, each over the result of the one before; `sampling` is
     None where every row is greedy. Further outputs are made only where they are wanted.
     """
 
-    sampling: HostStep | None = None
-    adjust: tuple[HostStep, ...] = ()
+    sampling: SentStep | None = None
+    adjust: tuple[SentStep, ...] = ()
     logprobs: bool = False
     logits: bool = False  # as they were adjusted
-    scored: HostArray | None = None  # int32 [R]: ids whose log-probability is wanted; -1: the chosen one's
-
-    def to_frames(self) -> Frames:
-        hosts = [*self.adjust, *([] if self.sampling is None else [self.sampling])]
-        header = {
-            "logprobs": self.logprobs, "logits": self.logits, "adjust": len(self.adjust),
-            "hosts": [host.layout.to_json() for host in hosts],
-        }  # fmt: skip
-        scored = [] if self.scored is None else [self.scored]
-        return header, [*(host.buffer for host in hosts), *scored]
-
-    @classmethod
-    def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> ChoiceMessage:
-        layouts = [InputLayout.from_json(fields) for fields in header["hosts"]]
-        hosts = tuple(map(HostStep, layouts, arrays))
-        adjust, sampling = hosts[: header["adjust"]], hosts[header["adjust"] :]
-        scored = arrays[len(hosts)] if len(arrays) > len(hosts) else None
-        return cls(sampling[0] if sampling else None, adjust, header["logprobs"], header["logits"], scored)
+    scored: SentArray | None = None  # int32 [R]: ids whose log-probability is wanted; -1: the chosen one's
 
 
 @dataclass(frozen=True)
-class StepResult:
+class StepResult(Message):
     """What a step gave: token ids int32 [R] (-1: no token can be sampled), and what else was wanted."""
 
-    token_ids: HostArray
+    token_ids: SentArray
     kernel_seconds: float
-    logprobs: Logprobs | None = None
-    logits: HostArray | None = None  # f32 [R, V]
-
-    def to_frames(self) -> Frames:
-        arrays = [self.token_ids]
-        if self.logprobs is not None:
-            arrays += [self.logprobs.chosen, self.logprobs.top_ids, self.logprobs.top]
-        if self.logits is not None:
-            arrays.append(self.logits)
-        has = {"logprobs": self.logprobs is not None, "logits": self.logits is not None}
-        return {"kernel_seconds": self.kernel_seconds, **has}, arrays
-
-    @classmethod
-    def from_frames(cls, header: Mapping[str, Any], arrays: Sequence[HostArray]) -> StepResult:
-        logprobs = Logprobs(*arrays[1:4]) if header["logprobs"] else None
-        return cls(arrays[0], header["kernel_seconds"], logprobs, arrays[-1] if header["logits"] else None)
+    logprobs: SentLogprobs | None = None
+    logits: SentArray | None = None  # f32 [R, V]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Message):
     """What a worker found before it allocates anything; equal on every rank but for `pages`."""
 
     plan: Plan
-    weight_bytes: int
     page_bytes: tuple[int, ...]  # of one page id in each group, over all caches that share it
     pages: tuple[int, ...]  # that this worker can hold in each group, with the null page
     page_sizes: tuple[int, ...]  # tokens a page, of each group
@@ -129,26 +121,11 @@ class Sizes:
     asynchronous: bool = False  # whether a step runs on while the host goes on
     windows: tuple[int, ...] = ()  # keys that a query sees in each group; 0: all before it
 
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "plan": self.plan.to_json()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Sizes:
-        """The inverse of `to_json` after a trip through JSON."""
-        return cls(
-            plan=Plan.from_json(data["plan"]), weight_bytes=data["weight_bytes"], page_bytes=tuple(data["page_bytes"]),
-            pages=tuple(data["pages"]), page_sizes=tuple(data["page_sizes"]), limits=Limits(**data["limits"]),
-            shapes=tuple(make_shape(shape) for shape in data["shapes"]), vocab=data["vocab"],
-            asynchronous=data["asynchronous"], windows=tuple(data["windows"]),
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Started:
+class Started(Message):
     """What starting cost a worker, in seconds and bytes."""
 
     load_seconds: float
     capture_seconds: float
-    programs: int
     arena_bytes: int
-    ops_per_decode: int = 0

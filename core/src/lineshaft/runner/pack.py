@@ -61,7 +61,7 @@ def pack_forward(batch: Batch, cache: CacheManager, page_sizes: Sequence[int], s
     host["positions"][:total] = positions
     host["query_starts"][1 : len(rows) + 1] = ends
     host["query_starts"][len(rows) + 1 :] = total
-    logit_rows = _logit_rows(rows, ends)
+    logit_rows = [at for row, end in zip(rows, ends.tolist(), strict=True) for at in range(end - row.logits, end)]
     host["logit_rows"][: len(logit_rows)] = logit_rows
     of_row = np.repeat(np.arange(len(rows)), counts)
     for group, page_size in enumerate(page_sizes):
@@ -91,8 +91,3 @@ def _token_ids(rows: Sequence[Row], ends: HostArray) -> tuple[list[int], list[tu
         else:
             ids += tokens[row.start : stop]
     return ids, unknown
-
-
-def _logit_rows(rows: Sequence[Row], ends: HostArray) -> list[int]:
-    """The tokens whose logits are wanted: the last ones of each row."""
-    return [at for row, end in zip(rows, ends.tolist(), strict=True) for at in range(end - row.logits, end)]

@@ -75,30 +75,28 @@ def all_programs(
 ) -> list[ProgramSpec]:
     """Every program of a run: a forward per bucket, largest first so that arenas are sized once, then sampling per
     distinct number of logit rows. `extras` adds what only some requests need, as far as the backend takes it."""
-    vocab = model.shape.vocab
     forward = forward_function(model)
     programs = [
         ProgramSpec(FORWARD, forward, shape, forward_inputs(shape), host_outputs=frozenset({"token_ids"}))
         for shape in reversed(shapes)
     ]
     for rows in sorted({shape.logits for shape in shapes}, reverse=True):
-        shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)
-        logits = {"logits": ArraySpec((rows, vocab), dtype)}
-        ids = frozenset({"token_ids"})
-        programs.append(ProgramSpec(SAMPLE, sample_function, shape, sample_inputs(rows), logits, ids))
-        if top:
-            chosen = InputLayout([InputField("ids", "int32", (rows,))])
-            outputs = frozenset({"chosen", "top_ids", "top"})
-            programs.append(ProgramSpec(LOGPROBS, logprobs_function(min(top, vocab)), shape, chosen, logits, outputs))
-        if extras:
-            programs += _extra_programs(shape, vocab, logits)
+        programs += _over_logits(rows, model.shape.vocab, dtype, top, extras)
     return programs
 
 
-def _extra_programs(shape: StepShape, vocab: int, logits: dict[str, ArraySpec]) -> Iterator[ProgramSpec]:
-    """Each named by `optional` as `SamplingParams.extras` names what needs it."""
-    rows, ids = shape.logits, frozenset({"token_ids"})
-    yield ProgramSpec(TYPICAL, sample_function, shape, sample_inputs(rows, True), logits, ids, "typical_p")
-    yield ProgramSpec(MASK, adjust_function, shape, mask_inputs(rows, vocab), logits, ids, "mask")
-    for width in EDITS:
-        yield ProgramSpec(f"{EDIT}_{width}", adjust_function, shape, edit_inputs(rows, width), logits, ids, "edits")
+def _over_logits(rows: int, vocab: int, dtype: str, top: int, extras: bool) -> Iterator[ProgramSpec]:
+    """Those of one number of rows; the extra ones named by `optional` as `SamplingParams.extras` names what needs
+    them."""
+    shape = StepShape(tokens=0, rows=rows, pages=(), logits=rows, max_query=0)
+    logits, ids = {"logits": ArraySpec((rows, vocab), dtype)}, frozenset({"token_ids"})
+    yield ProgramSpec(SAMPLE, sample_function, shape, sample_inputs(rows), logits, ids)
+    if top:
+        chosen = InputLayout([InputField("ids", "int32", (rows,))])
+        outputs = frozenset({"chosen", "top_ids", "top"})
+        yield ProgramSpec(LOGPROBS, logprobs_function(min(top, vocab)), shape, chosen, logits, outputs)
+    if extras:
+        yield ProgramSpec(TYPICAL, sample_function, shape, sample_inputs(rows, True), logits, ids, "typical_p")
+        yield ProgramSpec(MASK, adjust_function, shape, mask_inputs(rows, vocab), logits, ids, "mask")
+        for width in EDITS:
+            yield ProgramSpec(f"{EDIT}_{width}", adjust_function, shape, edit_inputs(rows, width), logits, ids, "edits")

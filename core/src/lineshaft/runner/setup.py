@@ -11,7 +11,7 @@ from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
 from lineshaft.plan.trace import distinct_params
-from lineshaft.registry import Registry, discover, load_attribute
+from lineshaft.registry import Registry, load_attribute
 from lineshaft.runner.buckets import make_shapes
 from lineshaft.runner.programs import all_programs
 from lineshaft.scheduler import Limits
@@ -37,7 +37,6 @@ class Setup:
     checkpoint: Checkpoint
     model: Model
     caches: tuple[KVProblem, ...]
-    degrees: Degrees
     limits: Limits
     shapes: tuple[StepShape, ...]
     dtype: str
@@ -86,9 +85,9 @@ def build_model(
 
 def make_setup(
     config: EngineConfig,
+    registry: Registry,
     rank: int = 0,
     rendezvous: str = "",
-    registry: Registry | None = None,
     start: Callable[[World], Backend] | None = None,
     formats: Sequence[CheckpointFormat] = FORMATS,
 ) -> Setup:
@@ -97,7 +96,6 @@ def make_setup(
     start: makes the backend, which has to be named, instead of its factory; whether it is usable here is not asked.
     Raises BackendError, ModelError, LayoutError, ConfigError.
     """
-    registry = registry or discover()
     named = start is not None and config.backend != "auto"
     info = registry.named(config.backend) if named else registry.select(config.backend, config.backend_options)
     options = validate_options(info, config.backend_options)
@@ -117,20 +115,20 @@ def make_setup(
     limits = make_limits(config, capabilities, model)
     pages_per_row = tuple(-(-limits.max_model_len // page_size) for _ in range(groups))
     shapes = make_shapes(capabilities, limits.token_budget, limits.max_rows, pages_per_row)
-    return Setup(info, world, backend, checkpoint, model, caches, degrees, limits, shapes, dtype, (page_size,) * groups)
+    return Setup(info, world, backend, checkpoint, model, caches, limits, shapes, dtype, (page_size,) * groups)
 
 
-def make_planned(config: EngineConfig, setup: Setup, registry: Registry | None = None) -> Planned:
+def make_planned(config: EngineConfig, setup: Setup, registry: Registry) -> Planned:
     """Resolve the plan of this rank. Raises Unsupported, Ambiguous, ContractViolation."""
     programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs, config.sampling_extras)
-    return plan_programs(config, setup, registry or discover(), programs)
+    return plan_programs(config, setup, registry, programs)
 
 
 def plan_programs(config: EngineConfig, setup: Setup, registry: Registry, programs: Sequence[ProgramSpec]) -> Planned:
     """The same for other programs of the model than the engine's."""
     kernels = [*setup.backend.kernels(), *registry.kernels(setup.info.name)]
     resolver = Resolver(setup.info.name, kernels, config.kernels)
-    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.degrees.axes))
+    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes))
     return make_plan(setup.info.name, work, resolver, all_ops(registry.ops()))
 
 

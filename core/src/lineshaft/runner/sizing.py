@@ -25,7 +25,7 @@ def sizes(config: EngineConfig, setup: Setup, plan: Plan) -> Sizes:
     pool = sum(n * size for n, size in zip(pages, page_bytes, strict=True))
     check_fits({**parts, "KV pool": pool}, free)
     return Sizes(
-        plan, plan.weight_bytes, page_bytes, pages, setup.page_sizes, setup.limits, setup.shapes,
+        plan, page_bytes, pages, setup.page_sizes, setup.limits, setup.shapes,
         setup.model.shape.vocab, setup.backend.capabilities.asynchronous, windows_of(setup),
     )  # fmt: skip
 
@@ -79,8 +79,14 @@ def _pages(config: EngineConfig, setup: Setup, page_bytes: Sequence[int], free: 
         pages = shares(int(free * config.cache.memory_fraction), page_bytes, most)
     for group, count in enumerate(pages):
         if count - 1 < needed[group]:
-            size, cost = setup.page_sizes[group], page_bytes[group]
-            raise PoolTooSmall(_too_small(config, setup.limits.max_model_len, needed[group], count, size, cost))
+            size, longest = setup.page_sizes[group], setup.limits.max_model_len
+            source = "cache.pages" if wanted is not None else "cache.memory_fraction gives pages"
+            held = max(0, count - 1) * size
+            raise PoolTooSmall(
+                f"{source} = {count}: beside the null page the pool holds {held} tokens, but one request of "
+                f"max_model_len = {longest} needs {needed[group]} pages of {size} tokens ({page_bytes[group]} bytes "
+                f"each); set cache.pages to at least {needed[group] + 1} or max_model_len to at most {held}"
+            )
     return tuple(pages)
 
 
@@ -96,13 +102,3 @@ def shares(memory: int, page_bytes: Sequence[int], most: Sequence[int]) -> list[
             left -= pages[group] * page_bytes[group]
         growing -= full or growing
     return pages
-
-
-def _too_small(config: EngineConfig, longest: int, needed: int, count: int, page_size: int, cost: int) -> str:
-    source = "cache.pages" if config.cache.pages is not None else "cache.memory_fraction gives pages"
-    held = max(0, count - 1) * page_size
-    return (
-        f"{source} = {count}: beside the null page the pool holds {held} tokens, but one request of max_model_len "
-        f"= {longest} needs {needed} pages of {page_size} tokens ({cost} bytes each); set cache.pages to at "
-        f"least {needed + 1} or max_model_len to at most {held}"
-    )

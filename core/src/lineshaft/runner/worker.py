@@ -42,7 +42,7 @@ class Worker:
     ) -> None:
         registry = registry or discover()
         self.config = config
-        self.setup: Setup = make_setup(config, rank, rendezvous, registry, start)
+        self.setup: Setup = make_setup(config, registry, rank, rendezvous, start)
         self.planned = make_planned(config, self.setup, registry)
         self._registry = registry
         self._session: Session | None = None
@@ -94,18 +94,8 @@ class Worker:
         progress("capturing programs", len(programs), len(programs))
         session.freeze()
         self._registry.plan_frozen(self.planned.plan)
-        return self._started(loaded - began, time.perf_counter() - loaded)
-
-    def _started(self, load_seconds: float, capture_seconds: float) -> Started:
-        reports = [program.report for program in self._programs.values()]
-        decode = min(self.setup.shapes, key=lambda s: (s.max_query, s.tokens))
-        return Started(
-            load_seconds,
-            capture_seconds,
-            programs=len(reports),
-            arena_bytes=max((report.arena for report in reports), default=0),
-            ops_per_decode=self._programs[FORWARD, decode].report.ops,
-        )
+        arena = max((program.report.arena for program in self._programs.values()), default=0)
+        return Started(loaded - began, time.perf_counter() - loaded, arena)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -135,12 +125,6 @@ class Worker:
         logits = self._adjusted.result("logits").astype(np.float32) if choice.logits else None
         logprobs = self._logprobs(token_ids, choice.scored) if choice.logprobs else None
         return StepResult(token_ids, seconds, logprobs, logits)
-
-    def execute(self, step: StepMessage, choice: ChoiceMessage) -> StepResult:
-        """The three in one."""
-        self.submit(step)
-        self.choose(choice)
-        return self.collect()
 
     def _over_logits(self, host: HostStep, before: Pending, name: str = "") -> Pending:
         shape = StepShape(tokens=0, rows=self._rows, pages=(), logits=self._rows, max_query=0)
