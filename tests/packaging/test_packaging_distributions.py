@@ -221,6 +221,28 @@ def test_the_plugin_without_its_kit_is_listed_and_breaks_nothing(built: dict[str
     assert "not installed" in cpu["reason"]
 
 
+WITHOUT_CORE = """
+import importlib, pkgutil, sys
+for name in ("lineshaft_contract", "lineshaft_torch", "lineshaft_cpu"):
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+        importlib.import_module(module.name)
+from lineshaft_contract.backends import World
+from lineshaft_cpu.backend import create
+from lineshaft_cpu.options import CpuOptions
+kernels = create(CpuOptions(), World(threads=1)).kernels()
+assert {"linear", "attend", "write_kv", "rms_norm"} <= {kernel.op for kernel in kernels}
+assert "lineshaft" not in sys.modules and importlib.util.find_spec("lineshaft") is None
+"""
+
+
+def test_contract_kit_and_plugin_do_without_core(built: dict[str, Built], tmp_path: Path) -> None:
+    python = borrowing_environment(tmp_path / "outside")
+    wheels = [built[name].wheel for name in ("lineshaft-contract", "lineshaft-torch", "lineshaft-cpu")]
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *wheels)
+    run(python, "-c", WITHOUT_CORE, cwd=tmp_path)
+
+
 def borrowing_environment(folder: Path, hidden: tuple[str, ...] = ()) -> Path:
     """The python of a new environment that sees links to this one's packages, but none of lineshaft nor of `hidden`."""
     venv.EnvBuilder(with_pip=True).create(folder)
