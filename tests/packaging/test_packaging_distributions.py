@@ -226,7 +226,8 @@ import importlib, pkgutil, sys
 for name in ("lineshaft_contract", "lineshaft_torch", "lineshaft_cpu"):
     package = importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, f"{name}."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("._native"):  # a library, and no module
+            importlib.import_module(module.name)
 from lineshaft_contract.backends import World
 from lineshaft_cpu.backend import create
 from lineshaft_cpu.options import CpuOptions
