@@ -16,10 +16,10 @@ from itertools import groupby
 from multiprocessing.connection import wait
 from typing import Any
 
-from lineshaft import errors
 from lineshaft_conformance.results import Result, Status
 from lineshaft_conformance.runner.child import Child, Message
 from lineshaft_conformance.subject import Target
+from lineshaft_contract import errors
 from lineshaft_contract.host import usable_cpus
 from lineshaft_contract.ops.spec import Size
 

@@ -20,7 +20,6 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
-from lineshaft import errors
 from lineshaft.config import validate_options
 from lineshaft.errors import AmbiguousBackend, BackendUnavailable, ConfigError, UnknownBackend
 from lineshaft.registry import Registry, discover, load_attribute
@@ -28,6 +27,7 @@ from lineshaft.registry.loading import one_line
 from lineshaft_conformance.checks import Check
 from lineshaft_conformance.runner.attempt import attempt, where
 from lineshaft_conformance.subject import Subject, Target, make_subject
+from lineshaft_contract import errors
 
 Message = dict[str, Any]
 REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
