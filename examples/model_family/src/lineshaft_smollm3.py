@@ -45,7 +45,7 @@ def rotated_layers(config: Mapping[str, Any], layers: int) -> Sequence[int]:
     if given is None:
         every = count(config, "no_rope_layer_interval")
         return [int((i + 1) % every != 0) for i in range(layers)]
-    if not isinstance(given, list) or len(given) < layers or not set(given) <= {0, 1}:
+    if not isinstance(given, list) or len(given) < layers or not all(each in (0, 1) for each in given):
         raise CorruptCheckpoint(f"config.json: no_rope_layers is {given!r:.80}, it must have 0 or 1 for each layer")
     return given[:layers]
 

@@ -113,7 +113,7 @@ def test_core_keeps_its_own_commands(install: Install, lineshaft: Any) -> None:
     assert (status, "numpy" in out) == (0, True)
 
 
-@pytest.mark.parametrize("name", ["conformance", "kernels", "new-plugin", "trace"])
+@pytest.mark.parametrize("name", ["compile", "conformance", "kernels", "new-plugin", "trace"])
 def test_a_command_that_is_not_installed_says_what_to_install(lineshaft: Any, name: str) -> None:
     status, _, err = lineshaft([], name, "run", "--backend", "x")
     assert status == 2

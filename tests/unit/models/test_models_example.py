@@ -39,6 +39,7 @@ def test_it_refuses_what_it_does_not_compute(install: Callable[[Path], None], tm
     right = json.loads(file.read_text())
     for wrong, error, words in (
         ({"use_sliding_window": True}, UnknownArchitecture, "use_sliding_window is True; the smollm3 family"),
+        ({"no_rope_layers": [{}, [0], 1, 1, 1]}, CorruptCheckpoint, "no_rope_layers is"),
         ({"no_rope_layers": [1, 0]}, CorruptCheckpoint, "no_rope_layers is"),
     ):
         file.write_text(json.dumps({**right, **wrong}))

@@ -43,6 +43,8 @@ def test_keys_that_change_nothing_are_read_over() -> None:
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the llama family .* = 1.0 only"),
         ("llama", {"partial_rotary_factor": 0}, "partial_rotary_factor is 0;"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5;"),
+        ("llama", {"hidden_act": ["silu"]}, "hidden_act is \\['silu'\\]; known are"),
+        ("llama", {"hidden_act": 0}, "hidden_act is 0; known are"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; known are silu, gelu_pytorch_tanh"),
         ("llama", {"sliding_window": 4096}, "sliding_window is 4096; .* = null only"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4};"),
@@ -71,6 +73,7 @@ def test_a_key_that_changes_what_is_computed_is_refused(family: str, changed: di
 @pytest.mark.parametrize(
     ("family", "changed", "words"),
     [
+        ("llama", {"rope_theta": 0}, "rope_theta is 0, it must be a finite number above 0"),
         ("llama", {"hidden_size": None}, "hidden_size is None, it must be a whole number"),
         ("llama", {"num_key_value_heads": 3}, "3 kv heads do not divide 4"),
         ("llama", {"attention_bias": "yes"}, "attention_bias is 'yes', it must be true or false"),

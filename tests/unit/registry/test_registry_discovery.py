@@ -135,7 +135,7 @@ def test_two_plugins_of_one_backend_name_are_both_rejected(install: Install) -> 
 def test_no_plugin_can_take_the_references_name(install: Install) -> None:
     registry = discover([install("thief", lineshaft_backends=backends(info("numpy", "thief")))])
     assert registry.backends["numpy"].kind is BackendKind.REFERENCE
-    assert "also registered by core (lineshaft)" in reason(registry, "thief")
+    assert "also registered by reference (lineshaft-contract)" in reason(registry, "thief")
 
 
 def test_the_next_api_version_is_accepted_with_a_warning(install: Install, caplog: pytest.LogCaptureFixture) -> None:

@@ -221,7 +221,11 @@ def test_templates_of_a_folder(folder: Path) -> None:
     change(
         folder,
         "tokenizer_config.json",
-        chat_template=[{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}],
+        chat_template=[
+            {"name": [], "template": "x"},
+            {"name": "tools", "template": "t"},
+            {"name": "default", "template": "d"},
+        ],
     )
     assert Tokenizer.from_checkpoint(folder).chat("x") == "d"
     (folder / "chat_template.jinja").write_text("new {{ messages[0].content }}")
@@ -236,9 +240,10 @@ def test_no_template_says_so(folder: Path) -> None:
 
 
 def test_wrong_folders_are_typed_errors(folder: Path) -> None:
-    change(folder, "generation_config.json", eos_token_id="x")
-    with pytest.raises(TokenizerError, match="no integer"):
-        Tokenizer.from_checkpoint(folder)
+    for wrong in ("x", {}, [[0]]):
+        change(folder, "generation_config.json", eos_token_id=wrong)
+        with pytest.raises(TokenizerError, match="give an integer or a list of them"):
+            Tokenizer.from_checkpoint(folder)
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CorruptCheckpoint, match="generation_config"):
         Tokenizer.from_checkpoint(folder)
@@ -256,3 +261,9 @@ def test_an_unknown_decoder_is_refused(folder: Path) -> None:
     made.save(str(folder / "tokenizer.json"))
     with pytest.raises(TokenizerError, match="WordPiece"):
         Tokenizer.from_checkpoint(folder)
+
+
+def test_a_file_that_is_no_gguf_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGU")
+    with pytest.raises(TokenizerError, match=r"model\.gguf is no GGUF file"):
+        Tokenizer.from_checkpoint(tmp_path / "model.gguf")

@@ -154,6 +154,7 @@ def test_the_last_byte_counts(sharded_folder: tuple[Path, dict[str, Any]]) -> No
     [
         ({"x": "absent.safetensors"}, CorruptCheckpoint, "tensor x into 'absent.safetensors'"),
         ({"x": "../model.safetensors"}, CorruptCheckpoint, "no file of that folder"),
+        ({"x": "x" * 5000}, CorruptCheckpoint, "no file of that folder"),
         ({"x": "model-00001-of-00002.safetensors"}, MissingTensor, "00001-of-00002.safetensors lacks tensor x"),
         ({"x": 3}, CorruptCheckpoint, "no weight_map"),
         ([], CorruptCheckpoint, "no weight_map"),

@@ -28,7 +28,7 @@ class ReferenceOptions(BaseModel):
 
 
 def probe() -> Probe:
-    """NumPy is a dependency of core: always usable."""
+    """NumPy is a dependency of the contract: always usable."""
     return Probe(True, "NumPy is part of every installation", ("host",))
 
 

@@ -15,7 +15,7 @@ from lineshaft.errors import PluginError
 
 GROUP = "lineshaft.commands"
 ELSEWHERE = {
-    **dict.fromkeys(("conformance", "kernels", "new-plugin", "trace"), "lineshaft-conformance"),
+    **dict.fromkeys(("compile", "conformance", "kernels", "new-plugin", "trace"), "lineshaft-conformance"),
     **dict.fromkeys(("bench", "simulate"), "lineshaft-bench"),
 }
 """Commands of this project's other distributions, which may not be installed."""

@@ -108,4 +108,4 @@ def find_family(config: Mapping[str, Any], families: Sequence[ModelFamily]) -> M
     given = next((name for name in named if name), "(none given)")
     near = difflib.get_close_matches(given, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UnknownArchitecture(f"architecture {given!r}: {hint}known are {', '.join(known)}")
+    raise UnknownArchitecture(f"architecture {given!r:.80}: {hint}known are {', '.join(known)}")

@@ -91,10 +91,11 @@ def _is_positive(given: object) -> bool:
 
 def activation(config: Config, key: str = "hidden_act") -> str:
     """A word of `mlp.ACTIVATIONS`. Raises UnknownArchitecture for another."""
-    word = config.get(key) or "silu"
-    if word not in ACTIVATIONS:
+    word = config.get(key)
+    word = "silu" if word is None else word
+    if not isinstance(word, str) or word not in ACTIVATIONS:
         raise UnknownArchitecture(f"config.json: {key} is {word!r:.80}; known are {', '.join(ACTIVATIONS)}")
-    return str(word)
+    return word
 
 
 # ---- windows -----------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def rope(config: Config, context: BuildContext, layer_type: str = "", base: floa
     Raises CorruptCheckpoint for a missing or absurd number, UnknownArchitecture for an unknown kind.
     """
     given = rope_table(config, layer_type)
-    base = number(given, "rope_theta", config.get("rope_theta") or base)
+    base = number(given, "rope_theta", number(config, "rope_theta", base))
     share = number({**config, **given}, "partial_rotary_factor", 1.0)
     scaling, attention_factor = _scaling(given, config, context)
     return Rope(base, scaling, share, attention_factor)

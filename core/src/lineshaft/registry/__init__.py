@@ -1,6 +1,6 @@
 """What is installed: the backends and other contributions of plugins, found once, before the first step.
 
-It knows no plugin by name; only the core's own reference backend is registered here.
+It knows no plugin by name; only the contract's reference backend is registered here.
 """
 
 from lineshaft.registry.discovery import discover

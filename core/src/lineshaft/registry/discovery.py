@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from importlib.metadata import entry_points as installed
 
 import pluggy
@@ -17,6 +17,8 @@ from lineshaft_contract.backends import API_VERSION, BackendInfo
 from lineshaft_contract.hooks import ENTRY_POINT_GROUP, PROJECT, HookSpecs
 from lineshaft_contract.reference.plugin import ReferencePlugin
 
+CONTRACT = "lineshaft-contract"
+"""The distribution of the reference backend, which is always there."""
 log = logging.getLogger(__name__)
 Backends = dict[Plugin, Sequence[BackendInfo]]
 
@@ -30,7 +32,7 @@ def discover(entry_points: Iterable[EntryPoint] | None = None) -> Registry:
     manager.add_hookspecs(HookSpecs)
     found: Backends = {}
     rejected: list[Rejected] = []
-    core = Plugin("core", PROJECT, "")
+    core = Plugin("reference", CONTRACT, version(CONTRACT))
     found[core] = admit(manager, core, ReferencePlugin())
     points = installed(group=ENTRY_POINT_GROUP) if entry_points is None else entry_points
     for point in sorted(points, key=lambda point: (point.name, point.value)):

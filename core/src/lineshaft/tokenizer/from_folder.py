@@ -61,13 +61,13 @@ def _flag(config: Mapping[str, Any], key: str) -> bool | None:
 
 def _eos_ids(folder: Path, backend: Backend, eos_token: str | None) -> frozenset[int]:
     """All ids that end a text: the tokenizer's, and those of generation_config.json and config.json (int or list)."""
-    found = set() if eos_token is None else {backend.token_to_id(eos_token)}
+    found: list[Any] = [] if eos_token is None else [backend.token_to_id(eos_token)]
     for name in ("generation_config.json", "config.json"):
         value = _optional_json(folder / name).get("eos_token_id")
-        found.update(value if isinstance(value, list) else [value])
-    found.discard(None)
-    if not all(type(item) is int for item in found):
-        raise TokenizerError(f"{folder} has an eos_token_id that is no integer or list of them: {found}; correct it")
+        found += value if isinstance(value, list) else [value]
+    wrong = next((item for item in found if item is not None and type(item) is not int), None)
+    if wrong is not None:
+        raise TokenizerError(f"{folder} has an eos_token_id of {wrong!r:.80}; give an integer or a list of them")
     return frozenset(item for item in found if item is not None)
 
 
@@ -77,6 +77,8 @@ def _chat_template(folder: Path, configured: Any) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")
     if isinstance(configured, list):
-        named = {entry.get("name"): entry.get("template") for entry in configured if isinstance(entry, dict)}
-        configured = named.get("default")
+        named = (
+            entry.get("template") for entry in configured if isinstance(entry, dict) and entry.get("name") == "default"
+        )
+        configured = next(named, None)
     return configured if isinstance(configured, str) else None

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
 
-from lineshaft.errors import ChatError, RequestError
+from lineshaft.errors import ChatError, RequestError, TokenizerError
 from lineshaft.tokenizer.chat import ChatTemplate
 from lineshaft.tokenizer.from_folder import read_folder
 from lineshaft.tokenizer.from_gguf import read_metadata
@@ -44,6 +44,8 @@ class Tokenizer:
     def from_checkpoint(cls, path: Path) -> Tokenizer:
         """The tokenizer of a GGUF file or a Hugging Face folder. Raises TokenizerError, or CorruptCheckpoint for a
         damaged file."""
+        if path.is_file() and not is_gguf(path):
+            raise TokenizerError(f"{path} is no GGUF file, and holds no tokenizer: give a model's file or folder")
         return cls(read_metadata(parse_gguf(path).metadata) if is_gguf(path) else read_folder(path))
 
     @property

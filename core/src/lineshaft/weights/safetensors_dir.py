@@ -112,11 +112,12 @@ def _read_shards(folder: Path) -> dict[str, TensorView]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptCheckpoint(f"{folder / _INDEX} has no weight_map from tensor to file; {_AGAIN}")
     shards: dict[str, dict[str, TensorView]] = {}
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     for name, file in weight_map.items():
         if file not in shards:
-            if Path(file).name != file or not (folder / file).is_file():
+            if file not in there:
                 raise CorruptCheckpoint(
-                    f"{folder / _INDEX} puts tensor {name} into {file!r}, which is no file of that folder; "
+                    f"{folder / _INDEX} puts tensor {name} into {file!r:.80}, which is no file of that folder; "
                     "download the missing shard"
                 )
             shards[file] = read_safetensors(folder / file)
