@@ -6,18 +6,15 @@ from lineshaft_contract.backends import BackendInfo, BackendKind
 from lineshaft_contract.hooks import hookimpl
 
 
-class ReferencePlugin:
-    """Registers the NumPy reference."""
-
-    @hookimpl
-    def lineshaft_backends(self) -> list[BackendInfo]:
-        return [
-            BackendInfo(
-                name="numpy",
-                probe="lineshaft_contract.reference.backend:probe",
-                factory="lineshaft_contract.reference.backend:create",
-                options="lineshaft_contract.reference.backend:ReferenceOptions",
-                kind=BackendKind.REFERENCE,
-                summary="float64/float32 NumPy reference, for checking",
-            )
-        ]
+@hookimpl
+def lineshaft_backends() -> list[BackendInfo]:
+    return [
+        BackendInfo(
+            name="numpy",
+            probe="lineshaft_contract.reference.backend:probe",
+            factory="lineshaft_contract.reference.backend:create",
+            options="lineshaft_contract.reference.backend:ReferenceOptions",
+            kind=BackendKind.REFERENCE,
+            summary="float64/float32 NumPy reference, for checking",
+        )
+    ]

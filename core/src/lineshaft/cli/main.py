@@ -13,7 +13,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 from lineshaft.cli import backends, chat, completion, config, explain, generate
@@ -43,6 +42,16 @@ class Parser(argparse.ArgumentParser):
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
+
+
+class Version(argparse.Action):
+    """Prints the installed version; looks it up only when asked."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"lineshaft {version('lineshaft')}")
+        raise SystemExit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,9 +98,7 @@ def stop(number: int, frame: object) -> NoReturn:
 def parser(commands: Mapping[str, Command]) -> Parser:
     """The parser of all commands."""
     top = Parser(prog="lineshaft", description="One inference engine for any accelerator.")
-    top.add_argument(
-        "--version", action="version", version=f"lineshaft {version('lineshaft')}", help="print the version"
-    )
+    top.add_argument("--version", action=Version, nargs=0, help="print the version")
     choices = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in commands.items():
         command = choices.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)

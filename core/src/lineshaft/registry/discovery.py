@@ -15,7 +15,7 @@ from lineshaft.registry.loading import one_line
 from lineshaft.registry.registry import Plugin, Registry, Rejected, implementations
 from lineshaft_contract.backends import API_VERSION, BackendInfo
 from lineshaft_contract.hooks import ENTRY_POINT_GROUP, PROJECT, HookSpecs
-from lineshaft_contract.reference.plugin import ReferencePlugin
+from lineshaft_contract.reference import plugin as reference_plugin
 
 CONTRACT = "lineshaft-contract"
 """The distribution of the reference backend, which is always there."""
@@ -32,8 +32,8 @@ def discover(entry_points: Iterable[EntryPoint] | None = None) -> Registry:
     manager.add_hookspecs(HookSpecs)
     found: Backends = {}
     rejected: list[Rejected] = []
-    core = Plugin("reference", CONTRACT, version(CONTRACT))
-    found[core] = admit(manager, core, ReferencePlugin())
+    reference = Plugin("reference", CONTRACT, version(CONTRACT))
+    found[reference] = admit(manager, reference, reference_plugin)
     points = installed(group=ENTRY_POINT_GROUP) if entry_points is None else entry_points
     for point in sorted(points, key=lambda point: (point.name, point.value)):
         origin = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
@@ -42,7 +42,7 @@ def discover(entry_points: Iterable[EntryPoint] | None = None) -> Registry:
             found[plugin] = admit(manager, plugin, load(point))
         except PluginError as error:
             rejected.append(Rejected(plugin.name, plugin.distribution, str(error)))
-    drop_clashes(manager, found, rejected, core)
+    drop_clashes(manager, found, rejected, reference)
     backends = {info.name: (info, plugin) for plugin, infos in found.items() for info in infos}
     return Registry(manager, backends, tuple(rejected))
 
@@ -95,12 +95,12 @@ def warn_of_next_api(plugin: Plugin, info: BackendInfo) -> None:
         )
 
 
-def drop_clashes(manager: pluggy.PluginManager, found: Backends, rejected: list[Rejected], core: Plugin) -> None:
-    """Reject all plugins that share a backend name; the core itself stays."""
+def drop_clashes(manager: pluggy.PluginManager, found: Backends, rejected: list[Rejected], reference: Plugin) -> None:
+    """Reject all plugins that share a backend name; the reference itself stays."""
     owned = [(info.name, plugin) for plugin, infos in found.items() for info in infos]
     for name, plugin in owned:
         others = ", ".join(f"{p.name} ({p.distribution})" for own, p in owned if own == name and p is not plugin)
-        if others and plugin is not core and found.pop(plugin, None) is not None:
+        if others and plugin is not reference and found.pop(plugin, None) is not None:
             manager.unregister(name=plugin.key)
             reason = f"backend {name!r} is also registered by {others}; uninstall one"
             rejected.append(Rejected(plugin.name, plugin.distribution, reason))

@@ -44,9 +44,11 @@ class Tokenizer:
     def from_checkpoint(cls, path: Path) -> Tokenizer:
         """The tokenizer of a GGUF file or a Hugging Face folder. Raises TokenizerError, or CorruptCheckpoint for a
         damaged file."""
-        if path.is_file() and not is_gguf(path):
+        if is_gguf(path):
+            return cls(read_metadata(parse_gguf(path).metadata))
+        if path.is_file():
             raise TokenizerError(f"{path} is no GGUF file, and holds no tokenizer: give a model's file or folder")
-        return cls(read_metadata(parse_gguf(path).metadata) if is_gguf(path) else read_folder(path))
+        return cls(read_folder(path))
 
     @property
     def vocab_size(self) -> int:
