@@ -1,4 +1,4 @@
-"""What a session needs of a device beyond tensors: streams, events, graphs, pinned memory. Knows no program, no session.
+"""What a session needs of a device beyond tensors: streams, events, graphs, pinned memory. Knows no program.
 
 `TorchDevice` is any device behind `torch.cuda`, which is HIP too; `lineshaft_torch.fake` has one without hardware.
 """

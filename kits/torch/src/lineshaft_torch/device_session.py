@@ -101,8 +101,8 @@ class DeviceSession(TorchSession):
         fits = bisect_right(range(1, most + 1), free, key=lambda count: self._room(problems, shared(count)))
         return OutOfMemory(
             f"no memory for the KV caches: {list(pages)} pages (by group) take {self._room(problems, pages)} bytes and "
-            f"{free} are free, in which {shared(fits)} pages would fit; set cache.pages accordingly, free memory of the "
-            "device, or use a narrower dtype"
+            f"{free} are free, in which {shared(fits)} pages would fit; set cache.pages accordingly, free memory of "
+            "the device, or use a narrower dtype"
         )
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:

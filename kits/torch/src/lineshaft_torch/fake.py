@@ -1,7 +1,8 @@
 """A device without hardware: streams, events and graphs over CPU tensors, as strict as a real device about order.
 
-Work runs when something waits for it, or as early as it may, so that a wait that is missing gives wrong results. A graph
-repeats the operators that it has seen, never the Python around them. For tests, and to run a backend's host code.
+Work runs when something waits for it, or as early as it may, so that a wait that is missing gives wrong results. A
+graph repeats the operators that it has seen, never the Python around them. For tests, and to run host code without a
+device.
 """
 
 from __future__ import annotations

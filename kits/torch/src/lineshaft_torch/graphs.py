@@ -190,10 +190,10 @@ class GraphProgram(SubmittedProgram, TapeProgram):
         call, tokens = watch.call, self.shape.tokens
         what = "a step" if call is None else f"kernel {call.name!r}" + (f" for {call.op}" if call.op else "")
         why = " ".join(str(error).split())
+        where = f", because of {watch.failed}" if watch.failed else ""
         return ContractViolation(
-            f"{what}, in a program of {tokens} tokens, cannot be captured as a graph"
-            f"{f', because of {watch.failed}' if watch.failed else ''} ({why}); choose another kernel, say in its recipe "
-            'that it is not capturable, or set program = "tape"'
+            f"{what}, in a program of {tokens} tokens, cannot be captured as a graph{where} ({why}); choose another "
+            'kernel, say in its recipe that it is not capturable, or set program = "tape"'
         )
 
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

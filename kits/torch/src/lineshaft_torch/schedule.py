@@ -89,11 +89,11 @@ def overlap(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> boo
 
 def extent(tensor: torch.Tensor) -> Extent:
     """Where a tensor lies."""
-    start = tensor.storage_offset() * tensor.itemsize
+    start = int(tensor.storage_offset()) * tensor.itemsize
     if tensor.numel() == 0:
         return storage_key(tensor), start, start
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return storage_key(tensor), start, start + (last + 1) * tensor.itemsize
+    return storage_key(tensor), start, start + int(last + 1) * tensor.itemsize
 
 
 def play(layer: DeviceLayer, moves: Sequence[Move], before: Callable[[TapeCall], None] | None = None) -> None:
