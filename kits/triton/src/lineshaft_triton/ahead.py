@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from lineshaft_contract.backends import Capabilities, World
-from lineshaft_contract.errors import Unsupported
+from lineshaft_contract.errors import ContractViolation, Unsupported
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.packing import empty_share
 from lineshaft_contract.sessions import (
@@ -35,7 +35,8 @@ from lineshaft_triton.launch import Config, Grid
 from lineshaft_triton.targets import Target
 
 COLUMNS = (
-    "registers", "scalars", "spills", "stack_bytes", "shared_bytes", "occupancy", "found", "expected", "configs",
+    "registers", "scalars", "spills", "stack_bytes", "shared_bytes", "occupancy", "found", "expected", "default",
+    "configs",
 )  # fmt: skip
 """What is told of a program, over all launches of it: the most of each, the fewest warps, and all classes."""
 
@@ -139,9 +140,9 @@ def nbytes(tensors: Any) -> int:
 
 
 def details(launches: Sequence[Launch], codes: Sequence[Code], target: Target) -> dict[str, str | int]:
-    """The figures of COLUMNS; none of a program that starts no kernel."""
+    """The figures of COLUMNS. Raises ContractViolation for a program that starts no kernel."""
     if not launches:
-        return {}
+        raise ContractViolation("the program starts no kernel; a kernel of this kit has to start one by launch.launch")
     found = sorted({name for code in codes for name in code.classes})
     expected = sorted({name for launch in launches for name in launch.expects.split("+")} - {""})
     figures: dict[str, str | int] = {"registers": max(code.registers for code in codes)}
@@ -154,6 +155,7 @@ def details(launches: Sequence[Launch], codes: Sequence[Code], target: Target) -
         "occupancy": f"{min(code.occupancy for code in codes)}/{target.sm_warps}",
         "found": "+".join(found) or "none",
         "expected": "+".join(expected) or "none",
+        "default": "yes" if all(launch.default for launch in launches) else "no",
         "configs": "; ".join(dict.fromkeys(launch.config for launch in launches)),
     }
 

@@ -102,9 +102,9 @@ def _rows(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Problem]]
 
 
 def _attention(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Problem]]:
-    heads, rope = {"q_heads": shape.q_heads, "kv_heads": shape.kv_heads}, {"dim": shape.head, "head_dim": shape.head}
+    heads: dict[str, Any] = {"q_heads": shape.q_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head}
     yield "rope", RopeProblem(
-        dtype=dtype, base=shape.base, rows=step.tokens, max_position=CONTEXT, **heads, **rope
+        dtype=dtype, dim=shape.head, base=shape.base, rows=step.tokens, max_position=CONTEXT, **heads
     )  # fmt: skip
     for kv_dtype, scheme in ((dtype, "none"), ("float8_e4m3fn", "tensor")):
         cache: dict[str, Any] = {
