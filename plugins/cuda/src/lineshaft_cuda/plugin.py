@@ -15,6 +15,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             factory="lineshaft_cuda.backend:create",
             devices="lineshaft_cuda:devices",
             options="lineshaft_cuda.options:CudaOptions",
+            toolchain="lineshaft_cuda.toolchain:create",
             summary="NVIDIA GPUs through PyTorch and Triton",
         )
     ]

@@ -15,6 +15,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             factory="lineshaft_rocm.backend:create",
             devices="lineshaft_rocm:devices",
             options="lineshaft_rocm.options:RocmOptions",
+            toolchain="lineshaft_rocm.toolchain:create",
             summary="AMD GPUs through PyTorch and Triton",
         )
     ]
