@@ -82,7 +82,7 @@ class AheadSession(TorchSession):
         return self._shapes[same]
 
     @torch.inference_mode()
-    def capture(  # type: ignore[override]
+    def capture(
         self,
         fn: StepFunction,
         shape: StepShape,

@@ -30,7 +30,7 @@ WORKSPACE = 128 << 20
 TENSOR_CORES_FROM = 4
 """Query heads of a key head from which decode is quicker as a product of matrices."""
 
-Ints = np.ndarray[Any, np.dtype[np.int32]]
+Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 def supports(problem: AttendProblem) -> str | None:

@@ -12,12 +12,10 @@ from lineshaft_rocm import aiter_ops
 from lineshaft_rocm.options import RocmOptions
 from lineshaft_torch.bound import Recipe
 from lineshaft_torch.fake import FakeDevice
-from lineshaft_triton.backend import CAPABILITIES, GpuBackend, library_linear
+from lineshaft_triton.backend import GpuBackend, library_linear
 from lineshaft_triton.interpreting import require_mode
 from lineshaft_triton.starting import device_number, require_build, start_device
 from lineshaft_triton.targets import TARGETS, Target, find_target
-
-__all__ = ["CAPABILITIES", "create"]
 
 
 def further(target: Target) -> list[Recipe]:
