@@ -166,22 +166,15 @@ print("never noticed")
 """
 
 
-@pytest.mark.parametrize(("program", "overlap"), [("graph", False), ("graph", True), ("eager", False)])
+@pytest.mark.parametrize(("program", "overlap"), [("graph", True), ("eager", False)])
 def test_every_rank_is_told_in_time_that_a_peer_is_lost(tmp_path: Path, program: str, overlap: bool) -> None:
     """Over gloo: three ranks, the last of which ends after some steps."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANK]
     began = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path), program, str(overlap)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-        for rank in range(3)
-    ]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    commands = [[*command, str(rank), str(tmp_path), program, str(overlap)] for rank in range(3)]
+    ranks = [subprocess.Popen(each, **pipes) for each in commands]
     try:
         said = [rank.communicate(timeout=60) for rank in ranks]
     finally:
