@@ -18,7 +18,7 @@ from lineshaft_contract.ops import all_ops
 from lineshaft_contract.sessions import Capture, Transfer
 from lineshaft_contract.steps import HostStep
 from lineshaft_torch.arrays import HostArray, host_view
-from lineshaft_torch.device import Event, Graph
+from lineshaft_torch.device import Event, Graph, Pool
 from lineshaft_torch.program import DeviceArray, EagerProgram, ProgramBase, StepPending, TapeProgram
 from lineshaft_torch.recording import TapeCall
 from lineshaft_torch.schedule import Move, Piece, cut, moves_of, play
@@ -123,6 +123,10 @@ class AnewProgram(SubmittedProgram, EagerProgram):
     def release(self) -> None:
         """Nothing is held."""
 
+    def holds_graphs(self) -> bool:
+        """It has none."""
+        return False
+
 
 class GraphProgram(SubmittedProgram, TapeProgram):
     """A tape over fixed addresses, cut into graphs.
@@ -168,17 +172,21 @@ class GraphProgram(SubmittedProgram, TapeProgram):
             for _, moves in self._pieces:
                 play(layer, moves)
             self.session.settle()
-            before = layer.reserved()
-            for piece, moves in self._pieces:
-                self._work.append(self._captured(piece, moves) if piece.graphed else moves)
+            before, pool = layer.reserved(), self.session.graph_pool()
+            try:
+                for piece, moves in self._pieces:
+                    self._work.append(self._captured(piece, moves, pool) if piece.graphed else moves)
+            except BaseException:
+                self.release()
+                raise
         self._address = self.session.arena.data_ptr()
         details = {**self.report.details, "pool": layer.reserved() - before}
         self.report = replace(self.report, seconds=self.report.seconds + time.perf_counter() - began, details=details)
 
-    def _captured(self, piece: Piece, moves: Sequence[Move]) -> Graph:
+    def _captured(self, piece: Piece, moves: Sequence[Move], pool: Pool) -> Graph:
         layer, watch = self.session.layer, Watch()
         try:
-            with layer.capture(self.session.pool) as graph, watch:
+            with layer.capture(pool) as graph, watch:
                 play(layer, moves, watch.begin)
         except torch.OutOfMemoryError:
             raise
@@ -209,10 +217,16 @@ class GraphProgram(SubmittedProgram, TapeProgram):
 
     def release(self) -> None:
         """Free the graphs."""
-        for work in self._work:
-            if not isinstance(work, Sequence):
-                work.reset()
+        for graph in self._graphs():
+            graph.reset()
         self._work, self._address = [], -1
+
+    def holds_graphs(self) -> bool:
+        """Whether it has memory of the pool."""
+        return bool(self._graphs())
+
+    def _graphs(self) -> list[Graph]:
+        return [work for work in self._work if not isinstance(work, Sequence)]
 
 
 class Watch(TorchDispatchMode):

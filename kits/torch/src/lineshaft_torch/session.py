@@ -220,9 +220,7 @@ class TorchSession(SessionState):
     def _program(self, capture: Capture) -> ProgramBase:
         kinds = {"tape": TapeProgram, "eager": EagerProgram}
         if self.options.program not in kinds:
-            raise InvalidValue(
-                f"program = {self.options.program!r}; on {self.device.type} it is one of {', '.join(kinds)}"
-            )
+            raise InvalidValue(f"program = {self.options.program!r}; without a device layer it is {' or '.join(kinds)}")
         return kinds[self.options.program](self, capture)
 
     def reserve_arena(self, nbytes: int) -> None:
