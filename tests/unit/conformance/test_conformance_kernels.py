@@ -91,7 +91,7 @@ def test_every_kernel_is_compiled_for_every_target(run: Run, tmp_path: Path) -> 
     gather = by_place["all_gather", "small:1x1"], by_place["all_gather", "big:2x4"]
     assert [cell.outcome for cell in gather] == ["declines", "compiled"]
     assert "cannot hold it" in gather[0].why
-    assert by_place["expert_mlp", "big:2x4"].problems[0]["outcome"] == "untried"
+    assert by_place["latent_attend", "big:2x4"].problems[0]["outcome"] == "untried"
     assert f"{len(linear.compiled)}: temporaries 128.00 KiB, scratch 256" in text
     assert "evidence: compiled-only" in text.lower()
     rows = [line.split(" | ") for line in table.read_text().splitlines()]

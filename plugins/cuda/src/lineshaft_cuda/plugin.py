@@ -14,6 +14,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             probe="lineshaft_cuda.probe:probe",
             factory="lineshaft_cuda.backend:create",
             options="lineshaft_cuda.options:CudaOptions",
+            toolchain="lineshaft_cuda.toolchain:create",
             summary="NVIDIA GPUs through PyTorch and Triton",
         )
     ]

@@ -14,6 +14,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             probe="lineshaft_rocm.probe:probe",
             factory="lineshaft_rocm.backend:create",
             options="lineshaft_rocm.options:RocmOptions",
+            toolchain="lineshaft_rocm.toolchain:create",
             summary="AMD GPUs through PyTorch and Triton",
         )
     ]
