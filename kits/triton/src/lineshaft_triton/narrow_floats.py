@@ -73,7 +73,7 @@ def _widened(operand: Any) -> Any:
 
 def _from_integers(original: Any) -> Any:
     def create_si_to_fp(self: Any, operand: Any, target: Any) -> Any:
-        """Integers as floats, of bfloat16 as the numbers that they are."""
+        """Integers as floats, and as those of bfloat16 not cut to their bits."""
         if target.scalar != tl.bfloat16:
             return original(self, operand, target)
         return interpreter.TensorHandle(operand.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
 from lineshaft_triton.interpreting import interpreting
-from lineshaft_triton.kernels import linear, norm
+from lineshaft_triton.kernels import attend, linear, merge, norm
 from lineshaft_triton.targets import Target
 
 if interpreting():
@@ -12,7 +12,7 @@ if interpreting():
 
     correct_interpreter()
 
-FAMILIES = (norm, linear)
+FAMILIES = (attend, linear, merge, norm)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:
