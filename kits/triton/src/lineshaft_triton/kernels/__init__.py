@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_triton.kernels import norm
+from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.kernels import attend, linear, merge, norm
 from lineshaft_triton.targets import Target
 
-FAMILIES = (norm,)
+if interpreting():
+    from lineshaft_triton.narrow_floats import correct_interpreter
+
+    correct_interpreter()
+
+FAMILIES = (attend, linear, merge, norm)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:

@@ -1,0 +1,81 @@
+"""Tiles of the attention kernel on each target, as a table, and how many programs a target wants. Imports no Triton."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Final
+
+from lineshaft_contract.problems import AttendProblem, itemsize
+from lineshaft_triton.launch import Config
+from lineshaft_triton.targets import FN, FNUZ, Target
+
+DECODE: Final = "decode"
+CHUNK: Final = "chunk"
+MATRIX_ROWS: Final = 64
+"""Rows from which the matrix instructions of large tiles, wgmma and tcgen05, are used; below them it is mma."""
+
+CORES: Final = MappingProxyType(
+    {
+        "sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188,
+        "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 96, "gfx1201": 64,
+    }
+)  # fmt: skip
+"""Multiprocessors (compute units) of the largest product of a target."""
+WAVES: Final = 4
+"""Programs for each multiprocessor up to which a context is split."""
+MOST_SPLITS: Final = 256
+
+_E5M2, _E5M2FNUZ = "float8_e5m2", "float8_e5m2fnuz"
+_OCP, _BOTH = frozenset({FN, _E5M2}), frozenset({FN, _E5M2, FNUZ, _E5M2FNUZ})
+READS: Final = MappingProxyType(
+    {
+        "sm80": frozenset({_E5M2}), "sm89": _OCP, "sm90": _OCP, "sm100": _OCP, "sm120": _OCP,
+        "gfx90a": _BOTH, "gfx942": _BOTH, "gfx950": _BOTH, "gfx1100": _BOTH, "gfx1201": _BOTH,
+    }
+)  # fmt: skip
+"""The dtypes of eight bits that a target's code converts from."""
+
+Row = tuple[str, str, int, int, int, int, int, int]
+_TABLE: Final[tuple[Row, ...]] = (
+    # kind, targets, bytes of a value, heads up to, BLOCK_M, BLOCK_N, warps, stages
+    (DECODE, "sm80 sm89 sm90 sm100 sm120", 2, 256, 16, 64, 4, 2),
+    (CHUNK, "sm80 sm89 sm90 sm100 sm120", 2, 256, 64, 64, 4, 2),
+    (DECODE, "sm80 sm89 sm90 sm100 sm120", 4, 256, 16, 32, 4, 2),
+    (CHUNK, "sm80 sm89 sm90 sm100 sm120", 4, 256, 16, 32, 4, 2),
+    (DECODE, "gfx90a gfx942 gfx950 gfx1100 gfx1201", 2, 256, 16, 32, 4, 2),
+    (CHUNK, "gfx90a gfx942 gfx950 gfx1100 gfx1201", 2, 256, 64, 32, 4, 2),
+    (DECODE, "gfx90a gfx942 gfx950 gfx1100 gfx1201", 4, 256, 16, 32, 4, 2),
+    (CHUNK, "gfx90a gfx942 gfx950 gfx1100 gfx1201", 4, 256, 16, 32, 4, 2),
+)
+"""The first row that fits counts."""
+
+
+def tile(where: Target, kind: str, dtype: str, dim: int) -> Config | None:
+    """The tile for heads of up to `dim` values computed in `dtype`, or None where none fits the target."""
+    for known, targets, nbytes, most, m, n, warps, stages in _TABLE:
+        if known == kind and where.name in targets.split() and nbytes == itemsize(dtype) and dim <= most:
+            unit = "mma" if where.unit in ("wgmma", "tcgen05") and m < MATRIX_ROWS else ""
+            return Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages, unit=unit)
+    return None
+
+
+def unreadable(where: Target, problem: AttendProblem) -> str | None:
+    """Why keys and values of `kv_dtype` cannot be widened to the problem's dtype on a target."""
+    if problem.kv_dtype == problem.dtype or problem.kv_dtype in READS[where.name]:
+        return None
+    if problem.kv_dtype.startswith("float8"):
+        return f"{where.name} does not convert {problem.kv_dtype}"
+    if problem.dtype == "float32" and problem.kv_dtype in ("bfloat16", "float16"):
+        return None
+    return f"does not read pages of {problem.kv_dtype} as {problem.dtype}"
+
+
+def splits(where: Target, config: Config, programs: int, keys: int) -> int:
+    """Into how many parts the keys of a row are split: enough for a few programs on each multiprocessor, and none
+    shorter than a tile. It follows from the bucket, never from the step's lengths.
+
+    programs   those of a launch without splits
+    keys       the most that a row may see
+    """
+    wanted = -(-WAVES * CORES[where.name] // max(programs, 1))
+    return max(1, min(wanted, -(-keys // config.block["BLOCK_N"]), MOST_SPLITS))
