@@ -21,9 +21,10 @@ from typing import Any
 from lineshaft import errors
 from lineshaft.config import EngineConfig
 from lineshaft.errors import LineshaftError, SessionPoisoned, WorkerDied
+from lineshaft.executors.base import size_alike
 from lineshaft.executors.wire import Disconnected, receive, send
 from lineshaft.registry import Registry
-from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Settled, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import check_layout, degrees_of
 from lineshaft.runner.worker import Progress
 from lineshaft_contract.host import usable_cpus
@@ -101,7 +102,10 @@ class ProcessExecutor:
             raise
 
     def size(self) -> list[Sizes]:
-        return [Sizes.from_frames(*reply) for reply in self._ask_all({"call": "size"})]
+        def ask(settled: Settled) -> list[Sizes]:
+            return [Sizes.from_frames(*reply) for reply in self._ask_all({"call": "size", **settled.to_frames()[0]})]
+
+        return size_alike(ask)
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
         replies = self._ask_all({"call": "start", "pages": pages}, progress)
