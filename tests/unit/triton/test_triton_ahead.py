@@ -13,7 +13,7 @@ import pytest
 
 from lineshaft.cli import main as command_line
 from lineshaft_conformance.cli import kernels
-from lineshaft_contract.backends import Capabilities, World
+from lineshaft_contract.backends import World
 from lineshaft_contract.errors import ContractViolation, InvalidValue, LayoutError, SessionClosed, Unsupported
 from lineshaft_contract.packing import pack_rows
 from lineshaft_contract.problems import KVProblem, LinearProblem, NormProblem
@@ -163,12 +163,13 @@ def test_a_program_without_a_launch_is_refused(session: AheadSession) -> None:
 
 @pytest.mark.parametrize(("name", "vendor"), [("cuda", "nvidia"), ("rocm", "amd")])
 def test_a_toolchain_compiles_for_its_vendors_targets_alone(name: str, vendor: str) -> None:
-    toolchain = TritonToolchain(name, vendor, Capabilities(dtypes=("bfloat16",)))
+    toolchain = TritonToolchain(name, vendor)
     assert toolchain.targets() == targets_of(vendor) and len(toolchain.targets()) == 5
     assert toolchain.columns() == COLUMNS
     for target in toolchain.targets():
         backend = toolchain.start(target, World())
-        assert (backend.name, backend.target.name, backend.capabilities.dtypes) == (name, target, ("bfloat16",))
+        assert (backend.name, backend.target.name) == (name, target)
+        assert backend.capabilities.dtypes == ("bfloat16", "float16", "float32")
     with pytest.raises(InvalidValue, match=f"target 'sm75': {name} compiles for .*{toolchain.targets()[0]}"):
         toolchain.start("sm75", World())
     with pytest.raises(LayoutError, match="at most 1024"):

@@ -84,7 +84,7 @@ class AheadSession(TorchSession):
         return self._packed[same]
 
     @torch.inference_mode()
-    def capture(  # type: ignore[override]
+    def capture(
         self,
         fn: StepFunction,
         shape: StepShape,
