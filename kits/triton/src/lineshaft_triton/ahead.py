@@ -41,14 +41,18 @@ COLUMNS = (
 """What is told of a program, over all launches of it: the most of each, the fewest warps, and all classes."""
 
 
+Packed = dict[tuple[tuple[int, ...], str, str], dict[str, torch.Tensor]]
+"""The leaves that a packing makes of a shape and a dtype, by these and the packing's layout; it takes its time."""
+
+
 class AheadSession(TorchSession):
     """A session on one GPU to compile for: `load` reads no tensor, `capture` compiles, nothing runs."""
 
-    def __init__(self, world: World, target: Target, compiler: Compiler) -> None:
+    def __init__(self, world: World, target: Target, compiler: Compiler, packed: Packed | None = None) -> None:
         super().__init__("meta", world)
         self.target, self.compiler = target, compiler
         self.launches: list[Launch] = []
-        self._shapes: dict[Any, dict[str, torch.Tensor]] = {}
+        self._packed: Packed = {} if packed is None else packed
 
     def launcher(
         self,
@@ -72,14 +76,12 @@ class AheadSession(TorchSession):
 
     def _shapes_of(self, param: Param, packing: Packing) -> dict[str, torch.Tensor]:
         """A parameter's leaves, which depend on nothing else of it than its own shape and dtype."""
-        same = (param.shape, param.dtype, packing)
-        if same not in self._shapes:
-            if packing.pack is None:
-                dtype = torch_dtype(param.dtype)
-                self._shapes[same] = {"data": torch.empty(param.shape, dtype=dtype, device=self.device)}
-            else:
-                self._shapes[same] = host_pack(packing.pack, param, empty_share(param), self.device)
-        return self._shapes[same]
+        if packing.pack is None:
+            return {"data": torch.empty(param.shape, dtype=torch_dtype(param.dtype), device=self.device)}
+        same = (param.shape, param.dtype, packing.layout)
+        if same not in self._packed:
+            self._packed[same] = host_pack(packing.pack, param, empty_share(param), self.device)
+        return self._packed[same]
 
     @torch.inference_mode()
     def capture(
@@ -170,6 +172,7 @@ class AheadBackend:
     target: Target
     compiler: Compiler
     capabilities: Capabilities
+    packed: Packed = field(default_factory=dict)
     memory: UncountedMemory = field(default_factory=UncountedMemory)
 
     def kernels(self) -> Sequence[Kernel]:
@@ -178,7 +181,7 @@ class AheadBackend:
         return triton_kernels(self.name, self.target)
 
     def session(self, rank: int) -> AheadSession:
-        return AheadSession(self.world, self.target, self.compiler)
+        return AheadSession(self.world, self.target, self.compiler, self.packed)
 
 
 def refuse(what: str) -> NoReturn:

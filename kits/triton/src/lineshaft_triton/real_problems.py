@@ -44,6 +44,8 @@ class Shape:
 
 
 LLAMA_8B = Shape(32, 8, 128, 4096, 14336, 128256, 500000.0)
+DEEPSEEK_LITE = {"heads": 16, "nope": 128, "rank": 512}
+"""Of DeepSeek-V2-Lite's latent attention: what its products per head have."""
 SMOLLM2 = Shape(9, 3, 64, 576, 1536, 49152, 100000.0)
 MIXTRAL = Shape(32, 8, 128, 4096, 14336, 32000, 1000000.0, experts=8, k=2)
 
@@ -58,15 +60,15 @@ def ranks_share(shape: Shape, tp: int) -> Shape:
 
 @dataclass(frozen=True)
 class Step:
-    """Decode of `rows` sequences, or a chunk of one."""
+    """So many tokens of so many sequences, at most `longest` of one."""
 
     tokens: int
     rows: int
     longest: int
 
 
-DECODE = Step(64, 64, 1)
-CHUNK = Step(512, 1, 512)
+STEPS = (Step(64, 64, 1), Step(512, 1, 512), Step(2048, 1, 2048))
+"""Decode, a chunk of a prompt, and as many tokens as a step may have unless a user says otherwise."""
 
 
 def real_problems(op: str) -> list[Problem]:
@@ -74,7 +76,7 @@ def real_problems(op: str) -> list[Problem]:
     found: dict[Problem, None] = {}
     for dtype in DTYPES:
         for whole, tp in ((LLAMA_8B, 1), (LLAMA_8B, 8), (SMOLLM2, 1), (MIXTRAL, 1), (MIXTRAL, 8)):
-            for step in (DECODE, CHUNK):
+            for step in STEPS:
                 for name, problem in step_problems(ranks_share(whole, tp), step, dtype):
                     if name == op:
                         found[problem] = None
@@ -124,13 +126,16 @@ def _attention(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Prob
 def _products(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Problem]]:
     qkv = (shape.q_heads + 2 * shape.kv_heads) * shape.head
     sizes = (
-        (2 * shape.width, shape.hidden), (shape.hidden, shape.width), (qkv, shape.hidden),
-        (shape.hidden, shape.q_heads * shape.head),
+        (shape.hidden, shape.q_heads * shape.head), (qkv, shape.hidden), (shape.hidden, shape.width),
+        (2 * shape.width, shape.hidden),
     )  # fmt: skip
     for scheme in SCHEMES:
         for n, k in () if shape.experts else sizes:
             yield "linear", LinearProblem(dtype=dtype, m=step.tokens, n=n, k=k, scheme=scheme)
     yield "linear", LinearProblem(dtype=dtype, m=step.rows, n=shape.vocab, k=shape.hidden)
+    per_head: dict[str, Any] = {"dtype": dtype, "m": step.tokens, "heads": DEEPSEEK_LITE["heads"]}
+    yield "head_linear", LinearProblem(n=DEEPSEEK_LITE["rank"], k=DEEPSEEK_LITE["nope"], **per_head)
+    yield "head_linear", LinearProblem(n=DEEPSEEK_LITE["nope"], k=DEEPSEEK_LITE["rank"], **per_head)
 
 
 def _experts(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Problem]]:
