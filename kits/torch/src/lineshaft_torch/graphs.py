@@ -22,7 +22,7 @@ from lineshaft_torch.device import Event, Graph, Pool
 from lineshaft_torch.program import DeviceArray, EagerProgram, ProgramBase, StepPending, TapeProgram
 from lineshaft_torch.recording import TapeCall
 from lineshaft_torch.schedule import Move, Piece, cut, moves_of, play
-from lineshaft_torch.session import typed_memory
+from lineshaft_torch.session import is_out_of_memory, typed_memory
 
 ATTENTION = frozenset({"attend", "latent_attend"})
 """Ops whose work depends on the lengths of a step: made anew by piecewise programs."""
@@ -188,9 +188,9 @@ class GraphProgram(SubmittedProgram, TapeProgram):
         try:
             with layer.capture(pool) as graph, watch:
                 play(layer, moves, watch.begin)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise self._uncapturable(watch, error) from error
         return graph
 
