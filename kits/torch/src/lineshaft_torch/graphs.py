@@ -91,6 +91,7 @@ class SubmittedProgram(ProgramBase):
         layer = self.session.layer
         with layer.on(layer.main):
             self._take_inputs(host)
+            self._take_arrays(given)
             began = layer.record(timing=True)
             outputs = self._run(given)
             ended = layer.record(timing=True)
@@ -101,6 +102,9 @@ class SubmittedProgram(ProgramBase):
         self._inputs.upload(host.buffer[: self._buffer.numel()])
         for prepare in self._prepares:
             prepare(host)
+
+    def _take_arrays(self, given: dict[str, torch.Tensor]) -> None:
+        """Put the arrays where the program reads them."""
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned: torch.Tensor = self.session.layer.pinned(tensor)
@@ -204,13 +208,14 @@ class GraphProgram(SubmittedProgram, TapeProgram):
             'kernel, say in its recipe that it is not capturable, or set program = "tape"'
         )
 
+    def _take_arrays(self, given: dict[str, torch.Tensor]) -> None:
+        for name, tensor in given.items():
+            self.session.layer.copy(self._arrays[name], tensor)
+
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        layer = self.session.layer
-        for name, tensor in arrays.items():
-            layer.copy(self._arrays[name], tensor)
         for work in self._work:
             if isinstance(work, Sequence):
-                play(layer, work)
+                play(self.session.layer, work)
             else:
                 work.replay()
         return self._outputs

@@ -1,0 +1,31 @@
+"""Whether this process interprets Triton kernels on the host. It has to be settled before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lineshaft_contract.errors import InvalidValue
+
+VARIABLE = "TRITON_INTERPRET"
+ON = frozenset({"1", "true", "on", "y", "yes"})
+"""What Triton takes as yes."""
+
+
+def interpreting() -> bool:
+    """Whether kernels that are imported now are interpreted."""
+    return os.environ.get(VARIABLE, "").strip().lower() in ON
+
+
+def require_mode(interpret: bool) -> None:
+    """Let kernels that this process imports from now on be interpreted, or compiled.
+
+    Raises InvalidValue where that was settled otherwise already, since one process does the one or the other.
+    """
+    if interpreting() == interpret:
+        return
+    if not interpret:
+        raise InvalidValue(f"{VARIABLE} is set: kernels would be interpreted; unset it, or set interpret = true")
+    if "triton" in sys.modules:
+        raise InvalidValue(f"Triton is imported already, and not to interpret; set {VARIABLE}=1 when Python starts")
+    os.environ[VARIABLE] = "1"
