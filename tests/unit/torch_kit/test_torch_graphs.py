@@ -12,10 +12,10 @@ import pytest
 import torch
 from tests.unit.torch_kit.layer import SHAPE, WIDTH, layer, layer_ops, layer_session, run_layer
 
-from lineshaft.errors import ContractViolation, InvalidValue
+from lineshaft.errors import ContractViolation, InvalidValue, OutOfMemory
 from lineshaft_contract.problems import SampleProblem
 from lineshaft_contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepShape, forward_inputs
-from lineshaft_torch.bound import BoundKernel
+from lineshaft_torch.bound import BoundKernel, recipe
 from lineshaft_torch.fake import FakeDevice
 from lineshaft_torch.recording import Survey
 from lineshaft_torch.schedule import Fork, Join, Run
@@ -245,6 +245,26 @@ def test_the_same_call_runs_where_nothing_is_captured(kit) -> None:
         )  # fmt: skip
         x = rows_step(1)["x"]
         assert np.allclose(captured(rows_step(1)).result("y"), x * x.sum())
+
+
+def test_a_graph_without_memory_is_an_out_of_memory(kit, monkeypatch) -> None:
+    session = kit.on(FakeDevice()).session()
+    program = session.capture(chain(3), DECODE, ROWS, kit.HandPlanned(kit.pointwise("add")))
+
+    def full(pool: Any) -> Any:
+        raise RuntimeError("device error: out of memory")
+
+    monkeypatch.setattr(session.layer, "capture", full)
+    with pytest.raises(OutOfMemory, match="graphs of a step of 4 tokens"):
+        session.freeze()
+    assert not program.holds_graphs()
+
+
+def test_a_recipe_says_for_which_problems_its_kernel_is_capturable(kit) -> None:
+    make = recipe("k", "add", lambda problem, session: torch.add, capturable=lambda problem: problem.dtype == "float32")
+    kernel, (problem,) = make("x"), kit.pointwise("add").values()
+    bound = [kernel.bind(found, kit.session()) for found in (problem, replace(problem, dtype="bfloat16"))]
+    assert [(one.capturable, one.name, one.op) for one in bound] == [(True, "k", "add"), (False, "k", "add")]
 
 
 def test_options_that_a_device_has_not_are_refused(kit) -> None:

@@ -14,5 +14,7 @@ def environment() -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again (XDG base directories)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lineshaft"
+    """Where this user's programs keep what can be made again (XDG base directories); where no home folder is known, one
+    that nobody can write to."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull if base.startswith("~") else base) / "lineshaft"

@@ -30,6 +30,8 @@ from lineshaft.runner.worker import Progress
 from lineshaft_contract.host import usable_cpus
 from lineshaft_contract.sessions import HostArray
 
+GONE_SECONDS = 0.2
+"""How long to look, at each worker, whether it has ended."""
 CLOSE_SECONDS = 5.0
 """How long all workers together may take to close before they are killed."""
 
@@ -190,8 +192,17 @@ class ProcessExecutor:
                 progress(*header["progress"])
             return None
         if "error" in header:
-            raise rebuild_error(header["error"], child.rank)
+            raise self._cause(rebuild_error(header["error"], child.rank))
         return header, arrays
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """A worker's error, or the end of another one that it is about, as a collective noticed it first."""
+        if isinstance(error, WorkerDied):
+            for child in self._children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.process.wait(GONE_SECONDS)
+                    return self._died(child)
+        return error
 
     def _hung(self, silent: Sequence[Child]) -> WorkerDied:
         """Kills every worker: those that answered could only wait for the silent ones."""

@@ -241,7 +241,7 @@ class FakeDevice:
             target.copy_(source)
 
     def pinned(self, like: torch.Tensor) -> torch.Tensor:
-        self.forbid("an allocation of pinned memory")
+        self.forbid("pinned memory")
         with self._running():
             made = torch.empty(like.shape, dtype=like.dtype)
         self._pinned = {key: held for key, held in self._pinned.items() if not held.expired()}
@@ -398,8 +398,8 @@ class FakeDevice:
         if self._busy:
             return self._counted(func(*args, **kwargs))
         if self._graph is None:
-            given = storage_keys(tensors_in((args, kwargs)))
-            if func._schema.name.removeprefix("aten::") not in SHAPING and not given <= self._pinned.keys():
+            of_host = storage_keys(tensors_in((args, kwargs))) <= self._pinned.keys()
+            if func._schema.name.removeprefix("aten::") not in SHAPING and not of_host:
                 self.finish(self._current[-1])
             return self._counted(func(*args, **kwargs))
         self._refuse(func, args, kwargs)
@@ -422,7 +422,7 @@ class FakeDevice:
         if name == "lift_fresh" and not self.assigns:
             raise _illegal(f"{func} makes a tensor of values of the host")
         if kwargs.get("pin_memory"):
-            raise _illegal(f"{func} allocates pinned memory")
+            raise _illegal(f"{func} of pinned memory")
 
     def _counted(self, result: Any) -> Any:
         """Charge fresh memory to the budget."""

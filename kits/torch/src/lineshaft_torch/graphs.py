@@ -22,7 +22,7 @@ from lineshaft_torch.device import Event, Graph, Pool
 from lineshaft_torch.program import DeviceArray, EagerProgram, ProgramBase, StepPending, TapeProgram
 from lineshaft_torch.recording import TapeCall
 from lineshaft_torch.schedule import Move, Piece, cut, moves_of, play
-from lineshaft_torch.session import typed_memory
+from lineshaft_torch.session import is_out_of_memory, typed_memory
 
 ATTENTION = frozenset({"attend", "latent_attend"})
 """Ops whose work depends on the lengths of a step: made anew by piecewise programs."""
@@ -91,6 +91,7 @@ class SubmittedProgram(ProgramBase):
         layer = self.session.layer
         with layer.on(layer.main):
             self._take_inputs(host)
+            self._take_arrays(given)
             began = layer.record(timing=True)
             outputs = self._run(given)
             ended = layer.record(timing=True)
@@ -101,6 +102,9 @@ class SubmittedProgram(ProgramBase):
         self._inputs.upload(host.buffer[: self._buffer.numel()])
         for prepare in self._prepares:
             prepare(host)
+
+    def _take_arrays(self, given: dict[str, torch.Tensor]) -> None:
+        """Put the arrays where the program reads them."""
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned: torch.Tensor = self.session.layer.pinned(tensor)
@@ -188,9 +192,9 @@ class GraphProgram(SubmittedProgram, TapeProgram):
         try:
             with layer.capture(pool) as graph, watch:
                 play(layer, moves, watch.begin)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise self._uncapturable(watch, error) from error
         return graph
 
@@ -204,13 +208,14 @@ class GraphProgram(SubmittedProgram, TapeProgram):
             'kernel, say in its recipe that it is not capturable, or set program = "tape"'
         )
 
+    def _take_arrays(self, given: dict[str, torch.Tensor]) -> None:
+        for name, tensor in given.items():
+            self.session.layer.copy(self._arrays[name], tensor)
+
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        layer = self.session.layer
-        for name, tensor in arrays.items():
-            layer.copy(self._arrays[name], tensor)
         for work in self._work:
             if isinstance(work, Sequence):
-                play(layer, work)
+                play(self.session.layer, work)
             else:
                 work.replay()
         return self._outputs

@@ -273,13 +273,19 @@ class TorchSession(SessionState):
             self.groups.close()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a device."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in said or "out of memory" in said
+
+
 @contextmanager
 def typed_memory(what: str) -> Iterator[None]:
     """Turn an allocation failure into OutOfMemory; torch tells it from its other errors by its words alone."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if not is_out_of_memory(error):
             raise
         text = " ".join(str(error).split())
         raise OutOfMemory(
