@@ -92,8 +92,8 @@ def write_kv(p: KVProblem) -> Operands:
 
 
 def rope_write_kv(p: RopeWriteProblem) -> Operands:
-    (cache, k, v, given), scales = write_kv(p.kv)
-    return (cache, zeros(p.dtype, p.rows, p.q_heads, p.head_dim), k, v, zeros("int32", p.rows), given), scales
+    (cache, k, v, given), _ = write_kv(p.kv)
+    return (cache, zeros(p.dtype, p.rows, p.q_heads, p.head_dim), k, v, zeros("int32", p.rows), given), {}
 
 
 def linear(p: LinearProblem) -> Operands:

@@ -117,7 +117,8 @@ def _attention(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Prob
         }  # fmt: skip
         written = KVProblem(dtype=dtype, rows=step.tokens, **cache)
         yield "write_kv", written
-        yield "rope_write_kv", RopeWriteProblem.of(rope, written)
+        if scheme == "none":
+            yield "rope_write_kv", RopeWriteProblem.of(rope, written)
         yield "attend", AttendProblem(
             dtype=dtype, q_heads=shape.q_heads, scale=shape.head**-0.5, tokens=step.tokens, rows=step.rows,
             pages=CONTEXT // PAGE, max_query=step.longest, **cache,
