@@ -28,7 +28,9 @@ from lineshaft.config import EngineConfig
 from lineshaft.config.load import variable
 from lineshaft.config.values import is_table
 from lineshaft.sampling.params import SamplingParams
+from lineshaft_conformance.matrix import load_matrix
 from lineshaft_conformance.mutants import gallery
+from lineshaft_conformance.report.matrix import document
 from lineshaft_contract.hooks import HookSpecs
 from lineshaft_contract.ops import OpSpec, all_ops
 from lineshaft_contract.problems import Problem
@@ -274,11 +276,15 @@ def mutants() -> str:
     return markdown(("Rule", "Mutant that breaks it", "Checks that kill it"), rows)
 
 
+def gpu_matrix() -> str:
+    return document(load_matrix(DOCS / "kernels" / "gpu-matrix.json"))
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops, "problems": problems, "hooks": hooks, "config": config, "sampling": sampling,
-    "commands": commands, "mutants": mutants,
+    "commands": commands, "mutants": mutants, "gpu_matrix": gpu_matrix,
     "cuda_options": partial(backend_options, "lineshaft_cuda.options:CudaOptions"),
     "rocm_options": partial(backend_options, "lineshaft_rocm.options:RocmOptions"),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from lineshaft_contract.problems import (
     PointwiseProblem,
     Problem,
     RopeProblem,
+    RopeWriteProblem,
     RouterProblem,
     SampleProblem,
 )
@@ -105,15 +106,19 @@ def _rows(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Problem]]
 
 def _attention(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Problem]]:
     heads: dict[str, Any] = {"q_heads": shape.q_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head}
-    yield "rope", RopeProblem(
+    rope = RopeProblem(
         dtype=dtype, dim=shape.head, base=shape.base, rows=step.tokens, max_position=CONTEXT, **heads
     )  # fmt: skip
+    yield "rope", rope
     for kv_dtype, scheme in ((dtype, "none"), ("float8_e4m3fn", "tensor")):
         cache: dict[str, Any] = {
             "kv_heads": shape.kv_heads, "qk_dim": shape.head, "v_dim": shape.head, "page_size": PAGE,
             "kv_dtype": kv_dtype, "kv_scheme": scheme,
         }  # fmt: skip
-        yield "write_kv", KVProblem(dtype=dtype, rows=step.tokens, **cache)
+        written = KVProblem(dtype=dtype, rows=step.tokens, **cache)
+        yield "write_kv", written
+        if scheme == "none":
+            yield "rope_write_kv", RopeWriteProblem.of(rope, written)
         yield "attend", AttendProblem(
             dtype=dtype, q_heads=shape.q_heads, scale=shape.head**-0.5, tokens=step.tokens, rows=step.rows,
             pages=CONTEXT // PAGE, max_query=step.longest, **cache,
