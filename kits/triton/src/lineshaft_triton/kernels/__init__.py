@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_triton.kernels import gated, norm, rows
+from lineshaft_triton.kernels import gated, logits, norm, rows
 from lineshaft_triton.targets import Target
 
-FAMILIES = (norm, gated, rows)
+FAMILIES = (norm, gated, rows, logits)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:
