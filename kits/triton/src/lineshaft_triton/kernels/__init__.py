@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_triton.kernels import norm
+from lineshaft_triton.kernels import gated, logits, norm, rows, sampling
 from lineshaft_triton.targets import Target
 
-FAMILIES = (norm,)
+FAMILIES = (norm, gated, rows, logits, sampling)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:
