@@ -8,7 +8,7 @@ from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.targets import Target
 
 if interpreting():
-    from lineshaft_triton.narrow_floats import correct_interpreter
+    from lineshaft_triton.corrected_interpreter import correct_interpreter
 
     correct_interpreter()
 

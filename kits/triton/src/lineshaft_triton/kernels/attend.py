@@ -156,6 +156,7 @@ def attend_kernel(
 
     # ---- out
     blind = peak == float("-inf")
+    total = tl.where(blind, 1.0, total)
     base = tl.where(blind, 0.0, peak)
     state = (token + query).to(tl.int64) * HEADS + head
     if SPLITS > 1:
@@ -164,13 +165,13 @@ def attend_kernel(
         tl.store(lse_ptr + state, tl.where(blind, float("-inf"), base + tl.log(total)), wanted)
     if SINKS:
         sink = tl.load(sinks_ptr + head, wanted, 0.0).to(tl.float32)
-        base = tl.maximum(peak, sink)
+        base = tl.where(blind, 0.0, tl.maximum(peak, sink))
         fade = tl.exp(peak - base)
         acc = acc * fade[:, None]
         total = total * fade + tl.exp(sink - base)
     out = tl.where(blind[:, None], 0.0, acc / total[:, None])
     if SPLITS > 1:
-        wanted = wanted & (peak > float("-inf"))
+        wanted = wanted & (peak != float("-inf"))
     out_at = out_ptr + state[:, None] * V_DIM + dv[None, :]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), wanted[:, None] & (dv < V_DIM)[None, :])
 

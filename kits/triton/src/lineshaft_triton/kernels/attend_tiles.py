@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Final
 
 from lineshaft_contract.problems import AttendProblem, itemsize
+from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.launch import Config
 from lineshaft_triton.targets import FN, FNUZ, Target
 
@@ -24,6 +25,10 @@ CORES: Final = MappingProxyType(
 WAVES: Final = 4
 """Programs for each multiprocessor up to which a context is split."""
 MOST_SPLITS: Final = 256
+INTERPRETED_N: Final = 64
+"""Keys of a tile, at least, and (INTERPRETED_CORES) what stands for the number of multiprocessors in the interpreter, where
+a tile costs the same whatever its size."""
+INTERPRETED_CORES: Final = 4
 
 _E5M2, _E5M2FNUZ = "float8_e5m2", "float8_e5m2fnuz"
 _OCP, _BOTH = frozenset({FN, _E5M2}), frozenset({FN, _E5M2, FNUZ, _E5M2FNUZ})
@@ -54,6 +59,7 @@ def tile(where: Target, kind: str, dtype: str, dim: int) -> Config | None:
     """The tile for heads of up to `dim` values computed in `dtype`, or None where none fits the target."""
     for known, targets, nbytes, most, m, n, warps, stages in _TABLE:
         if known == kind and where.name in targets.split() and nbytes == itemsize(dtype) and dim <= most:
+            n = max(n, INTERPRETED_N) if interpreting() else n
             unit = "mma" if where.unit in ("wgmma", "tcgen05") and m < MATRIX_ROWS else ""
             return Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages, unit=unit)
     return None
@@ -77,5 +83,6 @@ def splits(where: Target, config: Config, programs: int, keys: int) -> int:
     programs   those of a launch without splits
     keys       the most that a row may see
     """
-    wanted = -(-WAVES * CORES[where.name] // max(programs, 1))
+    cores = INTERPRETED_CORES if interpreting() else CORES[where.name]
+    wanted = -(-WAVES * cores // max(programs, 1))
     return max(1, min(wanted, -(-keys // config.block["BLOCK_N"]), MOST_SPLITS))
