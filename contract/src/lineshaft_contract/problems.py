@@ -158,6 +158,31 @@ class KVProblem(Problem):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeWriteProblem(RopeProblem, KVProblem):
+    """A rotation, and the cache that takes the rotated keys: the fields of both, those of one name once.
+
+    `head_dim` is `qk_dim`.
+    """
+
+    kv_heads: int
+
+    @classmethod
+    def of(cls, rope: RopeProblem, kv: KVProblem) -> RopeWriteProblem:
+        """The problem of the two; what both say of heads, rows and dtype is the cache's."""
+        return cls(**{**vars(rope), **vars(kv), "head_dim": kv.qk_dim})
+
+    @property
+    def rope(self) -> RopeProblem:
+        """The rotation alone."""
+        return RopeProblem(**{f.name: getattr(self, f.name) for f in fields(RopeProblem)})
+
+    @property
+    def kv(self) -> KVProblem:
+        """The cache alone."""
+        return KVProblem(**{f.name: getattr(self, f.name) for f in fields(KVProblem)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class StateProblem(Problem):
     """Per-sequence state of attention-free layers (reserved: no op reads it yet)."""
 

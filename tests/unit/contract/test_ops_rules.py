@@ -98,6 +98,26 @@ def heads_interleaved(p: Any, q: Any) -> Any:
     return q[:, order]
 
 
+def unturned(ref: Reference) -> Reference:
+    """The queries are turned and the keys are not."""
+    at_0 = arg(4, lambda p, at: at * 0)(ref)
+    return lambda p, *a, **k: (ref(p, *a, **k)[0], at_0(p, *a, **k)[1])
+
+
+def unturned_queries(ref: Reference) -> Reference:
+    """The keys are turned and the queries are not."""
+    at_0 = arg(4, lambda p, at: at * 0)(ref)
+    return lambda p, *a, **k: (at_0(p, *a, **k)[0], ref(p, *a, **k)[1])
+
+
+def in_order_of_slots(p: Any, given: StepArg) -> StepArg:
+    return StepArg({**given.arrays, f"slots.{p.group}": np.sort(given.arrays[f"slots.{p.group}"])}, given.shape)
+
+
+def turned_by_slots(ref: Reference) -> Reference:
+    return lambda p, *a, **k: ref(p, *a[:4], a[5].arrays[f"slots.{p.group}"], a[5], **k)
+
+
 ATTEND: dict[str, Break] = {
     "window one longer": problem(window=lambda p: p.window and p.window + 1),
     "window one shorter": problem(window=lambda p: p.window - 1 if p.window > 1 else p.window),
@@ -321,6 +341,21 @@ OTHERS: dict[str, dict[str, Break]] = {
         "the whole head turned": problem(dim=lambda p: p.head_dim if not p.scaling.freq_factors else p.dim),
         "angles in bfloat16": rope_angles_in_bfloat16,
         "positions count up": arg(2, lambda p, at: np.arange(at[0], at[0] + len(at), dtype=np.int32)),
+    },
+    "rope_write_kv": {
+        "k written as it came": unturned, "q as it came": unturned_queries,
+        "v turned too": arg(3, lambda p, v: None if v is None else v + 2**-8),
+        "in the order of the slots": arg(5, in_order_of_slots), "turned by their slots": turned_by_slots,
+        "group 0 for every group": problem(group=lambda p: 0),
+        "interleaved ignored": problem(interleaved=lambda p: False),
+        "not grown": problem(attention_factor=lambda p: 1.0),
+        "the whole head turned": problem(dim=lambda p: p.head_dim),
+        "padding to page 1": step(5, lambda a, g: {f"slots.{g}": np.maximum(a[f"slots.{g}"], 16)}),
+        "fp8 of the other flavour": result(lambda p, out: (out[0], other_flavour(out[1]))),
+        "keys in bfloat16": result(lambda p, out: (out[0], {
+            n: a.astype(ml_dtypes.bfloat16).astype(a.dtype) if n == "k" else a for n, a in out[1].items()
+        })),
+        "heads one late": arg(2, lambda p, k: np.roll(k, 1, 1)),
     },
     "merge_states": {
         "sinks once per part": keyword("sinks", lambda p, s: s + math.log(p.parts)),

@@ -22,6 +22,7 @@ from lineshaft_contract.problems import (
     PointwiseProblem,
     Problem,
     RopeProblem,
+    RopeWriteProblem,
     SampleProblem,
 )
 from lineshaft_contract.sessions import HostArray
@@ -85,6 +86,11 @@ def write_kv(p: KVProblem) -> Operands:
     return (pages(p, own + POOL), k, v, step(shape, p.group)), kv_scales(p)
 
 
+def rope_write_kv(p: RopeWriteProblem) -> Operands:
+    (cache, k, v, given), _ = write_kv(p.kv)
+    return (cache, zeros(p.dtype, p.rows, p.q_heads, p.head_dim), k, v, zeros("int32", p.rows), given), {}
+
+
 def linear(p: LinearProblem) -> Operands:
     weight = WeightArg(zeros(p.dtype, p.n, p.k), "linear")
     return (zeros(p.dtype, p.m, p.k), weight), {"bias": zeros(p.dtype, p.n)} if p.bias else {}
@@ -126,8 +132,8 @@ def argmax(p: SampleProblem) -> Operands:
 
 
 MAKERS: Mapping[str, Callable[[Any], Operands]] = {
-    "attend": attend, "write_kv": write_kv, "linear": linear, "head_linear": head_linear, "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm, "rope": rope, "add": add, "silu_mul": gated, "gelu_mul": gated, "embed": embed,
-    "argmax": argmax,
+    "attend": attend, "write_kv": write_kv, "rope_write_kv": rope_write_kv, "linear": linear,
+    "head_linear": head_linear, "rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": rope, "add": add,
+    "silu_mul": gated, "gelu_mul": gated, "embed": embed, "argmax": argmax,
 }  # fmt: skip
 """Who makes the operands of an op's problem."""
