@@ -24,6 +24,7 @@ from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_torch.pages import SLOTS_LAYOUT
 from lineshaft_triton.kernels.attend_tiles import CHUNK, DECODE, splits, tile, unreadable
 from lineshaft_triton.kernels.merge import merge
+from lineshaft_triton.kernels.write import dense_rows
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import SPECIAL, TRITON
 from lineshaft_triton.targets import Target
@@ -35,6 +36,16 @@ WIDE_HEAD = 256
 """Head sizes above it are held in two parts, a power of two and what is left."""
 MOST_ROWS = 1024
 """Entries of query_starts that a program looks through at once."""
+
+
+@triton.jit
+def cells(at, seen, d, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys or values [BLOCK_N, D] at pointers `at`, 0 where they are not seen: what lies there may be NaN."""
+    if DIM == BLOCK:
+        x = tl.load(at, seen[:, None], 0.0)
+    else:
+        x = tl.load(at, seen[:, None] & (d < DIM)[None, :], 0.0)
+    return x
 
 
 @triton.jit
@@ -122,14 +133,14 @@ def attend_kernel(
         if PAGE % BLOCK_N == 0:  # the whole tile lies on one page
             page = tl.load(row_table + n // (PAGE // BLOCK_N))
         else:
-            page = tl.load(row_table + at // PAGE, at < highest, 0)
+            page = tl.load(row_table + tl.minimum(at // PAGE, pages - 1))
         seen = (at >= lowest) & (at < tl.where(page != 0, highest, 0))  # page 0 holds no key
         slot = (page.to(tl.int64) * PAGE + at % PAGE) * KV_HEADS + kv_head
         k_row = k_ptr + slot[:, None] * QK_DIM
-        k = tl.load(k_row + d[None, :], seen[:, None] & (d < QK_DIM)[None, :], 0.0).to(q.dtype)
+        k = cells(k_row + d[None, :], seen, d, QK_DIM, BLOCK_D).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if TAIL_D:
-            k_tail = tl.load(k_row + tail[None, :], seen[:, None] & (tail < QK_DIM)[None, :], 0.0).to(q.dtype)
+            k_tail = cells(k_row + tail[None, :], seen, tail, QK_DIM, BLOCK_D + TAIL_D).to(q.dtype)
             scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
         scores = scores * scale
         if SOFTCAP:
@@ -151,7 +162,7 @@ def attend_kernel(
             v = k
         else:
             v_row = v_ptr + slot[:, None] * V_DIM
-            v = tl.load(v_row + dv[None, :], seen[:, None] & (dv < V_DIM)[None, :], 0.0).to(q.dtype)
+            v = cells(v_row + dv[None, :], seen, dv, V_DIM, BLOCK_V).to(q.dtype)
         acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision="ieee")
 
     # ---- out
@@ -273,7 +284,7 @@ def bind_attend(where: Target, kind: str, problem: AttendProblem, session: Any) 
         q: torch.Tensor, cache: Cache, step: StepInputs, *, sinks: torch.Tensor | None = None, out: Any = None
     ) -> Any:
         """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse f32[T, Hq])."""
-        q = _rows(q)
+        q = dense_rows(q)
         result, lse = _results(problem, q, out)
         if chosen.splits == 1:
             given = {} if sinks is None else {"sinks": sinks}
@@ -285,11 +296,6 @@ def bind_attend(where: Target, kind: str, problem: AttendProblem, session: Any) 
         return result if lse is None else (result, lse)
 
     return attend
-
-
-def _rows(q: torch.Tensor) -> torch.Tensor:
-    """q [T, H, D] itself where the heads of a token lie dense, else a dense copy."""
-    return q if q.stride()[1:] == (q.shape[2], 1) or q.is_contiguous() else q.contiguous()
 
 
 def _results(problem: AttendProblem, q: torch.Tensor, out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
