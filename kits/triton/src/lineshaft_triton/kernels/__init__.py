@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_triton.kernels import attend, merge, norm, rope, write
+from lineshaft_triton.kernels import attend, merge, norm, pages, rope, write
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.targets import Target
 
@@ -12,7 +12,7 @@ if interpreting():
 
     correct_interpreter()
 
-FAMILIES = (attend, merge, norm, rope, write)
+FAMILIES = (attend, merge, norm, pages, rope, write)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:

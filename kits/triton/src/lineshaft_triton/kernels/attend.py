@@ -39,6 +39,16 @@ MOST_ROWS = 1024
 
 
 @triton.jit
+def pages_of(row_table, n, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each key of tile n, or the one page of them all; some page for keys beyond the table."""
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(row_table + tl.minimum(n // (PAGE // BLOCK_N), pages - 1))
+    else:
+        page = tl.load(row_table + tl.minimum((n * BLOCK_N + tl.arange(0, BLOCK_N)) // PAGE, pages - 1))
+    return page
+
+
+@triton.jit
 def cells(at, seen, d, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Keys or values [BLOCK_N, D] at pointers `at`, 0 where they are not seen: what lies there may be NaN."""
     if DIM == BLOCK:
@@ -128,14 +138,12 @@ def attend_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     dv = tl.arange(0, BLOCK_V)
     row_table = table_ptr + row.to(tl.int64) * pages
+    page = pages_of(row_table, begin, pages, PAGE, BLOCK_N)
     for n in range(begin, end):
         at = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        if PAGE % BLOCK_N == 0:  # the whole tile lies on one page
-            page = tl.load(row_table + n // (PAGE // BLOCK_N))
-        else:
-            page = tl.load(row_table + tl.minimum(at // PAGE, pages - 1))
         seen = (at >= lowest) & (at < tl.where(page != 0, highest, 0))  # page 0 holds no key
         slot = (page.to(tl.int64) * PAGE + at % PAGE) * KV_HEADS + kv_head
+        page = pages_of(row_table, n + 1, pages, PAGE, BLOCK_N)  # of the next tile, whose keys wait for it
         k_row = k_ptr + slot[:, None] * QK_DIM
         k = cells(k_row + d[None, :], seen, d, QK_DIM, BLOCK_D).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
