@@ -1,9 +1,9 @@
 """Corrects what Triton's interpreter gets wrong about narrow floats, and spares it work that it repeats.
 
-As of Triton 3.9 it narrows float32 to bfloat16 by cutting bits off, loses the carry where rounding reaches the next power
-of two, reads infinities and NaN of eight bits as numbers, and multiplies the bit patterns of bfloat16 tiles as integers.
-It also prepares the language anew for every call of a function such as `tl.sum`, and computes every sum of int32 a second
-time in int64; together that is half of its time. Knows no kernel.
+As of Triton 3.9 it narrows float32 to bfloat16 by cutting bits off, loses the carry where rounding reaches the next
+power of two, reads infinities and NaN of eight bits as numbers, and multiplies the bit patterns of bfloat16 tiles as
+integers. It also prepares the language anew for every call of a function such as `tl.sum`, and computes every sum of
+int32 a second time in int64; together that is half of its time. Knows no kernel.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_triton.kernels import attend, merge, norm, pages, rope, write
 from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.kernels import attend, merge, norm, pages, rope, write
 from lineshaft_triton.targets import Target
 
 if interpreting():

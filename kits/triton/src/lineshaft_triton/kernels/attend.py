@@ -51,11 +51,8 @@ def pages_of(row_table, n, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def cells(at, seen, d, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Keys or values [BLOCK_N, D] at pointers `at`, 0 where they are not seen: what lies there may be NaN."""
-    if DIM == BLOCK:
-        x = tl.load(at, seen[:, None], 0.0)
-    else:
-        x = tl.load(at, seen[:, None] & (d < DIM)[None, :], 0.0)
-    return x
+    there = seen[:, None] if DIM == BLOCK else seen[:, None] & (d < DIM)[None, :]
+    return tl.load(at, there, 0.0)
 
 
 @triton.jit
@@ -102,10 +99,7 @@ def attend_kernel(
         return
     row = tl.minimum(row, rows - 1)
     context = tl.where(padding, 0, tl.load(lens_ptr + row))
-    if DECODE:
-        position = context - 1
-    else:
-        position = context - stop + token
+    position = context - 1 if DECODE else context - stop + token
 
     # ---- queries
     m = tl.arange(0, BLOCK_M)
@@ -239,10 +233,7 @@ def plan(where: Target, kind: str, problem: AttendProblem, config: Config) -> Pl
     group = problem.q_heads // problem.kv_heads
     block_g = min(group, config.block["BLOCK_M"])
     queries = config.block["BLOCK_M"] // block_g
-    if kind == DECODE:
-        tiles = max(problem.rows, problem.tokens)
-    else:
-        tiles = problem.tokens // queries + problem.rows + 1
+    tiles = max(problem.rows, problem.tokens) if kind == DECODE else problem.tokens // queries + problem.rows + 1
     heads = problem.kv_heads * triton.cdiv(group, block_g)
     keys = problem.pages * problem.page_size
     if problem.window:
@@ -260,7 +251,7 @@ def supports(where: Target, kind: str, problem: AttendProblem) -> str | None:
         return "accumulates in float32, which is too narrow for float64"
     if kind == DECODE and problem.max_query != 1:
         return f"takes steps of one query a row, not of {problem.max_query}"
-    block_d, tail, block_v = head_blocks(problem)
+    block_d, _, block_v = head_blocks(problem)
     if problem.value_in_key and block_v != block_d:
         return f"takes values of {problem.v_dim} in keys of {problem.qk_dim} only where one power of two holds both"
     if tile_of(where, kind, problem) is None:
@@ -277,15 +268,15 @@ def bind_attend(where: Target, kind: str, problem: AttendProblem, session: Any) 
         "CAUSAL": problem.causal, "WINDOW": problem.window, "SOFTCAP": problem.softcap != 0.0,
         "SHARED": problem.value_in_key, "SPLITS": chosen.splits,
     }  # fmt: skip
-    constexprs = {**chosen.constexprs, **features}
-    start = partial(launch, session, attend_kernel, chosen.grid, config, expects=where.expects(problem.dtype, config.unit))
+    constexprs: dict[str, Any] = {**chosen.constexprs, **features}
+    expects = where.expects(problem.dtype, config.unit)
 
-    def run(out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, cache: Cache, step: StepInputs, **given: Any) -> None:
-        view, k = step.groups[problem.group], cache.arrays["k"]
-        start(
-            out, lse, q, k, cache.arrays.get("v", k), view.page_table, view.context_lens, step.query_starts,
-            given.pop("sinks", q), q.stride(0), q.shape[0], problem.rows, problem.pages, problem.scale, problem.softcap,
-            **given, **constexprs,
+    def run(out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, cache: Cache, step: StepInputs, **more: Any) -> None:
+        view, k, sinks = step.groups[problem.group], cache.arrays["k"], more.pop("sinks", q)
+        launch(
+            session, attend_kernel, chosen.grid, config, out, lse, q, k, cache.arrays.get("v", k), view.page_table,
+            view.context_lens, step.query_starts, sinks, q.stride(0), q.shape[0], problem.rows, problem.pages,
+            problem.scale, problem.softcap, expects=expects, **more, **constexprs,
         )  # fmt: skip
 
     def attend(

@@ -26,8 +26,8 @@ WAVES: Final = 4
 """Programs for each multiprocessor up to which a context is split."""
 MOST_SPLITS: Final = 256
 INTERPRETED_N: Final = 64
-"""Keys of a tile, at least, and (INTERPRETED_CORES) what stands for the number of multiprocessors in the interpreter, where
-a tile costs the same whatever its size."""
+"""Keys of a tile, at least, and (INTERPRETED_CORES) what stands for the number of multiprocessors in the interpreter,
+where a tile costs the same whatever its size."""
 INTERPRETED_CORES: Final = 4
 
 _E5M2, _E5M2FNUZ = "float8_e5m2", "float8_e5m2fnuz"

@@ -1,5 +1,5 @@
-"""Merging attention states over disjoint keys (FlashAttention's rescaling, Dao et al., 2022): the op `merge_states`, and
-the last step of an attention that was split over its context. Knows no cache."""
+"""Merging attention states over disjoint keys (FlashAttention's rescaling, Dao et al., 2022): the op `merge_states`,
+and the last step of an attention that was split over its context. Knows no cache."""
 
 from __future__ import annotations
 

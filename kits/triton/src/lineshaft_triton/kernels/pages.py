@@ -1,5 +1,5 @@
-"""Moving pages and slots of a cache of the "slots" layout, as the bytes that they are: to an array, from one, and within
-the cache, where all reads come before all writes."""
+"""Moving pages and slots of a cache of the "slots" layout, as the bytes that they are: to an array, from one, and
+within the cache, where all reads come before all writes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from lineshaft_triton.priority import TRITON
 from lineshaft_triton.targets import Target
 
 VALUES = 1024
-"""Values of keys, and as many of values, that a program stores: small programs, so that a step of few tokens has many."""
+"""Values of keys, and as many of values, that a program stores: few, so that a step of few tokens has many programs."""
 INTERPRETED_VALUES = 1 << 18
 
 
