@@ -1,4 +1,5 @@
-"""The packing of weights quantized row by row, from whatever the checkpoint stores; the rule is the contract's."""
+"""The packing of weights quantized row by row, from whatever the checkpoint stores; the rule is the contract's. And
+what a packing makes of shapes alone."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from lineshaft_contract.kernels import Pack
 from lineshaft_contract.ops.quantize import quantize_rows, weight_scheme
 from lineshaft_contract.ops.spec import HostArray, numpy_dtype
 from lineshaft_contract.schemes import check_parts, dequantize
-from lineshaft_contract.weights import Local, Param
+from lineshaft_contract.weights import Local, Param, Stored
 
 
 def pack_rows(scheme: str) -> Pack:
@@ -29,3 +30,9 @@ def pack_rows(scheme: str) -> Pack:
         return {"q": q, "scale": scale}
 
     return pack
+
+
+def empty_share(param: Param) -> Local:
+    """A share of zeros that takes no memory, to learn a packing's shapes from."""
+    zero = np.zeros((), numpy_dtype(param.dtype))
+    return Local((Stored("none", param.shape, {"data": np.broadcast_to(zero, param.shape)}),))

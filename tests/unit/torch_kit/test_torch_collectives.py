@@ -16,7 +16,7 @@ from lineshaft.errors import ContractViolation
 from lineshaft_contract.backends import World
 from lineshaft_contract.ops import all_ops
 from lineshaft_contract.ops.run import compare, operand
-from lineshaft_torch.collectives import Group, ProcessGroups, gloo_group, members_of
+from lineshaft_torch.collectives import GLOO, Group, ProcessGroups, members_of
 
 TIMEOUT_S = 60
 OPS = {name: spec for name, spec in all_ops().items() if spec.collective}
@@ -133,7 +133,7 @@ def test_a_missing_rank_is_a_dead_worker_within_the_timeout(tmp_path: Path) -> N
 def test_an_axis_of_one_hands_its_input_back(tmp_path: Path) -> None:
     import torch
 
-    group = ProcessGroups(World(), gloo_group, 1.0).group("tp")
+    group = ProcessGroups(World(), GLOO, 1.0).group("tp")
     x = torch.ones(3, 2)
     results = [
         group.all_reduce(x), group.all_gather(x, 0), group.reduce_scatter(x, 0), group.all_to_all(x, 0, 1),
