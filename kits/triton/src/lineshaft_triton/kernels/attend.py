@@ -221,12 +221,13 @@ def head_blocks(problem: AttendProblem) -> tuple[int, int, int]:
 
 def tile_of(where: Target, kind: str, problem: AttendProblem) -> Config | None:
     """The tile for a problem's heads. Steps whose rows have few queries take the small tile of decoding."""
-    block_d, _, block_v = head_blocks(problem)
-    small = tile(where, DECODE, problem.dtype, max(block_d, block_v))
+    block_d, tail, block_v = head_blocks(problem)
+    dim = max(block_d + tail, block_v)
+    small = tile(where, DECODE, problem.dtype, dim)
     queries = problem.max_query * (problem.q_heads // problem.kv_heads)
     if kind == DECODE or (small and 0 < queries <= small.block["BLOCK_M"]):
         return small
-    return tile(where, CHUNK, problem.dtype, max(block_d, block_v))
+    return tile(where, CHUNK, problem.dtype, dim)
 
 
 def plan(where: Target, kind: str, problem: AttendProblem, config: Config) -> Plan:
@@ -251,7 +252,9 @@ def supports(where: Target, kind: str, problem: AttendProblem) -> str | None:
         return "accumulates in float32, which is too narrow for float64"
     if kind == DECODE and problem.max_query != 1:
         return f"takes steps of one query a row, not of {problem.max_query}"
-    block_d, _, block_v = head_blocks(problem)
+    block_d, tail, block_v = head_blocks(problem)
+    if tail and not problem.value_in_key:
+        return f"takes keys of at most {WIDE_HEAD} values, or more where values are part of them; not {problem.qk_dim}"
     if problem.value_in_key and block_v != block_d:
         return f"takes values of {problem.v_dim} in keys of {problem.qk_dim} only where one power of two holds both"
     if tile_of(where, kind, problem) is None:
