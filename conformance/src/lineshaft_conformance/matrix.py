@@ -6,8 +6,8 @@ Knows no backend; all of it is *compiled-only*.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,12 @@ from typing import Any
 from lineshaft.errors import InvalidValue
 
 COMPILED, DECLINES, FAILS = "compiled", "declines", "fails"
+NEVER = ("spills", "stack_bytes")
+"""Figures that do not rise from 0 unnoticed."""
+GROWTH: Mapping[str, tuple[float, int]] = {"registers": (0.1, 8), "shared_bytes": (0.1, 1024)}
+"""Figures that do not grow by more than both this share and this many: another version of a compiler moves them too."""
+CLASSES = "found"
+"""The figure that joins classes of instructions by "+", none of which is lost unnoticed."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,27 @@ class Cell:
             return self.reason
         bad = [problem for problem in self.problems if problem["outcome"] != COMPILED]
         first = next((problem for problem in bad if problem["outcome"] == self.outcome), next(iter(bad), None))
-        return f"{first['id']} [{first['problem']}]: {first['reason']}" if first else "there is no problem to try it on"
+        if first is None:
+            return "there is no problem to try it on"
+        return f"{first['id']} [{first['problem']}]: {first['reason']}" if first["id"] else str(first["reason"])
+
+    def worse(self, before: Cell) -> Iterator[str]:
+        """What is worse than before about the first problem that compiled then."""
+        was = before.compiled[0]
+        now = next((problem for problem in self.compiled if problem["problem"] == was["problem"]), None)
+        if now is None:
+            yield f"does not compile [{was['problem']}] any more"
+            return
+        old, new = was["figures"], now["figures"]
+        for name in NEVER:
+            if old.get(name) == 0 and new.get(name, 0) > 0:
+                yield f"{name} rose from 0 to {new[name]} [{was['problem']}]"
+        for name, (share, least) in GROWTH.items():
+            if name in old and name in new and new[name] - old[name] > max(least, share * old[name]):
+                yield f"{name} grew from {old[name]} to {new[name]} [{was['problem']}]"
+        lost = {*str(old.get(CLASSES, "none")).split("+")} - {*str(new.get(CLASSES, "none")).split("+"), "none"}
+        if lost:
+            yield f"{', '.join(sorted(lost))} is not in its code any more [{was['problem']}]"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "outcome": self.outcome}
@@ -57,7 +83,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """All cells of a run, kernel by kernel; `columns` are the keys of figures that the toolchain adds."""
+    """All cells of a run, kernel by kernel; `columns` are the keys of figures that the toolchain adds. `backend` names
+    several as "a, b"."""
 
     backend: str
     options: Mapping[str, Any]
@@ -80,8 +107,20 @@ class Matrix:
         taken = {cell.kernel for cell in self.cells if cell.outcome != DECLINES}
         return tuple(name for name in self.kernels if name not in taken)
 
+    def count(self, outcome: str) -> int:
+        return sum(cell.outcome == outcome for cell in self.cells)
+
+    def why(self, cell: Cell) -> str:
+        """A cell's reason; of one that declines, for the problem that another target takes, if there is one."""
+        if cell.outcome != DECLINES:
+            return cell.why
+        taken = [c.compiled[0]["problem"] for c in self.cells if c.kernel == cell.kernel and c.outcome == COMPILED]
+        asked = (problem for problem in cell.problems if problem["problem"] in taken)
+        return next((str(problem["reason"]) for problem in asked), cell.why)
+
     def regressions(self, before: Matrix, only: Sequence[str] = ()) -> tuple[str, ...]:
-        """A line for each kernel that compiled before, for a target that is asked for now too, and does not now.
+        """A line for each kernel that compiled before, for a target that is asked for now too, and does not now, or
+        whose code is worse by NEVER, GROWTH or CLASSES.
 
         `only`: names or shell patterns of the kernels that are asked for.
         """
@@ -92,8 +131,10 @@ class Matrix:
             if asked and cell.outcome == COMPILED and cell.target in self.targets:
                 found = now.get((cell.kernel, cell.target))
                 if found is None or found.outcome != COMPILED:
-                    said = "there is no such kernel" if found is None else f"it {found.outcome}: {found.why}"
+                    said = "there is no such kernel" if found is None else f"it {found.outcome}: {self.why(found)}"
                     lines.append(f"{cell.kernel} compiled for {cell.target}, and now {said}")
+                else:
+                    lines += [f"{cell.kernel} for {cell.target}: {text}" for text in found.worse(cell)]
         return tuple(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -103,11 +144,49 @@ class Matrix:
             "cells": [cell.to_json() for cell in self.cells],
         }  # fmt: skip
 
+    def brief(self) -> str:
+        """A table in JSON, a line for each cell: the figures of the first problem that compiled, or a reason. It holds
+        nothing of the machine, and `load_matrix` reads it too."""
+        head = {
+            "backend": self.backend, "evidence": "compiled-only", "targets": self.targets, "columns": self.columns,
+            "versions": self.facts.get("requires", {}),
+        }  # fmt: skip
+        lines = ",\n".join(f"  {json.dumps(self._line(cell))}" for cell in self.cells)
+        return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
+
+    def _line(self, cell: Cell) -> dict[str, Any]:
+        line = {"kernel": cell.kernel, "op": cell.op, "target": cell.target}
+        if cell.outcome != COMPILED:
+            return {**line, cell.outcome: self.why(cell)}
+        first = cell.compiled[0]
+        return (
+            line
+            | {"problem": first["problem"]}
+            | {n: first["figures"][n] for n in self.columns if n in first["figures"]}
+        )
+
+
+def joined(parts: Sequence[Matrix]) -> Matrix:
+    """One matrix of several backends' matrices, kernel by kernel."""
+    kernels = list(dict.fromkeys(name for part in parts for name in part.kernels))
+    cells = sorted((cell for part in parts for cell in part.cells), key=lambda cell: kernels.index(cell.kernel))
+    return Matrix(
+        ", ".join(part.backend for part in parts),
+        {name: value for part in parts for name, value in part.options.items()},
+        tuple(dict.fromkeys(target for part in parts for target in part.targets)),
+        tuple(dict.fromkeys(name for part in parts for name in part.columns)),
+        tuple(cells),
+        {**parts[0].facts, "requires": {n: v for part in parts for n, v in part.facts.get("requires", {}).items()}},
+    )
+
 
 def load_matrix(file: Path) -> Matrix:
-    """A matrix that was stored. Raises InvalidValue."""
+    """A matrix that was stored, whole or as a table (`Matrix.brief`). Raises InvalidValue."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
+        if "rows" in data:
+            facts, cells = {"requires": data["versions"]}, [row_cell(row) for row in data["rows"]]
+            return Matrix(data["backend"], {}, tuple(data["targets"]), tuple(data["columns"]), tuple(cells), facts)
         cells = [
             Cell(**{name: item[name] for name in ("kernel", "op", "target", "reason", "seconds")},
                  problems=tuple(item["problems"]))
@@ -120,5 +199,16 @@ def load_matrix(file: Path) -> Matrix:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidValue(
             f"{file} holds no matrix ({type(error).__name__}: {error}); give a file that "
-            "`lineshaft kernels compile --out` has written"
+            "`lineshaft kernels compile --out` or `--table` has written"
         ) from error
+
+
+def row_cell(row: Mapping[str, Any]) -> Cell:
+    """The cell of a table's line."""
+    cell = Cell(row["kernel"], row["op"], row["target"])
+    if FAILS in row:
+        return replace(cell, reason=row[FAILS])
+    if DECLINES in row:
+        return replace(cell, problems=({"id": "", "problem": "", "outcome": DECLINES, "reason": row[DECLINES]},))
+    figures = {name: value for name, value in row.items() if name not in ("kernel", "op", "target", "problem")}
+    return replace(cell, problems=({"id": "", "problem": row["problem"], "outcome": COMPILED, "figures": figures},))

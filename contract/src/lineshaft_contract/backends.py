@@ -163,7 +163,12 @@ class Toolchain(Protocol):
         ...
 
     def columns(self) -> Sequence[str]:
-        """The keys of `CaptureReport.details`, in the order in which to show them."""
+        """The keys of `CaptureReport.details`, in the order in which to show them.
+
+        Some mean the same on every backend. `expected` and `found` are classes of matrix instructions, joined by "+" or
+        "none": those stated before compiling, and those in the code, which have to be among them. `spills` (registers)
+        and `stack_bytes` are 0 unless `default` is "no": the program has a configuration that no plan takes unasked.
+        """
         ...
 
     def problems(self, kernel: Kernel) -> Sequence[Problem]:

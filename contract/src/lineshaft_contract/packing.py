@@ -1,4 +1,7 @@
-"""The packings of quantized weights, from whatever the checkpoint stores; the rules are those of `ops.quantize`."""
+"""The packings of quantized weights, from whatever the checkpoint stores; the rules are those of `ops.quantize`.
+
+And what a packing makes of shapes alone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from lineshaft_contract.ops.spec import HostArray, numpy_dtype
 from lineshaft_contract.problems import LinearProblem
 from lineshaft_contract.schemes import check_parts, dequantize
 from lineshaft_contract.sessions import Packing
-from lineshaft_contract.weights import Local, Param
+from lineshaft_contract.weights import Local, Param, Stored
 
 
 def weight_packing(scheme: str) -> Packing:
@@ -80,3 +83,9 @@ def _parts(param: Param, local: Local) -> Iterator[tuple[slice, HostArray]]:
         rows = slice(first, first + part.shape[0])
         yield rows, dequantize(part, param.dtype)
         first = rows.stop
+
+
+def empty_share(param: Param) -> Local:
+    """A share of zeros that takes no memory, to learn a packing's shapes from."""
+    zero = np.zeros((), numpy_dtype(param.dtype))
+    return Local((Stored("none", param.shape, {"data": np.broadcast_to(zero, param.shape)}),))

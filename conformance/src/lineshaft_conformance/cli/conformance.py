@@ -78,8 +78,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     soak.add_argument("--repeat", metavar="N", type=positive, help="instead: the whole smoke set, N times, one seed")
 
 
-def backend_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--backend", metavar="NAME", required=True, help="a backend that `lineshaft backends` lists")
+def backend_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
+    text = "a backend that `lineshaft backends` lists"
+    further = "" if required else " (default: all that compile ahead of time)"
+    parser.add_argument("--backend", metavar="NAME", required=required, help=f"{text}{further}")
     parser.add_argument("--backend-option", metavar="KEY=VALUE", action="append", default=[], help="repeatable")
 
 

@@ -26,34 +26,56 @@ if TYPE_CHECKING:
 HELP = "list a backend's kernels, or compile them for devices that are not here"
 EPILOG = """exit status:
   0    done
-  1    a kernel fails to compile, or one that compiled in the matrix of --against does not now
+  1    a kernel fails to compile, or is worse than in the matrix of --against: it does not compile any more, spills
+       registers where it spilled none, has lost a class of matrix instructions, or takes more registers or shared
+       memory, by more than a tenth and more than 8 registers or 1 KiB
   2    the command line or a configuration is wrong, or the backend does not load
   130  interrupted
 """
 PASSED, FAILED = 0, 1
+STORED = ("out", "table", "markdown")
+"""Options that name a file to write."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="act", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> ArgumentParser:
+    def command(name: str, text: str, *, required: bool = True) -> ArgumentParser:
         made = commands.add_parser(
             name, help=text, description=text, allow_abbrev=False, epilog=EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        backend_arguments(made)
+        backend_arguments(made, required=required)
         made.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return made
 
     command("list", "list the kernels of a backend: what each is for, and what it handles")
-    add = command("compile", "compile every kernel for every target, without the device").add_argument
-    add("--targets", metavar="A,B", action="append", default=[], help="names or shell patterns (default: all targets)")
+    text = "compile every kernel for every target, without the device"
+    add = command("compile", text, required=False).add_argument
+    add(
+        "--targets",
+        metavar="A,B",
+        action="append",
+        default=[],
+        help="names or shell patterns, of any backend (default: all targets)",
+    )
     add("--kernels", metavar="A,B", action="append", default=[], help="names or shell patterns (default: all kernels)")
+    add(
+        "--problems", choices=("first", "real", "all"), default="all",
+        help="compile each kernel for the first problem that it takes, those of real models, or its op's cases too "
+        "(default)",
+    )  # fmt: skip
     add("--jobs", metavar="N", type=positive, help="processes at a time (default: all CPUs)")
     add("--limit", metavar="S", type=limit, help="seconds for each kernel and target (default 1800)")
     add("--out", metavar="FILE", type=Path, help="store the matrix with every problem as JSON")
+    add(
+        "--table",
+        metavar="FILE",
+        type=Path,
+        help="store a line for each kernel and target as JSON, to keep and compare",
+    )
     add("--markdown", metavar="FILE", type=Path, help="store the table, with reasons, as Markdown")
-    add("--against", metavar="FILE", type=Path, help="fail where a kernel compiled in this matrix and does not now")
+    add("--against", metavar="FILE", type=Path, help="fail where a kernel is worse than in this matrix or table")
 
 
 def run(args: Namespace) -> int:
@@ -64,6 +86,21 @@ def target(args: Namespace) -> Target:
     from lineshaft_conformance.subject import Target
 
     return Target(args.backend, dict(pairs("--backend-option", args.backend_option)))
+
+
+def targets(args: Namespace) -> list[Target]:
+    """The backend that is asked for, or all that compile ahead of time. Raises InvalidValue."""
+    if args.backend is not None:
+        return [target(args)]
+    from lineshaft.registry import discover
+    from lineshaft_conformance.subject import Target
+
+    if args.backend_option:
+        raise InvalidValue("--backend-option without --backend: name the backend that it is for")
+    found = [Target(info.name) for info in discover().backends.values() if info.toolchain]
+    if not found:
+        raise InvalidValue("no installed backend compiles ahead of time; install one, such as lineshaft-cuda")
+    return found
 
 
 def act_list(args: Namespace) -> int:
@@ -104,12 +141,12 @@ def act_compile(args: Namespace) -> int:
     from lineshaft_conformance.runner.matrix import compile_matrix
 
     before = load_matrix(args.against) if args.against else None
-    for option in ("out", "markdown"):
+    for option in STORED:
         if file := getattr(args, option):
             check_writable(file, f"--{option}")
     devices, kernels = names(args.targets), names(args.kernels)
     with Bar() as bar:
-        matrix = compile_matrix(target(args), devices, kernels, args.jobs, args.limit, bar)
+        matrix = compile_matrix(targets(args), devices, kernels, args.problems, args.jobs, args.limit, bar)
     store(matrix, args)
     print(json.dumps(matrix.to_json(), indent=2) if args.json else text(matrix))
     worse = () if before is None else matrix.regressions(before, kernels)
@@ -131,5 +168,7 @@ def store(matrix: Matrix, args: Namespace) -> None:
 
     if args.out:
         args.out.write_text(json.dumps(matrix.to_json(), indent=1) + "\n", encoding="utf-8")
+    if args.table:
+        args.table.write_text(matrix.brief(), encoding="utf-8")
     if args.markdown:
         args.markdown.write_text(markdown(matrix), encoding="utf-8")

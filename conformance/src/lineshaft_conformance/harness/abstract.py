@@ -12,17 +12,22 @@ import numpy as np
 
 from lineshaft_conformance.harness.op_case import cache_problem
 from lineshaft_contract.ops import Case
+from lineshaft_contract.ops.checks import wide
+from lineshaft_contract.ops.logits import EDITS
 from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg, numpy_dtype
 from lineshaft_contract.problems import (
     AttendProblem,
     EmbedProblem,
+    ExpertProblem,
     KVProblem,
     LinearProblem,
+    MergeProblem,
     NormProblem,
     PointwiseProblem,
     Problem,
     RopeProblem,
     RopeWriteProblem,
+    RouterProblem,
     SampleProblem,
 )
 from lineshaft_contract.sessions import HostArray
@@ -127,13 +132,95 @@ def embed(p: EmbedProblem) -> Operands:
     return (zeros("int32", p.rows), table, zeros("int32", 1)), {}
 
 
+def gather_rows(p: PointwiseProblem) -> Operands:
+    return (zeros(p.dtype, max(1, p.rows), p.width), zeros("int32", p.rows)), {}
+
+
+def merge_rows(p: PointwiseProblem) -> Operands:
+    return (zeros(p.dtype, p.rows, p.width), zeros(p.dtype, 1, p.width), zeros("int32", p.rows)), {}
+
+
+def merge_states(p: MergeProblem) -> Operands:
+    lead = (p.parts, p.rows, p.heads)
+    given = {"sinks": zeros(p.dtype, p.heads)} if p.sinks else {}
+    return (zeros(p.dtype, *lead, p.v_dim), zeros(wide(p.dtype), *lead)), given
+
+
+def router_topk(p: RouterProblem) -> Operands:
+    return (zeros(p.dtype, p.rows, p.experts),), {}
+
+
+def experts(p: ExpertProblem) -> tuple[tuple[WeightArg, WeightArg], dict[str, HostArray]]:
+    """w13 and w2, and their biases."""
+    sizes = {"w13": (2 * p.width, p.hidden), "w2": (p.hidden, p.width)}
+    w13, w2 = (WeightArg(zeros(p.dtype, p.local, *size), "experts") for size in sizes.values())
+    biases = {f"{name}_bias": zeros(p.dtype, p.local, size[0]) for name, size in sizes.items()}
+    return (w13, w2), biases if p.bias else {}
+
+
+def expert_mlp(p: ExpertProblem) -> Operands:
+    weights, given = experts(p)
+    ids, probs = zeros("int32", p.rows, p.k), zeros(wide(p.dtype), p.rows, p.k)
+    return (zeros(p.dtype, p.rows, p.hidden), ids, probs, *weights, zeros("int32", p.experts)), given
+
+
+def grouped_mlp(p: ExpertProblem) -> Operands:
+    weights, given = experts(p)
+    return (zeros(p.dtype, p.rows, p.hidden), *weights, zeros("int32", p.local + 1)), given
+
+
+def moe_dispatch(p: ExpertProblem) -> Operands:
+    ids, mapping = zeros("int32", p.rows, p.k), zeros("int32", p.experts)
+    return (zeros(p.dtype, p.rows, p.hidden), ids, mapping, p.local), {}
+
+
+def moe_combine(p: ExpertProblem) -> Operands:
+    capacity = p.rows * p.k
+    return (zeros(p.dtype, capacity, p.hidden), zeros("int32", capacity), zeros(wide(p.dtype), p.rows, p.k)), {}
+
+
 def argmax(p: SampleProblem) -> Operands:
     return (zeros(p.dtype, p.rows, p.vocab),), {}
+
+
+def logprobs(p: SampleProblem) -> Operands:
+    return (zeros(p.dtype, p.rows, p.vocab), zeros("int32", p.rows), p.top), {}
+
+
+def sample(p: SampleProblem) -> Operands:
+    names = ("temperature", "top_p", "min_p", *(("typical_p",) if p.typical else ()))
+    params = {name: zeros("float32", p.rows) for name in names} | {"top_k": zeros("int32", p.rows)}
+    return (zeros(p.dtype, p.rows, p.vocab), params, zeros("float32", p.rows, 1)), {}
+
+
+def apply_logits(p: SampleProblem) -> Operands:
+    given = {"mask": zeros("uint32", p.rows, -(-p.vocab // 32))} if p.mask else {}
+    if p.edits:
+        given |= {name: zeros("int32" if name == "edit_ids" else "float32", p.rows, p.edits) for name in EDITS}
+    return (zeros(p.dtype, p.rows, p.vocab),), given
+
+
+def copies(p: KVProblem) -> Operands:
+    """Pages or slots from some to others."""
+    return (pages(p, 1 + POOL), zeros("int32", p.rows), zeros("int32", p.rows)), {}
+
+
+def read_pages(p: KVProblem) -> Operands:
+    return (pages(p, 1 + POOL), zeros("int32", p.rows)), {}
+
+
+def write_pages(p: KVProblem) -> Operands:
+    given = {name: zeros(dtype, p.rows, *shape) for name, (shape, dtype) in p.page_arrays.items()}
+    return (pages(p, 1 + POOL), zeros("int32", p.rows), given), {}
 
 
 MAKERS: Mapping[str, Callable[[Any], Operands]] = {
     "attend": attend, "write_kv": write_kv, "rope_write_kv": rope_write_kv, "linear": linear,
     "head_linear": head_linear, "rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": rope, "add": add,
-    "silu_mul": gated, "gelu_mul": gated, "embed": embed, "argmax": argmax,
+    "silu_mul": gated, "gelu_mul": gated, "embed": embed, "gather_rows": gather_rows, "merge_rows": merge_rows,
+    "merge_states": merge_states, "router_topk": router_topk, "expert_mlp": expert_mlp, "grouped_mlp": grouped_mlp,
+    "moe_dispatch": moe_dispatch, "moe_combine": moe_combine, "argmax": argmax, "logprobs": logprobs,
+    "sample": sample, "apply_logits": apply_logits, "read_pages": read_pages, "write_pages": write_pages,
+    "copy_pages": copies, "copy_slots": copies,
 }  # fmt: skip
 """Who makes the operands of an op's problem."""

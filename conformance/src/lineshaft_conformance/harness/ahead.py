@@ -156,11 +156,22 @@ def refusal(on: OnDevice, kernel: Kernel, problem: Problem) -> str | None:
     return reason
 
 
-def nothing(rig: Rig) -> None:
-    """Looks at nothing."""
+def stated(rig: Rig) -> None:
+    """Raises Failure where a report's own details say that the code is not what was stated beforehand, see
+    `Toolchain.columns`."""
+    details = rig.programs[0].report.details
+    expected, found = (set(str(details.get(name, "none")).split("+")) - {"none"} for name in ("expected", "found"))
+    if missing := sorted(expected - found):
+        raise Failure(
+            f"expects the matrix instructions {', '.join(missing)} and has {', '.join(sorted(found)) or 'none'}"
+        )
+    if details.get("default") != "no":
+        for name in ("spills", "stack_bytes"):
+            if details.get(name, 0) != 0:
+                raise Failure(f"{name} = {details[name]} in a default configuration")
 
 
-def try_kernel(on: OnDevice, kernel: Kernel, trial: Trial, look: Callable[[Rig], None] = nothing) -> Tried:
+def try_kernel(on: OnDevice, kernel: Kernel, trial: Trial, look: Callable[[Rig], None] = stated) -> Tried:
     """Compile a kernel for a trial on a device, and `look` at the rig; whatever is raised becomes the reason."""
     described = trial.problem.describe()
     try:

@@ -11,7 +11,7 @@ from functools import partial
 
 from lineshaft.errors import InvalidValue, LayoutError, Unsupported
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, fail, require
-from lineshaft_conformance.harness.ahead import FIGURES, Outcome, trials, try_kernel
+from lineshaft_conformance.harness.ahead import FIGURES, Outcome, stated, trials, try_kernel
 from lineshaft_conformance.harness.rig import Rig
 from lineshaft_conformance.harness.world import mesh_axes
 from lineshaft_conformance.subject import OnDevice, Subject
@@ -111,4 +111,5 @@ def _require_program(on: OnDevice, rig: Rig) -> None:
         require(counted and math.isfinite(value) and value >= 0, f"CaptureReport.{name} = {value!r}")
     further = sorted(report.details.keys() - set(on.toolchain.columns()))
     require(not further, f"CaptureReport.details has {', '.join(further)}, which columns() does not name")
+    stated(rig)
     expect(Unsupported, lambda: rig.submit({}), "a call of a program that was compiled for a device that is not here")

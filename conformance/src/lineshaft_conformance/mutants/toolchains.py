@@ -243,6 +243,26 @@ class OutOfColumn(PlainToolchain):
         return ("code",)
 
 
+class OfLesserInstructions(PlainToolchain):
+    """Multiplies by wider operands than it states."""
+
+    def columns(self) -> Sequence[str]:
+        return ("expected", "found")
+
+    def details(self) -> Mapping[str, str | int]:
+        return {"expected": "mma.fp8", "found": "mma.f16"}
+
+
+class ThatSpills(PlainToolchain):
+    """Makes code that holds some of its registers in memory."""
+
+    def columns(self) -> Sequence[str]:
+        return ("spills", "stack_bytes")
+
+    def details(self) -> Mapping[str, str | int]:
+        return {"spills": 3, "stack_bytes": 12}
+
+
 class ThatGuesses(PlainToolchain):
     """Counts bytes below 0."""
 

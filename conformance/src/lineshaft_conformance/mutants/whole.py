@@ -211,6 +211,10 @@ AHEAD = (
            info=compiling("OutOfColumn")),
     Mutant("ahead-guesses", "a report counts bytes and seconds (toolchain)", 0, "L0/ahead/*", KEPT,
            info=compiling("ThatGuesses")),
+    Mutant("ahead-lesser", "the matrix instructions that a report expects are in the code (toolchain)", 0,
+           "L0/ahead/*", KEPT, info=compiling("OfLesserInstructions")),
+    Mutant("ahead-spills", "no default configuration spills a register (toolchain)", 0, "L0/ahead/*", KEPT,
+           info=compiling("ThatSpills")),
     Mutant("ahead-odd-problem", "problems are those of the kernel's op (toolchain)", 0, "L0/ahead/*", KEPT,
            info=compiling("OfAnOddProblem")),
 )  # fmt: skip

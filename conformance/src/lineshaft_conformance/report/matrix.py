@@ -7,7 +7,11 @@ from typing import Any
 
 from lineshaft.cli.table import table
 from lineshaft_conformance.amounts import human
-from lineshaft_conformance.matrix import COMPILED, FAILS, Cell, Matrix
+from lineshaft_conformance.matrix import COMPILED, DECLINES, FAILS, Cell, Matrix
+
+WORDS = ((COMPILED, "compiled"), (DECLINES, "declined"))
+FEW = 3
+"""Columns up to which a kernel has one row with a cell for each target; with more it has a row for each target."""
 
 
 def text(matrix: Matrix) -> str:
@@ -22,16 +26,28 @@ def text(matrix: Matrix) -> str:
 
 def markdown(matrix: Matrix) -> str:
     """The same as a Markdown table; a cell that did not compile has its reason."""
-    body = [header(matrix), ["---"] * (len(matrix.targets) + 2), *rows(matrix, reasons=True)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body]
-    return "\n".join([*lines, "", legend(matrix), ""])
+    return "\n".join([*piped(header(matrix), rows(matrix, reasons=True)), "", legend(matrix), ""])
+
+
+def piped(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def wide(matrix: Matrix) -> bool:
+    return len(matrix.columns) > FEW
 
 
 def header(matrix: Matrix) -> Sequence[str]:
+    if wide(matrix):
+        return ("OP", "KERNEL", "TARGET", "COMPILED", *(title(name).upper() for name in matrix.columns))
     return ("OP", "KERNEL", *matrix.targets)
 
 
 def rows(matrix: Matrix, *, reasons: bool = False) -> list[Sequence[str]]:
+    if wide(matrix):
+        return [long_row(matrix, cell, reasons=reasons) for cell in matrix.cells]
     by_place = {(cell.kernel, cell.target): cell for cell in matrix.cells}
     ops = {cell.kernel: cell.op for cell in matrix.cells}
 
@@ -41,28 +57,53 @@ def rows(matrix: Matrix, *, reasons: bool = False) -> list[Sequence[str]]:
     return [(ops[name], name, *(shown(name, target) for target in matrix.targets)) for name in matrix.kernels]
 
 
+def long_row(matrix: Matrix, cell: Cell, *, reasons: bool) -> Sequence[str]:
+    """A row of a cell: how many problems were compiled, and the figures of the first of them."""
+    place = (cell.op, cell.kernel, cell.target)
+    if cell.outcome != COMPILED:
+        return (*place, outcome_text(matrix, cell, reasons=reasons), *[""] * len(matrix.columns))
+    figures = cell.compiled[0]["figures"]
+    return (*place, str(len(cell.compiled)), *(amount(name, figures[name]) if name in figures else "-"
+            for name in matrix.columns))  # fmt: skip
+
+
+def outcome_text(matrix: Matrix, cell: Cell, *, reasons: bool) -> str:
+    word = "FAILS" if cell.outcome == FAILS else cell.outcome
+    return f"{word}: {matrix.why(cell)}" if reasons else word
+
+
 def cell_text(matrix: Matrix, cell: Cell, *, reasons: bool) -> str:
     """ "3: temporaries 0 B, vmem 12.00 KiB, mxu 1": the problems compiled, and of the first of them what it takes."""
     if cell.outcome != COMPILED:
-        word = "FAILS" if cell.outcome == FAILS else cell.outcome
-        return f"{word}: {cell.why}" if reasons else word
+        return outcome_text(matrix, cell, reasons=reasons)
     figures = cell.compiled[0]["figures"]
     shown = [figure("temporaries_bytes", figures["temporaries"])]
     shown += [figure(name, figures[name]) for name in matrix.columns if name in figures]
     return f"{len(cell.compiled)}: {', '.join(shown)}"
 
 
+def title(name: str) -> str:
+    """What a figure is called; one whose name ends in "_bytes" is shown in a unit to read."""
+    return name.removesuffix("_bytes")
+
+
+def amount(name: str, value: Any) -> str:
+    return str(value) if title(name) == name else human(value)
+
+
 def figure(name: str, value: Any) -> str:
-    """A figure with its name; one whose name ends in "_bytes" in a unit to read."""
-    title = name.removesuffix("_bytes")
-    return f"{title} {value if title == name else human(value)}"
+    return f"{title(name)} {amount(name, value)}"
 
 
 def legend(matrix: Matrix) -> str:
+    counts = ", ".join(f"{matrix.count(word)} {said}" for word, said in WORDS)
+    share = 100 * matrix.count(DECLINES) / max(1, len(matrix.cells))
+    seconds = f", in {matrix.facts['seconds']:g} s" if "seconds" in matrix.facts else ""
+    left_out = "".join(f". Left out: {why}" for why in matrix.facts.get("left_out", {}).values())
     return (
-        f"{matrix.backend}: {len(matrix.kernels)} kernels, {len(matrix.targets)} targets, {len(matrix.failures)} cells "
-        "fail. A cell: how many problems were compiled, and figures of the first, which is a real model's where there "
-        "is one. Evidence: compiled-only"
+        f"{matrix.backend}: {len(matrix.kernels)} kernels, {len(matrix.targets)} targets, {matrix.count(FAILS)} cells "
+        f"fail; {counts} ({share:.1f} %){seconds}. A cell: how many problems were compiled, and figures of the first, "
+        f"which is a real model's where there is one{left_out}. Evidence: compiled-only"
     )
 
 

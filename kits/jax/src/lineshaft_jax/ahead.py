@@ -9,10 +9,11 @@ import jax
 
 from lineshaft_contract.backends import World
 from lineshaft_contract.errors import Unsupported
+from lineshaft_contract.packing import empty_share
 from lineshaft_contract.sessions import Capture, Handle, Packing, SessionState, Transfer
 from lineshaft_contract.steps import HostStep
 from lineshaft_contract.weights import Checkpoint, Param
-from lineshaft_jax.packing import empty_share, host_leaves
+from lineshaft_jax.packing import host_leaves
 from lineshaft_jax.program import JaxProgram
 from lineshaft_jax.session import JaxSession, SessionOptions
 

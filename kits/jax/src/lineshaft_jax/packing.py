@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lineshaft_contract.ops.spec import numpy_dtype
 from lineshaft_contract.schemes import check_parts, dequantize
 from lineshaft_contract.sessions import Packing
-from lineshaft_contract.weights import Local, Param, Stored
+from lineshaft_contract.weights import Local, Param
 from lineshaft_jax.arrays import HostArray
 
 
@@ -21,9 +20,3 @@ def host_leaves(param: Param, local: Local, packing: Packing) -> dict[str, HostA
         return {name: np.asarray(leaf) for name, leaf in packing.pack(param, local).items()}
     parts = [dequantize(part, param.dtype) for part in local.parts]
     return {"data": (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(param.shape)}
-
-
-def empty_share(param: Param) -> Local:
-    """A share of zeros that takes no memory, to learn a packing's shapes from."""
-    zero = np.zeros((), numpy_dtype(param.dtype))
-    return Local((Stored("none", param.shape, {"data": np.broadcast_to(zero, param.shape)}),))

@@ -97,7 +97,7 @@ class DeviceLayer(Protocol):
         """An event after all that the current stream has been given."""
         ...
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: Any) -> None:
         """Let what the current stream is given from now on start after `event`. The host does not wait."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
@@ -27,7 +28,7 @@ class Target:
     shared     bytes of shared memory (LDS) that one block may take
     unit       the matrix instructions that large tiles use: mma, wgmma, tcgen05, mfma or wmma
     fp8        the dtype of eight bits that its matrix instructions read as float8 e4m3; "": none
-    sm_shared  bytes of shared memory of a multiprocessor (compute unit)
+    sm_shared  bytes of shared memory of a multiprocessor (a compute unit of CDNA, a work-group processor of RDNA)
     sm_warps   warps that a multiprocessor holds at most
     sm_registers  registers of 32 bits of a multiprocessor; 0 where the compiler tells the occupancy itself
     """
@@ -65,8 +66,8 @@ TARGETS: Final = MappingProxyType(
             Target("gfx90a", "amd", 64, 64 * KIB, "mfma", "", 64 * KIB, 32),
             Target("gfx942", "amd", 64, 64 * KIB, "mfma", FNUZ, 64 * KIB, 32),
             Target("gfx950", "amd", 64, 160 * KIB, "mfma", FN, 160 * KIB, 32),
-            Target("gfx1100", "amd", 32, 64 * KIB, "wmma", "", 128 * KIB, 32),
-            Target("gfx1201", "amd", 32, 64 * KIB, "wmma", FN, 128 * KIB, 32),
+            Target("gfx1100", "amd", 32, 64 * KIB, "wmma", "", 128 * KIB, 64),
+            Target("gfx1201", "amd", 32, 64 * KIB, "wmma", FN, 128 * KIB, 64),
         )
     }
 )
@@ -95,3 +96,16 @@ def find_target(name: str, vendor: str) -> Target:
         if older:
             return TARGETS[older[-1]]
     raise InvalidValue(f"there are no kernels for the GPU {name!r}; there are for {', '.join(known)}")
+
+
+def kernels_for_any(names: Sequence[str], vendor: str) -> str:
+    """Why there are kernels for none of these devices; "" where there are for one or more."""
+    reasons = []
+    for name in names:
+        try:
+            find_target(name, vendor)
+        except InvalidValue as error:
+            reasons.append(str(error))
+        else:
+            return ""
+    return "; ".join(dict.fromkeys(reasons)) + "; choose another backend"

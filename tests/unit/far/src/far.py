@@ -14,7 +14,7 @@ from lineshaft_contract.backends import BackendInfo, Probe, World
 from lineshaft_contract.hooks import hookimpl
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import OpSpec
-from lineshaft_contract.problems import ExpertProblem, Problem
+from lineshaft_contract.problems import AttendProblem, Problem
 
 
 class Options(BaseModel):
@@ -37,8 +37,13 @@ class Toolchain(PlainToolchain):
         return () if self.does == "no targets" else super().targets()
 
     def problems(self, kernel: Kernel) -> Sequence[Problem]:
-        if kernel.op == "expert_mlp":
-            return (ExpertProblem(dtype="bfloat16", experts=64, local=64, hidden=2048, width=1024, k=8, rows=32),)
+        if kernel.op == "latent_attend":
+            return (
+                AttendProblem(
+                    dtype="bfloat16", q_heads=16, kv_heads=1, qk_dim=192, v_dim=128, page_size=16, scale=0.07,
+                    kv_dtype="bfloat16", tokens=32, rows=32, pages=512, max_query=1,
+                ),
+            )  # fmt: skip
         return super().problems(kernel)
 
     def kernel(self, spec: OpSpec) -> Kernel:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_triton.kernels import gated, logits, norm, rows, sampling
+from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.kernels import attend, gated, logits, merge, norm, pages, rope, rows, sampling, write
 from lineshaft_triton.targets import Target
 
-FAMILIES = (norm, gated, rows, logits, sampling)
+if interpreting():
+    from lineshaft_triton.corrected_interpreter import correct_interpreter
+
+    correct_interpreter()
+
+FAMILIES = (attend, gated, logits, merge, norm, pages, rope, rows, sampling, write)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:

@@ -1,0 +1,189 @@
+"""Sessions for GPUs that are not here: tensors without values, and programs that are compiled and never run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from lineshaft_contract.backends import Capabilities, World
+from lineshaft_contract.errors import ContractViolation, Unsupported
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.packing import empty_share
+from lineshaft_contract.sessions import (
+    Capture,
+    CaptureReport,
+    Handle,
+    Packing,
+    PlannedOps,
+    StepFunction,
+    Transfer,
+    UncountedMemory,
+)
+from lineshaft_contract.steps import ArraySpec, HostStep, InputLayout, StepShape
+from lineshaft_contract.weights import Checkpoint, Param, Weight
+from lineshaft_torch.arrays import torch_dtype
+from lineshaft_torch.packing import host_pack
+from lineshaft_torch.program import ProgramBase
+from lineshaft_torch.session import TorchSession
+from lineshaft_triton.compiling import Compiler, Launch, check, describe_launch
+from lineshaft_triton.inspection import Code
+from lineshaft_triton.launch import Config, Grid
+from lineshaft_triton.targets import Target
+
+COLUMNS = (
+    "registers", "scalars", "spills", "stack_bytes", "shared_bytes", "occupancy", "found", "expected", "default",
+    "configs",
+)  # fmt: skip
+"""What is told of a program, over all launches of it: the most of each, the fewest warps, and all classes."""
+
+
+Packed = dict[tuple[tuple[int, ...], str, str], dict[str, torch.Tensor]]
+"""The leaves that a packing makes of a shape and a dtype, by these and the packing's layout; it takes its time."""
+
+
+class AheadSession(TorchSession):
+    """A session on one GPU to compile for: `load` reads no tensor, `capture` compiles, nothing runs."""
+
+    def __init__(self, world: World, target: Target, compiler: Compiler, packed: Packed | None = None) -> None:
+        super().__init__("meta", world)
+        self.target, self.compiler = target, compiler
+        self.launches: list[Launch] = []
+        self._packed: Packed = {} if packed is None else packed
+
+    def launcher(
+        self,
+        kernel: Any,
+        grid: Grid,
+        config: Config,
+        args: tuple[Any, ...],
+        constexprs: Mapping[str, Any],
+        expects: str,
+    ) -> None:
+        """Implements `launch.Launcher`: notes what would be started."""
+        if 0 not in grid:
+            self.launches.append(describe_launch(kernel, config, args, constexprs, expects))
+
+    def _place(self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Weight | torch.Tensor:
+        if param.name not in self._params:
+            packing = packings.get(param.name, Packing())
+            made = self._make(param, len(self._params), packing, self._shapes_of(param, packing))
+            self._params[param.name] = (param, made)
+        return self._params[param.name][1]
+
+    def _shapes_of(self, param: Param, packing: Packing) -> dict[str, torch.Tensor]:
+        """A parameter's leaves, which depend on nothing else of it than its own shape and dtype."""
+        if packing.pack is None:
+            return {"data": torch.empty(param.shape, dtype=torch_dtype(param.dtype), device=self.device)}
+        same = (param.shape, param.dtype, packing.layout)
+        if same not in self._packed:
+            self._packed[same] = host_pack(packing.pack, param, empty_share(param), self.device)
+        return self._packed[same]
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        fn: StepFunction,
+        shape: StepShape,
+        inputs: InputLayout,
+        ops: PlannedOps,
+        arrays: Mapping[str, ArraySpec] | None = None,
+        host_outputs: frozenset[str] = frozenset(),
+    ) -> AheadProgram:
+        """Raises ContractViolation for a launch that does not compile, or whose code breaks what was stated of it."""
+        self.require_changeable("capture")
+        return AheadProgram(self, Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs))
+
+    def update(self, weights: Mapping[str, Any]) -> NoReturn:
+        refuse("update")
+
+    def read_pages(self, cache: int, ids: Any) -> NoReturn:
+        refuse("read_pages")
+
+    def write_pages(self, cache: int, ids: Any, pages: Mapping[str, Any]) -> NoReturn:
+        refuse("write_pages")
+
+    def copy_pages(self, group: int, src: Any, dst: Any) -> NoReturn:
+        refuse("copy_pages")
+
+
+class AheadProgram(ProgramBase):
+    """A program whose launches were compiled for a GPU that is not here."""
+
+    def __init__(self, session: AheadSession, capture: Capture) -> None:
+        super().__init__(session, capture)
+        began = time.perf_counter()
+        session.launches.clear()
+        arrays = {name: self._zeros(spec) for name, spec in capture.arrays.items()}
+        outputs, _ = self._call_forward(self.ops, arrays)
+        launches = list(dict.fromkeys(session.launches))
+        codes = [session.compiler.compile(launch, session.target) for launch in launches]
+        for launch, code in zip(launches, codes, strict=True):
+            check(launch, code, session.target)
+        self.report = CaptureReport(
+            time.perf_counter() - began,
+            ops=len(session.launches),
+            arguments=nbytes([self._buffer, *session.tensors(), *arrays.values()]),
+            outputs=nbytes(outputs.values()),
+            details=details(launches, codes, session.target),
+        )
+
+    def __call__(
+        self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()
+    ) -> NoReturn:
+        refuse("a program's call")
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def details(launches: Sequence[Launch], codes: Sequence[Code], target: Target) -> dict[str, str | int]:
+    """The figures of COLUMNS. Raises ContractViolation for a program that starts no kernel."""
+    if not launches:
+        raise ContractViolation("the program starts no kernel; a kernel of this kit has to start one by launch.launch")
+    found = sorted({name for code in codes for name in code.classes})
+    expected = sorted({name for launch in launches for name in launch.expects.split("+")} - {""})
+    figures: dict[str, str | int] = {"registers": max(code.registers for code in codes)}
+    if target.vendor == "amd":
+        figures["scalars"] = max(code.scalars for code in codes)
+    return figures | {
+        "spills": max(code.spills for code in codes),
+        "stack_bytes": max(code.stack for code in codes),
+        "shared_bytes": max(code.shared for code in codes),
+        "occupancy": f"{min(code.occupancy for code in codes)}/{target.sm_warps}",
+        "found": "+".join(found) or "none",
+        "expected": "+".join(expected) or "none",
+        "default": "yes" if all(launch.default for launch in launches) else "no",
+        "configs": "; ".join(dict.fromkeys(launch.config for launch in launches)),
+    }
+
+
+@dataclass(frozen=True)
+class AheadBackend:
+    """A plugin's backend on a target that is not here: its Triton kernels, which are all that there is to compile.
+    Implements `lineshaft_contract.backends.Backend`."""
+
+    name: str
+    world: World
+    target: Target
+    compiler: Compiler
+    capabilities: Capabilities
+    packed: Packed = field(default_factory=dict)
+    memory: UncountedMemory = field(default_factory=UncountedMemory)
+
+    def kernels(self) -> Sequence[Kernel]:
+        from lineshaft_triton.kernels import triton_kernels
+
+        return triton_kernels(self.name, self.target)
+
+    def session(self, rank: int) -> AheadSession:
+        return AheadSession(self.world, self.target, self.compiler, self.packed)
+
+
+def refuse(what: str) -> NoReturn:
+    """Raises Unsupported."""
+    raise Unsupported(f"{what}: the session compiles ahead of time, for a GPU that is not here; nothing runs on it")
