@@ -69,7 +69,8 @@ class EmbedProblem(Problem):
 class LinearProblem(Problem):
     """`[m, k] @ [n, k]^T`; `heads` > 0 is a batched product per head (`head_linear`).
 
-    `scheme` says how the weight is quantized, and nothing else is: "none", "int8" or "fp8" (`ops.quantize`).
+    `scheme` says how operands are quantized: "none", or one of `ops.quantize.LINEAR_SCHEMES`. Under "int4"
+    `group_size` numbers along k share a scale; all others have 0.
     """
 
     n: int
@@ -155,6 +156,31 @@ class KVProblem(Problem):
     def page_bytes(self) -> int:
         """Bytes of one page in the canonical form."""
         return sum(math.prod(shape) * itemsize(dtype) for shape, dtype in self.page_arrays.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeWriteProblem(RopeProblem, KVProblem):
+    """A rotation, and the cache that takes the rotated keys: the fields of both, those of one name once.
+
+    `head_dim` is `qk_dim`.
+    """
+
+    kv_heads: int
+
+    @classmethod
+    def of(cls, rope: RopeProblem, kv: KVProblem) -> RopeWriteProblem:
+        """The problem of the two; what both say of heads, rows and dtype is the cache's."""
+        return cls(**{**vars(rope), **vars(kv), "head_dim": kv.qk_dim})
+
+    @property
+    def rope(self) -> RopeProblem:
+        """The rotation alone."""
+        return RopeProblem(**{f.name: getattr(self, f.name) for f in fields(RopeProblem)})
+
+    @property
+    def kv(self) -> KVProblem:
+        """The cache alone."""
+        return KVProblem(**{f.name: getattr(self, f.name) for f in fields(KVProblem)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from lineshaft_contract.problems import (
     LinearProblem,
     NormProblem,
     RopeProblem,
+    RopeWriteProblem,
     RouterProblem,
 )
 from lineshaft_contract.sessions import Cache
@@ -67,6 +68,9 @@ ATTEND = AttendProblem(
     dtype="float32", q_heads=4, kv_heads=2, qk_dim=4, v_dim=4, page_size=16, scale=0.5, kv_dtype="float32"
 )
 ROPE = RopeProblem(dtype="float32", dim=4, base=10000.0)
+TURN = RopeWriteProblem.of(ROPE, KV)
+Q, K, V, AT = array(5, 4, 4), array(5, 2, 4), array(5, 2, 4), ints(5)
+SCALED = replace(KV, kv_dtype="int8", kv_scheme="tensor")
 ROUTER = RouterProblem(dtype="float32", experts=8, k=2)
 SHAPE = StepShape(tokens=5, rows=2, pages=(3,), logits=2, max_query=4)
 STEP = StepInputs({f.name: array(*f.shape, dtype=f.dtype) for f in forward_inputs(SHAPE).fields}, SHAPE)
@@ -84,7 +88,20 @@ WRONG: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("linear", r"x bfloat16\[2, 4\]", (array(2, 4, dtype="bfloat16"), LINEAR), {}),
     ("linear", r"x float32\[1, 2, 4\]", (array(1, 2, 4), LINEAR), {}),
     ("linear", r"\['norm'\].*kind 'linear'", (array(2, 4), NORM), {}),
-    ("linear", r"scheme 'int4'; expected one of none, int8, fp8", (array(2, 4), scheme("int4")), {}),
+    (
+        "linear",
+        r"scheme 'int3'; expected one of none, int8, fp8, int4, w8a8_int8, w8a8_fp8",
+        (
+            array(2, 4),
+            scheme("int3"),
+        ),
+        {},
+    ),
+    ("linear", r"group_size 0 with k = 4; expected an even one that divides k", (array(2, 4), scheme("int4")), {}),
+    ("linear", r"group_size 3 with k = 4", (array(2, 4), scheme("int4", group_size=3)), {}),
+    ("linear", r"group_size 1 with k = 4", (array(2, 4), scheme("int4", group_size=1)), {}),
+    ("linear", r"group_size 2 under scheme 'int8'; expected 0", (array(2, 4), scheme("int8", group_size=2)), {}),
+    ("linear", r"group_size 2 under scheme 'none'", (array(2, 4), scheme("none", group_size=2)), {}),
     ("head_linear", r"scheme 'int8'; expected none", (array(2, 2, 4), scheme("int8", heads=2)), {}),
     ("linear", r"bias float32\[4\]", (array(2, 4), LINEAR), {"bias": array(4)}),
     ("rms_norm", r"expected float32\[\.\.\., 4\]", (array(2, 5), NORM), {}),
@@ -103,6 +120,27 @@ WRONG: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("write_kv", r"k float32\[5, 3, 4\]", (CACHE, array(5, 3, 4), array(5, 3, 4), STEP), {}),
     ("write_kv", r"slots int32\[5\]; expected int32\[4\]", (CACHE, array(4, 2, 4), array(4, 2, 4), STEP), {}),
     ("write_kv", r"a paged KV cache", (array(1), array(5, 2, 4), array(5, 2, 4), STEP), {}),
+    ("rope_write_kv", r"RopeWriteProblem declared", (CACHE, Q, K, V, AT, STEP), {"base": ROPE}),
+    (
+        "rope_write_kv",
+        r"v_dim=4.*v_dim=0",
+        (CACHE, Q, K, V, AT, STEP),
+        {
+            "base": RopeWriteProblem.of(ROPE, replace(KV, v_dim=0)),
+        },
+    ),
+    (
+        "rope_write_kv",
+        r"kv_scheme 'tensor'; expected none",
+        (Cache(0, SCALED, ""), Q, K, V, AT, STEP),
+        {
+            "base": RopeWriteProblem.of(ROPE, SCALED),
+        },
+    ),
+    ("rope_write_kv", r"v = NoneType", (CACHE, Q, K, None, AT, STEP), {"base": TURN}),
+    ("rope_write_kv", r"q float32\[5, 4, 6\]|k float32", (CACHE, array(5, 4, 6), K, V, AT, STEP), {"base": TURN}),
+    ("rope_write_kv", r"ops.rope_write_kv: given positions float32", (CACHE, Q, K, V, array(5), STEP), {"base": TURN}),
+    ("rope_write_kv", r"even dim within", (CACHE, Q, K, V, AT, STEP), {"base": replace(TURN, dim=6)}),
     ("attend", r"AttendProblem declared by the model", (array(5, 4, 4), CACHE, STEP), {}),
     ("attend", r"q of 4 tokens; expected the step's 5", (array(4, 4, 4), CACHE, STEP), {"base": ATTEND}),
     ("attend", r"q float32\[5, 3, 4\]", (array(5, 3, 4), CACHE, STEP), {"base": ATTEND}),

@@ -27,6 +27,7 @@ from lineshaft_contract.problems import (
     Problem,
     RopeProblem,
     RouterProblem,
+    RopeWriteProblem,
     SampleProblem,
 )
 from lineshaft_contract.sessions import HostArray
@@ -88,6 +89,11 @@ def write_kv(p: KVProblem) -> Operands:
     shape = StepShape(p.rows, 1, (own,) * (p.group + 1), 1, p.rows)
     k, v = (zeros(p.dtype, p.rows, p.kv_heads, dim) if dim else None for dim in (p.qk_dim, p.v_dim))
     return (pages(p, own + POOL), k, v, step(shape, p.group)), kv_scales(p)
+
+
+def rope_write_kv(p: RopeWriteProblem) -> Operands:
+    (cache, k, v, given), _ = write_kv(p.kv)
+    return (cache, zeros(p.dtype, p.rows, p.q_heads, p.head_dim), k, v, zeros("int32", p.rows), given), {}
 
 
 def linear(p: LinearProblem) -> Operands:
@@ -209,7 +215,7 @@ def write_pages(p: KVProblem) -> Operands:
 
 
 MAKERS: Mapping[str, Callable[[Any], Operands]] = {
-    "attend": attend, "write_kv": write_kv, "linear": linear, "head_linear": head_linear, "rms_norm": rms_norm,
+    "attend": attend, "write_kv": write_kv, "rope_write_kv": rope_write_kv, "linear": linear, "head_linear": head_linear, "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm, "rope": rope, "add": add, "silu_mul": gated, "gelu_mul": gated, "embed": embed,
     "gather_rows": gather_rows, "merge_rows": merge_rows, "merge_states": merge_states, "router_topk": router_topk,
     "expert_mlp": expert_mlp, "grouped_mlp": grouped_mlp, "moe_dispatch": moe_dispatch, "moe_combine": moe_combine,

@@ -16,7 +16,7 @@ from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import Case, OpSpec
 from lineshaft_contract.ops.run import operand
 from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg
-from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
+from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem, Problem, RopeWriteProblem
 from lineshaft_contract.sessions import Cache, HostArray, StepFunction, Tree
 from lineshaft_contract.steps import InputField, InputLayout, StepInputs, StepShape
 from lineshaft_contract.weights import Array, Param
@@ -38,11 +38,21 @@ MARGIN = 4
 
 @dataclass(frozen=True)
 class OpRun:
-    """One run: `result` is a tuple of outputs, or the cache's pages by name; `operands` are the inputs as it left
-    them."""
+    """One run: `outputs` are the arrays that the op returned, `pages` those of the cache that it consumed, by name;
+    `operands` are the inputs as it left them."""
 
-    result: Any
+    outputs: tuple[HostArray, ...]
+    pages: dict[str, HostArray]
     operands: dict[str, HostArray]
+
+    @property
+    def result(self) -> tuple[Any, ...]:
+        """All of it, as the op's reference returns it."""
+        return (*self.outputs, self.pages) if self.pages else self.outputs
+
+    @property
+    def arrays(self) -> list[HostArray]:
+        return [*self.outputs, *self.pages.values()]
 
 
 @dataclass
@@ -72,10 +82,9 @@ class OpCase:
         """The one call, as a StepFunction."""
         args = [give(weights, caches, step) for give in self.args]
         out = getattr(ops, USE)(*args, **{name: give(weights, caches, step) for name, give in self.kwargs.items()})
-        if self.spec.consumes:
-            return {}, [out]
         outputs = out if isinstance(out, tuple) else (out,)
-        return {str(i): array for i, array in enumerate(outputs)}, caches
+        arrays = {str(i): item for i, item in enumerate(outputs) if not isinstance(item, Cache)}
+        return arrays, [item for item in outputs if isinstance(item, Cache)] or caches
 
     def function(self, ops: Any, weights: Tree, caches: list[Cache], step: StepInputs, arrays: Any) -> Any:
         """The call, and all inputs handed through."""
@@ -103,13 +112,8 @@ class OpCase:
         return Rig(
             subject, [self.program(function)], params=held.params, values=held.weights, kernels=kernels,
             caches=[held.cache] if held.cache else [], pages=[pages] * (held.cache.group + 1 if held.cache else 0),
-            uses={USE: (self.spec.name, self.case.problem), **self._parts(subject)},
+            uses={USE: (self.spec.name, self.case.problem)},
         )  # fmt: skip
-
-    def _parts(self, subject: Subject) -> dict[str, tuple[str, Problem]]:
-        """What a composite's decomposition may call under its own problem, as a model would declare it."""
-        same = [spec.name for spec in subject.ops.values() if spec.problem is type(self.case.problem)]
-        return {name: (name, self.case.problem) for name in same} if self.spec.default else {}
 
     def fill(self, rig: Rig) -> None:
         """Put this case's pages into the cache, null page included."""
@@ -127,9 +131,8 @@ class OpCase:
         out = rig.run(self.operands.inputs)
         start = len(PASSED_ON)
         after = {name[start:]: array for name, array in out.items() if name.startswith(PASSED_ON)}
-        if self.spec.consumes:
-            return OpRun(rig.session.read_pages(0, self._page_ids), after)
-        return OpRun(tuple(array for name, array in out.items() if not name.startswith(PASSED_ON)), after)
+        outputs = tuple(array for name, array in out.items() if not name.startswith(PASSED_ON))
+        return OpRun(outputs, rig.session.read_pages(0, self._page_ids) if self.spec.consumes else {}, after)
 
     @property
     def _page_ids(self) -> HostArray:
@@ -207,7 +210,7 @@ def _weight_problem(spec: OpSpec, problem: Problem, array: HostArray) -> Problem
 def cache_problem(problem: Problem) -> KVProblem:
     """The problem of the cache that a case of `problem` reads or writes."""
     if isinstance(problem, KVProblem):
-        return dataclasses.replace(problem, rows=0)
+        return dataclasses.replace(problem.kv if isinstance(problem, RopeWriteProblem) else problem, rows=0)
     assert isinstance(problem, AttendProblem)
     return KVProblem(
         dtype=problem.dtype, kv_heads=problem.kv_heads, qk_dim=problem.qk_dim,

@@ -164,12 +164,12 @@ class Expected:
         if got.keys() != self.exact.keys():
             fail(f"{kernel} returns outputs {', '.join(got)}, the op {', '.join(self.exact)}")
         for name, exact in self.exact.items():
-            reason = spec.tolerance.check(case.problem, got[name], exact, self.run[name])
+            reason = spec.tolerance_of(name).check(case.problem, got[name], exact, self.run[name])
             require(reason is None, f"{kernel}, output {name}: {reason} [{case.problem.describe()}]")
         return [
-            deviation(spec.tolerance, case.problem, kernel, name, got[name], exact, self.run[name])
+            deviation(spec.tolerance, case.problem, kernel, name, got[name], exact.astype(np.float64), self.run[name])
             for name, exact in self.exact.items()
-            if not spec.tolerance.exact and exact.dtype.kind == "f"
+            if not spec.tolerance_of(name).exact and exact.dtype.kind not in "iub"
         ]
 
 
@@ -202,17 +202,16 @@ def run_kernel(subject: Subject, kernels: Sequence[Kernel], name: str, values: S
                 deviations += item.compare(name, done.result)
             except Failure as error:
                 raise Failure(TURNS[min(turn, 1)].format(error)) from error
-            outputs += done.result.values() if isinstance(done.result, dict) else done.result
+            outputs += done.arrays
         return Found(rig.kernels, tuple(deviations), outputs)
 
 
 def check_arrays(rig: Rig, kernel: str, prepared: OpCase, done: OpRun) -> None:
     """Shapes and dtypes are those of the op, and operands come out as they went in."""
-    if not prepared.spec.consumes:
-        planned = [spec for name, spec in rig.planned.outputs[0].items() if not name.startswith(PASSED_ON)]
-        for i, (spec, array) in enumerate(zip(planned, done.result, strict=True)):
-            given = (tuple(array.shape), array.dtype.name)
-            require(given == (spec.shape, spec.dtype), f"{kernel}, output {i}: {given}, not {(spec.shape, spec.dtype)}")
+    planned = [spec for name, spec in rig.planned.outputs[0].items() if not name.startswith(PASSED_ON)]
+    for i, (spec, array) in enumerate(zip(planned, done.outputs, strict=True)):
+        given = (tuple(array.shape), array.dtype.name)
+        require(given == (spec.shape, spec.dtype), f"{kernel}, output {i}: {given}, not {(spec.shape, spec.dtype)}")
     for name, array in done.operands.items():
         require(
             array.tobytes() == np.ascontiguousarray(prepared.operands.inputs[name]).tobytes(),

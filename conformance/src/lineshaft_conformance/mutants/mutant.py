@@ -16,7 +16,9 @@ from lineshaft_torch.bound import BoundKernel
 Make = Callable[[Any], "Changed"]
 """Breaks a started backend."""
 
-PAGED = frozenset({"attend", "latent_attend", "write_kv", "read_pages", "write_pages", "copy_pages", "copy_slots"})
+PAGED = frozenset(
+    {"attend", "latent_attend", "rope_write_kv", "write_kv", "read_pages", "write_pages", "copy_pages", "copy_slots"}
+)
 """Ops over the paged cache, whose cases are of level 2."""
 
 

@@ -15,7 +15,7 @@ from lineshaft.plan.trace import AbstractArray
 from lineshaft_contract.backends import Capabilities, World
 from lineshaft_contract.kernels import Bound, Kernel
 from lineshaft_contract.ops import OpSpec, all_ops
-from lineshaft_contract.ops.spec import Call
+from lineshaft_contract.ops.spec import Call, Inferred
 from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem, Problem
 from lineshaft_contract.sessions import Cache, CaptureReport, SessionState, Tree, leaves, map_tree
 from lineshaft_contract.steps import ArraySpec, InputLayout, StepInputs, StepShape
@@ -172,11 +172,13 @@ class PlainToolchain:
     def binder(self, spec: OpSpec) -> Any:
         def bind(problem: Any, session: Any) -> Bound:
             def call(*args: Any, **kwargs: Any) -> Any:
+                def one(item: Inferred) -> AbstractArray | Cache:
+                    if isinstance(item, ArraySpec):
+                        return AbstractArray(item, spec.name)
+                    return next(given for given in args if isinstance(given, Cache))
+
                 out = spec.infer(problem, Call(args, kwargs, {}))
-                if out == "cache":
-                    return next(item for item in args if isinstance(item, Cache))
-                made = [AbstractArray(item, spec.name) for item in ([out] if isinstance(out, ArraySpec) else out)]
-                return made[0] if isinstance(out, ArraySpec) else tuple(made)
+                return tuple(map(one, out)) if isinstance(out, tuple) else one(out)
 
             return call
 

@@ -80,13 +80,13 @@ class Watch:
                 self._per_row = True
 
     def _keep(self, noted: Noted, args: Sequence[Any], result: Any) -> None:
-        if isinstance(result, Cache):
-            noted.written = result.key
-            return
-        for place, array in enumerate(result if isinstance(result, tuple) else (result,)):
+        for place, item in enumerate(result if isinstance(result, tuple) else (result,)):
+            if isinstance(item, Cache):
+                noted.written = item.key
+                continue
             output = f"{len(self.calls) - 1:05d}.{noted.name}.{place}"
-            self.outputs[output] = array
-            noted.outputs[output] = self._rows_of(array)
+            self.outputs[output] = item
+            noted.outputs[output] = self._rows_of(item)
         if noted.name == "argmax":
             noted.given = f"{len(self.calls) - 1:05d}.argmax.given"
             self.outputs[noted.given] = args[0]
@@ -134,7 +134,9 @@ class Result:
 
     index: int  # of the call in its program
     call: Call
-    outputs: Mapping[str, HostArray]  # "0", "1", ...; of a cache's writer "k", "v": its arrays at the written slots
+    outputs: Mapping[
+        str, HostArray
+    ]  # "0", "1", ...; of a cache's writer also "k", "v": its arrays at the written slots
     given: HostArray | None  # an argmax's own input
 
 
@@ -197,7 +199,7 @@ class Rerun:
                 name.rpartition(".")[2]: pending.result(name)[: live.get(rows)] for name, rows in noted.outputs.items()
             }
             if noted.written is not None:
-                outputs = self._written(noted.written, step.forward, live["tokens"])
+                outputs |= self._written(noted.written, step.forward, live["tokens"])
             given = pending.result(noted.given)[: live["logits"]] if noted.given else None
             yield Result(index, call, outputs, given)
 

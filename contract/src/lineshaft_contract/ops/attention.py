@@ -86,6 +86,7 @@ def _latent_spec() -> OpSpec:
         tolerance=Tolerance(depth=lambda p: p.pages * p.page_size + p.qk_dim),
         required=False,
         default=_absorbed,
+        parts=lambda p: {"attend": p},
         flops=_flops,
         moved=_moved,
     )

@@ -54,7 +54,7 @@ def _write_kv_spec() -> OpSpec:
         name="write_kv",
         signature="write_kv(cache, k [T, Hkv, D], v [T, Hkv, Dv] | None, step, *, kv_scales) -> cache",
         problem=KVProblem,
-        specialise=_specialise_write,
+        specialise=lambda base, call: specialise_write("write_kv", *call.args),
         infer=lambda p, call: "cache",
         reference=write_kv,
         cases=_write_cases,
@@ -248,15 +248,15 @@ def to_codes(x: HostArray, kv_dtype: str) -> HostArray:
 # ---- shapes ----------------------------------------------------------------------------------------------------
 
 
-def _specialise_write(base: Any, call: Call) -> KVProblem:
-    problem = cache_problem("write_kv", call.args[0])
-    k = expect("write_kv", "k", call.args[1], (None, problem.kv_heads, problem.qk_dim), problem.dtype)
-    v = call.args[2]
+def specialise_write(op: str, cache: Any, k: Any, v: Any, step: Any) -> KVProblem:
+    """The cache's problem with the number of rows that are written to it; raises ContractViolation."""
+    problem = cache_problem(op, cache)
+    k = expect(op, "k", k, (None, problem.kv_heads, problem.qk_dim), problem.dtype)
     if (v is None) != (problem.v_dim == 0):
-        refuse("write_kv", f"v = {type(v).__name__}", f"{'None' if not problem.v_dim else 'an array'} for this cache")
+        refuse(op, f"v = {type(v).__name__}", f"{'None' if not problem.v_dim else 'an array'} for this cache")
     if v is not None:
-        expect("write_kv", "v", v, (k.shape[0], problem.kv_heads, problem.v_dim), problem.dtype)
-    expect("write_kv", "step slots", call.args[3].arrays.get(f"slots.{problem.group}"), k.shape[:1], "int32")
+        expect(op, "v", v, (k.shape[0], problem.kv_heads, problem.v_dim), problem.dtype)
+    expect(op, "step slots", step.arrays.get(f"slots.{problem.group}"), k.shape[:1], "int32")
     return replace(problem, rows=k.shape[0])
 
 
@@ -375,7 +375,7 @@ def _write_case(
     problem = _problem(dtype, paging, fields)
     paged = paged_step(rng, paging)
     cache = CacheArg(make_cache(rng, problem, paged))
-    k, v = (_new(rng, problem, paging, dim) for dim in (problem.qk_dim, problem.v_dim))
+    k, v = (new_rows(rng, problem, paging, dim) for dim in (problem.qk_dim, problem.v_dim))
     return Case(case_id, problem, (cache, k, v, paged.step), make_scales(rng, problem), why)
 
 
@@ -392,7 +392,7 @@ def _problem(dtype: str, paging: Paging, fields: Mapping[str, Any]) -> KVProblem
     return KVProblem(dtype=dtype, page_size=paging.page_size, rows=paging.tokens, **given)
 
 
-def _new(rng: np.random.Generator, problem: KVProblem, paging: Paging, dim: int) -> HostArray | None:
+def new_rows(rng: np.random.Generator, problem: KVProblem, paging: Paging, dim: int) -> HostArray | None:
     """Keys or values [T, Hkv, D] whose encoding is exact: on a coarse grid, whose largest step is a whole code.
 
     Values that round to -0 are among them; padding tokens are NaN.

@@ -11,7 +11,7 @@ import numpy as np
 
 from lineshaft_contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft_contract.ops.checks import base_problem, expect, refuse
-from lineshaft_contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size
+from lineshaft_contract.ops.spec import EXACT, Case, HostArray, Numerics, OpSpec, Size
 from lineshaft_contract.problems import RopeProblem, RopeScaling, itemsize
 
 Pair = tuple[HostArray, HostArray]
@@ -23,7 +23,7 @@ def specs() -> tuple[OpSpec, ...]:
             name="rope",
             signature="rope(q [T, Hq, D], k [T, Hk, D], positions int32[T]) -> (q, k)",
             problem=RopeProblem,
-            specialise=_specialise,
+            specialise=lambda base, call: specialise_rope("rope", base, *call.args),
             infer=lambda p, call: (call.spec(0), call.spec(1)),
             reference=rope,
             cases=_cases,
@@ -119,14 +119,14 @@ def _yarn(frequencies: HostArray, problem: RopeProblem) -> HostArray:
 # ---- shapes ----------------------------------------------------------------------------------------------------
 
 
-def _specialise(base: Any, call: Call) -> RopeProblem:
-    problem = base_problem("rope", base, RopeProblem)
-    q = expect("rope", "q", call.args[0], (None, None, None), problem.dtype)
-    rows, heads, dim = q.shape
-    k = expect("rope", "k", call.args[1], (rows, None, dim), problem.dtype)
-    expect("rope", "positions", call.args[2], (rows,), "int32")
+def specialise_rope(op: str, base: Any, q: Any, k: Any, positions: Any) -> RopeProblem:
+    """The declared problem with the sizes of abstract q, k and positions; raises ContractViolation."""
+    problem = base_problem(op, base, RopeProblem)
+    rows, heads, dim = expect(op, "q", q, (None, None, None), problem.dtype).shape
+    k = expect(op, "k", k, (rows, None, dim), problem.dtype)
+    expect(op, "positions", positions, (rows,), "int32")
     if problem.dim % 2 or not 0 < problem.dim <= dim:
-        refuse("rope", f"dim {problem.dim} of heads of {dim}", "an even dim within the head")
+        refuse(op, f"dim {problem.dim} of heads of {dim}", "an even dim within the head")
     return replace(problem, rows=rows, q_heads=heads, kv_heads=k.shape[1], head_dim=dim)
 
 

@@ -7,7 +7,7 @@ twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import ml_dtypes
@@ -18,6 +18,7 @@ from lineshaft_contract.steps import ArraySpec, StepShape
 
 HostArray = np.ndarray[Any, Any]
 Size = Literal["smoke", "full"]
+Inferred = ArraySpec | Literal["cache"]
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -61,8 +62,9 @@ class Tolerance:
 
     Errors are against the float64 reference. K, the length of the reduction, comes from `depth(problem)`; scale is the
     RMS (L2) or the largest magnitude (Linf) of the float64 result. The executed dtype is that of the reference run's
-    output: the problem's, or the accumulation dtype where the op does not round (lse, router weights, logprobs).
-    `exact` ops (indices, copies) allow no difference.
+    output: the problem's, or the accumulation dtype where the op does not round (lse, router weights, logprobs), or the
+    pages' where a cache is written. Floats of eight bits may be off by one code, and beyond that as the problem's dtype
+    may: c times their own eps would allow anything. `exact` ops (indices, copies) allow no difference.
     """
 
     depth: Callable[[Any], int] = lambda problem: 1
@@ -99,17 +101,25 @@ class Tolerance:
         and so may be `run` for a result that is rounded to the problem's dtype."""
         if not exact.size:
             return []
-        executed = problem.dtype if run.dtype == np.float64 else run.dtype.name
+        executed = problem.dtype if run.dtype == np.float64 or run.dtype.itemsize == 1 else run.dtype.name
         unit = epsilon(executed) * max(self.depth(problem), 1) ** 0.5
+        code = one_code(exact, run.dtype) if run.dtype.itemsize == 1 else 0.0
+        off, seen = (np.maximum(np.abs(x.astype(np.float64) - exact) - code, 0.0) for x in (got, run))
         return [
-            ("L2", _rms(got - exact), self.l2 * max(_rms(run - exact), unit * _rms(exact))),
-            ("Linf", _largest(got - exact), self.linf * max(_largest(run - exact), unit * _largest(exact))),
+            ("L2", _rms(off), self.l2 * max(_rms(seen), unit * _rms(exact))),
+            ("Linf", _largest(off), self.linf * max(_largest(seen), unit * _largest(exact))),
         ]
 
 
 def epsilon(dtype: str) -> float:
     """The distance from 1 to the next larger value of a float dtype."""
     return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)  # type: ignore[no-untyped-call]
+
+
+def one_code(x: HostArray, dtype: np.dtype[Any]) -> HostArray:
+    """How far apart the values of a float dtype are around x, at most."""
+    info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return np.abs(x) * float(info.eps) + float(info.smallest_subnormal)
 
 
 def _rms(x: HostArray) -> float:
@@ -180,16 +190,18 @@ class OpSpec:
     signature   one line for documentation, with shapes
     problem     the descriptor's class
     specialise  (base problem or None, Call) -> Problem: completes what the model declared with the call's shapes
-    infer       (problem, Call) -> ArraySpec | tuple of ArraySpec | "cache": what comes out; "cache": the consumed one
+    infer       (problem, Call) -> what comes out: an ArraySpec, "cache" for the consumed one, or a tuple of them
     reference   (problem, *args, num, **optional) -> outputs, NumPy; weights come as arrays, caches as dicts of arrays
                 (a consumed cache is copied, changed and returned), steps as StepArg, collectives as a list with one
                 array per member (and return such a list)
     cases       (rng, size) -> cases: seeded, with stable ids; a case's problem does not depend on the seed
     fuzz        (rng, n) -> case "fuzz/<n>-<dtype>": a random problem, made of n alone, with values from rng; or None
+    copied      names of outputs, as in `named_outputs`, that allow no difference though others do
     weight      the kind under which the op uses its Weight argument ("" if it has none)
     consumes    names of the cache arguments that the op consumes and returns
     optional    keyword-only array -> the problem's feature field that is set exactly when it is passed
     default     decomposition of a composite into other ops: (ops, problem, *args, **optional) -> outputs, or None
+    parts       op of that decomposition -> its base problem, for those that want one declared: (problem) -> mapping
     flops/moved work and bytes of one call, for rooflines: (problem) -> int
     """
 
@@ -197,10 +209,11 @@ class OpSpec:
     signature: str
     problem: type[Problem]
     specialise: Callable[[Any, Call], Problem]
-    infer: Callable[[Any, Call], ArraySpec | tuple[ArraySpec, ...] | Literal["cache"]]
+    infer: Callable[[Any, Call], Inferred | tuple[Inferred, ...]]
     reference: Callable[..., Any]
     cases: Callable[[np.random.Generator, Size], Iterable[Case]]
     tolerance: Tolerance = Tolerance()
+    copied: frozenset[str] = frozenset()
     accumulate: str = "float32"
     required: bool = True
     weight: str = ""
@@ -208,6 +221,11 @@ class OpSpec:
     consumes: tuple[str, ...] = ()
     optional: Mapping[str, str] = field(default_factory=dict)
     default: Callable[..., Any] | None = None
+    parts: Callable[[Any], Mapping[str, Problem]] = lambda problem: {}
     fuzz: Callable[[np.random.Generator, int], Case] | None = None
     flops: Callable[[Any], int] = lambda problem: 0
     moved: Callable[[Any], int] = lambda problem: 0
+
+    def tolerance_of(self, output: str) -> Tolerance:
+        """The rule of one output, named as in `named_outputs`."""
+        return replace(self.tolerance, exact=True) if output in self.copied else self.tolerance

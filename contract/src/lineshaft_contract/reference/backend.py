@@ -65,12 +65,9 @@ def reference_kernel(spec: OpSpec, backend: str = NAME) -> Kernel:
         def call(*args: Any, **kwargs: Any) -> Any:
             given = {name: bare(value) for name, value in kwargs.items()}
             if spec.collective:  # its reference takes and returns a list of members: this one alone
-                return dress(spec.reference(problem, [bare(args[0])], *args[1:], num=num, **given)[0])
-            out = spec.reference(problem, *map(bare, args), num=num, **given)
-            if spec.consumes:
-                cache = next(item for item in args if isinstance(item, Cache))
-                return replace(cache, arrays=out)
-            return dress(out)
+                return dress(spec.reference(problem, [bare(args[0])], *args[1:], num=num, **given)[0], None)
+            cache = next((item for item in args if isinstance(item, Cache)), None)
+            return dress(spec.reference(problem, *map(bare, args), num=num, **given), cache)
 
         return call
 
@@ -103,6 +100,11 @@ def bare(item: Any) -> Any:
     return item
 
 
-def dress(out: Any) -> Any:
-    """What a forward gets for what a reference returns."""
-    return tuple(map(ValueArray, out)) if isinstance(out, tuple) else ValueArray(out)
+def dress(out: Any, cache: Cache | None) -> Any:
+    """What a forward gets for what a reference returns; pages by name are those of `cache` from now on."""
+    if isinstance(out, tuple):
+        return tuple(dress(item, cache) for item in out)
+    if isinstance(out, Mapping):
+        assert cache is not None
+        return replace(cache, arrays=dict(out))
+    return ValueArray(out)

@@ -13,7 +13,7 @@ from lineshaft.layout import ModelShape
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext, Uses
 from lineshaft.models.parameters import RmsNorm, const, linear, product
-from lineshaft_contract.problems import AttendProblem, KVProblem, Problem, RopeProblem, RopeScaling
+from lineshaft_contract.problems import AttendProblem, KVProblem, Problem, RopeProblem, RopeScaling, RopeWriteProblem
 from lineshaft_contract.sessions import Cache, Tree
 from lineshaft_contract.steps import StepInputs
 from lineshaft_contract.weights import Array
@@ -77,9 +77,10 @@ class Attention:
         q, k, v = self._split(product(ops, w, "qkv", self.context.layout.enter(ops, x)))
         if self.head_norm is not None:
             q, k = ops.rms_norm(q, w["q_norm"]), ops.rms_norm(k, w["k_norm"])
-        if self.rope is not None:
-            q, k = getattr(ops, self._name("rope"))(q, k, step.positions)
-        cache = ops.write_kv(cache, k, v, step)
+        if self.rope is None:
+            cache = ops.write_kv(cache, k, v, step)
+        else:
+            q, cache = getattr(ops, self._name("rope_write_kv"))(cache, q, k, v, step.positions, step)
         sinks = {"sinks": w["sinks"]} if self.sinks else {}
         out = self.context.layout.attend(ops, q, cache, step, self._name("attend"), **sinks)
         out = out.reshape(x.shape[0], self.q_heads * self.head_dim)
@@ -105,7 +106,7 @@ class Attention:
         found: dict[str, tuple[str, Problem]] = {self._name("attend"): ("attend", attend)}
         if self.rope is not None:
             rope = self.rope.problem(self.context.dtype, self.head_dim, self.max_position)
-            found[self._name("rope")] = "rope", rope
+            found[self._name("rope_write_kv")] = "rope_write_kv", RopeWriteProblem.of(rope, self.cache())
         return found
 
     def cache(self) -> KVProblem:

@@ -73,7 +73,7 @@ class LatentAttention:
             value_in_key=True,
         )  # fmt: skip
         rope = self.rope.problem(self.context.dtype, self.rope_dim, self.max_position)
-        return {"rope": ("rope", rope), "latent_attend": ("latent_attend", attend), "attend": ("attend", attend)}
+        return {"rope": ("rope", rope), "latent_attend": ("latent_attend", attend)}
 
     def cache(self) -> KVProblem:
         return KVProblem(

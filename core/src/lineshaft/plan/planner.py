@@ -7,12 +7,23 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from lineshaft.plan.plan import Plan, PlanEntry, make_entry
 from lineshaft.plan.resolve import Resolver, joint_layout
-from lineshaft.plan.trace import Pair, ProgramSpec, Site, Trace, Workload, dispatch_key, distinct_params, trace_program
+from lineshaft.plan.trace import (
+    Pair,
+    Parts,
+    ProgramSpec,
+    Site,
+    Trace,
+    Workload,
+    dispatch_key,
+    distinct_params,
+    trace_program,
+)
 from lineshaft.weights.memory import local_bytes, quantized, repacked
 from lineshaft_contract.kernels import Bound, HostPrepare, Kernel
 from lineshaft_contract.ops.spec import OpSpec
@@ -43,9 +54,9 @@ class BoundOps:
     def _bind_one(self, site: Site, session: Session, namespace: Any) -> Bound:
         if not site.composite:
             return self._chosen[site.pair].bind(site.problem, session)
-        default = self._specs[site.op].default
-        assert default is not None
-        return lambda *args, **kwargs: default(namespace, site.problem, *args, **kwargs)
+        spec = self._specs[site.op]
+        assert spec.default is not None
+        return partial(spec.default, Parts(namespace, site.name, spec.parts(site.problem)), site.problem)
 
     def chosen(self, name: str, key: tuple[Any, ...]) -> tuple[Site, Kernel | None]:
         """The site of the function's calls of that name and `dispatch_key`, and the kernel that runs it (None: the op's

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import finalize
 
 from lineshaft.errors import Unsupported
-from lineshaft_contract.ops.spec import Call, OpSpec
+from lineshaft_contract.ops.spec import Call, Inferred, OpSpec
 from lineshaft_contract.problems import KVProblem, Problem
 from lineshaft_contract.restricted import Restricted, violate
 from lineshaft_contract.sessions import Cache, StepFunction, Tree, leaves, map_tree
@@ -149,11 +149,27 @@ def label_of(item: Any) -> Any:
     return list(map(label_of, item)) if isinstance(item, (list, tuple)) else item
 
 
+class Parts:
+    """The `ops` of a composite's decomposition: ops with a problem of their own in it are called by names of their own,
+    as another composite may have a part of the same name; all others by the names that a forward uses."""
+
+    def __init__(self, ops: Any, composite: str, problems: Mapping[str, Problem]) -> None:
+        self._ops, self._composite, self.problems = ops, composite, problems
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(self._ops, self.name_of(name))
+        return found
+
+    def name_of(self, op: str) -> str:
+        return f"{self._composite}/{op}" if op in self.problems else op
+
+
 class Tracer:
     """The `ops` of an abstract run. `resolvable` says whether a composite has a kernel of its own."""
 
     def __init__(self, specs: Mapping[str, OpSpec], work: Workload, shape: StepShape, resolvable: Resolvable) -> None:
-        self._specs, self._uses, self._degrees, self._resolvable = specs, work.uses, work.degrees, resolvable
+        self._specs, self._degrees, self._resolvable = specs, work.degrees, resolvable
+        self._uses = dict(work.uses)
         self.trace = Trace(shape)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -180,17 +196,22 @@ class Tracer:
         self.trace.calls[seen] = self.trace.calls.get(seen, 0) + 1
         if composite:
             assert spec.default is not None
-            return spec.default(self, problem, *args, **kwargs)
+            parts = Parts(self, name, spec.parts(problem))
+            self._uses |= {parts.name_of(op): (op, part) for op, part in parts.problems.items()}
+            return spec.default(parts, problem, *args, **kwargs)
         return self._result(spec, problem, call)
 
     def _result(self, spec: OpSpec, problem: Problem, call: Call) -> Any:
         out = spec.infer(problem, call)
-        if out == "cache":
-            return next(item for item in call.args if isinstance(item, Cache))
-        call_number = len(self.trace.flow)
+        number = len(self.trace.flow)
+        if isinstance(out, tuple):
+            return tuple(self._one(item, call, f"call {number}.{i}") for i, item in enumerate(out))
+        return self._one(out, call, f"call {number}")
+
+    def _one(self, out: Inferred, call: Call, label: str) -> AbstractArray | Cache:
         if isinstance(out, ArraySpec):
-            return self.trace.workspace.hold(out, f"call {call_number}")
-        return tuple(self.trace.workspace.hold(item, f"call {call_number}.{i}") for i, item in enumerate(out))
+            return self.trace.workspace.hold(out, label)
+        return next(item for item in call.args if isinstance(item, Cache))
 
 
 def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) -> None:
