@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
 from lineshaft_triton.interpreting import interpreting
-from lineshaft_triton.kernels import attend, gated, linear, logits, merge, norm, pages, rope, rows, sampling, write
+from lineshaft_triton.kernels import (
+    attend,
+    gated,
+    linear,
+    logits,
+    merge,
+    moe,
+    norm,
+    pages,
+    rope,
+    router,
+    rows,
+    sampling,
+    write,
+)
 from lineshaft_triton.targets import Target
 
 if interpreting():
@@ -12,7 +26,7 @@ if interpreting():
 
     correct_interpreter()
 
-FAMILIES = (attend, gated, linear, logits, merge, norm, pages, rope, rows, sampling, write)
+FAMILIES = (attend, gated, linear, logits, merge, moe, norm, pages, rope, router, rows, sampling, write)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:
