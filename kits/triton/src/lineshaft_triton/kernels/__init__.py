@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
 from lineshaft_triton.interpreting import interpreting
-from lineshaft_triton.kernels import attend, gated, linear, logits, merge, norm, rows
+from lineshaft_triton.kernels import attend, experts, gated, linear, logits, merge, moe, norm, router, rows
 from lineshaft_triton.targets import Target
 
 if interpreting():
@@ -12,7 +12,7 @@ if interpreting():
 
     correct_interpreter()
 
-FAMILIES = (attend, gated, linear, logits, merge, norm, rows)
+FAMILIES = (attend, experts, gated, linear, logits, merge, moe, norm, router, rows)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:
