@@ -6,6 +6,7 @@ from lineshaft_contract.kernels import Kernel
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.kernels import (
     attend,
+    experts,
     gated,
     linear,
     logits,
@@ -26,7 +27,7 @@ if interpreting():
 
     correct_interpreter()
 
-FAMILIES = (attend, gated, linear, logits, merge, moe, norm, pages, rope, router, rows, sampling, write)
+FAMILIES = (attend, experts, gated, linear, logits, merge, moe, norm, pages, rope, router, rows, sampling, write)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:
