@@ -69,8 +69,9 @@ class Step:
     longest: int
 
 
-STEPS = (Step(64, 64, 1), Step(512, 1, 512), Step(2048, 1, 2048))
-"""Decode, a chunk of a prompt, and as many tokens as a step may have unless a user says otherwise."""
+STEPS = (Step(512, 1, 512), Step(64, 64, 1), Step(2048, 1, 2048))
+"""A chunk of a prompt, decode, and as many tokens as a step may have unless a user says otherwise. The first that a
+kernel takes is its problem in the table of kernels: one that serves chunks would take decode too."""
 
 
 def real_problems(op: str) -> list[Problem]:
