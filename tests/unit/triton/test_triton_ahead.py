@@ -178,7 +178,7 @@ def test_a_toolchain_compiles_for_its_vendors_targets_alone(name: str, vendor: s
 
 def test_real_problems_are_those_of_a_step_of_three_models() -> None:
     linear = real_problems("linear")
-    assert linear[0].describe() == "dtype=bfloat16 n=4096 k=4096 m=64"
+    assert linear[0].describe() == "dtype=bfloat16 n=4096 k=4096 m=512"
     assert {problem.dtype for problem in linear} == {"bfloat16", "float16"}
     shapes = {(p.q_heads, p.kv_heads, p.qk_dim, p.max_query) for p in real_problems("attend")}  # type: ignore[attr-defined]
     assert shapes == {(q, kv, d, m) for q, kv, d in ((32, 8, 128), (4, 1, 128), (9, 3, 64)) for m in (1, 512, 2048)}

@@ -41,8 +41,8 @@ COLUMNS = (
 """What is told of a program, over all launches of it: the most of each, the fewest warps, and all classes."""
 
 
-Packed = dict[tuple[tuple[int, ...], str, str], dict[str, torch.Tensor]]
-"""The leaves that a packing makes of a shape and a dtype, by these and the packing's layout; it takes its time."""
+Packed = dict[tuple[Any, ...], dict[str, torch.Tensor]]
+"""The leaves that packings have made of shapes, for which they take their time."""
 
 
 class AheadSession(TorchSession):
@@ -75,10 +75,11 @@ class AheadSession(TorchSession):
         return self._params[param.name][1]
 
     def _shapes_of(self, param: Param, packing: Packing) -> dict[str, torch.Tensor]:
-        """A parameter's leaves, which depend on nothing else of it than its own shape and dtype."""
+        """A parameter's leaves, which depend on its shape, dtype and the groups of its values, and on no value."""
         if packing.pack is None:
             return {"data": torch.empty(param.shape, dtype=torch_dtype(param.dtype), device=self.device)}
-        same = (param.shape, param.dtype, packing.layout)
+        groups = frozenset(getattr(problem, "group_size", 0) for problem in param.problems.values())
+        same = (param.shape, param.dtype, packing.layout, groups)
         if same not in self._packed:
             self._packed[same] = host_pack(packing.pack, param, empty_share(param), self.device)
         return self._packed[same]
