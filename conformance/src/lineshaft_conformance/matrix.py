@@ -55,7 +55,9 @@ class Cell:
             return self.reason
         bad = [problem for problem in self.problems if problem["outcome"] != COMPILED]
         first = next((problem for problem in bad if problem["outcome"] == self.outcome), next(iter(bad), None))
-        return f"{first['id']} [{first['problem']}]: {first['reason']}" if first else "there is no problem to try it on"
+        if first is None:
+            return "there is no problem to try it on"
+        return f"{first['id']} [{first['problem']}]: {first['reason']}" if first["id"] else str(first["reason"])
 
     def worse(self, before: Cell) -> Iterator[str]:
         """What is worse than before about the first problem that compiled then."""

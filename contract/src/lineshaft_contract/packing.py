@@ -1,5 +1,7 @@
-"""The packings of quantized weights, from whatever the checkpoint stores; the rules are those of `ops.quantize`. And
-what a packing makes of shapes alone."""
+"""The packings of quantized weights, from whatever the checkpoint stores; the rules are those of `ops.quantize`.
+
+And what a packing makes of shapes alone.
+"""
 
 from __future__ import annotations
 

@@ -131,6 +131,8 @@ def test_failures_crashes_and_kernels_that_take_nothing_are_told(run: Run, tmp_p
         (["--against", "absent.json"], "holds no matrix"),
         (["--jobs", "0"], "at least 1"),
         (["--backend-option", "does=no targets"], "lists no target"),
+        (["--problems", "few"], "invalid choice: 'few'"),
+        (["--table", "absent/t.json"], "it cannot be written"),
         (["--backend", "toolless"], "no toolchain"),
         (["--backend", "absent"], "absent"),
     ],
@@ -152,6 +154,78 @@ def test_a_regression_is_a_kernel_that_compiled_for_a_target_that_is_asked_for_a
     assert before.regressions(now) == ()
     broken = replace(now, cells=(Cell("k", "add", "s", reason="its process ended"),))
     assert broken.regressions(before, ["k"]) == ("k compiled for s, and now it fails: its process ended",)
+
+
+def test_code_that_is_worse_is_a_regression_and_a_little_growth_is_none() -> None:
+    good = {"registers": 100, "shared_bytes": 64 << 10, "spills": 0, "stack_bytes": 0, "found": "mma.bf16+mma.f16"}
+
+    def matrix(problem: str = "p", **figures: Any) -> Matrix:
+        tried = {"id": "real/0", "problem": problem, "outcome": "compiled", "figures": good | figures}
+        return Matrix("b", {}, ("s",), tuple(good), (Cell("k", "add", "s", problems=(tried,)),))
+
+    before = matrix()
+    for figures, said in (
+        ({"registers": 110, "shared_bytes": 70 << 10, "found": "mma.bf16+mma.f16+mma.i8"}, ()),
+        ({"registers": 64, "shared_bytes": 0}, ()),
+        ({"registers": 111}, ("registers grew from 100 to 111 [p]",)),
+        ({"shared_bytes": 72 << 10}, ("shared_bytes grew from 65536 to 73728 [p]",)),
+        ({"spills": 1, "stack_bytes": 4}, ("spills rose from 0 to 1 [p]", "stack_bytes rose from 0 to 4 [p]")),
+        ({"found": "mma.bf16"}, ("mma.f16 is not in its code any more [p]",)),
+        ({"found": "none"}, ("mma.bf16, mma.f16 is not in its code any more [p]",)),
+        ({"problem": "q"}, ("does not compile [p] any more",)),
+    ):
+        assert matrix(**figures).regressions(before) == tuple(f"k for s: {text}" for text in said)
+    assert matrix(registers=20).regressions(matrix(registers=13)) == ()  # a tenth, but not 8 of them
+    assert matrix(spills=5).regressions(matrix(spills=3)) == ()  # it never did without
+
+
+def test_a_table_keeps_a_line_for_each_cell_and_its_reasons(tmp_path: Path) -> None:
+    first = {"id": "real/0", "problem": "p", "outcome": "compiled", "figures": {"registers": 9, "seconds": 1.5}}
+    refusals = [("q", "never heard of it"), ("p", "no such instructions")]
+    declined = tuple({"id": "x", "problem": p, "outcome": "declines", "reason": why} for p, why in refusals)
+    cells = (
+        Cell("k", "add", "s", problems=(first, {**first, "problem": "q"}), seconds=3.0),
+        Cell("k", "add", "t", problems=declined), Cell("l", "add", "s", reason="its process ended"),
+    )  # fmt: skip
+    whole = Matrix("b", {"o": 1}, ("s", "t"), ("registers",), cells, {"cpu": "fast", "requires": {"compiler": "3.9"}})
+    assert whole.why(cells[1]) == "no such instructions"  # for what another target takes
+    file = tmp_path / "t.json"
+    file.write_text(whole.brief())
+    assert "fast" not in file.read_text() and "seconds" not in file.read_text()
+    rows = [json.loads(line.strip().rstrip(",")) for line in file.read_text().splitlines() if '"kernel"' in line]
+    assert rows == [
+        {"kernel": "k", "op": "add", "target": "s", "problem": "p", "registers": 9},
+        {"kernel": "k", "op": "add", "target": "t", "declines": "no such instructions"},
+        {"kernel": "l", "op": "add", "target": "s", "fails": "its process ended"},
+    ]
+    found = load_matrix(file)
+    assert (found.backend, found.targets, found.columns) == ("b", ("s", "t"), ("registers",))
+    assert [cell.outcome for cell in found.cells] == ["compiled", "declines", "fails"]
+    assert found.facts == {"requires": {"compiler": "3.9"}} and found.brief() == whole.brief()
+    assert whole.regressions(found) == () and [whole.count(cell.outcome) for cell in cells] == [1, 1, 1]
+
+
+def test_a_run_is_shared_out_over_the_backends_that_know_the_targets(run: Run) -> None:
+    status, out, err = run("compile", "--targets", "small:1x1")
+    assert (status, out) == (2, "")
+    assert "target 'small:1x1' is one of far and far-single; choose one by --backend" in err
+    status, out, err = run("compile", "--targets", "small:*,medium")
+    assert status == 2 and "no target has the name or pattern 'medium'; there are " in err
+    assert all(name in err for name in (*TARGETS, "v5e", "sm90", "gfx942"))
+    status, out, err = run("compile", "--targets", "small:1x1", "--backend-option", "does=declines")
+    assert status == 2 and "--backend-option without --backend" in err
+
+
+def test_the_first_the_real_or_all_problems_are_compiled(run: Run, tmp_path: Path) -> None:
+    chosen = ["--backend", "far", "--jobs", 1, "--targets", "big:*", "--kernels", "plain_linear,plain_add"]
+    found = {}
+    for problems in ("first", "real", "all"):
+        out = tmp_path / f"{problems}.json"
+        assert run("compile", *chosen, "--problems", problems, "--out", out)[0] == 0
+        found[problems] = {cell.op: [p["id"] for p in cell.problems] for cell in load_matrix(out).cells}
+    assert found["first"]["linear"] == found["real"]["linear"] == ["real/0"]
+    assert len(found["first"]["add"]) == len(found["real"]["add"]) == 1  # it has no real problem
+    assert len(found["all"]["linear"]) > 2 and len(found["all"]["add"]) > 1
 
 
 # ---- problems without a case -----------------------------------------------------------------------------------

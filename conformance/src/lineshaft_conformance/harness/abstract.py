@@ -219,8 +219,8 @@ MAKERS: Mapping[str, Callable[[Any], Operands]] = {
     "head_linear": head_linear, "rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": rope, "add": add,
     "silu_mul": gated, "gelu_mul": gated, "embed": embed, "gather_rows": gather_rows, "merge_rows": merge_rows,
     "merge_states": merge_states, "router_topk": router_topk, "expert_mlp": expert_mlp, "grouped_mlp": grouped_mlp,
-    "moe_dispatch": moe_dispatch, "moe_combine": moe_combine, "argmax": argmax, "logprobs": logprobs, "sample": sample,
-    "apply_logits": apply_logits, "read_pages": read_pages, "write_pages": write_pages, "copy_pages": copies,
-    "copy_slots": copies,
+    "moe_dispatch": moe_dispatch, "moe_combine": moe_combine, "argmax": argmax, "logprobs": logprobs,
+    "sample": sample, "apply_logits": apply_logits, "read_pages": read_pages, "write_pages": write_pages,
+    "copy_pages": copies, "copy_slots": copies,
 }  # fmt: skip
 """Who makes the operands of an op's problem."""

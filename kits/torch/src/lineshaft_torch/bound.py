@@ -17,24 +17,48 @@ __all__ = ["DENSE", "BoundKernel", "Recipe", "dense", "recipe", "stateless", "wi
 
 class BoundKernel:
     """`run(*args, **kwargs)` under a session. With `out`, `run` also takes `out=`: a tensor or a tuple of tensors that
-    it writes its results to, and returns, instead of allocating them."""
+    it writes its results to, and returns, instead of allocating them. `name` and `op` are those of its Kernel."""
 
-    __slots__ = ("out", "run", "session")
+    __slots__ = ("capturable", "name", "op", "out", "run", "session")
 
-    def __init__(self, run: Callable[..., Any], session: Any, out: bool) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        session: Any,
+        out: bool,
+        *,
+        name: str = "",
+        op: str = "",
+        capturable: bool = True,
+    ) -> None:
         self.run = run
         self.session = session
         self.out = out
+        self.name, self.op, self.capturable = name or getattr(run, "__name__", "a kernel"), op, capturable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorder = self.session.recorder
         return self.run(*args, **kwargs) if recorder is None else recorder.call(self, args, kwargs)
 
 
+def always_capturable(problem: Any) -> bool:
+    """The `capturable` of a kernel whose work depends on shapes only."""
+    return True
+
+
 def recipe(
-    name: str, op: str, bind: Callable[[Any, Any], Callable[..., Any]], *, out: bool = False, **fields: Any
+    name: str,
+    op: str,
+    bind: Callable[[Any, Any], Callable[..., Any]],
+    *,
+    out: bool = False,
+    capturable: Callable[[Any], bool] = always_capturable,
+    **fields: Any,
 ) -> Recipe:
     """A Recipe for `op`. `bind(problem, session)` returns a plain function, which is wrapped as a BoundKernel.
+
+    Where `capturable(problem)` is false, the kernel never becomes part of a device's graph: it reads values on the host
+    or launches what depends on them.
 
     Every kernel of a recipe declines to compute in a dtype of eight bits; `supports` says what else it declines.
     """
@@ -46,6 +70,6 @@ def recipe(
         return declines(problem)
 
     def bind_recorded(problem: Any, session: Any) -> BoundKernel:
-        return BoundKernel(bind(problem, session), session, out)
+        return BoundKernel(bind(problem, session), session, out, name=name, op=op, capturable=capturable(problem))
 
     return lambda backend: Kernel(name=name, op=op, backend=backend, bind=bind_recorded, supports=supports, **fields)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,22 @@ from lineshaft_contract.sessions import (
     Capture,
     CaptureReport,
     Handle,
+    Pending,
     Transfer,
     check_handles,
 )
 from lineshaft_contract.steps import ArraySpec, HostStep, StepInputs, StepShape
 from lineshaft_torch.arrays import HostArray, to_host, torch_dtype
-from lineshaft_torch.recording import Placement, Recorder, ReshapeRecording, Step, Survey, Taping, recorded_namespace
+from lineshaft_torch.recording import (
+    Placement,
+    Recorder,
+    ReshapeRecording,
+    Step,
+    Survey,
+    TapeCall,
+    Taping,
+    recorded_namespace,
+)
 from lineshaft_torch.tensors import spec_of, storage_key, storage_keys, view_at
 
 
@@ -99,25 +110,40 @@ class ProgramBase:
 
     def __call__(
         self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()
-    ) -> StepPending:
+    ) -> Pending:
         """Run one step. Raises ContractViolation for arrays that were not captured; a step that fails otherwise
         poisons the session."""
         self.session.require_usable()
         if self._generation != self.session.generation:
             raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
         check_handles(self.capture.arrays, arrays or {})
+        self.make_ready()
         given = {name: self._taken(handle) for name, handle in (arrays or {}).items()}
         for transfer in after:
-            transfer.wait()
+            self._follow(transfer)
         with torch.inference_mode(), self.session.poison_on_failure():
-            self._take_inputs(host)
-            began = time.perf_counter()
-            outputs = self._run(given)
-            seconds = time.perf_counter() - began
-        self.runs += 1
-        handles = {name: DeviceArray(name, tensor, self, self.runs) for name, tensor in outputs.items()}
+            return self._submit(host, given)
+
+    def make_ready(self) -> None:
+        """Do what is left to do before a run."""
+
+    def _follow(self, transfer: Transfer) -> None:
+        """Let the run come after a transfer."""
+        transfer.wait()
+
+    def _submit(self, host: HostStep, given: dict[str, torch.Tensor]) -> Pending:
+        """Run the step, and copy what the host wants."""
+        self._take_inputs(host)
+        began = time.perf_counter()
+        outputs = self._run(given)
+        seconds = time.perf_counter() - began
         copies = {name: to_host(outputs[name]) for name in self.capture.host_outputs}
-        return StepPending(handles, copies, seconds)
+        return StepPending(self._handles(outputs), copies, seconds)
+
+    def _handles(self, outputs: Mapping[str, torch.Tensor]) -> dict[str, DeviceArray]:
+        """Handles of the run that has just been made."""
+        self.runs += 1
+        return {name: DeviceArray(name, tensor, self, self.runs) for name, tensor in outputs.items()}
 
     def _take_inputs(self, host: HostStep) -> None:
         self._buffer.copy_(torch.from_numpy(host.buffer[: self._buffer.numel()]))
@@ -207,7 +233,9 @@ class TapeProgram(ProgramBase):
     def __init__(self, session: Any, capture: Capture) -> None:
         super().__init__(session, capture)
         start = time.perf_counter()
+        self._calls: list[TapeCall] = []
         self._tape: list[Step] = []
+        self._arrays: dict[str, torch.Tensor] = {}
         self._outputs: dict[str, torch.Tensor] = {}
         self._aliases: dict[str, list[_Alias]] = {}
         self._bound: dict[str, int] = {}
@@ -220,12 +248,16 @@ class TapeProgram(ProgramBase):
         )  # fmt: skip
 
     def _survey(self) -> tuple[Placement, int]:
-        survey = Survey()
+        survey = Survey(self._beside())
         outputs, after = self._observe(survey, self._empty_step())
         moved = [new for _, new in moved_arrays(self.session.caches, after)]
         survey.keep(moved, private=False)
         survey.keep(list(outputs.values()), private=True)
         return survey.plan(), sum(tensor.nbytes for tensor in moved)
+
+    def _beside(self) -> frozenset[str]:
+        """The ops whose calls may run beside those that follow them."""
+        return frozenset()
 
     def _record(self) -> None:
         arrays = self._empty_step()
@@ -235,7 +267,8 @@ class TapeProgram(ProgramBase):
         for old, new in moved_arrays(self.session.caches, after):
             old.copy_(new)
             taping.tape.append(_copy_into(old, new))
-        self._outputs, self._tape = outputs, taping.tape
+        self._outputs, self._arrays, self._calls = outputs, arrays, taping.tape
+        self._tape = [call.step for call in self._calls]
         recorded = [*taping.read.values(), *outputs.values()]
         self._aliases = {name: _aliases(tensor, recorded) for name, tensor in arrays.items()}
         self._bound = {}
@@ -286,5 +319,5 @@ def _aliases(array: torch.Tensor, read: Sequence[torch.Tensor]) -> list[_Alias]:
     ]
 
 
-def _copy_into(old: torch.Tensor, new: torch.Tensor) -> Step:
-    return lambda: old.copy_(new)
+def _copy_into(old: torch.Tensor, new: torch.Tensor) -> TapeCall:
+    return TapeCall(partial(old.copy_, new), "copy", "", True, (new,), (old,))

@@ -5,12 +5,12 @@ Knows bound kernels and tensors; knows nothing of sessions, inputs or models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,7 +23,49 @@ from lineshaft_torch.bound import BoundKernel
 from lineshaft_torch.tensors import map_tensors, spec_of, storage_key, storage_keys, tensors_in, view_at
 
 Step = Callable[[], Any]
-"""One entry of a tape: a call with all its arguments."""
+"""A call with all its arguments."""
+
+
+class Callee(Protocol):
+    """What is recorded: a bound kernel of this kit, or a stand-in for what is none."""
+
+    @property
+    def run(self) -> Callable[..., Any]: ...
+
+    @property
+    def out(self) -> bool: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def capturable(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A callable that is no kernel of this kit. Its op is unknown."""
+
+    run: Callable[..., Any]
+    name: str
+    out: bool = False
+    op: str = ""
+    capturable: bool = True
+
+
+@dataclass(frozen=True)
+class TapeCall:
+    """One entry of a tape: its kernel's name and op, and the tensors that it reads and those that it writes."""
+
+    step: Step
+    name: str
+    op: str
+    capturable: bool
+    reads: tuple[torch.Tensor, ...]
+    writes: tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -50,14 +92,14 @@ class Recorder:
         self.count = 0
         self.busy = False
 
-    def call(self, kernel: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(self, kernel: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run and record a bound kernel."""
         if self.busy:
             return kernel.run(*args, **kwargs)
         with self._inside():
-            return self._record(kernel.run, bool(kernel.out), args, kwargs)
+            return self._record(kernel, args, kwargs)
 
-    def foreign(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def foreign(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a callable of the namespace; record it unless it turns out to wrap kernels that record themselves."""
         if isinstance(run, BoundKernel):
             return self.call(run, args, kwargs)
@@ -68,7 +110,7 @@ class Recorder:
         if self.count > before:
             return result
         with self._inside():
-            return self._note(run, args, kwargs, result)
+            return self._note(Foreign(run, name), args, kwargs, result)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -78,34 +120,45 @@ class Recorder:
         finally:
             self.busy = False
 
-    def _record(self, run: Callable[..., Any], out: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self._note(run, args, kwargs, run(*args, **kwargs))
+    def _record(self, kernel: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return self._note(kernel, args, kwargs, kernel.run(*args, **kwargs))
 
-    def _note(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+    def _note(self, kernel: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
         raise NotImplementedError
 
 
 class Survey(Recorder):
-    """The first run: learns every result's size and its last use. Results are freed as the forward drops them."""
+    """The first run: learns every result's size and its last use. Results are freed as the forward drops them.
 
-    def __init__(self) -> None:
+    Calls of `beside` ops may run until something reads their results: what they read lives until then.
+    """
+
+    def __init__(self, beside: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.calls: list[SurveyedCall] = []
+        self._beside = beside
         self._slots: dict[int, list[Slot]] = {}
+        self._until_read: dict[int, list[Slot]] = {}
         self._names: list[StorageWeakRef] = []  # keep storage keys unique without keeping the memory
 
-    def _note(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+    def _note(self, kernel: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
         given = storage_keys(tensors_in((args, dict(kwargs))))
         for key in given:
-            for slot in self._slots.get(key, ()):
-                slot.life.last = self.count
+            self._live(key)
         fresh = {key for key in storage_keys(tensors_in(result)) if key not in given}
         for key in fresh:
             self._slots[key] = []
+            self._until_read[key] = []
+            if kernel.op in self._beside:
+                self._until_read[key] = [slot for other in given for slot in self._slots.get(other, ())]
         slots = tuple(self._place(t) if storage_key(t) in fresh else None for t in tensors_in(result))
-        self.calls.append(SurveyedCall(run, slots))
+        self.calls.append(SurveyedCall(kernel.run, slots))
         self.count += 1
         return result
+
+    def _live(self, key: int) -> None:
+        for slot in (*self._slots.get(key, ()), *self._until_read.pop(key, ())):
+            slot.life.last = self.count
 
     def _place(self, tensor: torch.Tensor) -> Slot:
         spec = spec_of(tensor)
@@ -117,8 +170,8 @@ class Survey(Recorder):
     def keep(self, tensors: list[torch.Tensor], *, private: bool) -> None:
         """Let results live to the end of the program; `private` ones get memory outside the arena."""
         for key in storage_keys(tensors):
+            self._live(key)
             for slot in self._slots.get(key, ()):
-                slot.life.last = self.count
                 slot.kept = slot.kept or private
 
     def plan(self) -> Placement:
@@ -150,38 +203,40 @@ class Taping(Recorder):
 
     def __init__(self, placement: Placement, arena: torch.Tensor, known: set[int]) -> None:
         super().__init__()
-        self.tape: list[Step] = []
+        self.tape: list[TapeCall] = []
         self.read: dict[int, torch.Tensor] = {}  # every tensor that a recorded call takes, by identity
         self._placement, self._arena = placement, arena
         self._known = known | storage_keys([arena])
 
-    def _record(self, run: Callable[..., Any], out: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if not out:
-            return super()._record(run, out, args, kwargs)
-        slots = self._begin(run, args, kwargs)
-        outs = tuple(slot for slot in slots if slot is not None)
-        step = partial(run, *args, **kwargs, out=outs[0] if len(outs) == 1 else outs)
-        self.tape.append(step)
+    def _record(self, kernel: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if not kernel.out:
+            return super()._record(kernel, args, kwargs)
+        outs = tuple(slot for slot in self._begin(kernel, args, kwargs) if slot is not None)
+        step = partial(kernel.run, *args, **kwargs, out=outs[0] if len(outs) == 1 else outs)
+        self._add(kernel, step, args, kwargs, outs)
         return step()
 
-    def _note(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
-        slots = self._begin(run, args, kwargs)
+    def _note(self, kernel: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+        slots = self._begin(kernel, args, kwargs)
         given = tensors_in(result)
         if len(given) != len(slots):
             raise _impure(self.count)
-        step = partial(run, *args, **kwargs)
+        step = partial(kernel.run, *args, **kwargs)
         copies = any(slot is not None for slot in slots)
-        self.tape.append(_copying(step, slots) if copies else step)
+        placed = [given[i] if slot is None else slot for i, slot in enumerate(slots)]
+        self._add(kernel, _copying(step, slots) if copies else step, args, kwargs, placed)
         _copy_fresh(slots, given)
-        placed = iter([given[i] if slot is None else slot for i, slot in enumerate(slots)])
-        return map_tensors(lambda _: next(placed), result)
+        following = iter(placed)
+        return map_tensors(lambda _: next(following), result)
 
-    def _begin(
-        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> list[torch.Tensor | None]:
+    def _add(self, kernel: Callee, step: Step, args: Any, kwargs: Any, writes: Sequence[torch.Tensor]) -> None:
+        reads = tuple(tensors_in((args, dict(kwargs))))
+        self.tape.append(TapeCall(step, kernel.name, kernel.op, kernel.capturable, reads, tuple(writes)))
+
+    def _begin(self, kernel: Callee, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor | None]:
         """Check the call against the first run and return where its results go."""
         calls = self._placement.calls
-        if self.count >= len(calls) or calls[self.count].run is not run:
+        if self.count >= len(calls) or calls[self.count].run is not kernel.run:
             raise _impure(self.count)
         self._check_arguments(tensors_in((args, dict(kwargs))))
         slots = [None if slot is None else self._buffer(slot) for slot in calls[self.count].slots]
@@ -229,7 +284,7 @@ class ReshapeRecording(TorchFunctionMode):
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self._kernel = SimpleNamespace(run=_reshape, out=True)
+        self._kernel = Foreign(_reshape, "reshape", out=True)
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -245,4 +300,6 @@ def _reshape(x: torch.Tensor, shape: tuple[int, ...], *, out: torch.Tensor | Non
 
 def recorded_namespace(ops: Any, recorder: Recorder) -> SimpleNamespace:
     """`ops` with every callable reporting to `recorder`."""
-    return SimpleNamespace(**{name: partial(recorder.foreign, fn) for name, fn in vars(ops).items() if callable(fn)})
+    return SimpleNamespace(
+        **{name: partial(recorder.foreign, name, fn) for name, fn in vars(ops).items() if callable(fn)}
+    )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lineshaft_contract.backends import World
-from lineshaft_contract.errors import ContractViolation, MisshapenTensor, OutOfMemory
+from lineshaft_contract.errors import ContractViolation, InvalidValue, MisshapenTensor, OutOfMemory
 from lineshaft_contract.problems import KVProblem
 from lineshaft_contract.sessions import (
     Cache,
@@ -24,33 +24,41 @@ from lineshaft_contract.sessions import (
     PlannedOps,
     SessionState,
     StepFunction,
+    Transfer,
     Tree,
     map_tree,
 )
 from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_torch.arrays import HostArray, from_host, to_host
-from lineshaft_torch.collectives import GroupFactory, ProcessGroups, coordinate_of, gloo_group
+from lineshaft_torch.collectives import GLOO, ProcessGroups, Transport, coordinate_of
 from lineshaft_torch.packing import dense_leaves, host_pack
 from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, movable, page_view
-from lineshaft_torch.program import EagerProgram, StepPending, TapeProgram
+from lineshaft_torch.program import EagerProgram, ProgramBase, StepPending, TapeProgram
 from lineshaft_torch.recording import Recorder
+from lineshaft_torch.staging import DirectStaging, Staging
 
 
 @dataclass(frozen=True)
 class SessionOptions:
     """How a session runs.
 
-    program     "tape" replays what was recorded at capture; "eager" runs the forward anew each step
+    program     "tape" replays what was recorded at capture; "eager" runs the forward anew each step; a device also has
+                "graph" (steps without a prefill are one graph, others are "piecewise") and "piecewise" (graphs between
+                the calls of attention, which are made anew)
     functional  write_kv leaves its cache untouched and returns a copy, so that a forward which ignores the result fails
-    groups      makes a process group for collectives
-    timeout_s   how long a collective waits for the other ranks, in seconds
+    transport   what the ranks' process groups are made of
+    timeout_s   how long to wait for the other ranks, in seconds
+    overlap     a device's collectives run beside the calls that do not need their results
+    staging     pinned buffers for the inputs of each program: so many steps may be on their way before the host waits
     """
 
     program: str = "tape"
     functional: bool = False
-    groups: GroupFactory = gloo_group
+    transport: Transport = GLOO
     timeout_s: float = 300.0
+    overlap: bool = False
+    staging: int = 3
 
 
 class TorchSession(SessionState):
@@ -59,12 +67,14 @@ class TorchSession(SessionState):
     All programs share one arena for intermediate results, which is as large as the largest of them needs.
     """
 
-    def __init__(self, device: str = "cpu", world: World | None = None, options: SessionOptions | None = None) -> None:
+    def __init__(
+        self, device: str | torch.device = "cpu", world: World | None = None, options: SessionOptions | None = None
+    ) -> None:
         self.device = torch.device(device)
         self.world = world or World()
         self.options = options or SessionOptions()
         self.coordinate: Coordinate = coordinate_of(self.world)
-        self.groups = ProcessGroups(self.world, self.options.groups, self.options.timeout_s)
+        self.groups = ProcessGroups(self.world, self.options.transport, self.options.timeout_s, self.opaque)
         self.recorder: Recorder | None = None
         self.weights: Tree = {}
         self.caches: list[Cache] = []
@@ -91,7 +101,7 @@ class TorchSession(SessionState):
             packing = packings.get(param.name, Packing())
             same = (param.source_id, packing.layout, param.shape, param.dtype)
             if same not in self._shared:
-                with _memory(f"weight {param.name}"):
+                with typed_memory(f"weight {param.name}"):
                     local = param.shard(checkpoint, self.coordinate)
                     self._shared[same] = (param, packing, self._leaves(param, local, packing))
             made = self._make(param, len(self._params), packing, self._shared[same][2])
@@ -148,7 +158,7 @@ class TorchSession(SessionState):
         if layout not in ("", SLOTS_LAYOUT):
             raise ContractViolation(f"cache layout {layout!r} is not known to this session; it has {SLOTS_LAYOUT!r}")
         self.generation += 1
-        with _memory("the KV caches"):
+        with typed_memory("the KV caches"):
             self.caches = [
                 Cache(key, problem, SLOTS_LAYOUT, cache_arrays(problem, pages[problem.group], self.device))
                 for key, problem in enumerate(problems)
@@ -162,25 +172,33 @@ class TorchSession(SessionState):
         return {name: to_host(array.index_select(0, rows)) for name, array in page_view(self.caches[cache]).items()}
 
     @torch.inference_mode()
-    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
+    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Transfer:
         self.require_usable()
         rows = self._ids(ids)
         for name, array in page_view(self.caches[cache]).items():
-            movable(array).index_copy_(0, rows, movable(from_host(pages[name]).to(self.device)))
-        return DoneTransfer()
+            movable(array).index_copy_(0, rows, movable(self._sent(pages[name])))
+        return self._transfer()
 
     @torch.inference_mode()
-    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
+    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> Transfer:
         self.require_usable()
         source, target = self._ids(src), self._ids(dst)
         for cache in self.caches:
             if cache.problem.group == group:
                 for array in map(movable, page_view(cache).values()):
                     array.index_copy_(0, target, array.index_select(0, source))
-        return DoneTransfer()
+        return self._transfer()
 
     def _ids(self, ids: HostArray) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
+        return self._sent(np.asarray(ids, np.int64))
+
+    def _sent(self, array: HostArray) -> torch.Tensor:
+        """An array of the host as a tensor of the device; the array is free when this returns or not written to."""
+        return from_host(array).to(self.device)
+
+    def _transfer(self) -> Transfer:
+        """The transfer that was just submitted."""
+        return DoneTransfer()
 
     # ---- programs ----------------------------------------------------------------------------------------------
 
@@ -193,18 +211,24 @@ class TorchSession(SessionState):
         ops: PlannedOps,
         arrays: Mapping[str, ArraySpec] | None = None,
         host_outputs: frozenset[str] = frozenset(),
-    ) -> TapeProgram | EagerProgram:
+    ) -> ProgramBase:
         self.require_changeable("capture")
         capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
-        with _memory(f"the results of a step of {shape.tokens} tokens"):
-            return EagerProgram(self, capture) if self.options.program == "eager" else TapeProgram(self, capture)
+        with typed_memory(f"the results of a step of {shape.tokens} tokens"):
+            return self._program(capture)
+
+    def _program(self, capture: Capture) -> ProgramBase:
+        kinds = {"tape": TapeProgram, "eager": EagerProgram}
+        if self.options.program not in kinds:
+            raise InvalidValue(f"program = {self.options.program!r}; without a device layer it is {' or '.join(kinds)}")
+        return kinds[self.options.program](self, capture)
 
     def reserve_arena(self, nbytes: int) -> None:
         """Make the arena at least this large. Its storage grows in place, so that what earlier programs recorded still
         lies in it."""
         if nbytes > self.arena.numel():
             storage = self.arena.untyped_storage()
-            with _memory("the arena of intermediate results"):
+            with typed_memory("the arena of intermediate results"):
                 storage.resize_(nbytes)
             self.arena = self._bytes(0).set_(storage, 0, (nbytes,), (1,))
 
@@ -228,6 +252,15 @@ class TorchSession(SessionState):
             self._constants[key] = make()
         return self._constants[key]
 
+    def opaque(self, run: Callable[[], Any]) -> Any:
+        """Run what computes by other means than torch's operators, such as a kernel of another compiler in its
+        interpreter; a session over a fake device has to know of it."""
+        return run()
+
+    def staging(self, target: torch.Tensor) -> Staging:
+        """The way of values that a kernel plans on the host, before each step, to its static workspace `target`."""
+        return DirectStaging(target)
+
     def _bytes(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
@@ -240,13 +273,19 @@ class TorchSession(SessionState):
             self.groups.close()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a device."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in said or "out of memory" in said
+
+
 @contextmanager
-def _memory(what: str) -> Iterator[None]:
+def typed_memory(what: str) -> Iterator[None]:
     """Turn an allocation failure into OutOfMemory; torch tells it from its other errors by its words alone."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if not is_out_of_memory(error):
             raise
         text = " ".join(str(error).split())
         raise OutOfMemory(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -41,14 +41,18 @@ COLUMNS = (
 """What is told of a program, over all launches of it: the most of each, the fewest warps, and all classes."""
 
 
+Packed = dict[tuple[Any, ...], dict[str, torch.Tensor]]
+"""The leaves that packings have made of shapes, for which they take their time."""
+
+
 class AheadSession(TorchSession):
     """A session on one GPU to compile for: `load` reads no tensor, `capture` compiles, nothing runs."""
 
-    def __init__(self, world: World, target: Target, compiler: Compiler) -> None:
+    def __init__(self, world: World, target: Target, compiler: Compiler, packed: Packed | None = None) -> None:
         super().__init__("meta", world)
         self.target, self.compiler = target, compiler
         self.launches: list[Launch] = []
-        self._shapes: dict[Any, dict[str, torch.Tensor]] = {}
+        self._packed: Packed = {} if packed is None else packed
 
     def launcher(
         self,
@@ -71,18 +75,17 @@ class AheadSession(TorchSession):
         return self._params[param.name][1]
 
     def _shapes_of(self, param: Param, packing: Packing) -> dict[str, torch.Tensor]:
-        """A parameter's leaves, which depend on nothing else of it than its own shape and dtype."""
-        same = (param.shape, param.dtype, packing)
-        if same not in self._shapes:
-            if packing.pack is None:
-                dtype = torch_dtype(param.dtype)
-                self._shapes[same] = {"data": torch.empty(param.shape, dtype=dtype, device=self.device)}
-            else:
-                self._shapes[same] = host_pack(packing.pack, param, empty_share(param), self.device)
-        return self._shapes[same]
+        """A parameter's leaves, which depend on its shape, dtype and the groups of its values, and on no value."""
+        if packing.pack is None:
+            return {"data": torch.empty(param.shape, dtype=torch_dtype(param.dtype), device=self.device)}
+        groups = frozenset(getattr(problem, "group_size", 0) for problem in param.problems.values())
+        same = (param.shape, param.dtype, packing.layout, groups)
+        if same not in self._packed:
+            self._packed[same] = host_pack(packing.pack, param, empty_share(param), self.device)
+        return self._packed[same]
 
     @torch.inference_mode()
-    def capture(  # type: ignore[override]
+    def capture(
         self,
         fn: StepFunction,
         shape: StepShape,
@@ -135,7 +138,7 @@ class AheadProgram(ProgramBase):
         refuse("a program's call")
 
 
-def nbytes(tensors: Any) -> int:
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
@@ -170,6 +173,7 @@ class AheadBackend:
     target: Target
     compiler: Compiler
     capabilities: Capabilities
+    packed: Packed = field(default_factory=dict)
     memory: UncountedMemory = field(default_factory=UncountedMemory)
 
     def kernels(self) -> Sequence[Kernel]:
@@ -178,7 +182,7 @@ class AheadBackend:
         return triton_kernels(self.name, self.target)
 
     def session(self, rank: int) -> AheadSession:
-        return AheadSession(self.world, self.target, self.compiler)
+        return AheadSession(self.world, self.target, self.compiler, self.packed)
 
 
 def refuse(what: str) -> NoReturn:

@@ -103,10 +103,11 @@ def resources(cubin: bytes) -> str:
 
 
 def message(error: BaseException) -> str:
-    """An error in one line: what the innermost says, and at its end, which is where Triton says what is wrong."""
+    """An error in one line: the end of what the innermost says, which is where Triton says what is wrong, without the
+    command of an assembler, whose files are gone."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).partition("Repro command")[0].split())
     shown = text if len(text) <= LONGEST else f"... {text[-LONGEST:]}"
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lineshaft_contract.errors import ContractViolation
 from lineshaft_triton.targets import Target
 
-PTX_PRODUCT = re.compile(r"\b(wgmma\.mma_async|mma)(?:\.sp\w*)?\.sync\S*|\btcgen05\.mma\b\S*\.kind::(\w+)[^;]*")
+PTX_PRODUCT = re.compile(r"\b(wgmma\.mma_async|mma)(?:\.sp(?:::\w+)?)?\.sync\S*|\btcgen05\.mma\b\S*\.kind::(\w+)[^;]*")
 PTX_TYPE = re.compile(r"\.(bf16|f16|f32|f64|tf32|e4m3|e5m2|e2m1|s8|u8|s4|u4|b1|s32)\b")
 AMD_PRODUCT = re.compile(
     r"\bv_(mfma|wmma|smfmac|swmmac)(?:_scale)?_[a-z]+\d+_\d+x\d+x\d+_?([a-z]\w*?\d+)(?=_|\b)[^\n]*"

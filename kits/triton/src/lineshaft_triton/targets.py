@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
@@ -95,3 +96,16 @@ def find_target(name: str, vendor: str) -> Target:
         if older:
             return TARGETS[older[-1]]
     raise InvalidValue(f"there are no kernels for the GPU {name!r}; there are for {', '.join(known)}")
+
+
+def kernels_for_any(names: Sequence[str], vendor: str) -> str:
+    """Why there are kernels for none of these devices; "" where there are for one or more."""
+    reasons = []
+    for name in names:
+        try:
+            find_target(name, vendor)
+        except InvalidValue as error:
+            reasons.append(str(error))
+        else:
+            return ""
+    return "; ".join(dict.fromkeys(reasons)) + "; choose another backend"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lineshaft_contract.backends import Capabilities, World
+from lineshaft_contract.backends import World
 from lineshaft_contract.errors import InvalidValue, LayoutError
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.problems import Problem
-from lineshaft_triton.ahead import COLUMNS, AheadBackend
+from lineshaft_triton.ahead import COLUMNS, AheadBackend, Packed
+from lineshaft_triton.backend import capabilities_of
 from lineshaft_triton.compiling import Compiler
 from lineshaft_triton.real_problems import real_problems
 from lineshaft_triton.targets import TARGETS, targets_of
@@ -24,8 +25,8 @@ class TritonToolchain:
 
     name: str
     vendor: str
-    capabilities: Capabilities
     compiler: Compiler = field(default_factory=Compiler)
+    packed: Packed = field(default_factory=dict)
 
     def targets(self) -> Sequence[str]:
         return targets_of(self.vendor)
@@ -43,4 +44,5 @@ class TritonToolchain:
         if world.size > RANKS:
             degrees = " ".join(f"{axis}={degree}" for axis, degree in world.axes if degree > 1)
             raise LayoutError(f"layout {degrees} has {world.size} ranks; at most {RANKS} are held: lower a degree")
-        return AheadBackend(self.name, world, TARGETS[target], self.compiler, self.capabilities)
+        where = TARGETS[target]
+        return AheadBackend(self.name, world, where, self.compiler, capabilities_of(where), self.packed)

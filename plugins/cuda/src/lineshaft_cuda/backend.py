@@ -1,48 +1,41 @@
-"""The cuda backend: sessions of the torch kit, with the kernels of the Triton kit."""
+"""The cuda backend: what the kits share, on NVIDIA's GPUs, with the libraries that are installed beside."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
-from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
-from lineshaft_contract.errors import BackendUnavailable
-from lineshaft_contract.kernels import Kernel
-from lineshaft_contract.sessions import UncountedMemory
+import torch
+
+from lineshaft_contract.backends import World
+from lineshaft_cuda import flash_attend, flashinfer_attend
 from lineshaft_cuda.options import CudaOptions
-from lineshaft_torch.kernels import portable_kernels
-from lineshaft_torch.session import SessionOptions, TorchSession
+from lineshaft_torch.bound import Recipe
+from lineshaft_torch.fake import FakeDevice
+from lineshaft_triton.backend import GpuBackend, library_linear
 from lineshaft_triton.interpreting import require_mode
-from lineshaft_triton.targets import TARGETS
-
-CAPABILITIES = Capabilities(
-    dtypes=("bfloat16", "float16", "float32"), collectives=True, determinism=DeterminismClaims(run=True)
-)
+from lineshaft_triton.starting import device_number, require_build, start_device
+from lineshaft_triton.targets import TARGETS, Target, find_target
 
 
-@dataclass(frozen=True)
-class CudaBackend:
-    """Implements `lineshaft_contract.backends.Backend`."""
-
-    options: CudaOptions
-    world: World
-    name: str = "cuda"
-    capabilities: Capabilities = CAPABILITIES
-    memory: UncountedMemory = field(default_factory=UncountedMemory)
-
-    def kernels(self) -> Sequence[Kernel]:
-        from lineshaft_triton.kernels import triton_kernels
-
-        portable = portable_kernels(self.name, self.options.attention_memory_mib)
-        return [*portable, *triton_kernels(self.name, TARGETS[self.options.target])]
-
-    def session(self, rank: int) -> TorchSession:
-        return TorchSession("cpu", replace(self.world, rank=rank), SessionOptions())
+def installed(module: str) -> bool:
+    """Found, without importing it."""
+    return find_spec(module) is not None
 
 
-def create(options: CudaOptions, world: World) -> CudaBackend:
-    """The factory that the plugin registers."""
-    if not options.interpret:
-        raise BackendUnavailable("no GPU is driven yet; set interpret = true under [backend_options]")
-    require_mode(interpret=True)
-    return CudaBackend(options, world)
+def further(target: Target) -> list[Recipe]:
+    """Kernels of NVIDIA's libraries, and of packages that are installed."""
+    found = [library_linear("cublas_linear"), *flash_attend.recipes(target, installed)]
+    return [*found, *flashinfer_attend.recipes()] if installed(flashinfer_attend.PACKAGE) else found
+
+
+def create(options: CudaOptions, world: World) -> GpuBackend:
+    """The factory that the plugin registers. Raises BackendUnavailable without a GPU that torch can start, LayoutError
+    for fewer GPUs than ranks, InvalidValue for a GPU that there are no kernels for."""
+    require_mode(options.interpret)
+    if options.interpret:
+        return GpuBackend("cuda", options, world, TARGETS[options.target], FakeDevice(), further)
+    require_build("cuda", lambda: torch.version.cuda, "CUDA")
+    number = device_number("cuda", options, world)
+    major, minor = torch.cuda.get_device_capability(number)
+    target = find_target(f"sm{major}{minor}", "nvidia")
+    return GpuBackend("cuda", options, world, target, start_device(number), further)

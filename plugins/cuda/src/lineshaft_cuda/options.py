@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from lineshaft_triton.options import GpuOptions
 
 
-class CudaOptions(BaseModel):
-    """How the cuda backend runs.
+class CudaOptions(GpuOptions):
+    """How the cuda backend runs."""
 
-    interpret             without a GPU: the kernels run in Triton's interpreter, on the host (slow, for checks)
-    target                under interpret: the GPU for which kernels choose their tiles
-    attention_memory_mib  largest temporaries, in MiB, of one call of the portable attention
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    interpret: bool = False
     target: Literal["sm80", "sm89", "sm90", "sm100", "sm120"] = "sm90"
-    attention_memory_mib: int = Field(default=256, ge=1)
+    """Under `interpret`: the GPU for which kernels choose their tiles."""

@@ -13,6 +13,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             name="cuda",
             probe="lineshaft_cuda.probe:probe",
             factory="lineshaft_cuda.backend:create",
+            devices="lineshaft_cuda:devices",
             options="lineshaft_cuda.options:CudaOptions",
             toolchain="lineshaft_cuda.toolchain:create",
             summary="NVIDIA GPUs through PyTorch and Triton",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lineshaft_cuda.backend import CAPABILITIES
 from lineshaft_cuda.options import CudaOptions
 from lineshaft_triton.toolchain import TritonToolchain
 
 
 def create(options: CudaOptions) -> TritonToolchain:
     """The toolchain that the plugin registers."""
-    return TritonToolchain("cuda", "nvidia", CAPABILITIES)
+    return TritonToolchain("cuda", "nvidia")

@@ -1,48 +1,36 @@
-"""The rocm backend: sessions of the torch kit, with the kernels of the Triton kit."""
+"""The rocm backend: what the kits share, on AMD's GPUs. In a torch that is built for ROCm they are called "cuda", their
+graphs are HIP's, and the transport "nccl" is RCCL."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
-from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
-from lineshaft_contract.errors import BackendUnavailable
-from lineshaft_contract.kernels import Kernel
-from lineshaft_contract.sessions import UncountedMemory
+import torch
+
+from lineshaft_contract.backends import World
+from lineshaft_rocm import aiter_ops
 from lineshaft_rocm.options import RocmOptions
-from lineshaft_torch.kernels import portable_kernels
-from lineshaft_torch.session import SessionOptions, TorchSession
+from lineshaft_torch.bound import Recipe
+from lineshaft_torch.fake import FakeDevice
+from lineshaft_triton.backend import GpuBackend, library_linear
 from lineshaft_triton.interpreting import require_mode
-from lineshaft_triton.targets import TARGETS
-
-CAPABILITIES = Capabilities(
-    dtypes=("bfloat16", "float16", "float32"), collectives=True, determinism=DeterminismClaims(run=True)
-)
+from lineshaft_triton.starting import device_number, require_build, start_device
+from lineshaft_triton.targets import TARGETS, Target, find_target
 
 
-@dataclass(frozen=True)
-class RocmBackend:
-    """Implements `lineshaft_contract.backends.Backend`."""
-
-    options: RocmOptions
-    world: World
-    name: str = "rocm"
-    capabilities: Capabilities = CAPABILITIES
-    memory: UncountedMemory = field(default_factory=UncountedMemory)
-
-    def kernels(self) -> Sequence[Kernel]:
-        from lineshaft_triton.kernels import triton_kernels
-
-        portable = portable_kernels(self.name, self.options.attention_memory_mib)
-        return [*portable, *triton_kernels(self.name, TARGETS[self.options.target])]
-
-    def session(self, rank: int) -> TorchSession:
-        return TorchSession("cpu", replace(self.world, rank=rank), SessionOptions())
+def further(target: Target) -> list[Recipe]:
+    """Kernels of AMD's libraries, those that are installed."""
+    found = [library_linear("hipblas_linear")]
+    return found if find_spec(aiter_ops.PACKAGE) is None else [*found, *aiter_ops.recipes(target)]
 
 
-def create(options: RocmOptions, world: World) -> RocmBackend:
-    """The factory that the plugin registers."""
-    if not options.interpret:
-        raise BackendUnavailable("no GPU is driven yet; set interpret = true under [backend_options]")
-    require_mode(interpret=True)
-    return RocmBackend(options, world)
+def create(options: RocmOptions, world: World) -> GpuBackend:
+    """The factory that the plugin registers. Raises BackendUnavailable without a GPU that torch can start or in a torch
+    that is not built for ROCm, LayoutError for fewer GPUs than ranks, InvalidValue for a GPU without kernels."""
+    require_mode(options.interpret)
+    if options.interpret:
+        return GpuBackend("rocm", options, world, TARGETS[options.target], FakeDevice(), further)
+    require_build("rocm", lambda: torch.version.hip, "ROCm")
+    number = device_number("rocm", options, world)
+    target = find_target(torch.cuda.get_device_properties(number).gcnArchName, "amd")
+    return GpuBackend("rocm", options, world, target, start_device(number), further)

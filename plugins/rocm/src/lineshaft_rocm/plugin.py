@@ -13,6 +13,7 @@ def lineshaft_backends() -> list[BackendInfo]:
             name="rocm",
             probe="lineshaft_rocm.probe:probe",
             factory="lineshaft_rocm.backend:create",
+            devices="lineshaft_rocm:devices",
             options="lineshaft_rocm.options:RocmOptions",
             toolchain="lineshaft_rocm.toolchain:create",
             summary="AMD GPUs through PyTorch and Triton",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lineshaft_rocm.backend import CAPABILITIES
 from lineshaft_rocm.options import RocmOptions
 from lineshaft_triton.toolchain import TritonToolchain
 
 
 def create(options: RocmOptions) -> TritonToolchain:
     """The toolchain that the plugin registers."""
-    return TritonToolchain("rocm", "amd", CAPABILITIES)
+    return TritonToolchain("rocm", "amd")

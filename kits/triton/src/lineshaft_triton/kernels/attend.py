@@ -24,6 +24,7 @@ from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_torch.pages import SLOTS_LAYOUT
 from lineshaft_triton.kernels.attend_tiles import CHUNK, DECODE, splits, tile, unreadable
 from lineshaft_triton.kernels.merge import merge
+from lineshaft_triton.kernels.write import dense_rows
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import SPECIAL, TRITON
 from lineshaft_triton.targets import Target
@@ -35,6 +36,23 @@ WIDE_HEAD = 256
 """Head sizes above it are held in two parts, a power of two and what is left."""
 MOST_ROWS = 1024
 """Entries of query_starts that a program looks through at once."""
+
+
+@triton.jit
+def pages_of(row_table, n, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each key of tile n, or the one page of them all; some page for keys beyond the table."""
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(row_table + tl.minimum(n // (PAGE // BLOCK_N), pages - 1))
+    else:
+        page = tl.load(row_table + tl.minimum((n * BLOCK_N + tl.arange(0, BLOCK_N)) // PAGE, pages - 1))
+    return page
+
+
+@triton.jit
+def cells(at, seen, d, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys or values [BLOCK_N, D] at pointers `at`, 0 where they are not seen: what lies there may be NaN."""
+    there = seen[:, None] if DIM == BLOCK else seen[:, None] & (d < DIM)[None, :]
+    return tl.load(at, there, 0.0)
 
 
 @triton.jit
@@ -81,10 +99,7 @@ def attend_kernel(
         return
     row = tl.minimum(row, rows - 1)
     context = tl.where(padding, 0, tl.load(lens_ptr + row))
-    if DECODE:
-        position = context - 1
-    else:
-        position = context - stop + token
+    position = context - 1 if DECODE else context - stop + token
 
     # ---- queries
     m = tl.arange(0, BLOCK_M)
@@ -117,19 +132,17 @@ def attend_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     dv = tl.arange(0, BLOCK_V)
     row_table = table_ptr + row.to(tl.int64) * pages
+    page = pages_of(row_table, begin, pages, PAGE, BLOCK_N)
     for n in range(begin, end):
         at = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        if PAGE % BLOCK_N == 0:  # the whole tile lies on one page
-            page = tl.load(row_table + n // (PAGE // BLOCK_N))
-        else:
-            page = tl.load(row_table + at // PAGE, at < highest, 0)
         seen = (at >= lowest) & (at < tl.where(page != 0, highest, 0))  # page 0 holds no key
         slot = (page.to(tl.int64) * PAGE + at % PAGE) * KV_HEADS + kv_head
+        page = pages_of(row_table, n + 1, pages, PAGE, BLOCK_N)  # of the next tile, whose keys wait for it
         k_row = k_ptr + slot[:, None] * QK_DIM
-        k = tl.load(k_row + d[None, :], seen[:, None] & (d < QK_DIM)[None, :], 0.0).to(q.dtype)
+        k = cells(k_row + d[None, :], seen, d, QK_DIM, BLOCK_D).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if TAIL_D:
-            k_tail = tl.load(k_row + tail[None, :], seen[:, None] & (tail < QK_DIM)[None, :], 0.0).to(q.dtype)
+            k_tail = cells(k_row + tail[None, :], seen, tail, QK_DIM, BLOCK_D + TAIL_D).to(q.dtype)
             scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
         scores = scores * scale
         if SOFTCAP:
@@ -151,11 +164,12 @@ def attend_kernel(
             v = k
         else:
             v_row = v_ptr + slot[:, None] * V_DIM
-            v = tl.load(v_row + dv[None, :], seen[:, None] & (dv < V_DIM)[None, :], 0.0).to(q.dtype)
+            v = cells(v_row + dv[None, :], seen, dv, V_DIM, BLOCK_V).to(q.dtype)
         acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision="ieee")
 
     # ---- out
     blind = peak == float("-inf")
+    total = tl.where(blind, 1.0, total)
     base = tl.where(blind, 0.0, peak)
     state = (token + query).to(tl.int64) * HEADS + head
     if SPLITS > 1:
@@ -164,13 +178,13 @@ def attend_kernel(
         tl.store(lse_ptr + state, tl.where(blind, float("-inf"), base + tl.log(total)), wanted)
     if SINKS:
         sink = tl.load(sinks_ptr + head, wanted, 0.0).to(tl.float32)
-        base = tl.maximum(peak, sink)
+        base = tl.where(blind, 0.0, tl.maximum(peak, sink))
         fade = tl.exp(peak - base)
         acc = acc * fade[:, None]
         total = total * fade + tl.exp(sink - base)
     out = tl.where(blind[:, None], 0.0, acc / total[:, None])
     if SPLITS > 1:
-        wanted = wanted & (peak > float("-inf"))
+        wanted = wanted & (peak != float("-inf"))
     out_at = out_ptr + state[:, None] * V_DIM + dv[None, :]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), wanted[:, None] & (dv < V_DIM)[None, :])
 
@@ -207,22 +221,20 @@ def head_blocks(problem: AttendProblem) -> tuple[int, int, int]:
 
 def tile_of(where: Target, kind: str, problem: AttendProblem) -> Config | None:
     """The tile for a problem's heads. Steps whose rows have few queries take the small tile of decoding."""
-    block_d, _, block_v = head_blocks(problem)
-    small = tile(where, DECODE, problem.dtype, max(block_d, block_v))
+    block_d, tail, block_v = head_blocks(problem)
+    dim = max(block_d + tail, block_v)
+    small = tile(where, DECODE, problem.dtype, dim)
     queries = problem.max_query * (problem.q_heads // problem.kv_heads)
     if kind == DECODE or (small and 0 < queries <= small.block["BLOCK_M"]):
         return small
-    return tile(where, CHUNK, problem.dtype, max(block_d, block_v))
+    return tile(where, CHUNK, problem.dtype, dim)
 
 
 def plan(where: Target, kind: str, problem: AttendProblem, config: Config) -> Plan:
     group = problem.q_heads // problem.kv_heads
     block_g = min(group, config.block["BLOCK_M"])
     queries = config.block["BLOCK_M"] // block_g
-    if kind == DECODE:
-        tiles = max(problem.rows, problem.tokens)
-    else:
-        tiles = problem.tokens // queries + problem.rows + 1
+    tiles = max(problem.rows, problem.tokens) if kind == DECODE else problem.tokens // queries + problem.rows + 1
     heads = problem.kv_heads * triton.cdiv(group, block_g)
     keys = problem.pages * problem.page_size
     if problem.window:
@@ -241,6 +253,8 @@ def supports(where: Target, kind: str, problem: AttendProblem) -> str | None:
     if kind == DECODE and problem.max_query != 1:
         return f"takes steps of one query a row, not of {problem.max_query}"
     block_d, tail, block_v = head_blocks(problem)
+    if tail and not problem.value_in_key:
+        return f"takes keys of at most {WIDE_HEAD} values, or more where values are part of them; not {problem.qk_dim}"
     if problem.value_in_key and block_v != block_d:
         return f"takes values of {problem.v_dim} in keys of {problem.qk_dim} only where one power of two holds both"
     if tile_of(where, kind, problem) is None:
@@ -257,22 +271,22 @@ def bind_attend(where: Target, kind: str, problem: AttendProblem, session: Any) 
         "CAUSAL": problem.causal, "WINDOW": problem.window, "SOFTCAP": problem.softcap != 0.0,
         "SHARED": problem.value_in_key, "SPLITS": chosen.splits,
     }  # fmt: skip
-    constexprs = {**chosen.constexprs, **features}
-    start = partial(launch, session, attend_kernel, chosen.grid, config, expects=where.expects(problem.dtype, config.unit))
+    constexprs: dict[str, Any] = {**chosen.constexprs, **features}
+    expects = where.expects(problem.dtype, config.unit)
 
-    def run(out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, cache: Cache, step: StepInputs, **given: Any) -> None:
-        view, k = step.groups[problem.group], cache.arrays["k"]
-        start(
-            out, lse, q, k, cache.arrays.get("v", k), view.page_table, view.context_lens, step.query_starts,
-            given.pop("sinks", q), q.stride(0), q.shape[0], problem.rows, problem.pages, problem.scale, problem.softcap,
-            **given, **constexprs,
+    def run(out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, cache: Cache, step: StepInputs, **more: Any) -> None:
+        view, k, sinks = step.groups[problem.group], cache.arrays["k"], more.pop("sinks", q)
+        launch(
+            session, attend_kernel, chosen.grid, config, out, lse, q, k, cache.arrays.get("v", k), view.page_table,
+            view.context_lens, step.query_starts, sinks, q.stride(0), q.shape[0], problem.rows, problem.pages,
+            problem.scale, problem.softcap, expects=expects, **more, **constexprs,
         )  # fmt: skip
 
     def attend(
         q: torch.Tensor, cache: Cache, step: StepInputs, *, sinks: torch.Tensor | None = None, out: Any = None
     ) -> Any:
         """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse f32[T, Hq])."""
-        q = _rows(q)
+        q = dense_rows(q)
         result, lse = _results(problem, q, out)
         if chosen.splits == 1:
             given = {} if sinks is None else {"sinks": sinks}
@@ -284,11 +298,6 @@ def bind_attend(where: Target, kind: str, problem: AttendProblem, session: Any) 
         return result if lse is None else (result, lse)
 
     return attend
-
-
-def _rows(q: torch.Tensor) -> torch.Tensor:
-    """q [T, H, D] itself where the heads of a token lie dense, else a dense copy."""
-    return q if q.stride()[1:] == (q.shape[2], 1) or q.is_contiguous() else q.contiguous()
 
 
 def _results(problem: AttendProblem, q: torch.Tensor, out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

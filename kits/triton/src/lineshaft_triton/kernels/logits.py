@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lineshaft_contract.problems import SampleProblem
 from lineshaft_torch.bound import Recipe, recipe
-from lineshaft_triton.kernels.logits_scan import key_of, peak_of, scan_config, value_of
+from lineshaft_triton.kernels.logits_scan import extremes, key_of, scan_config, value_of
 from lineshaft_triton.kernels.rowwise import common_fields, declines_float64, empty, grid_over, strided, tiles
 from lineshaft_triton.launch import launch
 from lineshaft_triton.targets import Target
@@ -26,8 +26,8 @@ def argmax_kernel(
     logits_ptr, out_ptr, rows, stride, vocab, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x_row = logits_ptr + row.to(tl.int64)[:, None] * stride
-    peak, first = peak_of(x_row, (row < rows)[:, None], vocab, BLOCK, ROWS, AHEAD)
+    x_row = logits_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
+    peak, first, _ = extremes(x_row, vocab, ROWS, BLOCK, AHEAD)
     tl.store(out_ptr + row, tl.where((peak > float("-inf")) & (peak < float("inf")), first, -1), row < rows)
 
 
@@ -72,8 +72,7 @@ def logprobs_kernel(
     TOP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = (row < rows)[:, None]
-    x_row = logits_ptr + row[:, None] * stride
+    x_row = logits_ptr + tl.minimum(row, rows - 1)[:, None] * stride
     none: tl.constexpr = -(2**31)  # the key of no float
     # the largest value of each row, and of each block of it
     block = tl.arange(0, COUNT)[None, :]
@@ -81,7 +80,7 @@ def logprobs_kernel(
     best = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
     for start in tl.range(0, vocab, BLOCK, num_stages=AHEAD):
         at = start + tl.arange(0, BLOCK)[None, :]
-        x = tl.load(x_row + at, live & (at < vocab), float("-inf")).to(tl.float32)
+        x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)
         x = tl.where(x == x, x, float("-inf"))
         best = tl.maximum(best, x)
         if TOP > 0:
@@ -93,7 +92,7 @@ def logprobs_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in tl.range(0, vocab, BLOCK, num_stages=AHEAD):
         at = start + tl.arange(0, BLOCK)[None, :]
-        x = tl.load(x_row + at, live & (at < vocab), float("-inf")).to(tl.float32)
+        x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)
         total += tl.exp(x - peak[:, None])
     norm = tl.log(tl.sum(total, 1))
     ids = tl.maximum(tl.load(ids_ptr + row, row < rows, 0), 0)
@@ -106,7 +105,7 @@ def logprobs_kernel(
         key = tl.max(largest, 1)
         found = tl.min(tl.where(largest == key[:, None], block, COUNT), 1)
         at = found[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        x = tl.load(x_row + at, live & (at < vocab), float("-inf")).to(tl.float32)
+        x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)
         keys = tl.where(at < vocab, key_of(tl.where(x == x, x, float("-inf"))), none)
         fresh = (key < before)[:, None] | (at > before_at[:, None])
         first = tl.min(tl.where((keys == key[:, None]) & fresh, at, vocab), 1)

@@ -1,5 +1,5 @@
-"""Merging attention states over disjoint keys (FlashAttention's rescaling, Dao et al., 2022): the op `merge_states`, and
-the last step of an attention that was split over its context. Knows no cache."""
+"""Merging attention states over disjoint keys (FlashAttention's rescaling, Dao et al., 2022): the op `merge_states`,
+and the last step of an attention that was split over its context. Knows no cache."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def merge_kernel(
         peak = tl.maximum(peak, sink)
     peak = tl.where(blind, 0.0, peak)
     whole = tl.sum(tl.exp(logs - peak[None, :]), 0)
+    whole = tl.where(blind, 1.0, whole)
     if LSE:
         tl.store(lse_ptr + state, tl.where(blind, float("-inf"), peak + tl.log(whole)), inside)
     if SINKS:
