@@ -165,7 +165,7 @@ class Operands:
         return tuple(self.x if array is None else array for array in (self.scale, self.tokens, self.bias))
 
     @property
-    def given(self) -> dict[str, bool]:
+    def given(self) -> dict[str, Any]:
         """Which of them the end of a sum has to do with."""
         there = self.scale is not None and self.scale.dim() == 1
         return {"SCALED": there, "TOKENS": self.tokens is not None, "BIAS": self.bias is not None}
@@ -235,13 +235,13 @@ def tiled(problem: LinearProblem, session: Any, where: Target, tier: Tier, codes
     return Tiled(session, problem, chosen, where.expects(operands, chosen.unit), found)
 
 
-def bind_linear(how: Tiled, codes: Codes | None) -> Callable[..., torch.Tensor]:
+def bind_linear(how: Tiled, where: Target, codes: Codes | None) -> Callable[..., torch.Tensor]:
     p = how.problem
 
     def operands(x: torch.Tensor, w: Any, bias: torch.Tensor | None) -> Operands:
         if codes is None:
             return Operands(readable(x).unsqueeze(1), dense(w), bias=bias)
-        given, tokens = quantized(how.session, x, codes) if codes.activations else (readable(x), None)
+        given, tokens = quantized(how.session, where, x, codes) if codes.activations else (readable(x), None)
         return Operands(given.unsqueeze(1), w.arrays["q"], w.arrays["scale"], tokens, bias)
 
     def linear(x: torch.Tensor, w: Any, *, bias: Any = None, out: Out = None) -> torch.Tensor:
@@ -299,7 +299,7 @@ def tier_recipe(where: Target, tier: Tier, op: str, scheme: str = NONE) -> Recip
 
     def bind(problem: LinearProblem, session: Any) -> Callable[..., torch.Tensor]:
         how = tiled(problem, session, where, tier, codes)
-        return bind_heads(how) if problem.heads else bind_linear(how, codes)
+        return bind_heads(how) if problem.heads else bind_linear(how, where, codes)
 
     layout, pack = (DENSE, None) if codes is None else (codes.packing.layout, codes.packing.pack)
     features = {"heads"} if op == "head_linear" else {"bias"} if codes is None else {"bias", "scheme"}

@@ -25,6 +25,8 @@ CHUNK = 1024
 INTERPRETED_EXPERTS = 8
 COLUMNS = 1024
 """Values of a row that a program moves."""
+SUMS = 512
+"""Sums that a program makes."""
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def bind_dispatch(where: Target, problem: ExpertProblem, session: Any) -> Callab
 
 def bind_combine(where: Target, problem: ExpertProblem, session: Any) -> Callable[..., torch.Tensor]:
     p, count = problem, problem.rows * problem.k
-    sums = tiles(p.rows, p.hidden, where, block=COLUMNS)
+    sums = tiles(p.rows, p.hidden, where, values=SUMS)
     turn = Config({"BLOCK": CHUNK}, num_warps=4, num_stages=1)
 
     def moe_combine(

@@ -14,10 +14,11 @@ from lineshaft_contract.packing import pack_fnuz_rows, weight_packing
 from lineshaft_contract.sessions import Packing
 from lineshaft_torch.arrays import torch_dtype
 from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.kernels.rowwise import warps
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.targets import FN, FNUZ, Target
 
-WIDEST = 8192
+WIDEST = 4096
 """Values of a row that a program of `quantize_kernel` holds at a time."""
 INTERPRETED_ROWS = 32
 
@@ -88,12 +89,12 @@ def quantize_kernel(
     tl.store(scale_ptr + rows, scale, rows < m)
 
 
-def quantized(session: Any, x: torch.Tensor, codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized(session: Any, where: Target, x: torch.Tensor, codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:
     """x [m, k] with dense terms -> its codes [m, k] and scales f32[m], in two passes over each row."""
     m, k = x.shape
     block = min(WIDEST, triton.next_power_of_2(k))
     rows = INTERPRETED_ROWS if interpreting() else 1
-    config = Config({"ROWS": rows, "BLOCK": block}, num_warps=min(8, max(1, block // 512)), num_stages=1)
+    config = Config({"ROWS": rows, "BLOCK": block}, num_warps=warps(block, where), num_stages=1)
     made = torch.empty((m, k), dtype=torch_dtype(codes.dtype), device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     launch(
