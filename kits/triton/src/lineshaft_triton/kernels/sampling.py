@@ -40,7 +40,7 @@ def scale_of(heat):
 
 @triton.jit
 def measure(x_row, at, vocab, peak, scale, cut, last, least, TIES: tl.constexpr, FRACTION: tl.constexpr):
-    """int64 [ROWS, BLOCK] of the tokens `at`: for TIES 1 of those equal to `cut`, else the weights, if at least `least`,
+    """int64 [ROWS, BLOCK] of the tokens `at`: for TIES 1 of those equal to `cut`, else the weights, at least `least`,
     of those above it or equal to it up to id `last`."""
     x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)
     equal = (x == cut[:, None]) & (at < vocab)
