@@ -69,9 +69,10 @@ class Step:
     longest: int
 
 
-STEPS = (Step(512, 1, 512), Step(64, 64, 1), Step(2048, 1, 2048))
-"""A chunk of a prompt, decode, and as many tokens as a step may have unless a user says otherwise. The first that a
-kernel takes is its problem in the table of kernels: one that serves chunks would take decode too."""
+STEPS = (Step(512, 1, 512), Step(64, 64, 1), Step(2048, 1, 2048), Step(8, 8, 1), Step(128, 128, 1))
+"""A chunk of a prompt, decode, as many tokens as a step may have unless a user says otherwise, and decode of fewer rows
+and of more, for which products have other tiles. The first that a kernel takes is its problem in the table of kernels:
+one that serves chunks would take decode too."""
 
 
 def real_problems(op: str) -> list[Problem]:

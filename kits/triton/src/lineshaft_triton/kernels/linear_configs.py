@@ -83,11 +83,11 @@ HALF_TILES: Final = MappingProxyType(
 
 SINGLE_TILES: Final = MappingProxyType(
     {
-        "sm80": ((16, 32, 64, 4, 3), (64, 32, 32, 4, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
-        "sm89": ((16, 32, 64, 4, 3), (64, 32, 32, 4, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
-        "sm90": ((16, 32, 64, 4, 3), (64, 32, 32, 4, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
-        "sm100": ((16, 32, 64, 4, 3), (64, 32, 32, 4, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
-        "sm120": ((16, 32, 64, 4, 3), (64, 32, 32, 4, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
+        "sm80": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
+        "sm89": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
+        "sm90": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
+        "sm100": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
+        "sm120": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
         "gfx90a": ((16, 32, 64, 4, 2), (64, 64, 32, 4, 2), (128, 64, 16, 8, 2), (128, 64, 16, 8, 2)),
         "gfx942": ((16, 32, 64, 4, 2), (64, 64, 32, 4, 2), (128, 64, 16, 8, 2), (128, 64, 16, 8, 2)),
         "gfx950": ((16, 32, 64, 4, 2), (64, 64, 32, 4, 2), (128, 64, 16, 8, 2), (128, 64, 16, 8, 2)),
@@ -108,7 +108,7 @@ CODES_TILES: Final = MappingProxyType(
         "gfx942": ((16, 32, 256, 4, 2), (64, 64, 64, 4, 2), (128, 128, 64, 8, 2)),
         "gfx950": ((16, 32, 256, 4, 2), (64, 64, 64, 4, 2), (128, 128, 64, 8, 2)),
         "gfx1100": ((16, 32, 128, 4, 2), (64, 64, 32, 4, 2), (128, 64, 32, 8, 2)),
-        "gfx1201": ((16, 32, 128, 4, 2), (64, 64, 32, 4, 2), (128, 64, 32, 8, 2)),
+        "gfx1201": ((16, 32, 128, 4, 2), (64, 64, 64, 4, 2), (128, 64, 64, 8, 2)),
     }
 )  # fmt: skip
 """x of 16 bits and weights in codes of 8 bits, which are widened in registers."""
@@ -202,18 +202,23 @@ TABLES: Final[Mapping[str, Mapping[str, tuple[Tile, ...]]]] = MappingProxyType(
         HALF: HALF_TILES, "single": SINGLE_TILES, "codes": CODES_TILES, "four": FOUR_TILES, "int8": INT8_TILES,
         "fp8": FP8_TILES, "gated_half": GATED_TILES, "gated_single": GATED_SINGLE_TILES,
         "ragged": _everywhere((16, 32, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2)),
+        "ragged_single": _everywhere((16, 32, 32, 4, 2), (64, 32, 16, 8, 2), (64, 32, 16, 8, 2), (64, 32, 16, 8, 2)),
         "ragged_fp8": _everywhere((64, 32, 64, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2)),
         "gated_ragged": _everywhere((16, 16, 64, 4, 2), (64, 32, 32, 4, 2), (64, 32, 32, 4, 2)),
+        "gated_ragged_single": _everywhere((16, 16, 32, 4, 2), (64, 16, 16, 8, 2), (64, 16, 16, 8, 2)),
     }
 )  # fmt: skip
 """Tiles by kind of operands. Those of ragged ones are for rows that do not all begin at a whole vector, whose numbers
 are read one by one."""
 
 
+RAGGED: Final = MappingProxyType({"single": "ragged_single", "fp8": "ragged_fp8"})
+
+
 def table_of(dtype: str, even: bool) -> str:
     """The kind of operands of a dtype, whose rows all begin at a whole vector or do not."""
     kind = {"float32": "single", "int8": "int8", FN: "fp8", FNUZ: "fp8"}.get(dtype, HALF)
-    return kind if even else "ragged_fp8" if kind == "fp8" else "ragged"
+    return kind if even else RAGGED.get(kind, "ragged")
 
 
 FEWEST_TERMS: Final = 32
