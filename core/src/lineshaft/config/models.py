@@ -128,6 +128,9 @@ class EngineConfig(Table):
     """Degrees of the mesh axes."""
     kernels: dict[str, str] = {}
     """Kernel by op, for ops whose kernel is not left to the planner; a named kernel runs or raises."""
+    tuning: Literal["cached", "fresh", "off"] = "cached"
+    """Whether tunable kernels that are equally good are measured: once, and kept in the user's cache folder; "fresh":
+    at each start; "off": the first by name is taken."""
     max_logprobs: Natural = 20
     """Most top log-probabilities that a request may ask for per token."""
     sampling_extras: bool = True

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_triton.kernels import norm
+from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.kernels import (
+    attend,
+    experts,
+    gated,
+    linear,
+    logits,
+    merge,
+    moe,
+    norm,
+    pages,
+    rope,
+    router,
+    rows,
+    sampling,
+    write,
+)
 from lineshaft_triton.targets import Target
 
-FAMILIES = (norm,)
+if interpreting():
+    from lineshaft_triton.corrected_interpreter import correct_interpreter
+
+    correct_interpreter()
+
+FAMILIES = (attend, experts, gated, linear, logits, merge, moe, norm, pages, rope, router, rows, sampling, write)
 
 
 def triton_kernels(backend: str, where: Target) -> list[Kernel]:

@@ -1,0 +1,121 @@
+"""Tiles of the attention kernel on each target, as a table, and how many programs a target wants. Imports no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from lineshaft_contract.problems import AttendProblem, itemsize
+from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.launch import Config
+from lineshaft_triton.targets import FN, FNUZ, Target
+
+DECODE: Final = "decode"
+CHUNK: Final = "chunk"
+MATRIX_ROWS: Final = 64
+"""Rows from which the matrix instructions of large tiles, wgmma and tcgen05, are used; below them it is mma."""
+
+CORES: Final = MappingProxyType(
+    {
+        "sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188,
+        "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 96, "gfx1201": 64,
+    }
+)  # fmt: skip
+"""Multiprocessors (compute units) of the largest product of a target."""
+WAVES: Final = 4
+"""Programs for each multiprocessor up to which a context is split."""
+MOST_SPLITS: Final = 256
+INTERPRETED_N: Final = 64
+"""Keys of a tile, at least, and (INTERPRETED_CORES) what stands for the number of multiprocessors in the interpreter,
+where a tile costs the same whatever its size."""
+INTERPRETED_CORES: Final = 4
+
+_E5M2, _E5M2FNUZ = "float8_e5m2", "float8_e5m2fnuz"
+_OCP, _BOTH = frozenset({FN, _E5M2}), frozenset({FN, _E5M2, FNUZ, _E5M2FNUZ})
+READS: Final = MappingProxyType(
+    {
+        "sm80": frozenset({_E5M2}), "sm89": _OCP, "sm90": _OCP, "sm100": _OCP, "sm120": _OCP,
+        "gfx90a": _BOTH, "gfx942": _BOTH, "gfx950": _BOTH, "gfx1100": _BOTH, "gfx1201": _BOTH,
+    }
+)  # fmt: skip
+"""The dtypes of eight bits that a target's code converts from."""
+
+NVIDIA: Final = ("sm80", "sm89", "sm90", "sm100", "sm120")
+HOPPER: Final = ("sm90", "sm100")
+"""Those whose large tiles have instructions of their own, which read operands from shared memory."""
+CDNA: Final = ("gfx90a", "gfx942", "gfx950")
+RDNA: Final = ("gfx1100", "gfx1201")
+LATENT: Final = 576
+"""Keys of multi-head latent attention, whose values are their first 512."""
+
+_SMALL_PRODUCTS: Final = MappingProxyType({"matrix_instr_nonkdim": 16})
+"""Products of 16 x 16: a thread then has fewer rows, and masks of fewer rows fit into the scalar registers."""
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+Row = tuple[str, tuple[str, ...], int, int, int, int, int, int, Mapping[str, Any]]
+_TABLE: Final[tuple[Row, ...]] = (
+    # kind, targets, bytes of a value, heads up to, BLOCK_M, BLOCK_N, warps, stages, options of the compiler
+    (DECODE, NVIDIA, 2, 128, 16, 64, 4, 3, _NOTHING),
+    (DECODE, NVIDIA, 2, 256, 16, 32, 4, 3, _NOTHING),
+    (DECODE, ("sm120",), 2, LATENT, 16, 32, 4, 2, _NOTHING),
+    (DECODE, NVIDIA, 2, LATENT, 16, 32, 8, 2, _NOTHING),
+    (DECODE, CDNA, 2, 256, 16, 32, 4, 2, _NOTHING),
+    (DECODE, CDNA, 2, LATENT, 16, 16, 8, 1, _NOTHING),
+    (DECODE, RDNA, 2, 64, 16, 32, 4, 2, _NOTHING),
+    (DECODE, RDNA, 2, 128, 16, 16, 4, 1, _NOTHING),
+    (DECODE, RDNA, 2, 256, 16, 16, 8, 1, _NOTHING),
+    (CHUNK, HOPPER, 2, 128, 128, 64, 8, 3, _NOTHING),
+    (CHUNK, HOPPER, 2, 256, 64, 32, 8, 2, _NOTHING),
+    (CHUNK, NVIDIA, 2, 64, 128, 64, 8, 2, _NOTHING),
+    (CHUNK, ("sm120",), 2, 128, 64, 64, 8, 2, _NOTHING),
+    (CHUNK, NVIDIA, 2, 128, 128, 32, 8, 2, _NOTHING),
+    (CHUNK, NVIDIA, 2, 256, 64, 16, 8, 2, _NOTHING),
+    (CHUNK, CDNA, 2, 128, 128, 32, 8, 1, _SMALL_PRODUCTS),
+    (CHUNK, CDNA, 2, 256, 64, 32, 4, 1, _SMALL_PRODUCTS),
+    (CHUNK, RDNA, 2, 64, 128, 32, 8, 1, _NOTHING),
+    (CHUNK, ("gfx1100",), 2, 128, 128, 16, 8, 1, _NOTHING),
+    (CHUNK, ("gfx1100",), 2, 256, 16, 16, 8, 1, _NOTHING),
+    (CHUNK, ("gfx1201",), 2, 128, 128, 32, 8, 1, _NOTHING),
+    (CHUNK, ("gfx1201",), 2, 256, 64, 16, 8, 1, _NOTHING),
+    (DECODE, NVIDIA, 4, 128, 16, 16, 4, 2, _NOTHING),
+    (DECODE, CDNA, 4, 128, 16, 16, 4, 2, _NOTHING),
+    (CHUNK, (*NVIDIA, *CDNA), 4, 64, 16, 16, 4, 1, _NOTHING),
+    ("", (*NVIDIA, *CDNA), 4, 256, 16, 16, 8, 1, _NOTHING),
+    ("", RDNA, 4, 128, 16, 16, 16, 1, _NOTHING),
+)
+"""The first row that fits counts, of the kind asked for or of both (""). A chunk without a row takes the tile of
+decoding. Each tile was chosen so that no register is spilled, with every feature at once."""
+
+
+def tile(where: Target, kind: str, dtype: str, dim: int) -> Config | None:
+    """The tile for heads of up to `dim` values computed in `dtype`, or None where none fits the target."""
+    for known, targets, nbytes, most, m, n, warps, stages, extra in _TABLE:
+        if known in (kind, "") and where.name in targets and nbytes == itemsize(dtype) and dim <= most:
+            n = max(n, INTERPRETED_N) if interpreting() else n
+            unit = "mma" if where.unit in ("wgmma", "tcgen05") and m < MATRIX_ROWS else ""
+            sizes = {"BLOCK_M": m, "BLOCK_N": n}
+            return Config(sizes, num_warps=warps, num_stages=stages, extra=extra, unit=unit)
+    return None if kind == DECODE else tile(where, DECODE, dtype, dim)
+
+
+def unreadable(where: Target, problem: AttendProblem) -> str | None:
+    """Why keys and values of `kv_dtype` cannot be widened to the problem's dtype on a target."""
+    if problem.kv_dtype == problem.dtype or problem.kv_dtype in READS[where.name]:
+        return None
+    if problem.kv_dtype.startswith("float8"):
+        return f"{where.name} does not convert {problem.kv_dtype}"
+    if problem.dtype == "float32" and problem.kv_dtype in ("bfloat16", "float16"):
+        return None
+    return f"does not read pages of {problem.kv_dtype} as {problem.dtype}"
+
+
+def splits(where: Target, config: Config, programs: int, keys: int) -> int:
+    """Into how many parts the keys of a row are split: enough for a few programs on each multiprocessor, and none
+    shorter than a tile. It follows from the bucket, never from the step's lengths.
+
+    programs   those of a launch without splits
+    keys       the most that a row may see
+    """
+    cores = INTERPRETED_CORES if interpreting() else CORES[where.name]
+    wanted = -(-WAVES * cores // max(programs, 1))
+    return max(1, min(wanted, -(-keys // config.block["BLOCK_N"]), MOST_SPLITS))
