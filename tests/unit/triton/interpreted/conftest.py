@@ -9,18 +9,14 @@ import pytest
 
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.problems import Problem
-from lineshaft_triton.interpreting import VARIABLE, interpreting
+from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.targets import TARGETS
 
 Bind = Callable[[str, Problem], Any]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not interpreting():
-        reason = f"{VARIABLE}=1 is not set; test_triton_interpreted.py runs this in a process of its own"
-        for item in items:
-            if "interpreted" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason=reason))
+collect_ignore_glob = [] if interpreting() else ["test_*.py"]
+"""`test_triton_interpreted.py` runs them, in processes of their own."""
 
 
 @pytest.fixture
