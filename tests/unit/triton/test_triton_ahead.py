@@ -22,6 +22,7 @@ from lineshaft_contract.steps import ArraySpec, HostStep, InputField, InputLayou
 from lineshaft_contract.weights import Param
 from lineshaft_triton.ahead import COLUMNS, AheadSession
 from lineshaft_triton.compiling import CACHE, Compiler
+from lineshaft_triton.interpreting import VARIABLE, interpreting
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.real_problems import real_problems
 from lineshaft_triton.targets import TARGETS, targets_of
@@ -151,6 +152,22 @@ def test_a_capture_refuses_code_that_breaks_what_was_stated(
 ) -> None:
     with pytest.raises(ContractViolation, match=said):
         captured(session, (config, expects))
+
+
+def test_what_is_bound_ahead_is_for_a_compiler_even_where_kernels_are_interpreted(
+    session: AheadSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    seen = []
+
+    def fn(ops: Any, weights: Any, caches: Any, step: Any, given: Any) -> Any:
+        seen.append(interpreting())
+        raise InvalidValue("seen")
+
+    ops = SimpleNamespace(bind=lambda session: seen.append(interpreting()), prepares=lambda session: ())
+    with pytest.raises(InvalidValue, match="seen"):
+        session.capture(fn, SHAPE, InputLayout([]), ops)
+    assert seen == [False, False] and interpreting()
 
 
 def test_a_program_without_a_launch_is_refused(session: AheadSession) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +31,7 @@ from lineshaft_torch.program import ProgramBase
 from lineshaft_torch.session import TorchSession
 from lineshaft_triton.compiling import Compiler, Launch, check, describe_launch
 from lineshaft_triton.inspection import Code
+from lineshaft_triton.interpreting import compiling
 from lineshaft_triton.launch import Config, Grid
 from lineshaft_triton.targets import Target
 
@@ -96,7 +97,8 @@ class AheadSession(TorchSession):
     ) -> AheadProgram:
         """Raises ContractViolation for a launch that does not compile, or whose code breaks what was stated of it."""
         self.require_changeable("capture")
-        return AheadProgram(self, Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs))
+        with compiling():
+            return AheadProgram(self, Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs))
 
     def update(self, weights: Mapping[str, Any]) -> NoReturn:
         refuse("update")
@@ -179,10 +181,21 @@ class AheadBackend:
     def kernels(self) -> Sequence[Kernel]:
         from lineshaft_triton.kernels import triton_kernels
 
-        return triton_kernels(self.name, self.target)
+        kernels = triton_kernels(self.name, self.target)
+        return [replace(kernel, supports=_for_compiler(kernel.supports)) for kernel in kernels]
 
     def session(self, rank: int) -> AheadSession:
         return AheadSession(self.world, self.target, self.compiler, self.packed)
+
+
+def _for_compiler(supports: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    """What a kernel says of a problem where nothing is interpreted."""
+
+    def asked(problem: Any) -> str | None:
+        with compiling():
+            return supports(problem)
+
+    return asked
 
 
 def refuse(what: str) -> NoReturn:

@@ -22,7 +22,7 @@ from lineshaft_contract.sessions import Cache
 from lineshaft_contract.steps import StepInputs
 from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_torch.pages import SLOTS_LAYOUT
-from lineshaft_triton.kernels.attend_tiles import CHUNK, DECODE, splits, tile, unreadable
+from lineshaft_triton.kernels.attend_tiles import CHUNK, DECODE, FEW, splits, tile, unreadable
 from lineshaft_triton.kernels.merge import merge
 from lineshaft_triton.kernels.write import dense_rows
 from lineshaft_triton.launch import Config, launch
@@ -73,9 +73,14 @@ def attend_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // BLOCK_G
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     HEADS: tl.constexpr = GROUP * KV_HEADS
-    tile, split = tl.program_id(0), tl.program_id(2)
-    kv_head = tl.program_id(1) // HEAD_BLOCKS
-    first_head = (tl.program_id(1) % HEAD_BLOCKS) * BLOCK_G
+    program, split = tl.program_id(0), tl.program_id(1)
+    if DECODE:  # heads of a token run beside each other, as their keys lie beside each other
+        tile, block = program // (KV_HEADS * HEAD_BLOCKS), program % (KV_HEADS * HEAD_BLOCKS)
+    else:  # tiles that share keys do
+        tiles = tl.num_programs(0) // (KV_HEADS * HEAD_BLOCKS)
+        tile, block = program % tiles, program // tiles
+    kv_head = block // HEAD_BLOCKS
+    first_head = (block % HEAD_BLOCKS) * BLOCK_G
 
     # ---- the row of the tile, its first token, and that token's position; padding tokens are a row without keys
     live = tl.load(starts_ptr + rows)
@@ -194,17 +199,21 @@ class Plan:
     """How a problem is cut up: everything follows from the bucket, so that a launch can be captured.
 
     config     tiles, warps and stages
-    grid       tiles of queries, blocks of heads, splits
+    tiles      of queries
+    heads      blocks of heads
+    splits     of the keys
     constexprs what the kernel is compiled for, besides the features of the problem
     """
 
     config: Config
-    grid: tuple[int, int, int]
+    tiles: int
+    heads: int
+    splits: int
     constexprs: Mapping[str, int]
 
     @property
-    def splits(self) -> int:
-        return self.grid[2]
+    def grid(self) -> tuple[int, int]:
+        return self.tiles * self.heads, self.splits
 
 
 def head_blocks(problem: AttendProblem) -> tuple[int, int, int]:
@@ -220,14 +229,12 @@ def head_blocks(problem: AttendProblem) -> tuple[int, int, int]:
 
 
 def tile_of(where: Target, kind: str, problem: AttendProblem) -> Config | None:
-    """The tile for a problem's heads. Steps whose rows have few queries take the small tile of decoding."""
+    """The tile for a problem's heads: a small one too where rows have few queries."""
     block_d, tail, block_v = head_blocks(problem)
-    dim = max(block_d + tail, block_v)
-    small = tile(where, DECODE, problem.dtype, dim)
     queries = problem.max_query * (problem.q_heads // problem.kv_heads)
-    if kind == DECODE or (small and 0 < queries <= small.block["BLOCK_M"]):
-        return small
-    return tile(where, CHUNK, problem.dtype, dim)
+    if kind == CHUNK and 0 < queries <= SMALLEST:
+        kind = FEW
+    return tile(where, kind, problem.dtype, max(block_d + tail, block_v))
 
 
 def plan(where: Target, kind: str, problem: AttendProblem, config: Config) -> Plan:
@@ -244,7 +251,7 @@ def plan(where: Target, kind: str, problem: AttendProblem, config: Config) -> Pl
         "GROUP": group, "BLOCK_G": block_g, "BLOCK_D": block_d, "TAIL_D": tail, "BLOCK_V": block_v,
         "BLOCK_B": min(triton.next_power_of_2(problem.rows + 1), MOST_ROWS), "DECODE": kind == DECODE,
     }  # fmt: skip
-    return Plan(config, (tiles, heads, splits(where, config, tiles * heads, keys)), constexprs)
+    return Plan(config, tiles, heads, splits(where, config, tiles * heads, keys), constexprs)
 
 
 def supports(where: Target, kind: str, problem: AttendProblem) -> str | None:

@@ -12,7 +12,11 @@ from lineshaft_triton.launch import Config
 from lineshaft_triton.targets import FN, FNUZ, Target
 
 DECODE: Final = "decode"
+FEW: Final = "few"
 CHUNK: Final = "chunk"
+KINDS: Final = MappingProxyType({DECODE: (DECODE, FEW), FEW: (FEW, DECODE), CHUNK: (CHUNK, FEW, DECODE)})
+"""What a step's rows ask: one query, so few that they fill the rows of one small product, or any number. With whose
+tiles each may take, those that suit it best first."""
 MATRIX_ROWS: Final = 64
 """Rows from which the matrix instructions of large tiles, wgmma and tcgen05, are used; below them it is mma."""
 
@@ -49,53 +53,59 @@ RDNA: Final = ("gfx1100", "gfx1201")
 LATENT: Final = 576
 """Keys of multi-head latent attention, whose values are their first 512."""
 
-_SMALL_PRODUCTS: Final = MappingProxyType({"matrix_instr_nonkdim": 16})
+Options = Mapping[str, Any]
+ALL_REGISTERS: Final[Options] = MappingProxyType({"maxnreg": 255})
+"""Without it the assembler spills a few registers to have another block on a multiprocessor."""
+SMALL_PRODUCTS: Final[Options] = MappingProxyType({"matrix_instr_nonkdim": 16})
 """Products of 16 x 16: a thread then has fewer rows, and masks of fewer rows fit into the scalar registers."""
-_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
-Row = tuple[str, tuple[str, ...], int, int, int, int, int, int, Mapping[str, Any]]
+NONE: Final[Options] = MappingProxyType({})
+Row = tuple[str, tuple[str, ...], int, int, int, int, int, int, Options]
 _TABLE: Final[tuple[Row, ...]] = (
     # kind, targets, bytes of a value, heads up to, BLOCK_M, BLOCK_N, warps, stages, options of the compiler
-    (DECODE, NVIDIA, 2, 128, 16, 64, 4, 3, _NOTHING),
-    (DECODE, NVIDIA, 2, 256, 16, 32, 4, 3, _NOTHING),
-    (DECODE, ("sm120",), 2, LATENT, 16, 32, 4, 2, _NOTHING),
-    (DECODE, NVIDIA, 2, LATENT, 16, 32, 8, 2, _NOTHING),
-    (DECODE, CDNA, 2, 256, 16, 32, 4, 2, _NOTHING),
-    (DECODE, CDNA, 2, LATENT, 16, 16, 8, 1, _NOTHING),
-    (DECODE, RDNA, 2, 64, 16, 32, 4, 2, _NOTHING),
-    (DECODE, RDNA, 2, 128, 16, 16, 4, 1, _NOTHING),
-    (DECODE, RDNA, 2, 256, 16, 16, 8, 1, _NOTHING),
-    (CHUNK, HOPPER, 2, 128, 128, 64, 8, 3, _NOTHING),
-    (CHUNK, HOPPER, 2, 256, 64, 32, 8, 2, _NOTHING),
-    (CHUNK, NVIDIA, 2, 64, 128, 64, 8, 2, _NOTHING),
-    (CHUNK, ("sm120",), 2, 128, 64, 64, 8, 2, _NOTHING),
-    (CHUNK, NVIDIA, 2, 128, 128, 32, 8, 2, _NOTHING),
-    (CHUNK, NVIDIA, 2, 256, 64, 16, 8, 2, _NOTHING),
-    (CHUNK, CDNA, 2, 128, 128, 32, 8, 1, _SMALL_PRODUCTS),
-    (CHUNK, CDNA, 2, 256, 64, 32, 4, 1, _SMALL_PRODUCTS),
-    (CHUNK, RDNA, 2, 64, 128, 32, 8, 1, _NOTHING),
-    (CHUNK, ("gfx1100",), 2, 128, 128, 16, 8, 1, _NOTHING),
-    (CHUNK, ("gfx1100",), 2, 256, 16, 16, 8, 1, _NOTHING),
-    (CHUNK, ("gfx1201",), 2, 128, 128, 32, 8, 1, _NOTHING),
-    (CHUNK, ("gfx1201",), 2, 256, 64, 16, 8, 1, _NOTHING),
-    (DECODE, NVIDIA, 4, 128, 16, 16, 4, 2, _NOTHING),
-    (DECODE, CDNA, 4, 128, 16, 16, 4, 2, _NOTHING),
-    (CHUNK, (*NVIDIA, *CDNA), 4, 64, 16, 16, 4, 1, _NOTHING),
-    ("", (*NVIDIA, *CDNA), 4, 256, 16, 16, 8, 1, _NOTHING),
-    ("", RDNA, 4, 128, 16, 16, 16, 1, _NOTHING),
+    (DECODE, NVIDIA, 2, 128, 16, 64, 4, 3, ALL_REGISTERS),
+    (DECODE, NVIDIA, 2, 256, 16, 32, 4, 3, ALL_REGISTERS),
+    (DECODE, NVIDIA, 2, LATENT, 16, 32, 8, 2, ALL_REGISTERS),
+    (DECODE, CDNA, 2, 256, 16, 32, 4, 2, NONE),
+    (DECODE, CDNA, 2, LATENT, 16, 16, 8, 1, NONE),
+    (DECODE, RDNA, 2, 64, 16, 32, 4, 2, NONE),
+    (DECODE, RDNA, 2, 128, 16, 16, 4, 1, NONE),
+    (DECODE, RDNA, 2, 256, 16, 16, 8, 1, NONE),
+    (FEW, CDNA, 2, 256, 16, 32, 4, 1, NONE),
+    (FEW, RDNA, 2, 64, 16, 32, 4, 1, NONE),
+    (CHUNK, HOPPER, 2, 128, 128, 64, 8, 3, ALL_REGISTERS),
+    (CHUNK, HOPPER, 2, 256, 64, 32, 8, 2, ALL_REGISTERS),
+    (CHUNK, NVIDIA, 2, 64, 128, 64, 8, 2, ALL_REGISTERS),
+    (CHUNK, ("sm120",), 2, 128, 64, 64, 8, 2, ALL_REGISTERS),
+    (CHUNK, NVIDIA, 2, 128, 128, 32, 8, 2, ALL_REGISTERS),
+    (CHUNK, NVIDIA, 2, 256, 64, 16, 8, 2, ALL_REGISTERS),
+    (CHUNK, CDNA, 2, 128, 128, 32, 8, 1, SMALL_PRODUCTS),
+    (CHUNK, CDNA, 2, 256, 64, 32, 4, 1, SMALL_PRODUCTS),
+    (CHUNK, RDNA, 2, 64, 128, 32, 8, 1, NONE),
+    (CHUNK, ("gfx1100",), 2, 128, 128, 16, 8, 1, NONE),
+    (CHUNK, ("gfx1100",), 2, 256, 16, 16, 8, 1, NONE),
+    (CHUNK, ("gfx1201",), 2, 128, 128, 32, 8, 1, NONE),
+    (CHUNK, ("gfx1201",), 2, 256, 64, 16, 8, 1, NONE),
+    (DECODE, NVIDIA, 4, 128, 16, 16, 4, 2, ALL_REGISTERS),
+    (DECODE, CDNA, 4, 128, 16, 16, 4, 2, NONE),
+    (FEW, NVIDIA, 4, 64, 16, 16, 4, 1, ALL_REGISTERS),
+    (FEW, CDNA, 4, 64, 16, 16, 4, 1, NONE),
+    (FEW, NVIDIA, 4, 256, 16, 16, 8, 1, ALL_REGISTERS),
+    (FEW, CDNA, 4, 256, 16, 16, 8, 1, NONE),
+    (FEW, RDNA, 4, 128, 16, 16, 16, 1, NONE),
 )
-"""The first row that fits counts, of the kind asked for or of both (""). A chunk without a row takes the tile of
-decoding. Each tile was chosen so that no register is spilled, with every feature at once."""
+"""The first row that fits counts. Each tile was chosen so that no register is spilled, with every feature at once."""
 
 
 def tile(where: Target, kind: str, dtype: str, dim: int) -> Config | None:
     """The tile for heads of up to `dim` values computed in `dtype`, or None where none fits the target."""
-    for known, targets, nbytes, most, m, n, warps, stages, extra in _TABLE:
-        if known in (kind, "") and where.name in targets and nbytes == itemsize(dtype) and dim <= most:
-            n = max(n, INTERPRETED_N) if interpreting() else n
-            unit = "mma" if where.unit in ("wgmma", "tcgen05") and m < MATRIX_ROWS else ""
-            sizes = {"BLOCK_M": m, "BLOCK_N": n}
-            return Config(sizes, num_warps=warps, num_stages=stages, extra=extra, unit=unit)
-    return None if kind == DECODE else tile(where, DECODE, dtype, dim)
+    for wanted in KINDS[kind]:
+        for known, targets, nbytes, most, m, n, warps, stages, extra in _TABLE:
+            if known == wanted and where.name in targets and nbytes == itemsize(dtype) and dim <= most:
+                n = max(n, INTERPRETED_N) if interpreting() else n
+                unit = "mma" if where.unit in ("wgmma", "tcgen05") and m < MATRIX_ROWS else ""
+                sizes = {"BLOCK_M": m, "BLOCK_N": n}
+                return Config(sizes, num_warps=warps, num_stages=stages, extra=extra, unit=unit)
+    return None
 
 
 def unreadable(where: Target, problem: AttendProblem) -> str | None:

@@ -89,7 +89,7 @@ def logprobs_kernel(
     peak = tl.max(best, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     # the logarithm of the sum
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    total = tl.full((ROWS, BLOCK), 0, tl.float32)
     for start in tl.range(0, vocab, BLOCK, num_stages=AHEAD):
         at = start + tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)

@@ -74,7 +74,7 @@ def extremes(x_row, vocab, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.co
     """x_row [ROWS, 1] points at rows -> their largest value, +inf for a NaN among them, the lowest id of it, and their
     smallest value above -inf."""
     best = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
-    best_at = tl.zeros((ROWS, BLOCK), tl.int32)
+    best_at = tl.full((ROWS, BLOCK), 0, tl.int32)
     least = tl.full((ROWS, BLOCK), float("inf"), tl.float32)
     for start in tl.range(0, vocab, BLOCK, num_stages=AHEAD):
         at = start + tl.arange(0, BLOCK)[None, :]

@@ -55,7 +55,7 @@ def norm_kernel(
         w = tl.load(w_ptr + at, at < width, 0.0).to(tl.float32)
         tl.store(out_row + at, (wide * scale * w).to(x.dtype), inside)
     else:
-        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        squares = tl.full((ROWS, BLOCK), 0, tl.float32)
         for start in range(0, width, BLOCK):
             inside = (row < rows) & (start + at < width)
             x = load_total(x_row, r_row, start + at, inside, ADD)

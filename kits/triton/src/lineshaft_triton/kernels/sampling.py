@@ -40,16 +40,18 @@ def scale_of(heat):
 
 @triton.jit
 def measure(x_row, at, vocab, peak, scale, cut, last, least, TIES: tl.constexpr, FRACTION: tl.constexpr):
-    """int64 [ROWS, BLOCK] of the tokens `at`: for TIES 1 of those equal to `cut`, else the weights, at least `least`,
-    of those above it or equal to it up to id `last`."""
+    """int64 [ROWS, BLOCK] of the tokens `at`: for TIES 1 of those equal to `cut`, else the weights if at least `least`
+    of those above it, or equal to it up to id `last`. A kept token has at least one unit, so that u = 0 takes the first
+    one, unless its weight is none in float64 either."""
     x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)
-    equal = (x == cut[:, None]) & (at < vocab)
     if TIES:
-        units = equal.to(tl.int64)
+        units = (x == cut[:, None]).to(tl.int64)
     else:
-        weight = tl.exp2((x - peak[:, None]) * scale[:, None])
-        kept = ((x > cut[:, None]) | (equal & (at <= last[:, None]))) & (weight >= least[:, None])
-        units = tl.where(kept, weight * 2.0**FRACTION, 0.0).to(tl.int64)
+        exponent = (x - peak[:, None]) * scale[:, None]
+        weight = tl.exp2(exponent)
+        kept = (x > cut[:, None]) | ((x == cut[:, None]) & (at <= last[:, None]))
+        kept = kept & (weight >= least[:, None]) & (exponent > -1074.0)
+        units = tl.where(kept, tl.maximum(weight * 2.0**FRACTION, 1.0), 0.0).to(tl.int64)
     return units
 
 
@@ -62,7 +64,7 @@ def find_cut(
     are summed, else tokens counted. It lies between `low` and `peak`, float32 [ROWS]."""
     low = tl.where(wanted, key_of(low), 0).to(tl.int64)
     high = tl.where(wanted, key_of(peak), 0).to(tl.int64)
-    above = tl.zeros((ROWS,), tl.int64)
+    above = tl.full((ROWS,), 0, tl.int64)
     part = tl.arange(0, PIVOTS)[None, :] + 1
     share = part.to(tl.float32) / (PIVOTS + 1)
     between_values = True
@@ -76,7 +78,7 @@ def find_cut(
         between_values = not between_values
         # what lies above each, and the outermost values within the bracket
         bounds = value_of(pivots.to(tl.int32))[:, None, :]
-        sums = tl.zeros((ROWS, BLOCK, PIVOTS), tl.int64 if MASS else tl.int32)
+        sums = tl.full((ROWS, BLOCK, PIVOTS), 0, tl.int64 if MASS else tl.int32)
         first = tl.full((ROWS, BLOCK, 1), float("inf"), tl.float32)
         last = tl.full((ROWS, BLOCK, 1), float("-inf"), tl.float32)
         for start in tl.range(0, vocab, BLOCK, num_stages=AHEAD):
@@ -109,9 +111,9 @@ def first_beyond(
     """The first id of each row at which the running sum of `measure` is above `target`, or without TIES above the share
     `u` of the whole sum: found among sums of SPAN values first, and then in one of these."""
     span = tl.arange(0, COUNT)[None, :]
-    sums = tl.zeros((ROWS, COUNT), tl.int64)
+    sums = tl.full((ROWS, COUNT), 0, tl.int64)
     for begin in range(0, vocab, SPAN):
-        inner = tl.zeros((ROWS, BLOCK), tl.int64)
+        inner = tl.full((ROWS, BLOCK), 0, tl.int64)
         for start in tl.range(begin, tl.minimum(begin + SPAN, vocab), BLOCK, num_stages=AHEAD):
             at = start + tl.arange(0, BLOCK)[None, :]
             inner += measure(x_row, at, vocab, peak, scale, cut, last, least, TIES, FRACTION)
@@ -139,8 +141,8 @@ def range_kernel(
     logits_ptr, values_ptr, last_ptr, out_ptr, rows, stride, vocab,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Each row's largest value, smallest above -inf, and cut, into `values` [3, R]; the last kept id of those equal to
-    the cut; and the lowest id of the largest, -1 for a row with a NaN or nothing above -inf."""
+    """Each row's largest value and its cut, into `values` [2, R], which is the smallest value above -inf for now; the
+    last kept id of those equal to the cut; and the lowest id of the largest, or -1 for a row without a token."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = place < rows
     x_row = logits_ptr + tl.minimum(place, rows - 1).to(tl.int64)[:, None] * stride
@@ -148,8 +150,7 @@ def range_kernel(
     tl.store(out_ptr + place, tl.where((peak > float("-inf")) & (peak < float("inf")), ids, -1), own)
     tl.store(values_ptr + place, peak, own)
     tl.store(values_ptr + rows + place, least, own)
-    tl.store(values_ptr + 2 * rows + place, tl.full((ROWS,), float("-inf"), tl.float32), own)
-    tl.store(last_ptr + place, tl.zeros((ROWS,), tl.int32) + vocab, own)
+    tl.store(last_ptr + place, tl.full((ROWS,), 0, tl.int32) + vocab, own)
 
 
 @triton.jit
@@ -166,20 +167,21 @@ def cut_kernel(
     if tl.max(wanted.to(tl.int32)) > 0:
         x_row = logits_ptr + row.to(tl.int64)[:, None] * stride
         scale = scale_of(heat)
-        nothing = tl.zeros((ROWS,), tl.float32)
-        peak, least = tl.load(values_ptr + row), tl.load(values_ptr + rows + row)
-        cut, last = tl.load(values_ptr + 2 * rows + row), tl.load(last_ptr + row)
-        low = tl.maximum(least, cut)
+        peak, cut, last = tl.load(values_ptr + row), tl.load(values_ptr + rows + row), tl.load(last_ptr + row)
+        low = cut
         # a token is kept if less than `target` comes before it: k tokens, or the share p of the mass, rounded up
         if MASS:
-            mass = tl.zeros((ROWS, BLOCK), tl.int64)
+            mass = tl.full((ROWS, BLOCK), 0, tl.int64)
             for start in tl.range(0, vocab, BLOCK, num_stages=AHEAD):
                 at = start + tl.arange(0, BLOCK)[None, :]
-                mass += measure(x_row, at, vocab, peak, scale, cut, last, nothing, False, FRACTION)
+                x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)
+                weight = tl.exp2((x - peak[:, None]) * scale[:, None]) * 2.0**FRACTION
+                kept = (x > cut[:, None]) | ((x == cut[:, None]) & (at <= last[:, None]))
+                mass += tl.where(kept, weight, 0.0).to(tl.int64)
             share = limit.to(tl.float64) * tl.sum(mass, 1).to(tl.float64)
             target = share.to(tl.int64)
             target += (target.to(tl.float64) < share).to(tl.int64)
-            low = tl.maximum(low, peak - (FRACTION + 1) / scale)  # what is less weighs nothing
+            low = tl.maximum(cut, peak - (FRACTION + 1) / scale)  # what is less weighs nothing
         else:
             target = limit.to(tl.int64)
         found, above = find_cut(
@@ -191,12 +193,12 @@ def cut_kernel(
             each = (tl.exp2((found - peak) * scale) * 2.0**FRACTION).to(tl.int64)
             target = target // tl.maximum(each, 1)
         at = first_beyond(
-            x_row, vocab, peak, scale, found, last, nothing, nothing, target, True, FRACTION,
+            x_row, vocab, peak, scale, found, last, limit, limit, target, True, FRACTION,
             ROWS, BLOCK, AHEAD, SPAN, COUNT,
         )  # fmt: skip
         wanted = wanted & (place < rows)
         tl.store(last_ptr + place, tl.where(found == cut, tl.minimum(last, at), at), wanted)
-        tl.store(values_ptr + 2 * rows + place, found, wanted)
+        tl.store(values_ptr + rows + place, found, wanted)
 
 
 @triton.jit
@@ -213,8 +215,7 @@ def draw_kernel(
     if tl.max(wanted.to(tl.int32)) > 0:
         x_row = logits_ptr + row.to(tl.int64)[:, None] * stride
         min_p, u = tl.load(min_p_ptr + row), tl.load(u_ptr + row)
-        peak = tl.load(values_ptr + row)
-        cut, last = tl.load(values_ptr + 2 * rows + row), tl.load(last_ptr + row)
+        peak, cut, last = tl.load(values_ptr + row), tl.load(values_ptr + rows + row), tl.load(last_ptr + row)
         at = first_beyond(
             x_row, vocab, peak, scale_of(heat), cut, last, min_p, u, last.to(tl.int64), False, FRACTION,
             ROWS, BLOCK, AHEAD, SPAN, COUNT,
@@ -235,7 +236,7 @@ def bind_sample(where: Target, problem: SampleProblem, session: Any) -> Callable
     fraction = BITS - (problem.vocab - 1).bit_length()
 
     def make_state() -> tuple[torch.Tensor, torch.Tensor]:
-        values = torch.empty((3, problem.rows), dtype=torch.float32, device=session.device)
+        values = torch.empty((2, problem.rows), dtype=torch.float32, device=session.device)
         return values, torch.empty((problem.rows,), dtype=torch.int32, device=session.device)
 
     def sample(
