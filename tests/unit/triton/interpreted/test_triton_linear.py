@@ -21,7 +21,8 @@ from lineshaft_contract.ops.spec import WeightArg
 from lineshaft_contract.problems import LinearProblem
 from lineshaft_contract.weights import Local, Param, Stored
 from lineshaft_torch.arrays import from_host, to_host
-from lineshaft_triton.kernels import linear_configs, triton_kernels
+from lineshaft_triton.interpreting import compiling
+from lineshaft_triton.kernels import triton_kernels
 from lineshaft_triton.kernels.linear import readable
 from lineshaft_triton.kernels.linear_configs import CODE_TIERS, EXPERT_TIERS, TABLES, TIERS, table_of
 from lineshaft_triton.kernels.quant import codes_of, quantized
@@ -35,9 +36,10 @@ WITHOUT_FP8 = ("sm80", "gfx90a", "gfx1100")
 
 
 @pytest.fixture
-def real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def real_tiles() -> Iterator[None]:
     """Kernels take the tiles of their target, not those of the interpreter."""
-    monkeypatch.setattr(linear_configs, "interpreting", lambda: False)
+    with compiling():
+        yield
 
 
 def kernels_of(target: str, op: str = "linear") -> list[Kernel]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.launch import Config
-from lineshaft_triton.targets import FN, FNUZ, Target
+from lineshaft_triton.targets import CORES, FN, FNUZ, Target
 
 Tile = tuple[int, ...]
 """(rows of x, rows of the weight, terms of the sums, warps, stages)"""
@@ -231,11 +231,6 @@ GROUP_ROWS: Final = 64
 MFMA_ROWS: Final = 16
 """Rows of the matrix instruction on CDNA: "MI300X workload optimization" of the ROCm documentation has the smaller
 one as the faster one."""
-CORES: Final = MappingProxyType(
-    {"sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188, "gfx90a": 110, "gfx942": 304, "gfx950": 256,
-     "gfx1100": 96, "gfx1201": 64}
-)  # fmt: skip
-"""Multiprocessors (compute units) of the largest device of each target."""
 PARTS: Final = 8
 """Parts at most that the terms of a sum are split into."""
 STEPS: Final = 4
