@@ -3,6 +3,7 @@ of numbers that are none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,8 @@ from lineshaft_contract.ops.run import compare, operand
 from lineshaft_contract.ops.spec import WeightArg
 from lineshaft_contract.problems import ExpertProblem, RouterProblem
 from lineshaft_torch.arrays import from_host, to_host
-from lineshaft_triton.kernels import linear_configs, moe, triton_kernels
+from lineshaft_triton.interpreting import compiling
+from lineshaft_triton.kernels import moe, triton_kernels
 from lineshaft_triton.kernels.experts import Grouped
 from lineshaft_triton.launch import Config
 from lineshaft_triton.priority import TRITON
@@ -27,10 +29,10 @@ SESSION = SimpleNamespace(recorder=None)
 
 
 @pytest.fixture
-def real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def real_tiles() -> Iterator[None]:
     """Kernels take the tiles of their target, not those of the interpreter."""
-    for module in (linear_configs, moe):
-        monkeypatch.setattr(module, "interpreting", lambda: False)
+    with compiling():
+        yield
 
 
 def taking(target: str, op: str, problem: Any) -> Kernel:

@@ -21,7 +21,8 @@ from lineshaft_contract.ops.spec import WeightArg
 from lineshaft_contract.problems import LinearProblem
 from lineshaft_contract.weights import Local, Param, Stored
 from lineshaft_torch.arrays import from_host, to_host
-from lineshaft_triton.kernels import linear_configs, triton_kernels
+from lineshaft_triton.interpreting import compiling
+from lineshaft_triton.kernels import triton_kernels
 from lineshaft_triton.kernels.linear import readable
 from lineshaft_triton.kernels.linear_configs import CODE_TIERS, EXPERT_TIERS, TABLES, TIERS, table_of
 from lineshaft_triton.kernels.quant import codes_of, quantized
@@ -35,9 +36,10 @@ WITHOUT_FP8 = ("sm80", "gfx90a", "gfx1100")
 
 
 @pytest.fixture
-def real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def real_tiles() -> Iterator[None]:
     """Kernels take the tiles of their target, not those of the interpreter."""
-    monkeypatch.setattr(linear_configs, "interpreting", lambda: False)
+    with compiling():
+        yield
 
 
 def kernels_of(target: str, op: str = "linear") -> list[Kernel]:
@@ -77,9 +79,24 @@ def result_of(kernel: Kernel, case: Case, x: torch.Tensor | None = None) -> torc
     """What a kernel gives for a case, of `x` in the place of the case's where it is given."""
     hosts = [operand(value, case.problem) for value in case.args]
     kwargs = {name: from_host(operand(value, case.problem)) for name, value in case.kwargs.items()}
+    assert isinstance(case.problem, LinearProblem)
     w = weight_of(kernel, case.problem, hosts[1])
     found = kernel.bind(case.problem, SESSION)(from_host(hosts[0]) if x is None else x, w, **kwargs)
     assert isinstance(found, torch.Tensor)
+    return found
+
+
+def launches_of(kernel: Kernel, problem: LinearProblem) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The grid of each launch, and the instructions that it expects, by the kernel's name; nothing runs."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def launcher(made: Any, grid: Any, config: Any, args: Any, constexprs: Any, expects: str) -> None:
+        found[made.__name__] = grid, expects
+
+    w = weight_of(kernel, problem, np.zeros((problem.n, problem.k), ml_dtypes.bfloat16))
+    bias = {"bias": torch.empty(problem.n, device="meta")} if problem.bias else {}
+    x = torch.empty((problem.m, problem.k), dtype=torch.bfloat16, device="meta")
+    kernel.bind(problem, SimpleNamespace(recorder=None, launcher=launcher))(x, w, **bias)
     return found
 
 
@@ -116,16 +133,9 @@ def test_tiles_of_other_dtypes(dtype: str) -> None:
 def test_sums_in_parts(scheme: str) -> None:
     """Few tiles and long sums are split; the last part may be shorter, and every run gives the same bits."""
     problem = problem_of(2, 30, 8192 + 64, scheme, bias=True)
-    kernel, case, launches = taking("gfx942", problem)[0], case_of(problem), []
-
-    def launcher(kernel: Any, grid: Any, *rest: Any) -> None:
-        launches.append((kernel.__name__, grid))
-
-    meta = torch.empty((2, problem.k), dtype=torch.bfloat16, device="meta")
-    w = weight_of(kernel, problem, operand(case.args[1], problem))
-    kernel.bind(problem, SimpleNamespace(recorder=None, launcher=launcher)).run(meta, w, bias=meta[0, :30])
-    grids = dict(launches)
-    assert grids["linear_kernel"][1] == 8 and "add_parts_kernel" in grids
+    kernel, case = taking("gfx942", problem)[0], case_of(problem)
+    launches = launches_of(kernel, problem)
+    assert launches["linear_kernel"][0][1] == 8 and "add_parts_kernel" in launches
     first, again = (result_of(kernel, case) for _ in range(2))
     assert torch.equal(first, again)
     assert not compare(SPECS["linear"], case, to_host(first))
@@ -210,7 +220,7 @@ def test_fp8_is_fnuz_on_gfx942_alone() -> None:
     """Weights of scheme fp8 are packed in the target's own flavour, which stands for the very same numbers."""
     w = odd_rows().astype(ml_dtypes.bfloat16)[:3]
     w[0, ::2] = -w[0, ::2]  # -0
-    problem = problem_of(1, *w.shape, "fp8")
+    problem = problem_of(1, w.shape[0], w.shape[1], "fp8")
     plain, scales = quantize_rows(w, "fp8")
     for target in set(TARGETS) - set(WITHOUT_FP8):
         kernel = taking(target, problem)[0]
@@ -313,13 +323,5 @@ def test_tables_have_tiles_for_every_tier_of_every_target(target: str) -> None:
 )  # fmt: skip
 def test_instructions_that_are_expected(target: str, scheme: str, m: int, expects: str) -> None:
     """What is stated before compiling: whole groups of warps multiply tiles of 64 rows and more, and fp8 always."""
-    problem, stated = problem_of(m, 256, 256, scheme), []
-    kernel = taking(target, problem)[0]
-
-    def launcher(made: Any, grid: Any, config: Any, args: Any, constexprs: Any, expected: str) -> None:
-        stated.append((made.__name__, expected))
-
-    w = weight_of(kernel, problem, np.zeros((256, 256), ml_dtypes.bfloat16))
-    meta = torch.empty((m, 256), dtype=torch.bfloat16, device="meta")
-    kernel.bind(problem, SimpleNamespace(recorder=None, launcher=launcher)).run(meta, w)
-    assert ("linear_kernel", expects) in stated
+    problem = problem_of(m, 256, 256, scheme)
+    assert launches_of(taking(target, problem)[0], problem)["linear_kernel"][1] == expects

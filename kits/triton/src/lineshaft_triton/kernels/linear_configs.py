@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.launch import Config
-from lineshaft_triton.targets import FN, FNUZ, Target
+from lineshaft_triton.targets import CORES, FN, FNUZ, Target
 
 Tile = tuple[int, ...]
 """(rows of x, rows of the weight, terms of the sums, warps, stages)"""
@@ -83,8 +83,8 @@ HALF_TILES: Final = MappingProxyType(
 
 SINGLE_TILES: Final = MappingProxyType(
     {
-        "sm80": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
-        "sm89": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
+        "sm80": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 2), (128, 64, 16, 8, 2)),
+        "sm89": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 2), (128, 64, 16, 8, 2)),
         "sm90": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
         "sm100": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
         "sm120": ((16, 32, 64, 4, 3), (64, 32, 32, 8, 3), (128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
@@ -161,8 +161,8 @@ fewer than 64 rows would be multiplied as float16."""
 
 GATED_TILES: Final = MappingProxyType(
     {
-        "sm80": ((16, 16, 128, 4, 5), (64, 32, 64, 4, 4), (128, 64, 32, 4, 4)),
-        "sm89": ((16, 16, 128, 4, 4), (64, 32, 64, 4, 4), (128, 64, 32, 4, 3)),
+        "sm80": ((16, 16, 128, 4, 5), (64, 32, 64, 4, 4), (128, 32, 64, 4, 4)),
+        "sm89": ((16, 16, 128, 4, 4), (64, 32, 64, 4, 4), (128, 32, 64, 4, 3)),
         "sm90": ((16, 16, 128, 4, 5), (64, 32, 128, 4, 4), (128, 64, 64, 8, 4)),
         "sm100": ((16, 16, 128, 4, 5), (64, 32, 128, 4, 4), (128, 64, 64, 8, 4)),
         "sm120": ((16, 16, 128, 4, 4), (64, 32, 64, 4, 4), (128, 64, 32, 4, 3)),
@@ -231,11 +231,6 @@ GROUP_ROWS: Final = 64
 MFMA_ROWS: Final = 16
 """Rows of the matrix instruction on CDNA: "MI300X workload optimization" of the ROCm documentation has the smaller
 one as the faster one."""
-CORES: Final = MappingProxyType(
-    {"sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188, "gfx90a": 110, "gfx942": 304, "gfx950": 256,
-     "gfx1100": 96, "gfx1201": 64}
-)  # fmt: skip
-"""Multiprocessors (compute units) of the largest device of each target."""
 PARTS: Final = 8
 """Parts at most that the terms of a sum are split into."""
 STEPS: Final = 4
