@@ -339,3 +339,13 @@ def test_a_probe_takes_no_time(module: object) -> None:
         return time.perf_counter() - began
 
     assert min(seconds() for _ in range(5)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "fp8"),
+    [("sm90a", "sm90", True), ("sm_87", "sm80", False), ("sm86", "sm89", False), ("sm103", "sm100", True)],
+)
+def test_a_gpu_beside_the_listed_ones_takes_tiles_that_fit(name: str, tiles: str, fp8: bool) -> None:
+    """sm86 has the shared memory of sm89, and no floats of eight bits."""
+    found = find_target(name, "nvidia")
+    assert (found.name, bool(found.fp8)) == (tiles, fp8)

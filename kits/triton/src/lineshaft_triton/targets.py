@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -73,6 +73,9 @@ TARGETS: Final = MappingProxyType(
 )
 """Memory sizes: CUDA C++ Programming Guide, "Compute Capabilities"; AMD's instruction set manuals of CDNA and RDNA."""
 
+SMALLER: Final = MappingProxyType({"sm86": replace(TARGETS["sm89"], fp8="")})
+"""GPUs with less shared memory than the older ones of their major version: which tiles they take, and what they lack."""
+
 CORES: Final = MappingProxyType(
     {
         "sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188,
@@ -90,13 +93,15 @@ def targets_of(vendor: str) -> tuple[str, ...]:
 def find_target(name: str, vendor: str) -> Target:
     """The target of a device, by the name that its driver or a user gives: "sm90", "sm_90a", "gfx942:sramecc+:xnack-".
 
-    A device of a family that is listed stands for the nearest older listed one of its major version ("sm86" is built
-    as sm80), since code of that one runs on it; AMD's are exact. Raises InvalidValue for any other.
+    A device of a family that is listed takes the tiles of the nearest older listed one of its major version ("sm87"
+    those of sm80), or those of `SMALLER`; AMD's are exact. Raises InvalidValue for any other.
     """
     plain = name.partition(":")[0].replace("_", "").lower()
     plain = re.sub(r"^(sm\d+)[af]$", r"\1", plain)
     if plain in TARGETS and TARGETS[plain].vendor == vendor:
         return TARGETS[plain]
+    if plain in SMALLER and vendor == "nvidia":
+        return SMALLER[plain]
     known = targets_of(vendor)
     if vendor == "nvidia" and re.fullmatch(r"sm\d{2,3}", plain):
         number = int(plain[2:])
