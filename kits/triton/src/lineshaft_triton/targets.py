@@ -74,7 +74,7 @@ TARGETS: Final = MappingProxyType(
 """Memory sizes: CUDA C++ Programming Guide, "Compute Capabilities"; AMD's instruction set manuals of CDNA and RDNA."""
 
 SMALLER: Final = MappingProxyType({"sm86": replace(TARGETS["sm89"], fp8="")})
-"""GPUs with less shared memory than the older ones of their major version: which tiles they take, and what they lack."""
+"""GPUs with less shared memory than the older ones of their major version: the tiles they take, and what they lack."""
 
 CORES: Final = MappingProxyType(
     {
