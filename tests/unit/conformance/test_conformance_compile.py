@@ -154,7 +154,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(run: Run) -> None
     ("options", "named", "said"),
     [
         ([], {"backend": "toolless"}, "backend 'toolless' has no toolchain"),
-        ([], {"backend": "numpy"}, "installed backends with one: far"),
+        ([], {"backend": "numpy"}, " far, far-single"),
         ([], {"backend": "auto"}, "name the backend"),
         ([], {"backend": "fra"}, "far"),
         ([], {"topology": "huge:9x9"}, "known are small:1x1, big:2x4"),
