@@ -196,11 +196,13 @@ def _pure(subject: Subject, seed: int) -> Found:
 
 
 def _taken(subject: Subject, kernel: Kernel, dtype: str) -> LinearProblem:
-    """The problem of a product that the kernel takes, of any scheme; a plain one for a kernel of another op."""
+    """The problem of a product that the kernel takes, of any scheme and for any rows; a plain one for a kernel of
+    another op."""
     plain = LinearProblem(dtype=dtype, n=ROWS, k=WIDTH)
-    schemes = (replace(plain, scheme=name, group_size=WIDTH // 2 if name == INT4 else 0) for name in LINEAR_SCHEMES)
+    schemes = [replace(plain, scheme=name, group_size=WIDTH // 2 if name == INT4 else 0) for name in LINEAR_SCHEMES]
     resolver = Resolver(subject.info.name, [kernel], {})
-    return next((p for p in (plain, *schemes) if resolver.resolvable("linear", p)), plain)
+    problems = (replace(problem, m=m) for m in (0, 1, 32, 512, 4096) for problem in (plain, *schemes))
+    return next((problem for problem in problems if resolver.resolvable("linear", problem)), plain)
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

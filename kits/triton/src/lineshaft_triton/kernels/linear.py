@@ -282,8 +282,10 @@ def _declines_codes(problem: LinearProblem, where: Target) -> str | None:
     codes = codes_of(problem.scheme, where)
     if not codes.dtype:
         return f"{where.name} reads no floats of eight bits"
-    if problem.group_size % FEWEST_TERMS:
+    if problem.scheme == INT4 and (not problem.group_size or problem.group_size % FEWEST_TERMS):
         return f"reads groups of a multiple of {FEWEST_TERMS} codes, not of {problem.group_size}"
+    if problem.scheme != INT4 and problem.group_size:
+        return f"reads a scale for each row, not for groups of {problem.group_size}"
     if not codes.activations:
         return None
     if codes.rule == "fp8" and problem.dtype == "float32":
