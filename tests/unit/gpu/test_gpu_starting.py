@@ -52,7 +52,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("capability", "target"),
-    [((9, 0), "sm90"), ((8, 6), "sm80"), ((8, 9), "sm89"), ((10, 3), "sm100"), ((12, 1), "sm120")],
+    [((9, 0), "sm90"), ((8, 6), "sm89"), ((8, 9), "sm89"), ((10, 3), "sm100"), ((12, 1), "sm120")],
 )
 def test_the_gpu_that_is_there_is_the_target(
     gpus: Callable[..., None], capability: tuple[int, int], target: str
