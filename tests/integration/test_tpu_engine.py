@@ -19,6 +19,7 @@ from lineshaft.config import EngineConfig
 from lineshaft.engine import Engine
 from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
 from lineshaft.sampling.params import SamplingParams
+from lineshaft_jax.devices import cpu_devices
 
 LENGTHS = (1, 7, 16, 33)
 TOKENS = 8
@@ -134,6 +135,7 @@ def test_without_a_tpu_it_does_not_run_on_the_cpu_unasked(llama: Llama) -> None:
 
 
 def test_more_ranks_than_devices_are_refused(llama: Llama) -> None:
+    cpu_devices(1)  # JAX starts here, if no test before has started it: with eight devices
     with pytest.raises(LayoutError, match="virtual devices"):
         Engine(on_tpu(llama("even").path, **CRAMPED, **{"layout.tp": 2, "layout.dp": 8}))
 
