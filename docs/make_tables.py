@@ -11,7 +11,9 @@ import re
 from argparse import Action, ArgumentParser, _HelpAction, _SubParsersAction
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -26,7 +28,9 @@ from lineshaft.config import EngineConfig
 from lineshaft.config.load import variable
 from lineshaft.config.values import is_table
 from lineshaft.sampling.params import SamplingParams
+from lineshaft_conformance.matrix import load_matrix
 from lineshaft_conformance.mutants import gallery
+from lineshaft_conformance.report.matrix import document
 from lineshaft_contract.hooks import HookSpecs
 from lineshaft_contract.ops import OpSpec, all_ops
 from lineshaft_contract.problems import Problem
@@ -181,6 +185,23 @@ def default_of(field: FieldInfo) -> str:
     return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
+def backend_options(reference: str) -> str:
+    """One row for each option of a backend, by its "module:attribute"."""
+    rows = (
+        (f"`{name}`", options_type(field), default_of(field), " ".join((field.description or "").split()))
+        for name, field in resolve_name(reference).model_fields.items()
+    )
+    return markdown(("Option", "Type", "Default", "Meaning"), rows)
+
+
+def options_type(field: FieldInfo) -> str:
+    return (
+        f"list of {words_of(get_args(field.annotation)[0])}"
+        if get_origin(field.annotation) is tuple
+        else type_of(field)
+    )
+
+
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 NOT_OPTIONS = {
@@ -255,11 +276,17 @@ def mutants() -> str:
     return markdown(("Rule", "Mutant that breaks it", "Checks that kill it"), rows)
 
 
+def gpu_matrix() -> str:
+    return document(load_matrix(DOCS / "kernels" / "gpu-matrix.json"))
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
     "ops": ops, "problems": problems, "hooks": hooks, "config": config, "sampling": sampling,
-    "commands": commands, "mutants": mutants,
+    "commands": commands, "mutants": mutants, "gpu_matrix": gpu_matrix,
+    "cuda_options": partial(backend_options, "lineshaft_cuda.options:CudaOptions"),
+    "rocm_options": partial(backend_options, "lineshaft_rocm.options:RocmOptions"),
 }  # fmt: skip
 
 

@@ -210,38 +210,51 @@ def test_wheels_together_reuse_the_third_party_packages_at_hand(built: dict[str,
     assert listed["rejected"] == []
 
 
-def test_the_plugin_without_its_kit_is_listed_and_breaks_nothing(built: dict[str, Built], tmp_path: Path) -> None:
-    """The core's and the plugin's wheels alone: third-party packages as above, the kit and PyTorch hidden."""
-    python = borrowing_environment(tmp_path / "few", hidden=("torch", "lineshaft_torch"))
-    wheels = [built[name].wheel for name in (*CORE, "lineshaft-cpu")]
+@pytest.mark.parametrize("name", ["cpu", "cuda", "rocm"])
+def test_a_plugin_without_its_kits_is_listed_and_breaks_nothing(
+    name: str, built: dict[str, Built], tmp_path: Path
+) -> None:
+    """The core's and the plugin's wheels alone: third-party packages as above, the kits and PyTorch hidden."""
+    python = borrowing_environment(tmp_path / "few", hidden=("torch", "lineshaft_torch", "lineshaft_triton"))
+    wheels = [built[each].wheel for each in (*CORE, f"lineshaft-{name}")]
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", *wheels)
     listed = json.loads(run(python.parent / "lineshaft", "backends", "--json", cwd=tmp_path))
-    (cpu,) = [backend for backend in listed["backends"] if backend["name"] == "cpu"]
-    assert not cpu["usable"]
-    assert "not installed" in cpu["reason"]
+    (found,) = [backend for backend in listed["backends"] if backend["name"] == name]
+    assert not found["usable"]
+    assert "not installed" in found["reason"] or "No module named 'lineshaft_triton'" in found["reason"]
 
 
 WITHOUT_CORE = """
 import importlib, pkgutil, sys
-for name in ("lineshaft_contract", "lineshaft_torch", "lineshaft_cpu"):
+from lineshaft_contract.backends import World
+plugin, options, names = sys.argv[1], eval(sys.argv[2]), sys.argv[3:]
+backend = importlib.import_module(f"{plugin}.backend")  # what settles how kernels are run comes first
+made = getattr(importlib.import_module(f"{plugin}.options"), f"{plugin.removeprefix('lineshaft_').title()}Options")
+kernels = backend.create(made(**options), World(threads=1)).kernels()
+assert {"linear", "attend", "write_kv", "rms_norm"} <= {kernel.op for kernel in kernels}
+for name in ("lineshaft_contract", *names, plugin):
     package = importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, f"{name}."):
-        if not module.name.endswith("._native"):  # a library, and no module
+        if not module.name.endswith(("._native", "_worker")):  # a library, and what runs in a process of its own
             importlib.import_module(module.name)
-from lineshaft_contract.backends import World
-from lineshaft_cpu.backend import create
-from lineshaft_cpu.options import CpuOptions
-kernels = create(CpuOptions(), World(threads=1)).kernels()
-assert {"linear", "attend", "write_kv", "rms_norm"} <= {kernel.op for kernel in kernels}
 assert "lineshaft" not in sys.modules and importlib.util.find_spec("lineshaft") is None
 """
+KITS = {
+    "lineshaft-cpu": (("lineshaft-torch",), {}),
+    "lineshaft-cuda": (("lineshaft-torch", "lineshaft-triton"), {"interpret": True}),
+    "lineshaft-rocm": (("lineshaft-torch", "lineshaft-triton"), {"interpret": True}),
+}
+"""Plugins on PyTorch: the kits that each is built on, and options under which it starts anywhere."""
 
 
-def test_contract_kit_and_plugin_do_without_core(built: dict[str, Built], tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugin", KITS)
+def test_contract_kits_and_plugin_do_without_core(plugin: str, built: dict[str, Built], tmp_path: Path) -> None:
+    kits, options = KITS[plugin]
     python = borrowing_environment(tmp_path / "outside")
-    wheels = [built[name].wheel for name in ("lineshaft-contract", "lineshaft-torch", "lineshaft-cpu")]
+    wheels = [built[name].wheel for name in ("lineshaft-contract", *kits, plugin)]
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", *wheels)
-    run(python, "-c", WITHOUT_CORE, cwd=tmp_path)
+    packages = [built[name].package for name in (plugin, *kits)]
+    run(python, "-c", WITHOUT_CORE, packages[0], repr(options), *packages[1:], cwd=tmp_path)
 
 
 def borrowing_environment(folder: Path, hidden: tuple[str, ...] = ()) -> Path:

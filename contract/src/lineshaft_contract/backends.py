@@ -117,7 +117,10 @@ class Backend(Protocol):
         """The backend's own kernels; those that other plugins contribute come through `lineshaft_kernels`."""
         ...
 
-    def session(self, rank: int) -> Session: ...
+    def session(self, rank: int) -> Session:
+        """A session of its own for a worker. It meets other ranks in its collectives alone: on one rank a session
+        without any can be made, used and closed while the others wait."""
+        ...
 
 
 class BackendFactory(Protocol):

@@ -42,8 +42,11 @@ class Kernel:
     `handles` is a closed world: the features (see `Problem.features`) that the kernel knows of. `supports` returns
     None or the reason why it declines; a kernel that computes below the problem's dtype must decline. `layout` names
     the packing of the weight or cache it reads ("" where the op has none): all kernels that share a weight or a cache
-    must agree on it. `pack` makes weights of that layout (None: the session's own dense packing). `tunable` kernels of
-    equal priority are to be measured; others of equal priority are a tie.
+    must agree on it. `pack` makes weights of that layout (None: the session's own dense packing).
+
+    `tunable` kernels of equal priority and layout are measured on each problem (`lineshaft_contract.timing`), and the
+    fastest is taken; others of equal priority are a tie, and so are all on problems that `unmeasurable` names. A choice
+    is kept until a name, `version`, layout or `options` changes.
     """
 
     name: str

@@ -69,7 +69,8 @@ class EmbedProblem(Problem):
 class LinearProblem(Problem):
     """`[m, k] @ [n, k]^T`; `heads` > 0 is a batched product per head (`head_linear`).
 
-    `scheme` says how the weight is quantized, and nothing else is: "none", "int8" or "fp8" (`ops.quantize`).
+    `scheme` says how operands are quantized: "none", or one of `ops.quantize.LINEAR_SCHEMES`. Under "int4"
+    `group_size` numbers along k share a scale; all others have 0.
     """
 
     n: int

@@ -78,6 +78,7 @@ def test_a_plain_attention_and_a_wrapped_kernel_survive(suite: Suite, monkeypatc
     right: dict[str, Callable[[Any], Any]] = {
         "L2/attend/mixed/*-f32": attend_with(),
         "L1/linear/decode/*": with_call("linear", lambda problem, run, *args, **kwargs: run(*args, **kwargs)),
+        "L2/rope_write_kv/mixed/*": ops.fused(ops.turned_and_written),
         "L0/load/*": changed,
     }
     for checks, make in right.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,11 +61,11 @@ def test_two_processes_collect_the_same(toy: Path) -> None:
 
 def test_what_the_user_gets_wrong_is_one_line(toy: Path) -> None:
     for arguments, said in (
-        ((), "which backend? give --backend NAME; registered: numpy, toy"),
-        (("--backend", "toi"), "UnknownBackend: unknown backend 'toi'"),
+        ((), r"which backend\? give --backend NAME; registered: [a-z, ]*\btoy\b"),
+        (("--backend", "toi"), r"UnknownBackend: unknown backend 'toi'"),
     ):
         status, out = pytest(toy, "--pyargs", "lineshaft_conformance", *arguments)
-        assert (status, said in out.replace("cpu, ", "")) == (4, True), out
+        assert (status, bool(re.search(said, out))) == (4, True), out
         assert "Traceback" not in out
 
 

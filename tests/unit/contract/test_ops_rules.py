@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lineshaft_contract.ops import all_ops
-from lineshaft_contract.ops.quantize import quantize_rows
+from lineshaft_contract.ops.quantize import ACTIVATION_SCHEMES, WEIGHT_SCHEMES, quantize_groups, quantize_rows
 from lineshaft_contract.ops.run import compare, run_reference
 from lineshaft_contract.ops.spec import EXACT, Case, Numerics, StepArg
 
@@ -280,7 +280,7 @@ def quantized(change: Callable[[Any, Any, Any], Any]) -> Break:
 
     def broken(ref: Reference) -> Reference:
         def run(p: Any, x: Any, w: Any, **k: Any) -> Any:
-            if p.scheme == "none":
+            if p.scheme not in WEIGHT_SCHEMES:
                 return ref(p, x, w, **k)
             codes, scales = quantize_rows(w, p.scheme)
             return ref(replace(p, scheme="none"), x, change(p, codes.astype(float), scales.astype(float)), **k)
@@ -306,6 +306,56 @@ def requantized(to_codes: Callable[[Any], Any] = np.rint, zero: float = 1.0) -> 
     return broken
 
 
+def activated(change: Callable[[Any], Any]) -> Break:
+    """Where activations are quantized, change(x) in their place, and the weight's codes with their scales."""
+
+    def broken(ref: Reference) -> Reference:
+        def run(p: Any, x: Any, w: Any, **k: Any) -> Any:
+            if p.scheme not in ACTIVATION_SCHEMES:
+                return ref(p, x, w, **k)
+            return ref(replace(p, scheme=ACTIVATION_SCHEMES[p.scheme]), change(x), w, **k)
+
+        return run
+
+    return broken
+
+
+def one_step(x: Any, axis: int | None, halves: Callable[[Any], Any] = np.rint) -> Any:
+    """x in steps of its largest magnitude along an axis over 127."""
+    step = np.abs(x.astype(float)).max(axis, keepdims=True) / 127
+    return halves(x / np.where(step == 0, 1, step)) * step
+
+
+def grouped(change: Callable[[Any, Any], Any]) -> Break:
+    """Weights in groups are change(codes [n, groups, size], scales [n, groups, 1]), in float64."""
+
+    def broken(ref: Reference) -> Reference:
+        def run(p: Any, x: Any, w: Any, **k: Any) -> Any:
+            if p.scheme != "int4":
+                return ref(p, x, w, **k)
+            codes, scales = quantize_groups(w, p.group_size)
+            whole = change(codes.reshape(*scales.shape, -1).astype(float), scales[..., None].astype(float))
+            return ref(replace(p, scheme="none", group_size=0), x, whole.reshape(w.shape), **k)
+
+        return run
+
+    return broken
+
+
+def in_steps_of_sevenths(ref: Reference) -> Reference:
+    """Codes of groups are symmetric, from -7 to 7."""
+
+    def run(p: Any, x: Any, w: Any, **k: Any) -> Any:
+        if p.scheme != "int4":
+            return ref(p, x, w, **k)
+        groups = w.astype(float).reshape(len(w), -1, p.group_size)
+        step = np.abs(groups).max(2, keepdims=True) / 7
+        whole = np.rint(groups / np.where(step == 0, 1, step)) * step
+        return ref(replace(p, scheme="none", group_size=0), x, whole.reshape(w.shape), **k)
+
+    return run
+
+
 OTHERS: dict[str, dict[str, Break]] = {
     "embed": {
         "vocab_start ignored": arg(2, lambda p, start: start * 0),
@@ -317,6 +367,28 @@ OTHERS: dict[str, dict[str, Break]] = {
     "linear": {
         "no bias": keyword("bias", lambda p, b: b * 0), "transposed": arg(1, lambda p, w: w[::-1]),
         "not quantized": problem(scheme=lambda p: "none"),
+        "activations as they are": activated(lambda x: x),
+        "one scale for all tokens": activated(lambda x: one_step(x, None)),
+        "a scale for each column of activations": activated(lambda x: one_step(x, 0)),
+        "codes of activations round halves away": activated(
+            lambda x: one_step(x, 1, lambda y: np.trunc(y + np.copysign(0.5, y)))
+        ),
+        "codes of activations cut off": activated(lambda x: one_step(x, 1, np.trunc)),
+        "w8a8 in the other codes": problem(
+            scheme=lambda p: {"w8a8_fp8": "w8a8_int8", "w8a8_int8": "w8a8_fp8"}.get(p.scheme, p.scheme)
+        ),
+        "a NaN token hidden": activated(lambda x: one_step(np.nan_to_num(x), 1)),
+        "int4 not scaled": grouped(lambda codes, scales: codes),
+        "int4: one scale a row": grouped(lambda codes, scales: codes * scales[:, :1]),
+        "int4: the next group's scale": grouped(lambda codes, scales: codes * np.roll(scales, 1, 1)),
+        "int4: scales without their sign": grouped(lambda codes, scales: codes * np.abs(scales)),
+        "int4: halves of a byte swapped": grouped(
+            lambda codes, scales: codes.reshape(*codes.shape[:2], -1, 2)[..., ::-1].reshape(codes.shape) * scales
+        ),
+        "int4: codes without an offset": grouped(lambda codes, scales: (codes + 8) * scales),
+        "int4: codes of two's complement": grouped(lambda codes, scales: (codes + 8 - 16 * (codes >= 0)) * scales),
+        "int4: NaN hidden": grouped(lambda codes, scales: codes * np.nan_to_num(scales)),
+        "int4 from -7 to 7": in_steps_of_sevenths,
         "int8 for fp8": problem(scheme=lambda p: "int8" if p.scheme == "fp8" else p.scheme),
         "scales ignored": quantized(lambda p, q, s: q),
         "scale of the first row": quantized(lambda p, q, s: q * s[:1, None]),

@@ -99,7 +99,7 @@ def test_reference_run_is_within_tolerance_and_finite(spec: OpSpec, case: Case) 
     assert compare(spec, case, run) == []
     if "cache" in "".join(spec.consumes) or spec.name in ("read_pages", "apply_logits", "logprobs"):
         return  # garbage pages are moved as they are, masks give -inf
-    if "nan_row" in case.id or "nan_weight" in case.id:
+    if any(name in case.id for name in ("nan_row", "nan_token", "nan_weight")):
         return
     for name, values in named_outputs(spec, run).items():
         lse = spec.name == "attend" and name == "1"

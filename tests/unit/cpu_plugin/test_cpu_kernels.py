@@ -15,7 +15,7 @@ from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import Case, OpSpec, all_ops
 from lineshaft_contract.ops.run import compare, operand
 from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg
-from lineshaft_contract.packing import pack_rows
+from lineshaft_contract.packing import weight_packing
 from lineshaft_contract.problems import ExpertProblem, LinearProblem, PointwiseProblem
 from lineshaft_contract.sessions import Cache
 from lineshaft_contract.steps import StepInputs
@@ -65,8 +65,10 @@ def packed_weight(value: WeightArg, case: Case, host: Any) -> Weight:
     param = Param("w", "w", host.shape, case.problem.dtype, problems, lambda checkpoint, at: Local(()))
     if param.scheme == "none":
         return Weight(0, "w", problems, "dense", {"data": tensor(host)})
-    leaves = pack_rows(param.scheme)(param, Local((Stored("none", host.shape, {"data": host}),)))
-    return Weight(0, "w", problems, f"{param.scheme}_rows", {name: tensor(leaf) for name, leaf in leaves.items()})
+    packing = weight_packing(param.scheme)
+    assert packing.pack is not None
+    leaves = packing.pack(param, Local((Stored("none", host.shape, {"data": host}),)))
+    return Weight(0, "w", problems, packing.layout, {name: tensor(leaf) for name, leaf in leaves.items()})
 
 
 def torch_argument(value: Any, case: Case, first: bool) -> Any:
@@ -95,6 +97,8 @@ def arguments(case: Case) -> tuple[list[Any], dict[str, Any]]:
 
 
 def host_result(result: Any, case: Case) -> Any:
+    if isinstance(result, tuple):
+        return tuple(host_result(item, case) for item in result)
     if isinstance(result, Cache):
         problem_cache = Cache(0, case.problem, "slots", result.arrays)
         return {name: to_host(array) for name, array in page_view(problem_cache).items()}
@@ -203,19 +207,21 @@ def test_composites_are_right_through_their_default_decomposition(op: str, sessi
     wrong: list[str] = []
     for case in cases_of(op):
         args, kwargs = arguments(case)
-        result = spec.default(Parts(case.problem, session), case.problem, *args, **kwargs)
+        result = spec.default(Parts(spec, case.problem, session), case.problem, *args, **kwargs)
         wrong += compare(spec, case, host_result(result, case))
     assert not wrong, "\n".join(wrong)
 
 
 class Parts:
-    """The ops inside a composite, each bound to the best kernel under the composite's own problem."""
+    """The ops inside a composite, each bound to the best kernel under its part of the composite's own problem."""
 
-    def __init__(self, problem: Any, session: Any) -> None:
-        self._problem, self._session = problem, session
+    def __init__(self, spec: OpSpec, problem: Any, session: Any) -> None:
+        self._parts, self._problem, self._session = spec.parts(problem), problem, session
 
     def __getattr__(self, op: str) -> Any:
-        problem = self._problem
+        problem = self._parts.get(op, self._problem)
+        if op == "write_kv":
+            problem = problem.kv
         if op == "head_linear":
             problem = LinearProblem(dtype=problem.dtype, n=0, k=0, heads=problem.q_heads)
         if op in ("concat", "add"):

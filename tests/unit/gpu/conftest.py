@@ -33,7 +33,9 @@ def nvml(tmp_path_factory: pytest.TempPathFactory) -> Nvml:
 
 
 @pytest.fixture(autouse=True)
-def unset_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def unset_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine, and of tests that interpret."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"):
         monkeypatch.delenv(name, raising=False)
 

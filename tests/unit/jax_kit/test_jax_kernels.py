@@ -14,21 +14,23 @@ import pytest
 
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import Case, all_ops
+from lineshaft_contract.ops.quantize import ACTIVATION_SCHEMES, LINEAR_SCHEMES, quantize_rows
 from lineshaft_contract.ops.run import compare, operand
 from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg
 from lineshaft_contract.problems import KVProblem, LinearProblem
 from lineshaft_contract.sessions import Cache
 from lineshaft_contract.steps import StepInputs
-from lineshaft_contract.weights import Weight
+from lineshaft_contract.weights import Local, Param, Stored, Weight
 from lineshaft_jax.arrays import to_host
 from lineshaft_jax.kernels import xla_kernels
 from lineshaft_jax.kernels.attend import attend
+from lineshaft_jax.kernels.linear import quantized_rows
 from lineshaft_jax.kernels.pages import LAYOUT, cache_specs, from_canonical, to_canonical
 
 OPS = {name: spec for name, spec in all_ops().items() if not spec.collective}
 KERNELS = [kernel for kernel in xla_kernels("xla") if kernel.op in OPS and not kernel.layout.endswith("_rows")]
 LANES = (1, 128)
-COMPOSED = {"expert_mlp", "latent_attend"}
+COMPOSED = {"expert_mlp", "latent_attend", "rope_write_kv"}
 """Composites whose default decomposition is what there is."""
 
 
@@ -211,6 +213,38 @@ def test_rows_of_codes_multiply_as_their_values_do(scheme: str, dtype: str, toke
     unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-23 * width**0.5
     assert got.dtype == x.dtype
     assert np.abs(got.astype(np.float64) - exact).max() <= unit * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+def test_codes_and_scales_of_activations_are_those_of_the_rule(scheme: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 96)) * 2.0 ** rng.uniform(-100, 100, (60, 1))
+    x[0], x[1, 3], x[2, 4] = 0, np.nan, -np.inf
+    x[4], x[5] = rng.integers(-20, 20, (2, 96)) + 0.5
+    x[4, 0], x[5, 0] = 127, 448
+    x = x.astype(jnp.dtype(dtype))
+    codes, scales = jax.jit(partial(quantized_rows, scheme=scheme))(jnp.asarray(x))
+    expected, steps = quantize_rows(x, scheme)
+    assert to_host(codes).tobytes() == expected.tobytes()
+    np.testing.assert_array_equal(to_host(scales)[:, 0], steps)
+
+
+@pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_each_scheme_are_within_tolerance_of_the_reference(scheme: str, dtype: str) -> None:
+    kernel = next(k for k in xla_kernels("xla") if k.name == f"xla_linear_{scheme}")
+    cases = [case for case in each(kernel, dtype) if case.problem.m <= 3]
+    assert {case.problem.scheme for case in cases} == {scheme} and len(cases) >= 5
+    for case in cases:
+        host = [operand(value, case.problem) for value in case.args]
+        param = Param("w", "w", host[1].shape, dtype, {"linear": case.problem}, lambda checkpoint, at: Local(()))
+        assert kernel.pack is not None
+        leaves = kernel.pack(param, Local((Stored("none", host[1].shape, {"data": host[1]}),)))
+        weight = Weight(0, "w", param.problems, kernel.layout, jax.tree.map(jnp.asarray, leaves))
+        given = {name: operand(value, case.problem) for name, value in case.kwargs.items()}
+        got = jax.jit(lambda x, more, w=weight, p=case.problem: kernel.bind(p, None)(x, w, **more))(host[0], given)
+        assert compare(OPS["linear"], case, to_host(got)) == []
 
 
 def test_a_kernel_of_codes_takes_no_other_scheme() -> None:

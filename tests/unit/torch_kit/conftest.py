@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from lineshaft.plan import Resolver
+from lineshaft_contract.backends import World
 from lineshaft_contract.problems import KVProblem, LinearProblem, NormProblem, PointwiseProblem, Problem
 from lineshaft_contract.weights import Local, Param, Stored
+from lineshaft_torch.device_session import DeviceSession
+from lineshaft_torch.fake import FakeDevice
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_torch.session import SessionOptions, TorchSession
 
@@ -55,6 +58,10 @@ class KitTools:
     def session(self, **options: Any) -> TorchSession:
         return TorchSession("cpu", options=SessionOptions(**options))
 
+    def on(self, device: FakeDevice, world: World | None = None) -> DeviceTools:
+        """The same tools with sessions on a device."""
+        return DeviceTools(device, world)
+
     def param(self, name: str, array: Any, *, source: str = "", kind: str = "linear", dtype: str = "float32") -> Param:
         values = np.asarray(array)
         stored = Stored("none", values.shape, {"data": values})
@@ -72,6 +79,16 @@ class KitTools:
 
     def norm(self) -> NormProblem:
         return NormProblem(dtype="float32", width=self.width, eps=1e-5)
+
+
+class DeviceTools(KitTools):
+    """Tools whose sessions are on a device."""
+
+    def __init__(self, device: FakeDevice, world: World | None) -> None:
+        self.device, self.world = device, world
+
+    def session(self, **options: Any) -> DeviceSession:
+        return DeviceSession(self.device, self.world, SessionOptions(**{"program": "graph", **options}))
 
 
 @pytest.fixture

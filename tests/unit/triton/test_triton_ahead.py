@@ -22,6 +22,7 @@ from lineshaft_contract.steps import ArraySpec, HostStep, InputField, InputLayou
 from lineshaft_contract.weights import Param
 from lineshaft_triton.ahead import COLUMNS, AheadSession
 from lineshaft_triton.compiling import CACHE, Compiler
+from lineshaft_triton.interpreting import VARIABLE, interpreting
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.real_problems import real_problems
 from lineshaft_triton.targets import TARGETS, targets_of
@@ -153,6 +154,22 @@ def test_a_capture_refuses_code_that_breaks_what_was_stated(
         captured(session, (config, expects))
 
 
+def test_what_is_bound_ahead_is_for_a_compiler_even_where_kernels_are_interpreted(
+    session: AheadSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    seen = []
+
+    def fn(ops: Any, weights: Any, caches: Any, step: Any, given: Any) -> Any:
+        seen.append(interpreting())
+        raise InvalidValue("seen")
+
+    ops = SimpleNamespace(bind=lambda session: seen.append(interpreting()), prepares=lambda session: ())
+    with pytest.raises(InvalidValue, match="seen"):
+        session.capture(fn, SHAPE, InputLayout([]), ops)
+    assert seen == [False, False] and interpreting()
+
+
 def test_a_program_without_a_launch_is_refused(session: AheadSession) -> None:
     with pytest.raises(ContractViolation, match="starts no kernel"):
         captured(session)
@@ -178,7 +195,7 @@ def test_a_toolchain_compiles_for_its_vendors_targets_alone(name: str, vendor: s
 
 def test_real_problems_are_those_of_a_step_of_three_models() -> None:
     linear = real_problems("linear")
-    assert linear[0].describe() == "dtype=bfloat16 n=4096 k=4096 m=64"
+    assert linear[0].describe() == "dtype=bfloat16 n=4096 k=4096 m=512"
     assert {problem.dtype for problem in linear} == {"bfloat16", "float16"}
     shapes = {(p.q_heads, p.kv_heads, p.qk_dim, p.max_query) for p in real_problems("attend")}  # type: ignore[attr-defined]
     assert shapes == {(q, kv, d, m) for q, kv, d in ((32, 8, 128), (4, 1, 128), (9, 3, 64)) for m in (1, 512, 2048)}

@@ -16,6 +16,7 @@ import torch
 
 from lineshaft_contract.errors import ContractViolation
 from lineshaft_triton.compiling import CACHE, Compiler, Launch, check, default_cache, describe_launch, environment
+from lineshaft_triton.inspection import Code
 from lineshaft_triton.interpreting import VARIABLE
 from lineshaft_triton.launch import Config
 from lineshaft_triton.targets import TARGETS
@@ -95,7 +96,14 @@ def test_shared_memory_over_the_limit_is_refused(compiler: Compiler) -> None:
     code = compiler.compile(launch, TARGETS["sm89"])
     with pytest.raises(ContractViolation, match=rf"takes {code.shared} B of shared memory of the 101376 B"):
         check(launch, code, TARGETS["sm89"])
-    check(launch, code, TARGETS["sm80"])
+    check(launch, replace(code, occupancy=1), TARGETS["sm80"])
+
+
+def test_a_block_that_no_multiprocessor_holds_is_refused() -> None:
+    code = Code(255, 0, 0, 0, 0, occupancy=0, classes=())
+    with pytest.raises(ContractViolation, match="255 registers a thread, with which no block fits a multiprocessor"):
+        check(Launch("m:k", (), (), ()), code, TARGETS["sm90"])
+    check(Launch("m:k", (), (), ()), replace(code, occupancy=8), TARGETS["sm90"])
 
 
 @pytest.mark.parametrize(("target", "option"), [("sm90", {"maxnreg": 24}), ("gfx942", {"waves_per_eu": 8})])

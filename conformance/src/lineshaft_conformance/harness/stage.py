@@ -37,7 +37,7 @@ def engine_config(subject: Subject, model: Path, dtype: str, page_size: int, **m
         "model": str(model), "backend": subject.info.name, "backend_options": dict(subject.target.options),
         "dtype": dtype, "threads": 1, "max_logprobs": 0, "sampling_extras": False,
         "cache.page_size": page_size, "cache.pages": 96, "max_model_len": 8 * page_size, "scheduler.max_rows": 4,
-        "scheduler.token_budget": 32,
+        "scheduler.token_budget": 32, "tuning": "off",
     }  # fmt: skip
     return make_config(**{**values, **more})
 

@@ -28,7 +28,7 @@ from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, fail, require, rule_of
 from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.harness.rig import Rig, const_param, whole_param
-from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, seconds
+from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, patient, seconds
 from lineshaft_conformance.subject import Subject
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops.spec import Size, numpy_dtype
@@ -330,6 +330,7 @@ def _poisoned(subject: Subject, seed: int) -> Found:
     raise NotClaimed("a replay runs no kernel's Python, so that none can be made to fail there")
 
 
+@patient
 def _unread(subject: Subject, seed: int) -> Found:
     """Steps that nobody reads pile up no work: the last result of many comes as fast as that of one, and memory stays.
 
@@ -393,6 +394,7 @@ def _late_bucket(subject: Subject, seed: int) -> Found:
         return model.found
 
 
+@patient
 def _late_compilation(subject: Subject, seed: int) -> Found:
     """The first step after freeze takes no longer than the later ones: capture has compiled and run the program. Nor
     does the first after an update, which drops no program."""
@@ -413,6 +415,7 @@ def _late_compilation(subject: Subject, seed: int) -> Found:
     return Found(product.rig.kernels, notes=(f"first step after freeze: {ratio:.2f} x a later one",))
 
 
+@patient
 def _cache_copies(subject: Subject, seed: int) -> Found:
     """A step's time does not depend on how many pages there are: write_kv copies no cache (two sizes, 1 and 8).
 

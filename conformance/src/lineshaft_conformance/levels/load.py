@@ -89,7 +89,8 @@ def _probe(subject: Subject, seed: int) -> Found:
     require(done.returncode == 0, f"the probe fails in a process of its own: {done.stderr.strip()[-300:]}")
     ratio, imported = json.loads(done.stdout.splitlines()[-1])
     require(ratio < 1, f"probing takes {ratio:.1f} times as long as importing the core; it is for a list of backends")
-    foreign = [name for name in imported if name not in sys.stdlib_module_names and name.lstrip("_") != own]
+    others = [name for name in imported if name not in sys.stdlib_module_names and name.lstrip("_") != own]
+    foreign = [name for name in others if not name.startswith("lineshaft_")]  # what a kit of ours imports counts
     require(not foreign, f"probing imports {', '.join(foreign)}; look at files and find_spec only")
     probe = load_attribute(info.probe)()
     require(isinstance(probe, Probe), f"the probe returns {type(probe).__name__}, not a Probe")

@@ -17,7 +17,7 @@ from lineshaft_conformance.checks import Check, Found, require, rule_of
 from lineshaft_conformance.harness.rig import kernel_names
 from lineshaft_conformance.harness.stage import engine_config
 from lineshaft_conformance.harness.timed import WIDTH, Timed, Timer
-from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio
+from lineshaft_conformance.harness.timing import TOO_MUCH, paired_ratio, patient
 from lineshaft_conformance.harness.tiny import LLAMA, checkpoint
 from lineshaft_conformance.harness.watched import WatchedExecutor
 from lineshaft_conformance.subject import Subject
@@ -73,17 +73,17 @@ UNUSED: dict[str, Make] = {"pages": more_pages, "columns": more_columns, "vocabu
 
 def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """Every check of this file."""
-    yield Check("L5/speed/roofline/decode", decode_step, "A decode step comes near its roofline.", limit=180.0)
+    yield Check("L5/speed/roofline/decode", patient(decode_step), "A decode step comes near its roofline.", limit=180.0)
     for op, make in OPS.items():
         rule = f"{op} comes near its roofline."
-        run = partial(near, make, LEAST if op in ("attend", "linear") else LEAST_OTHER)
+        run = patient(partial(near, make, LEAST if op in ("attend", "linear") else LEAST_OTHER))
         yield Check(f"L5/speed/roofline/{op}", run, rule, op, shape_class="roofline", limit=180.0)
     for op, make in OPS.items():
         rule = f"Eight times the work takes less than {TOO_MUCH:g} x 8 times as long."
-        run = partial(grows, make, TOO_MUCH * GROWTH)
+        run = patient(partial(grows, make, TOO_MUCH * GROWTH))
         yield Check(f"L5/speed/growth/{op}", run, rule, op, shape_class="growth", limit=180.0)
     for what, make in UNUSED.items():
-        run = partial(grows, make, TOO_MUCH)
+        run = patient(partial(grows, make, TOO_MUCH))
         yield Check(f"L5/speed/unused/{what}", run, rule_of(make), shape_class="unused", limit=180.0)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from lineshaft.errors import MisshapenTensor
-from lineshaft.plan import ProgramSpec
+from lineshaft.plan import ProgramSpec, Resolver
 from lineshaft_conformance.checks import Check, Found, NotClaimed, expect, require, rule_of
 from lineshaft_conformance.harness.rig import Rig, const_param, stored, whole_param
 from lineshaft_conformance.subject import Subject
+from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.ops.quantize import INT4, LINEAR_SCHEMES
 from lineshaft_contract.ops.spec import Size, numpy_dtype
 from lineshaft_contract.problems import EmbedProblem, LinearProblem
 from lineshaft_contract.schemes import BLOCKS, dequantize
@@ -182,7 +184,7 @@ def _pure(subject: Subject, seed: int) -> Found:
         shapes = []
         for values in (np.zeros((ROWS, WIDTH)), np.random.default_rng(9).standard_normal((ROWS, WIDTH))):
             array = values.astype(numpy_dtype(dtype))
-            param = whole_param("w", array, {"linear": LinearProblem(dtype=dtype, n=ROWS, k=WIDTH)})
+            param = whole_param("w", array, {"linear": _taken(subject, kernel, dtype)})
             before = array.copy()
             assert kernel.pack is not None
             leaves = [kernel.pack(param, Local((stored(array),))) for _ in range(2)]
@@ -191,6 +193,14 @@ def _pure(subject: Subject, seed: int) -> Found:
         same = all(item == shapes[0] for item in shapes)
         require(same, f"the packing of {kernel.name} gives leaves of different names or shapes: {shapes}")
     return Found(tuple(kernel.name for kernel in packing))
+
+
+def _taken(subject: Subject, kernel: Kernel, dtype: str) -> LinearProblem:
+    """The problem of a product that the kernel takes, of any scheme; a plain one for a kernel of another op."""
+    plain = LinearProblem(dtype=dtype, n=ROWS, k=WIDTH)
+    schemes = (replace(plain, scheme=name, group_size=WIDTH // 2 if name == INT4 else 0) for name in LINEAR_SCHEMES)
+    resolver = Resolver(subject.info.name, [kernel], {})
+    return next((p for p in (plain, *schemes) if resolver.resolvable("linear", p)), plain)
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lineshaft_conformance.mutants.mutant import (
     Make,
     Mutant,
     mutant,
+    plain,
     with_added,
     with_call,
     with_kernel,
@@ -26,12 +28,14 @@ from lineshaft_conformance.mutants.mutant import (
 )
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops.logits import kept_tokens
+from lineshaft_contract.ops.quantize import ACTIVATION_SCHEMES, INT4
 from lineshaft_contract.problems import RopeScaling
 from lineshaft_contract.schemes import dequantize
 from lineshaft_torch.bound import DENSE, dense, recipe, stateless
 from lineshaft_torch.bound import with_problem as given_problem
-from lineshaft_torch.kernels.linear import linear
-from lineshaft_torch.pages import movable, page_view
+from lineshaft_torch.kernels import portable_kernels
+from lineshaft_torch.kernels.linear import linear, quantized_linear, quantized_rows
+from lineshaft_torch.pages import SLOTS_LAYOUT, movable, page_view
 
 Tensor = torch.Tensor
 
@@ -205,6 +209,30 @@ def eight_bit_rows(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Any:
     return run(x if p.scheme == "none" else ((x / step).round() * step).to(x.dtype), w, **kw)
 
 
+def groups_with(change: Callable[..., dict[str, Tensor]]) -> Make:
+    """Makes a mutant whose products read `change(q, scale)` in the place of these leaves of a weight in groups."""
+
+    def call(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Any:
+        return run(x, replace(w, arrays={**w.arrays, **change(**w.arrays)}) if p.scheme == INT4 else w, **kw)
+
+    return with_call("linear", call)
+
+
+def activations(run_with: Callable[..., Any]) -> Make:
+    """Makes a mutant whose products of quantized activations are `run_with(p, run, x, w, **kw)`."""
+
+    def call(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Any:
+        return run_with(p, run, x, w, **kw) if p.scheme in ACTIVATION_SCHEMES else run(x, w, **kw)
+
+    return with_call("linear", call)
+
+
+def in_one_step(p: Any, run: Any, x: Tensor, w: Any, **kw: Any) -> Any:
+    """Activations in int8 with one scale for all tokens."""
+    step = x.float().nan_to_num().abs().max() / 127
+    return quantized_linear((x.float() / step).round() * step, w, **kw).to(x.dtype)
+
+
 UNQUANTIZED = recipe(
     "dense_linear", "linear", stateless(linear), layout=DENSE, handles=frozenset({"bias", "scheme"}), priority=20
 )
@@ -306,6 +334,22 @@ ROWS = (
            "linear/*_nan_weight/*", with_codes(lambda q, scale: {"scale": scale.nan_to_num()})),
     mutant("quantizes-x", "the scheme is of the weight: activations are not quantized (ops)", "linear/*_decode/*-f32",
            with_call("linear", eight_bit_rows)),
+    mutant("activations-stay", "w8a8: activations are quantized too (ops)", "linear/w8a8_*_decode/*-f32",
+           activations(lambda p, run, x, w, **kw: quantized_linear(x, w, **kw))),
+    mutant("tokens-share-a-scale", "w8a8: every token has a scale of its own (ops)", "linear/w8a8_*_decode/*-f32",
+           activations(in_one_step)),
+    mutant("token-scale-ignored", "w8a8: sums are multiplied by the scales of tokens (ops)", "linear/w8a8_*_decode/*",
+           activations(lambda p, run, x, w, **kw: run(x / quantized_rows(x, p.scheme)[1].to(x.dtype), w, **kw))),
+    mutant("nan-token-hidden", "w8a8: one NaN makes all results of its token NaN (ops)", "linear/w8a8_*_nan_token/*",
+           activations(lambda p, run, x, w, **kw: run(x.nan_to_num(), w, **kw))),
+    mutant("halves-swapped", "int4: the first of two codes is in the low half of a byte (ops)", "linear/int4_*",
+           groups_with(lambda q, scale: {"q": q << 4 | q >> 4})),
+    mutant("group-scales-cut", "int4: every group has a scale of its own (ops)", "linear/int4_*",
+           groups_with(lambda q, scale: {"scale": scale[:, :1].expand_as(scale)})),
+    mutant("group-scales-positive", "int4: scales have a sign (ops)", "linear/int4_*",
+           groups_with(lambda q, scale: {"scale": scale.abs()})),
+    mutant("group-nan-hidden", "int4: a NaN weight shows in all results of its row (ops)", "linear/int4_nan_weight/*",
+           groups_with(lambda q, scale: {"scale": scale.nan_to_num()})),
     mutant("one-head-for-all", "head_linear has a weight per head (ops)", "head_linear/*",
            before("head_linear", lambda x, w: (x, replace(w, arrays={
                key: leaf[:1].expand_as(leaf) for key, leaf in w.arrays.items()})))),
@@ -330,7 +374,52 @@ ROWS = (
 # ---- rope ------------------------------------------------------------------------------------------------------
 
 
+def fused(call: Callable[..., Any]) -> Make:
+    """Makes a backend with one more kernel: rope_write_kv as `call(turn, write, *args)`, where `turn` and `write` are
+    the torch kit's kernels of its parts."""
+    parts = {kernel.name: kernel for kernel in portable_kernels("cpu")}
+
+    def bind(problem: Any, session: Any) -> Any:
+        turn = plain(parts["torch_rope"].bind(problem.rope, session))
+        return partial(call, turn, plain(parts["torch_write_kv"].bind(problem.kv, session)))
+
+    handles = frozenset({"interleaved", "attention_factor"})
+    return with_added(recipe("fused_rope_write_kv", "rope_write_kv", bind, layout=SLOTS_LAYOUT, handles=handles))
+
+
+def turned_and_written(
+    turn: Any, write: Any, cache: Any, q: Tensor, k: Tensor, v: Any, positions: Tensor, step: Any
+) -> Any:
+    q, k = turn(q, k, positions)
+    return q, write(cache, k, v, step)
+
+
+def writes_unturned(turn: Any, write: Any, cache: Any, q: Tensor, k: Tensor, v: Any, at: Tensor, step: Any) -> Any:
+    return turn(q, k, at)[0], write(cache, k, v, step)
+
+
+def turns_by_slots(turn: Any, write: Any, cache: Any, q: Tensor, k: Tensor, v: Any, at: Tensor, step: Any) -> Any:
+    return turned_and_written(turn, write, cache, q, k, v, step.groups[0].slots.clamp(max=511), step)
+
+
+def turns_values(turn: Any, write: Any, cache: Any, q: Tensor, k: Tensor, v: Any, at: Tensor, step: Any) -> Any:
+    q, turned = turn(q, k, at)
+    return q, write(cache, turned, None if v is None else v * (1 + 2**-7), step)
+
+
+def forgets_queries(turn: Any, write: Any, cache: Any, q: Tensor, k: Tensor, v: Any, at: Tensor, step: Any) -> Any:
+    return q.clone(), write(cache, turn(q, k, at)[1], v, step)
+
+
 ROPE = (
+    mutant("writes-unturned", "rope_write_kv writes the keys that it has turned (ops)", "rope_write_kv/mixed/*",
+           fused(writes_unturned)),
+    mutant("turns-by-slots", "positions turn, slots say where to write (ops)", "rope_write_kv/mixed/*",
+           fused(turns_by_slots)),
+    mutant("turns-values", "rope_write_kv writes values as they are (ops)", "rope_write_kv/mixed/*",
+           fused(turns_values)),
+    mutant("forgets-queries", "rope_write_kv returns the queries turned (ops)", "rope_write_kv/mixed/*",
+           fused(forgets_queries)),
     mutant("pairs-swapped", "interleaved chooses the pairs (ops)", "rope/*",
            with_problem("rope", lambda p: {"interleaved": not p.interleaved})),
     mutant("base-ignored", "the base is the problem's (ops)", "rope/neox-d64-long*",

@@ -7,9 +7,11 @@ from typing import Any
 
 from lineshaft.cli.table import table
 from lineshaft_conformance.amounts import human
-from lineshaft_conformance.matrix import COMPILED, DECLINES, FAILS, Cell, Matrix
+from lineshaft_conformance.matrix import CLASSES, COMPILED, DECLINES, FAILS, Cell, Matrix
 
 WORDS = ((COMPILED, "compiled"), (DECLINES, "declined"))
+HIDDEN = ("expected", "found", "default")
+"""Figures that a page need not show once more: the classes expected are those found, in default configurations."""
 FEW = 3
 """Columns up to which a kernel has one row with a cell for each target; with more it has a row for each target."""
 
@@ -27,6 +29,51 @@ def text(matrix: Matrix) -> str:
 def markdown(matrix: Matrix) -> str:
     """The same as a Markdown table; a cell that did not compile has its reason."""
     return "\n".join([*piped(header(matrix), rows(matrix, reasons=True)), "", legend(matrix), ""])
+
+
+def document(matrix: Matrix) -> str:
+    """A matrix for a page: which kernel compiles for which target, with which matrix instructions; why some decline;
+    for which problem each was compiled; and its figures."""
+    by_place = {(cell.kernel, cell.target): cell for cell in matrix.cells}
+    body = [
+        (f"`{name}`", *(short(by_place.get((name, target))) for target in matrix.targets)) for name in matrix.kernels
+    ]
+    shown = [name for name in matrix.columns if name not in HIDDEN]
+    compiled = [cell for cell in matrix.cells if cell.outcome == COMPILED]
+    figures = [
+        (f"`{cell.kernel}`", cell.target, *(amount(name, cell.compiled[0]["figures"].get(name, "-")) for name in shown))
+        for cell in compiled
+    ]
+    problems: dict[tuple[str, str], list[str]] = {}
+    for cell in compiled:
+        problems.setdefault((cell.kernel, cell.compiled[0]["problem"]), []).append(cell.target)
+    asked = [(f"`{kernel}`", f"`{problem}`", ", ".join(places)) for (kernel, problem), places in problems.items()]
+    tables = (
+        piped(("Kernel", *matrix.targets), body), reasons_of(matrix),
+        piped(("Kernel", "Problem", "Targets"), asked), piped(("Kernel", "Target", *map(title, shown)), figures),
+    )  # fmt: skip
+    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+
+
+def short(cell: Cell | None) -> str:
+    """What a cell found, or what became of it."""
+    if cell is None or cell.outcome != COMPILED:
+        return "-" if cell is None else cell.outcome
+    found = str(cell.compiled[0]["figures"].get(CLASSES, "none"))
+    return COMPILED if found == "none" else found
+
+
+def reasons_of(matrix: Matrix) -> list[str]:
+    """How many cells there are of each kind, and a line for each reason not to compile."""
+    total = len(matrix.cells)
+    counts = ", ".join(f"{matrix.count(word)} {said}" for word, said in (*WORDS, (FAILS, "failed")))
+    by_reason: dict[str, list[str]] = {}
+    for cell in matrix.cells:
+        if cell.outcome != COMPILED:
+            by_reason.setdefault(matrix.why(cell), []).append(f"`{cell.kernel}` for {cell.target}")
+    lines = [f"- {reason}: {', '.join(cells)}" for reason, cells in by_reason.items()]
+    share = 100 * matrix.count(DECLINES) / max(1, total)
+    return [f"{total} cells: {counts} ({share:.1f} % declined).", *(["", *lines] if lines else [])]
 
 
 def piped(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -88,7 +135,7 @@ def title(name: str) -> str:
 
 
 def amount(name: str, value: Any) -> str:
-    return str(value) if title(name) == name else human(value)
+    return str(value) if title(name) == name or value == "-" else human(value)
 
 
 def figure(name: str, value: Any) -> str:

@@ -54,7 +54,7 @@ def compile_matrix(
         pools, lost = open_pools(stack, targets, make, partly=bool(devices))
         chosen = share_out({name: pool.checks for name, pool in pools.items()}, devices, only, lost)
         total, before, parts = sum(map(len, chosen.values())), 0, []
-        for target in targets:
+        for target in sorted(targets, key=lambda target: bool(chosen.get(target.backend))):  # those without work first
             if own := chosen.get(target.backend):
                 shown = partial(_shown, progress, before, total)
                 parts.append(compile_own(target, pools[target.backend], own, shown))

@@ -10,7 +10,17 @@ import numpy as np
 
 from lineshaft_contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft_contract.ops.checks import expect, refuse, weight_problem
-from lineshaft_contract.ops.quantize import NONE, WEIGHT_SCHEMES, quantize_rows, quantized_bytes, weight_scheme
+from lineshaft_contract.ops.quantize import (
+    ACTIVATION_SCHEMES,
+    INT4,
+    LINEAR_SCHEMES,
+    NONE,
+    WEIGHT_SCHEMES,
+    check_scheme,
+    quantize_groups,
+    quantize_rows,
+    quantized_bytes,
+)
 from lineshaft_contract.ops.spec import EXACT, Call, Case, HostArray, Numerics, OpSpec, Size, Tolerance, WeightArg
 from lineshaft_contract.problems import LinearProblem, itemsize
 from lineshaft_contract.steps import ArraySpec
@@ -62,18 +72,30 @@ def linear(
     bias: HostArray | None = None,
     adapters: Any = None,
 ) -> HostArray:
-    """x [T, I], w [O, I], bias [O] -> x w^T + bias [T, O], rounded once; w quantized as `scheme` says, x as it is.
+    """x [T, I], w [O, I], bias [O] -> x w^T + bias [T, O], rounded once; w, and x where the scheme says so, quantized.
 
-    Codes and scales of w are those of `quantize_rows`.
+    Codes and scales are those of `quantize_rows`, or of `quantize_groups` for "int4". Where x is quantized, products of
+    codes are summed before any scale is applied.
     """
     if adapters is not None:
         refuse("linear", "adapters=", "none: adapters are reserved")
+    out = _product(problem, x, w, num)
+    return num.save(out if bias is None else out + num.load(bias))
+
+
+def _product(problem: LinearProblem, x: HostArray, w: HostArray, num: Numerics) -> HostArray:
+    """x [T, I], w [O, I] -> their product [T, O] in the accumulation dtype."""
     if problem.scheme == NONE:
-        out = num.load(x) @ num.load(w).T
+        codes, scale = w, None
+    elif problem.scheme == INT4:
+        codes, scales = quantize_groups(w, problem.group_size)
+        codes, scale = num.load(codes) * num.load(scales).repeat(problem.group_size, axis=1), None
     else:
         codes, scale = quantize_rows(w, problem.scheme)
-        out = (num.load(x) @ num.load(codes).T) * num.load(scale)
-    return num.save(out if bias is None else out + num.load(bias))
+    given, tokens = quantize_rows(x, problem.scheme) if problem.scheme in ACTIVATION_SCHEMES else (x, None)
+    out: HostArray = num.load(given) @ num.load(codes).T
+    out = out if tokens is None else out * num.load(tokens)[:, None]
+    return out if scale is None else out * num.load(scale)
 
 
 def head_linear(problem: LinearProblem, x: HostArray, w: HostArray, *, num: Numerics = EXACT) -> HostArray:
@@ -87,8 +109,7 @@ def head_linear(problem: LinearProblem, x: HostArray, w: HostArray, *, num: Nume
 
 def _specialise_linear(base: Any, call: Call) -> LinearProblem:
     problem = weight_problem("linear", base, call.args[1], "linear", LinearProblem)
-    if problem.scheme != NONE:
-        weight_scheme("linear", problem.scheme)
+    check_scheme("linear", problem)
     x = expect("linear", "x", call.args[0], (None, problem.k), problem.dtype)
     if call.kwargs.get("bias") is not None:
         expect("linear", "bias", call.kwargs["bias"], (problem.n,))
@@ -108,7 +129,7 @@ def _flops(p: LinearProblem) -> int:
 
 
 def _moved(p: LinearProblem) -> int:
-    weight = p.n * p.k * itemsize(p.dtype) if p.scheme == NONE else quantized_bytes(p.n, p.k)
+    weight = p.n * p.k * itemsize(p.dtype) if p.scheme == NONE else quantized_bytes(p.n, p.k, p.group_size)
     return ((p.m * p.k + p.m * p.n) * itemsize(p.dtype) + weight) * max(p.heads, 1)
 
 
@@ -131,11 +152,24 @@ _QUANTIZED = (
 )  # fmt: skip
 """Of each scheme, whose name they begin with."""
 _QUANTIZED_FULL = ("decode/m8-n512-k1024", "prefill/m130-n384-k1024")
+_ACTIVATED = (
+    "nan_row/m3-n33-k67", "zero_token/m3-n33-k67", "outlier_token/m3-n33-k67", "halves/m2-n5-k64",
+    "decode/m2-n8-k1100", "nan_token/m64-n33-k96",
+)  # fmt: skip
+"""Of each scheme that quantizes activations, besides."""
+_GROUPED = (
+    "decode/m1-n128-k256-g128", "decode/m3-n33-k96-g32", "prefill/m17-n256-k128-g64", "bias/m3-n33-k96-g32",
+    "zero_row/m2-n5-k64-g32", "outlier/m3-n33-k96-g32", "nan_weight/m2-n5-k64-g32", "decode/m2-n6-k30-g6",
+)  # fmt: skip
+_GROUPED_FULL = ("decode/m8-n512-k1024-g128", "prefill/m130-n384-k1024-g64")
 _WHY = {
     "bias": "the bias is added before the one rounding", "nan_row": "NaN of a padding row stays in its row",
-    "sums": "sums are made in float32: products that cancel", "zero_row": "a row of zeros has the scale 1",
-    "outlier": "one large weight coarsens its own row alone",
+    "sums": "sums are made in float32: products that cancel", "zero_row": "zeros have the scale 1",
+    "outlier": "one large weight coarsens its own row or group alone",
     "nan_weight": "NaN and infinite weights show in all results of their row",
+    "zero_token": "a token of zeros has the scale 1", "outlier_token": "one large activation coarsens its token alone",
+    "nan_token": "one NaN or infinity makes all results of its token NaN, and those of no other",
+    "halves": "codes of activations are rounded to the nearest, halves to even",
 }  # fmt: skip
 
 
@@ -145,16 +179,17 @@ def _linear_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         case_id = f"{name}-{short(dtype)}"
         kind, _, sizes = name.partition("/")
         yield _linear_case(case_id, draw(case_id), _problem(sizes, dtype, kind), kind)
-    for name, dtype in variants(size, _QUANTIZED, _QUANTIZED_FULL):
-        for scheme in WEIGHT_SCHEMES:
+    for scheme in LINEAR_SCHEMES:
+        smoke, full = (_GROUPED, _GROUPED_FULL) if scheme == INT4 else (_QUANTIZED, _QUANTIZED_FULL)
+        for name, dtype in variants(size, [*smoke, *(_ACTIVATED if scheme in ACTIVATION_SCHEMES else ())], full):
             case_id = f"{scheme}_{name}-{short(dtype)}"
             kind, _, sizes = name.partition("/")
             yield _linear_case(case_id, draw(case_id), _problem(sizes, dtype, kind, scheme), kind)
 
 
 def _problem(sizes: str, dtype: str, kind: str, scheme: str = NONE) -> LinearProblem:
-    m, n, k = (int(part[1:]) for part in sizes.split("-"))
-    return LinearProblem(dtype=dtype, m=m, n=n, k=k, bias=kind == "bias", scheme=scheme)
+    m, n, k, group = (*(int(part[1:]) for part in sizes.split("-")), 0)[:4]
+    return LinearProblem(dtype=dtype, m=m, n=n, k=k, bias=kind == "bias", scheme=scheme, group_size=group)
 
 
 def _linear_case(case_id: str, rng: np.random.Generator, problem: LinearProblem, kind: str = "") -> Case:
@@ -165,6 +200,8 @@ def _linear_case(case_id: str, rng: np.random.Generator, problem: LinearProblem,
         cancel(x, w)
     if problem.scheme != NONE:
         _uneven(rng, w, kind)
+    if problem.scheme in ACTIVATION_SCHEMES:
+        _uneven_tokens(rng, x, kind)
     kwargs = {"bias": rng.standard_normal(problem.n)} if problem.bias else {}
     return Case(case_id, problem, (x, WeightArg(w, "linear")), kwargs, _WHY.get(kind, ""))
 
@@ -173,8 +210,10 @@ def _fuzz(rng: np.random.Generator, n: int) -> Case:
     pick = np.random.default_rng([n, 1])
     dtype = str(pick.choice(FUZZ_DTYPES))
     m, out, k = (int(size) for size in 2 ** pick.uniform(0, (6, 8, 10)))
-    bias, scheme = bool(pick.random() < 0.2), str(pick.choice((NONE, NONE, *WEIGHT_SCHEMES)))
-    problem = LinearProblem(dtype=dtype, m=m, n=out, k=k, bias=bias, scheme=scheme)
+    bias, scheme = bool(pick.random() < 0.2), str(pick.choice((NONE, NONE, *WEIGHT_SCHEMES, *LINEAR_SCHEMES)))
+    group = int(pick.choice((32, 64, 128))) if scheme == INT4 else 0
+    k = -(-k // group) * group if group else k
+    problem = LinearProblem(dtype=dtype, m=m, n=out, k=k, bias=bias, scheme=scheme, group_size=group)
     return _linear_case(f"fuzz/{n}-{short(dtype)}", rng, problem)
 
 
@@ -187,6 +226,20 @@ def _uneven(rng: np.random.Generator, w: HostArray, kind: str) -> None:
         w[2, 5] = 40 * np.abs(w).max()
     if kind == "nan_weight":
         w[1, 7], w[3, 9] = np.nan, -np.inf
+
+
+def _uneven_tokens(rng: np.random.Generator, x: HostArray, kind: str) -> None:
+    """Give the rows of x [m, k] different sizes too, and what `kind` is about."""
+    x *= 2 ** rng.uniform(-2, 2, (len(x), 1))
+    if kind == "zero_token":
+        x[1] = 0
+    if kind == "nan_token":
+        x[1, 5], x[2, 7] = np.nan, -np.inf
+    if kind == "outlier_token":
+        x[1, 5] = 40 * np.abs(x).max()
+    if kind == "halves":  # a largest of 127 or 448 makes the scale 1
+        x[:] = rng.integers(-30, 30, x.shape) + 0.5
+        x[0, 0], x[1, 0] = 127, 448
 
 
 def cancel(x: HostArray, w: HostArray) -> None:

@@ -50,13 +50,15 @@ def by_kernel(plan: Plan) -> str:
 
 
 def by_problem(plan: Plan) -> str:
-    """One row for every problem, then one for every bucket."""
+    """One row for every problem, one for every tie that measuring settles, and one for every bucket."""
     rows = [(entry.op, entry.problem, entry.label, declined(entry)) for entry in plan.entries]
     shapes = [
         tuple(map(str, (shape.tokens, shape.rows, shape.pages, shape.logits, shape.max_query))) for shape in plan.shapes
     ]
     problems = table(("OP", "PROBLEM", "KERNEL", "REJECTED"), rows)
-    return f"{problems}\n\n{table(('TOKENS', 'ROWS', 'PAGES', 'LOGITS', 'MAX_QUERY'), shapes)}\n"
+    times = [(name, choice.kernel, str(choice)) for name, choice in plan.choices.items()]
+    ties = f"{table(('TIE', 'KERNEL', 'A CALL TAKES'), times)}\n\n" if times else ""
+    return f"{problems}\n\n{ties}{table(('TOKENS', 'ROWS', 'PAGES', 'LOGITS', 'MAX_QUERY'), shapes)}\n"
 
 
 def declined(entry: PlanEntry) -> str:

@@ -103,8 +103,8 @@ class EngineConfig(Table):
     """Options of the backend, checked by the model that its plugin registers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Dtype that is executed; "auto" takes the backend's preferred one."""
-    quantization: Literal["none", "int8", "fp8"] = "none"
-    """Weights of linear layers are rounded to 8 bits when they are loaded; activations and the rest stay."""
+    quantization: Literal["none", "int8", "fp8", "int4", "w8a8_int8", "w8a8_fp8"] = "none"
+    """Weights of linear layers are rounded to 8 bits, or 4, when they are loaded; under "w8a8" their inputs are too."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed from which requests without their own seed draw."""
     max_model_len: Positive | None = None
@@ -128,6 +128,9 @@ class EngineConfig(Table):
     """Degrees of the mesh axes."""
     kernels: dict[str, str] = {}
     """Kernel by op, for ops whose kernel is not left to the planner; a named kernel runs or raises."""
+    tuning: Literal["cached", "fresh", "off"] = "cached"
+    """Whether tunable kernels that are equally good are measured: once, and kept in the user's cache folder; "fresh":
+    at each start; "off": the first by name is taken."""
     max_logprobs: Natural = 20
     """Most top log-probabilities that a request may ask for per token."""
     sampling_extras: bool = True

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from lineshaft.config import EngineConfig
 from lineshaft.errors import InvalidValue, LayoutError, PlanMismatch
 from lineshaft.registry import Registry
-from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Settled, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import degrees_of
 from lineshaft.runner.worker import Progress
 
@@ -101,6 +101,13 @@ def make_executor(config: EngineConfig, registry: Registry) -> Executor:
         f"layout {degrees} has {degrees.world} workers; executor = {config.executor!r} runs at most so many on this "
         f"machine: {most}; lower a degree, or choose another executor"
     )
+
+
+def size_alike(size: Callable[[Settled], list[Sizes]]) -> list[Sizes]:
+    """By rank, what `size` gives once all have settled ties of kernels as rank 0 has."""
+    found = size(Settled())
+    choices = found[0].plan.choices
+    return found if all(each.plan.choices == choices for each in found) else size(Settled(choices))
 
 
 def agree(sizes: Sequence[Sizes]) -> tuple[int, ...]:

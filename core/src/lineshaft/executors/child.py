@@ -15,7 +15,7 @@ from typing import Any
 from lineshaft.config import EngineConfig
 from lineshaft.errors import LineshaftError
 from lineshaft.executors.wire import Disconnected, receive, send
-from lineshaft.runner.messages import ChoiceMessage, Frames, StepMessage
+from lineshaft.runner.messages import ChoiceMessage, Frames, Settled, StepMessage
 from lineshaft.runner.worker import Worker
 from lineshaft_contract.sessions import HostArray
 
@@ -65,7 +65,7 @@ class Server:
             return {}, []
         assert self._worker is not None
         if header["call"] == "size":
-            return self._worker.size().to_frames()
+            return self._worker.size(Settled.from_frames(header)).to_frames()
         if header["call"] == "start":
             return self._worker.start(tuple(header["pages"]), self._progress).to_frames()
         if header["call"] == "submit":

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from lineshaft.config import EngineConfig
-from lineshaft.executors.base import one_program
+from lineshaft.executors.base import one_program, size_alike
 from lineshaft.registry import Registry
 from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import check_layout, degrees_of
@@ -46,7 +46,7 @@ class InprocExecutor:
             raise
 
     def size(self) -> list[Sizes]:
-        return self._all([worker.size for worker in self._workers])
+        return size_alike(lambda settled: self._all([partial(worker.size, settled) for worker in self._workers]))
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
         return self._all([partial(worker.start, pages, progress) for worker in self._workers])

@@ -21,14 +21,17 @@ from typing import Any
 from lineshaft import errors
 from lineshaft.config import EngineConfig
 from lineshaft.errors import LineshaftError, SessionPoisoned, WorkerDied
+from lineshaft.executors.base import size_alike
 from lineshaft.executors.wire import Disconnected, receive, send
 from lineshaft.registry import Registry
-from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Settled, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.setup import check_layout, degrees_of
 from lineshaft.runner.worker import Progress
 from lineshaft_contract.host import usable_cpus
 from lineshaft_contract.sessions import HostArray
 
+GONE_SECONDS = 0.2
+"""How long to look, at each worker, whether it has ended."""
 CLOSE_SECONDS = 5.0
 """How long all workers together may take to close before they are killed."""
 
@@ -101,7 +104,10 @@ class ProcessExecutor:
             raise
 
     def size(self) -> list[Sizes]:
-        return [Sizes.from_frames(*reply) for reply in self._ask_all({"call": "size"})]
+        def ask(settled: Settled) -> list[Sizes]:
+            return [Sizes.from_frames(*reply) for reply in self._ask_all({"call": "size", **settled.to_frames()[0]})]
+
+        return size_alike(ask)
 
     def start(self, pages: tuple[int, ...], progress: Progress) -> list[Started]:
         replies = self._ask_all({"call": "start", "pages": pages}, progress)
@@ -186,8 +192,17 @@ class ProcessExecutor:
                 progress(*header["progress"])
             return None
         if "error" in header:
-            raise rebuild_error(header["error"], child.rank)
+            raise self._cause(rebuild_error(header["error"], child.rank))
         return header, arrays
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """A worker's error, or the end of another one that it is about, as a collective noticed it first."""
+        if isinstance(error, WorkerDied):
+            for child in self._children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.process.wait(GONE_SECONDS)
+                    return self._died(child)
+        return error
 
     def _hung(self, silent: Sequence[Child]) -> WorkerDied:
         """Kills every worker: those that answered could only wait for the silent ones."""

@@ -6,18 +6,36 @@ Knows shapes and problems, and no family.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from math import gcd
+from typing import Any, Final
 
+from lineshaft.errors import InvalidValue
 from lineshaft.models import shards
 from lineshaft.models.family import BuildContext
+from lineshaft_contract.ops.quantize import INT4
 from lineshaft_contract.problems import ConstProblem, LinearProblem, NormProblem
 from lineshaft_contract.sessions import Tree
 from lineshaft_contract.weights import Array, Param
 
+SMALLEST_GROUP: Final = 32
+LARGEST_GROUP: Final = 128
+"""Columns that share a scale in codes of 4 bits: a power of two, the largest of these that divides a rank's."""
+
 
 def linear(context: BuildContext, name: str, n: int, k: int, shard: shards.Shard, *, bias: bool = False) -> Param:
-    """The weight [n, k] of a product on this rank, quantized as the context says; `bias`: it is used with one."""
-    problem = LinearProblem(dtype=context.dtype, n=n, k=k, scheme=context.quantization, bias=bias)
+    """The weight [n, k] of a product on this rank, quantized as the context says; `bias`: it is used with one.
+
+    Raises InvalidValue where groups of columns with one scale do not divide k.
+    """
+    scheme, group_size = context.quantization, 0
+    if scheme == INT4:
+        group_size = gcd(k, LARGEST_GROUP)
+        if group_size < SMALLEST_GROUP:
+            raise InvalidValue(
+                f"quantization = {scheme!r}: weight {name} has {k} columns on a rank, cut into no groups of a power of "
+                f"two from {SMALLEST_GROUP} to {LARGEST_GROUP}; use another quantization, or another layout.tp"
+            )
+    problem = LinearProblem(dtype=context.dtype, n=n, k=k, scheme=scheme, group_size=group_size, bias=bias)
     return Param(name, name, (n, k), context.dtype, {"linear": problem}, shard, varies=("tp",))
 
 

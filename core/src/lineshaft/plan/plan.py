@@ -13,6 +13,7 @@ from lineshaft.plan.resolve import Rejection
 from lineshaft_contract.backends import API_VERSION
 from lineshaft_contract.problems import Problem
 from lineshaft_contract.steps import StepShape
+from lineshaft_contract.timing import Choice
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Plan:
     workspace_bytes: int  # of intermediate results at once, in the bucket that needs most
     notes: tuple[str, ...] = ()  # what a reader should know beside the kernels, a line each
     declined: Mapping[str, str] = field(default_factory=dict)  # optional programs that were left out: name -> reason
+    choices: Mapping[str, Choice] = field(default_factory=dict)  # how ties were settled, by op and described problem
 
     @property
     def hash(self) -> str:

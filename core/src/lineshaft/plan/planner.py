@@ -29,6 +29,7 @@ from lineshaft_contract.kernels import Bound, HostPrepare, Kernel
 from lineshaft_contract.ops.spec import OpSpec
 from lineshaft_contract.sessions import Packing, Session
 from lineshaft_contract.steps import ArraySpec
+from lineshaft_contract.timing import Contest
 
 
 class BoundOps:
@@ -99,6 +100,7 @@ class Planned:
     programs: tuple[tuple[ProgramSpec, BoundOps], ...]
     packings: Mapping[str, Packing]
     outputs: tuple[Mapping[str, ArraySpec], ...]  # of each program, as traced
+    ties: Sequence[Contest]  # that are not settled
 
 
 def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[str, OpSpec]) -> Planned:
@@ -117,7 +119,7 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
     packings: dict[str, Packing] = {}
     for site in sites:
         layout = layouts[names[site.weights[0]]] if site.weights else cache_layout if site.cache else None
-        kernel = resolver.candidates(*site.pair).best(layout)
+        kernel = resolver.choose(*site.pair, layout)
         chosen[site.pair] = kernel
         packings |= {names[key]: Packing(kernel.layout, kernel.pack) for key in site.weights}
     plan = Plan(
@@ -130,9 +132,12 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
         workspace_bytes=max(trace.workspace.most for trace in traces),
         notes=(*repacked(params, layouts), *quantized(params, layouts)),
         declined=declined,
+        choices={f"{op} {problem.describe()}": choice for (op, problem), choice in resolver.choices.items()},
     )
     bound = tuple((program, BoundOps(trace, chosen, specs)) for program, trace in traced)
-    return Planned(plan, bound, packings, tuple(trace.outputs for trace in traces))
+    open_sites = [site for site in sites if site.pair in resolver.ties]
+    ties = [Contest(specs[s.op], s.problem, resolver.ties[s.pair], s.operands, params) for s in open_sites]
+    return Planned(plan, bound, packings, tuple(trace.outputs for trace in traces), ties)
 
 
 def _trace_all(
@@ -178,6 +183,5 @@ def _entries(traces: Sequence[Trace], chosen: Mapping[Pair, Kernel], resolver: R
             here[site.pair] += trace.calls[seen]
         calls |= here  # the larger number of each
     return tuple(
-        make_entry(*pair, kernel, resolver.candidates(*pair).rejections(kernel), calls[pair])
-        for pair, kernel in chosen.items()
+        make_entry(*pair, kernel, resolver.rejections(pair, kernel), calls[pair]) for pair, kernel in chosen.items()
     )

@@ -80,6 +80,7 @@ class Site:
     weights: tuple[int, ...] = ()  # keys of the Weight arguments, all read in the kernel's packing
     cache: bool = False
     composite: bool = False  # run by the op's default decomposition
+    operands: Tree = field(default=(), compare=False)  # [by position, by name], a spec for each array
 
     @property
     def pair(self) -> Pair:
@@ -190,6 +191,7 @@ class Tracer:
             name, spec.name, dispatch_key(args, kwargs), problem,
             weights=tuple(weight.key for weight in held),
             cache=any(isinstance(item, Cache) for item in args), composite=composite,
+            operands=map_tree(lambda x: x.spec if isinstance(x, AbstractArray) else x, [[*args], {**kwargs}]),
         )  # fmt: skip
         seen = (name, site.key)
         self.trace.sites.setdefault(seen, site)

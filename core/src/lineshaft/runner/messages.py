@@ -16,6 +16,7 @@ from lineshaft.sampling.logprobs import Logprobs
 from lineshaft.scheduler import Limits
 from lineshaft_contract.sessions import HostArray
 from lineshaft_contract.steps import HostStep, InputLayout, StepShape
+from lineshaft_contract.timing import Choice
 
 Frames = tuple[dict[str, Any], list[HostArray]]
 """A JSON-able header, and arrays that follow it."""
@@ -120,6 +121,13 @@ class Sizes(Message):
     vocab: int
     asynchronous: bool = False  # whether a step runs on while the host goes on
     windows: tuple[int, ...] = ()  # keys that a query sees in each group; 0: all before it
+
+
+@dataclass(frozen=True)
+class Settled(Message):
+    """How rank 0 has settled ties of kernels (`Plan.choices`), for the others; None: nobody says."""
+
+    choices: Mapping[str, Choice] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from importlib.metadata import distributions
+from pathlib import Path
 
 from lineshaft.config import EngineConfig, validate_options
+from lineshaft.config.environment import cache_folder
 from lineshaft.errors import InvalidValue
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
 from lineshaft.plan.trace import distinct_params
+from lineshaft.plan.tuning import keep, kept, settle
 from lineshaft.registry import Registry, load_attribute
+from lineshaft.registry.registry import probe
 from lineshaft.runner.buckets import make_shapes
 from lineshaft.runner.programs import all_programs
 from lineshaft.scheduler import Limits
@@ -20,11 +27,16 @@ from lineshaft.weights.decoded import decode_with
 from lineshaft.weights.refs import resolve
 from lineshaft_contract.backends import Backend, BackendInfo, BackendKind, Capabilities, World
 from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import all_ops
 from lineshaft_contract.ops.quantize import NONE
 from lineshaft_contract.problems import KVProblem
 from lineshaft_contract.steps import StepShape
+from lineshaft_contract.timing import Choice
 from lineshaft_contract.weights import Checkpoint
+
+Told = Mapping[str, Choice] | None
+"""How ties are settled (`Plan.choices`); None: nobody says."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +130,50 @@ def make_setup(
     return Setup(info, world, backend, checkpoint, model, caches, limits, shapes, dtype, (page_size,) * groups)
 
 
-def make_planned(config: EngineConfig, setup: Setup, registry: Registry) -> Planned:
-    """Resolve the plan of this rank. Raises Unsupported, Ambiguous, ContractViolation."""
+def make_planned(
+    config: EngineConfig, setup: Setup, registry: Registry, told: Told = None, measured: bool = False
+) -> Planned:
+    """Resolve the plan of this rank. Raises Unsupported, Ambiguous, ContractViolation.
+
+    told       how rank 0 has settled ties, in the place of what earlier starts have kept
+    measured   run the kernels of ties that are not settled, instead of taking the first by name
+    """
     programs = all_programs(setup.model, setup.shapes, setup.dtype, config.max_logprobs, config.sampling_extras)
-    return plan_programs(config, setup, registry, programs)
+    return plan_programs(config, setup, registry, programs, told, measured)
 
 
-def plan_programs(config: EngineConfig, setup: Setup, registry: Registry, programs: Sequence[ProgramSpec]) -> Planned:
+def plan_programs(
+    config: EngineConfig,
+    setup: Setup,
+    registry: Registry,
+    programs: Sequence[ProgramSpec],
+    told: Told = None,
+    measured: bool = False,
+) -> Planned:
     """The same for other programs of the model than the engine's."""
-    kernels = [*setup.backend.kernels(), *registry.kernels(setup.info.name)]
-    resolver = Resolver(setup.info.name, kernels, config.kernels)
+    name, specs = setup.info.name, all_ops(registry.ops())
+    kernels = [*setup.backend.kernels(), *registry.kernels(name)]
     work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes))
-    return make_plan(setup.info.name, work, resolver, all_ops(registry.ops()))
+    file = choices_file(config, setup, kernels) if told is None else None
+    stored = kept(file) if file else {}
+    known = dict(told or (stored if config.tuning == "cached" else {}))
+    planned = make_plan(name, work, Resolver(name, kernels, config.kernels, known), specs)
+    if not (file and measured and planned.ties):
+        return planned
+    found = settle(planned.ties, partial(setup.backend.session, setup.world.rank), setup.checkpoint)
+    keep(file, stored | found)
+    return make_plan(name, work, Resolver(name, kernels, config.kernels, known | found), specs)
+
+
+def choices_file(config: EngineConfig, setup: Setup, kernels: Sequence[Kernel]) -> Path | None:
+    """Where settled ties are kept, by all that decides them but op and problem; None where nothing is to settle."""
+    tunable = sorted((k.op, k.name, k.version, k.layout, sorted(k.options.items())) for k in kernels if k.tunable)
+    if config.tuning == "off" or not tunable:
+        return None
+    installed = sorted({(d.name, d.version) for d in distributions() if str(d.name).startswith("lineshaft")})
+    options, devices = sorted(config.backend_options.items()), probe(setup.info).devices
+    facts = (setup.info.name, options, devices, setup.world.threads, installed, tunable)
+    return cache_folder() / "tuning" / f"{sha256(repr(facts).encode()).hexdigest()}.json"
 
 
 def threads_for(config: EngineConfig, info: BackendInfo, world: int) -> int:

@@ -11,7 +11,7 @@ from lineshaft.config import EngineConfig
 from lineshaft.errors import OutOfMemory, SessionClosed
 from lineshaft.registry import Registry, discover
 from lineshaft.runner.host_pages import HostPages
-from lineshaft.runner.messages import ChoiceMessage, Sizes, Started, StepMessage, StepResult
+from lineshaft.runner.messages import ChoiceMessage, Settled, Sizes, Started, StepMessage, StepResult
 from lineshaft.runner.programs import FORWARD, LOGPROBS, program_of
 from lineshaft.runner.setup import Setup, make_planned, make_setup
 from lineshaft.runner.sizing import sizes
@@ -43,7 +43,7 @@ class Worker:
         registry = registry or discover()
         self.config = config
         self.setup: Setup = make_setup(config, registry, rank, rendezvous, start)
-        self.planned = make_planned(config, self.setup, registry)
+        self.planned = make_planned(config, self.setup, registry, measured=rank == 0)
         self._registry = registry
         self._session: Session | None = None
         self._programs: dict[tuple[str, StepShape], Program] = {}
@@ -61,8 +61,13 @@ class Worker:
 
     # ---- before steps ------------------------------------------------------------------------------------------
 
-    def size(self) -> Sizes:
-        """What this rank needs and can hold. Raises OutOfMemory and PoolTooSmall before anything is loaded."""
+    def size(self, told: Settled | None = None) -> Sizes:
+        """What this rank needs and can hold, with ties of kernels settled as it is told.
+
+        Raises OutOfMemory and PoolTooSmall before anything is loaded.
+        """
+        if told and told.choices not in (None, self.planned.plan.choices):
+            self.planned = make_planned(self.config, self.setup, self._registry, told.choices)
         return sizes(self.config, self.setup, self.planned.plan)
 
     def start(self, pages: tuple[int, ...], progress: Progress = silent) -> Started:

@@ -104,12 +104,17 @@ class ProcessGroups:
 
     def _connect(self, axes: tuple[str, ...], ranks: list[int]) -> Any:
         with _peers(f"meeting over {'+'.join(axes)}"):
-            if self._store is None:
-                self._store = dist.FileStore(self._world.rendezvous, self._world.size)  # type: ignore[attr-defined]
-                self._store.set_timeout(self._timeout)
-            name = f"{'+'.join(axes)}:{','.join(map(str, ranks))}"
-            store = dist.PrefixStore(name, self._store)  # type: ignore[attr-defined]
+            store, _ = self.meeting(axes)
             return self._transport.connect(store, ranks.index(self._world.rank), len(ranks), self._timeout)
+
+    def meeting(self, axis: str | Sequence[str], purpose: str = "") -> tuple[Store, str]:
+        """A store that the members over these axes alone share, for one purpose, and its name."""
+        axes = (axis,) if isinstance(axis, str) else tuple(axis)
+        if self._store is None:
+            self._store = dist.FileStore(self._world.rendezvous, self._world.size)  # type: ignore[attr-defined]
+            self._store.set_timeout(self._timeout)
+        name = f"{purpose}{'+'.join(axes)}:{','.join(map(str, members_of(self._world, axes)))}"
+        return dist.PrefixStore(name, self._store), name  # type: ignore[attr-defined]
 
     def abort(self) -> None:
         """Give up what the groups wait for, as far as their transport can."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
@@ -139,6 +140,18 @@ class LayerMemory(UncountedMemory):
         self._layer.synchronize()
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python from collecting garbage: to free a device's memory or graphs is illegal while it captures."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class TorchEvent:
     """An Event over `torch.cuda.Event`."""
 
@@ -194,15 +207,16 @@ class TorchDevice:
     @contextmanager
     def capture(self, pool: Pool) -> Iterator[torch.cuda.CUDAGraph]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that watch process groups, may call the driver meanwhile.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            yield graph
-        except BaseException:
-            with suppress(RuntimeError):  # it says once more that the capture has failed
-                graph.capture_end()
-            raise
-        graph.capture_end()
+        with uncollected():
+            # Other threads, such as those that watch process groups, may call the driver meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                yield graph
+            except BaseException:
+                with suppress(RuntimeError):  # it says once more that the capture has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.device)

@@ -5,7 +5,6 @@ Knows no vendor and no kernel; the layer, the mesh and the transport are given t
 
 from __future__ import annotations
 
-import gc
 import time
 import traceback
 import weakref
@@ -24,7 +23,7 @@ from lineshaft_contract.sessions import Cache, Capture, Packing, PlannedOps, Ste
 from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint
 from lineshaft_torch.arrays import HostArray, from_host, host_view, to_host
-from lineshaft_torch.device import DeviceLayer, Event
+from lineshaft_torch.device import DeviceLayer, Event, Pool
 from lineshaft_torch.graphs import AnewProgram, EventTransfer, GraphProgram
 from lineshaft_torch.program import ProgramBase, StepPending
 from lineshaft_torch.session import SessionOptions, TorchSession
@@ -50,7 +49,7 @@ class DeviceSession(TorchSession):
             raise InvalidValue('overlap = true needs recorded calls; with program = "eager" there are none')
         with layer.on(layer.main):
             super().__init__(layer.device, world, options)
-            self.pool = layer.pool()
+        self._pool: Pool = None
         self._captured: list[weakref.ref[Any]] = []
 
     # ---- weights, caches and pages -----------------------------------------------------------------------------
@@ -148,12 +147,19 @@ class DeviceSession(TorchSession):
         self._captured.append(weakref.ref(made))
         return made
 
+    def _programs(self) -> list[Any]:
+        return [program for ref in self._captured if (program := ref()) is not None]
+
+    def graph_pool(self) -> Pool:
+        """The pool of all programs' graphs: a new one while there are none, since it goes with the last of them."""
+        if not any(program.holds_graphs() for program in self._programs()):
+            self._pool = self.layer.pool()
+        return self._pool
+
     def freeze(self) -> None:
         """Capture the graphs of all programs, the largest first, since later ones reuse its memory."""
         self.require_usable()
-        programs = [program for ref in self._captured if (program := ref()) is not None]
-        gc.collect()  # what is freed while a graph is captured may call the driver
-        for program in sorted(programs, key=lambda program: -program.shape.tokens):
+        for program in sorted(self._programs(), key=lambda program: -program.shape.tokens):
             program.make_ready()
         super().freeze()
 
@@ -208,9 +214,7 @@ class DeviceSession(TorchSession):
                 self.settle()
             else:
                 self.groups.abort()
-        for ref in self._captured:
-            program = ref()
-            if program is not None:
-                program.release()
+        for program in self._programs():
+            program.release()
         super().close()
         self.layer.release()

@@ -32,8 +32,8 @@ SYNCHRONIZING = frozenset(
 """Operators that need values on the host, and so wait for the device."""
 SHAPING = frozenset({"empty", "empty_like", "new_empty", "detach", "view", "slice", "select", "lift_fresh"})
 """Operators that look at no values."""
-READING = frozenset({"tolist", "item", "numpy", "cpu", "__array__", "__bool__", "__int__", "__float__", "__index__"})
-"""Methods of tensors that do."""
+READING = frozenset({"tolist", "numpy", "cpu", "__array__"})
+"""Methods of tensors that do, without an operator that tells so."""
 
 
 class FakeStream:
@@ -84,11 +84,19 @@ class FakeEvent:
         return later.passed_at - self.passed_at
 
 
+@dataclass
+class FakePool:
+    """Memory of graphs, gone with the last of them."""
+
+    graphs: int = 0
+    used: bool = False
+
+
 class FakeGraph:
     """Captured operators, repeated on the same tensors in the streams that they were captured on."""
 
-    def __init__(self, device: FakeDevice) -> None:
-        self._device = device
+    def __init__(self, device: FakeDevice, pool: FakePool) -> None:
+        self._device, self._pool = device, pool
         self._items: list[tuple[str, FakeStream, Any]] = []
         self._work: dict[FakeStream, int] = {device.main: 0}
         self._joined: dict[FakeStream, int] = {}
@@ -138,7 +146,9 @@ class FakeGraph:
                     self._device.enqueue(name, item.repeat)
 
     def reset(self) -> None:
-        self._items, self._alive = [], False
+        if self._alive:
+            self._items, self._alive = [], False
+            self._pool.graphs -= 1
 
 
 @dataclass
@@ -187,6 +197,7 @@ class FakeDevice:
         self._lazy, self._budget = frozenset(lazy), budget
         self._current = [self.main]
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._pinned: dict[int, StorageWeakRef] = {}
         self._graph: FakeGraph | None = None
         self._label = ""
         self._busy = False  # work runs: it is no new work of its own
@@ -230,9 +241,12 @@ class FakeDevice:
             target.copy_(source)
 
     def pinned(self, like: torch.Tensor) -> torch.Tensor:
-        self.forbid("an allocation of pinned memory")
+        self.forbid("pinned memory")
         with self._running():
-            return torch.empty(like.shape, dtype=like.dtype)
+            made = torch.empty(like.shape, dtype=like.dtype)
+        self._pinned = {key: held for key, held in self._pinned.items() if not held.expired()}
+        self._pinned[storage_key(made)] = StorageWeakRef(made.untyped_storage())
+        return made
 
     def record(self, *, timing: bool = False) -> FakeEvent:
         event = FakeEvent(self, self._current[-1])
@@ -249,18 +263,25 @@ class FakeDevice:
             self._graph.wait(self._current[-1], event)
 
     def pool(self) -> Pool:
-        return object()
+        return FakePool()
 
     @contextmanager
     def capture(self, pool: Pool) -> Iterator[FakeGraph]:
         self.synchronize()
-        graph = self._graph = FakeGraph(self)
+        if pool.used and not pool.graphs:
+            raise RuntimeError("device error: the pool is gone with the last graph that had memory of it")
+        pool.used, pool.graphs = True, pool.graphs + 1
+        graph = self._graph = FakeGraph(self, pool)
         try:
             with _HostReads(self):
                 yield graph
+            with self._running():
+                graph.end()
+        except BaseException:
+            graph.reset()
+            raise
         finally:
             self._graph = None
-        graph.end()
 
     def memory(self) -> tuple[int, int]:
         total = 1 << 40 if self._budget is None else self._budget
@@ -377,7 +398,8 @@ class FakeDevice:
         if self._busy:
             return self._counted(func(*args, **kwargs))
         if self._graph is None:
-            if func._schema.name.removeprefix("aten::") not in SHAPING:
+            of_host = storage_keys(tensors_in((args, kwargs))) <= self._pinned.keys()
+            if func._schema.name.removeprefix("aten::") not in SHAPING and not of_host:
                 self.finish(self._current[-1])
             return self._counted(func(*args, **kwargs))
         self._refuse(func, args, kwargs)
@@ -400,7 +422,7 @@ class FakeDevice:
         if name == "lift_fresh" and not self.assigns:
             raise _illegal(f"{func} makes a tensor of values of the host")
         if kwargs.get("pin_memory"):
-            raise _illegal(f"{func} allocates pinned memory")
+            raise _illegal(f"{func} of pinned memory")
 
     def _counted(self, result: Any) -> Any:
         """Charge fresh memory to the budget."""

@@ -18,11 +18,11 @@ from lineshaft_contract.ops import all_ops
 from lineshaft_contract.sessions import Capture, Transfer
 from lineshaft_contract.steps import HostStep
 from lineshaft_torch.arrays import HostArray, host_view
-from lineshaft_torch.device import Event, Graph
+from lineshaft_torch.device import Event, Graph, Pool
 from lineshaft_torch.program import DeviceArray, EagerProgram, ProgramBase, StepPending, TapeProgram
 from lineshaft_torch.recording import TapeCall
 from lineshaft_torch.schedule import Move, Piece, cut, moves_of, play
-from lineshaft_torch.session import typed_memory
+from lineshaft_torch.session import is_out_of_memory, typed_memory
 
 ATTENTION = frozenset({"attend", "latent_attend"})
 """Ops whose work depends on the lengths of a step: made anew by piecewise programs."""
@@ -91,6 +91,7 @@ class SubmittedProgram(ProgramBase):
         layer = self.session.layer
         with layer.on(layer.main):
             self._take_inputs(host)
+            self._take_arrays(given)
             began = layer.record(timing=True)
             outputs = self._run(given)
             ended = layer.record(timing=True)
@@ -101,6 +102,9 @@ class SubmittedProgram(ProgramBase):
         self._inputs.upload(host.buffer[: self._buffer.numel()])
         for prepare in self._prepares:
             prepare(host)
+
+    def _take_arrays(self, given: dict[str, torch.Tensor]) -> None:
+        """Put the arrays where the program reads them."""
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned: torch.Tensor = self.session.layer.pinned(tensor)
@@ -122,6 +126,10 @@ class AnewProgram(SubmittedProgram, EagerProgram):
 
     def release(self) -> None:
         """Nothing is held."""
+
+    def holds_graphs(self) -> bool:
+        """It has none."""
+        return False
 
 
 class GraphProgram(SubmittedProgram, TapeProgram):
@@ -168,21 +176,25 @@ class GraphProgram(SubmittedProgram, TapeProgram):
             for _, moves in self._pieces:
                 play(layer, moves)
             self.session.settle()
-            before = layer.reserved()
-            for piece, moves in self._pieces:
-                self._work.append(self._captured(piece, moves) if piece.graphed else moves)
+            before, pool = layer.reserved(), self.session.graph_pool()
+            try:
+                for piece, moves in self._pieces:
+                    self._work.append(self._captured(piece, moves, pool) if piece.graphed else moves)
+            except BaseException:
+                self.release()
+                raise
         self._address = self.session.arena.data_ptr()
         details = {**self.report.details, "pool": layer.reserved() - before}
         self.report = replace(self.report, seconds=self.report.seconds + time.perf_counter() - began, details=details)
 
-    def _captured(self, piece: Piece, moves: Sequence[Move]) -> Graph:
+    def _captured(self, piece: Piece, moves: Sequence[Move], pool: Pool) -> Graph:
         layer, watch = self.session.layer, Watch()
         try:
-            with layer.capture(self.session.pool) as graph, watch:
+            with layer.capture(pool) as graph, watch:
                 play(layer, moves, watch.begin)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise self._uncapturable(watch, error) from error
         return graph
 
@@ -196,23 +208,30 @@ class GraphProgram(SubmittedProgram, TapeProgram):
             'kernel, say in its recipe that it is not capturable, or set program = "tape"'
         )
 
+    def _take_arrays(self, given: dict[str, torch.Tensor]) -> None:
+        for name, tensor in given.items():
+            self.session.layer.copy(self._arrays[name], tensor)
+
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        layer = self.session.layer
-        for name, tensor in arrays.items():
-            layer.copy(self._arrays[name], tensor)
         for work in self._work:
             if isinstance(work, Sequence):
-                play(layer, work)
+                play(self.session.layer, work)
             else:
                 work.replay()
         return self._outputs
 
     def release(self) -> None:
         """Free the graphs."""
-        for work in self._work:
-            if not isinstance(work, Sequence):
-                work.reset()
+        for graph in self._graphs():
+            graph.reset()
         self._work, self._address = [], -1
+
+    def holds_graphs(self) -> bool:
+        """Whether it has memory of the pool."""
+        return bool(self._graphs())
+
+    def _graphs(self) -> list[Graph]:
+        return [work for work in self._work if not isinstance(work, Sequence)]
 
 
 class Watch(TorchDispatchMode):

@@ -220,9 +220,7 @@ class TorchSession(SessionState):
     def _program(self, capture: Capture) -> ProgramBase:
         kinds = {"tape": TapeProgram, "eager": EagerProgram}
         if self.options.program not in kinds:
-            raise InvalidValue(
-                f"program = {self.options.program!r}; on {self.device.type} it is one of {', '.join(kinds)}"
-            )
+            raise InvalidValue(f"program = {self.options.program!r}; without a device layer it is {' or '.join(kinds)}")
         return kinds[self.options.program](self, capture)
 
     def reserve_arena(self, nbytes: int) -> None:
@@ -275,13 +273,19 @@ class TorchSession(SessionState):
             self.groups.close()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a device."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in said or "out of memory" in said
+
+
 @contextmanager
 def typed_memory(what: str) -> Iterator[None]:
     """Turn an allocation failure into OutOfMemory; torch tells it from its other errors by its words alone."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if not is_out_of_memory(error):
             raise
         text = " ".join(str(error).split())
         raise OutOfMemory(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +31,7 @@ from lineshaft_torch.program import ProgramBase
 from lineshaft_torch.session import TorchSession
 from lineshaft_triton.compiling import Compiler, Launch, check, describe_launch
 from lineshaft_triton.inspection import Code
+from lineshaft_triton.interpreting import compiling
 from lineshaft_triton.launch import Config, Grid
 from lineshaft_triton.targets import Target
 
@@ -41,8 +42,8 @@ COLUMNS = (
 """What is told of a program, over all launches of it: the most of each, the fewest warps, and all classes."""
 
 
-Packed = dict[tuple[tuple[int, ...], str, str], dict[str, torch.Tensor]]
-"""The leaves that a packing makes of a shape and a dtype, by these and the packing's layout; it takes its time."""
+Packed = dict[tuple[Any, ...], dict[str, torch.Tensor]]
+"""The leaves that packings have made of shapes, for which they take their time."""
 
 
 class AheadSession(TorchSession):
@@ -75,10 +76,11 @@ class AheadSession(TorchSession):
         return self._params[param.name][1]
 
     def _shapes_of(self, param: Param, packing: Packing) -> dict[str, torch.Tensor]:
-        """A parameter's leaves, which depend on nothing else of it than its own shape and dtype."""
+        """A parameter's leaves, which depend on its shape, dtype and the groups of its values, and on no value."""
         if packing.pack is None:
             return {"data": torch.empty(param.shape, dtype=torch_dtype(param.dtype), device=self.device)}
-        same = (param.shape, param.dtype, packing.layout)
+        groups = frozenset(getattr(problem, "group_size", 0) for problem in param.problems.values())
+        same = (param.shape, param.dtype, packing.layout, groups)
         if same not in self._packed:
             self._packed[same] = host_pack(packing.pack, param, empty_share(param), self.device)
         return self._packed[same]
@@ -95,7 +97,8 @@ class AheadSession(TorchSession):
     ) -> AheadProgram:
         """Raises ContractViolation for a launch that does not compile, or whose code breaks what was stated of it."""
         self.require_changeable("capture")
-        return AheadProgram(self, Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs))
+        with compiling():
+            return AheadProgram(self, Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs))
 
     def update(self, weights: Mapping[str, Any]) -> NoReturn:
         refuse("update")
@@ -137,7 +140,7 @@ class AheadProgram(ProgramBase):
         refuse("a program's call")
 
 
-def nbytes(tensors: Any) -> int:
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
@@ -178,10 +181,21 @@ class AheadBackend:
     def kernels(self) -> Sequence[Kernel]:
         from lineshaft_triton.kernels import triton_kernels
 
-        return triton_kernels(self.name, self.target)
+        kernels = triton_kernels(self.name, self.target)
+        return [replace(kernel, supports=_for_compiler(kernel.supports)) for kernel in kernels]
 
     def session(self, rank: int) -> AheadSession:
         return AheadSession(self.world, self.target, self.compiler, self.packed)
+
+
+def _for_compiler(supports: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    """What a kernel says of a problem where nothing is interpreted."""
+
+    def asked(problem: Any) -> str | None:
+        with compiling():
+            return supports(problem)
+
+    return asked
 
 
 def refuse(what: str) -> NoReturn:

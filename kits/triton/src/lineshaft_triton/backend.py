@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.sessions import Memory, UncountedMemory
+from lineshaft_torch import one_shot
 from lineshaft_torch.bound import DENSE, Recipe, recipe, stateless
 from lineshaft_torch.collectives import GLOO, NCCL
 from lineshaft_torch.device import DeviceLayer, LayerMemory
@@ -66,8 +67,14 @@ class GpuBackend:
         from lineshaft_triton.kernels import triton_kernels
 
         portable = portable_kernels(self.name, self.options.attention_memory_mib)
-        beside = [recipe(self.name) for recipe in self.further(self.target)] if self.real else []
-        return [*portable, *triton_kernels(self.name, self.target), *beside]
+        beside = [*self.further(self.target), *self._one_shot()] if self.real else []
+        return [*portable, *triton_kernels(self.name, self.target), *(recipe(self.name) for recipe in beside)]
+
+    def _one_shot(self) -> list[Recipe]:
+        """Sums of small messages, where there are several ranks whose devices can do them."""
+        devices = self.options.devices or range(self.world.size)
+        alone = self.world.size == 1 or one_shot.unavailable(devices[: self.world.size])
+        return [] if alone else one_shot.recipes(TRITON)
 
     def session(self, rank: int) -> DeviceSession:
         options = SessionOptions(

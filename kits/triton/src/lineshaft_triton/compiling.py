@@ -192,7 +192,7 @@ def default_cache() -> Path:
 
 def check(launch: Launch, code: Code, target: Target) -> None:
     """Raises ContractViolation for code that breaks what was stated of it beforehand: the class of its matrix
-    instructions, the target's shared memory, and that a default configuration spills nothing."""
+    instructions, the target's shared memory and registers, and that a default configuration spills nothing."""
     complaints = []
     missing, further = unexpected(code.classes, launch.expects)
     if missing or further:
@@ -200,6 +200,8 @@ def check(launch: Launch, code: Code, target: Target) -> None:
         complaints.append(f"expects {expected} and has {', '.join(code.classes) or 'none'}")
     if code.shared > target.shared:
         complaints.append(f"takes {code.shared} B of shared memory of the {target.shared} B that a block may take")
+    elif not code.occupancy:
+        complaints.append(f"takes {code.registers} registers a thread, with which no block fits a multiprocessor")
     if launch.default and (code.spills or code.stack):
         complaints.append(f"spills in a default configuration ({code.spills} registers, {code.stack} B of stack)")
     if complaints:

@@ -1,9 +1,10 @@
 """Corrects what Triton's interpreter gets wrong about narrow floats, and spares it work that it repeats.
 
 As of Triton 3.9 it narrows float32 to bfloat16 by cutting bits off, loses the carry where rounding reaches the next
-power of two, reads infinities and NaN of eight bits as numbers, and multiplies the bit patterns of bfloat16 tiles as
-integers. It also prepares the language anew for every call of a function such as `tl.sum`, and computes every sum of
-int32 a second time in int64; together that is half of its time. Knows no kernel.
+power of two, reads infinities and NaN of eight bits as numbers, multiplies the bit patterns of bfloat16 tiles as
+integers, and takes integers that become bfloat16 for such patterns. It also prepares the language anew for every call
+of a function such as `tl.sum`, and computes every sum of int32 a second time in int64; together that is half of its
+time. Knows no kernel.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def correct_interpreter() -> None:
         return
     interpreter._convert_float = _rounding_to_even(interpreter._convert_float)
     builder.create_dot = _multiplying_numbers(builder.create_dot)
+    builder.create_si_to_fp = _from_integers(builder.create_si_to_fp)
     interpreter._patch_lang = _preparing_once(interpreter._patch_lang)
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
@@ -63,6 +65,16 @@ def _multiplying_numbers(original: Any) -> Any:
 
     create_dot.corrected = True  # type: ignore[attr-defined]
     return create_dot
+
+
+def _from_integers(original: Any) -> Any:
+    def create_si_to_fp(self: Any, operand: Any, target: Any) -> Any:
+        """Integers as floats, of bfloat16 as the numbers that they are."""
+        if target.scalar != tl.bfloat16:
+            return original(self, operand, target)
+        return interpreter.TensorHandle(operand.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+
+    return create_si_to_fp
 
 
 def _widened(operand: Any) -> Any:

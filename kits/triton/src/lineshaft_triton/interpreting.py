@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from lineshaft_contract.errors import InvalidValue
 
@@ -12,9 +15,22 @@ ON = frozenset({"1", "true", "on", "y", "yes"})
 """What Triton takes as yes."""
 
 
+_COMPILING: ContextVar[bool] = ContextVar("_COMPILING", default=False)
+
+
 def interpreting() -> bool:
-    """Whether kernels that are imported now are interpreted."""
-    return os.environ.get(VARIABLE, "").strip().lower() in ON
+    """Whether kernels that are imported or bound now are interpreted."""
+    return os.environ.get(VARIABLE, "").strip().lower() in ON and not _COMPILING.get()
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What is bound inside is for a compiler, whatever this process does with kernels."""
+    token = _COMPILING.set(True)
+    try:
+        yield
+    finally:
+        _COMPILING.reset(token)
 
 
 def require_mode(interpret: bool) -> None:

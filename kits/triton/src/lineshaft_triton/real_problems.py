@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lineshaft_contract.ops.quantize import LINEAR_SCHEMES, NONE
 from lineshaft_contract.problems import (
     AttendProblem,
     EmbedProblem,
@@ -23,8 +24,8 @@ from lineshaft_contract.problems import (
 )
 
 DTYPES = ("bfloat16", "float16")
-SCHEMES = ("none", "int8", "fp8", "int4", "w8a8")
-"""How weights may be stored; a scheme that the contract or a kernel lacks is declined."""
+GROUPS = {"int4": 32}
+"""Numbers of a row that share a scale under a scheme that has groups; those of GGUF's Q4_0."""
 PAGE = 16
 CONTEXT = 8192
 
@@ -68,8 +69,10 @@ class Step:
     longest: int
 
 
-STEPS = (Step(64, 64, 1), Step(512, 1, 512), Step(2048, 1, 2048))
-"""Decode, a chunk of a prompt, and as many tokens as a step may have unless a user says otherwise."""
+STEPS = (Step(512, 1, 512), Step(64, 64, 1), Step(2048, 1, 2048), Step(8, 8, 1), Step(128, 128, 1))
+"""A chunk of a prompt, decode, as many tokens as a step may have unless a user says otherwise, and decode of fewer rows
+and of more, for which products have other tiles. The first that a kernel takes is its problem in the table of kernels:
+one that serves chunks would take decode too."""
 
 
 def real_problems(op: str) -> list[Problem]:
@@ -123,6 +126,9 @@ def _attention(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Prob
             dtype=dtype, q_heads=shape.q_heads, scale=shape.head**-0.5, tokens=step.tokens, rows=step.rows,
             pages=CONTEXT // PAGE, max_query=step.longest, **cache,
         )  # fmt: skip
+    pages: dict[str, Any] = {"dtype": dtype, "kv_heads": shape.kv_heads, "qk_dim": shape.head, "v_dim": shape.head}
+    for op in ("copy_pages", "copy_slots", "read_pages", "write_pages"):
+        yield op, KVProblem(rows=step.rows, page_size=PAGE, kv_dtype=dtype, **pages)
     yield "merge_states", MergeProblem(
         dtype=dtype, parts=2, rows=step.tokens, heads=shape.q_heads, v_dim=shape.head
     )  # fmt: skip
@@ -134,9 +140,11 @@ def _products(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Probl
         (shape.hidden, shape.q_heads * shape.head), (qkv, shape.hidden), (shape.hidden, shape.width),
         (2 * shape.width, shape.hidden),
     )  # fmt: skip
-    for scheme in SCHEMES:
+    for scheme in (NONE, *LINEAR_SCHEMES):
         for n, k in () if shape.experts else sizes:
-            yield "linear", LinearProblem(dtype=dtype, m=step.tokens, n=n, k=k, scheme=scheme)
+            yield "linear", LinearProblem(
+                dtype=dtype, m=step.tokens, n=n, k=k, scheme=scheme, group_size=GROUPS.get(scheme, 0)
+            )  # fmt: skip
     yield "linear", LinearProblem(dtype=dtype, m=step.rows, n=shape.vocab, k=shape.hidden)
     per_head: dict[str, Any] = {"dtype": dtype, "m": step.tokens, "heads": DEEPSEEK_LITE["heads"]}
     yield "head_linear", LinearProblem(n=DEEPSEEK_LITE["rank"], k=DEEPSEEK_LITE["nope"], **per_head)
@@ -149,11 +157,13 @@ def _experts(shape: Shape, step: Step, dtype: str) -> Iterator[tuple[str, Proble
     yield "router_topk", RouterProblem(
         dtype=dtype, experts=shape.experts, k=shape.k, rows=step.tokens, softmax="after"
     )  # fmt: skip
-    for scheme in SCHEMES:
-        yield "expert_mlp", ExpertProblem(
-            dtype=dtype, experts=shape.experts, local=shape.experts, hidden=shape.hidden, width=shape.width,
-            k=shape.k, rows=step.tokens, scheme=scheme,
-        )  # fmt: skip
+    experts: dict[str, Any] = {"experts": shape.experts, "local": shape.experts}
+    experts |= {"dtype": dtype, "hidden": shape.hidden, "width": shape.width}
+    yield "expert_mlp", ExpertProblem(k=shape.k, rows=step.tokens, **experts)
+    yield "grouped_mlp", ExpertProblem(k=1, rows=step.tokens * shape.k, **experts)
+    lean: dict[str, Any] = {"dtype": dtype, "hidden": shape.hidden, "width": 0, "k": shape.k, "rows": step.tokens}
+    yield "moe_dispatch", ExpertProblem(experts=shape.experts, local=shape.experts, **lean)
+    yield "moe_combine", ExpertProblem(experts=0, local=0, **lean)
 
 
 def _logits(shape: Shape, step: Step) -> Iterator[tuple[str, Problem]]:

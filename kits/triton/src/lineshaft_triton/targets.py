@@ -73,6 +73,14 @@ TARGETS: Final = MappingProxyType(
 )
 """Memory sizes: CUDA C++ Programming Guide, "Compute Capabilities"; AMD's instruction set manuals of CDNA and RDNA."""
 
+CORES: Final = MappingProxyType(
+    {
+        "sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188,
+        "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 96, "gfx1201": 64,
+    }
+)  # fmt: skip
+"""Multiprocessors (compute units) of the largest product of a target."""
+
 
 def targets_of(vendor: str) -> tuple[str, ...]:
     """The names of one vendor's targets."""

@@ -2,7 +2,7 @@
 
 A product over dense bf16 weights reorders them at every call, which costs more than the product itself where rows are
 few; a dense float32 one goes to a library that some processors are slow in. The operators are private to torch's
-compiler backend, hence `available`; torch's version is pinned by the kit.
+compiler backend, hence `available`; the kit bounds torch's version.
 """
 
 from __future__ import annotations

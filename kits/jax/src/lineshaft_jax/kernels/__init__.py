@@ -1,6 +1,6 @@
 """XLA kernels for every op of the contract: static shapes, any platform that JAX compiles for.
 
-The composites `expert_mlp` and `latent_attend` have none: their default decompositions call these, or better ones.
+The composites `rope_write_kv`, `expert_mlp` and `latent_attend` have none: their decompositions call these, or better.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
-"""Matrix products and the embedding lookup, over densely packed weights and over codes of 8 bits."""
+"""Matrix products and the embedding lookup, over densely packed weights and over codes of 8 bits and of 4."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from lineshaft_contract.ops.quantize import WEIGHT_SCHEMES
-from lineshaft_contract.packing import pack_rows
+from lineshaft_contract.ops.quantize import ACTIVATION_SCHEMES, INT4, LEAST_SCALE, LINEAR_SCHEMES, weight_scheme
+from lineshaft_contract.packing import weight_packing
 from lineshaft_contract.problems import EmbedProblem, LinearProblem
-from lineshaft_torch.arrays import accumulator
+from lineshaft_torch.arrays import accumulator, torch_dtype
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe, stateless, with_problem
 
 Out = torch.Tensor | None
+EXACT_COLUMNS = 1024
+"""Products of int8 codes whose sum is exact in float32 however large they are: 127^2 of them stay below 2^24."""
 
 
 def embed(
@@ -42,9 +45,48 @@ def quantized_linear(x: torch.Tensor, w: Any, *, bias: Any = None, out: Out = No
     wider, the codes too, of which each call makes a copy."""
     wide = accumulator(x.dtype)
     sums = torch.mm(x.to(wide), w.arrays["q"].to(wide).t()).mul_(w.arrays["scale"].to(wide))
+    return _finished(sums, bias, x.dtype, out)
+
+
+def grouped_linear(x: torch.Tensor, w: Any, *, bias: Any = None, out: Out = None) -> torch.Tensor:
+    """x [T, I], packed codes uint8 [O, I / 2] and scales [O, groups] of w (`pack_groups`), bias [O] -> x @ w^T + bias
+    [T, O]; all in float32 or wider, w too, which each call restores."""
+    wide, packed, scale = accumulator(x.dtype), w.arrays["q"], w.arrays["scale"]
+    codes = torch.stack((packed & 15, packed >> 4), -1).view(*scale.shape, -1).to(wide).sub_(8)
+    whole = codes.mul_(scale.to(wide)[..., None]).view(packed.shape[0], -1)
+    return _finished(torch.mm(x.to(wide), whole.t()), bias, x.dtype, out)
+
+
+def quantized_rows(x: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, I] -> codes [T, I], still in float32, and scales f32[T, 1], as `ops.quantize.quantize_rows` has them."""
+    found, wide = weight_scheme("linear", scheme), x.float()
+    scale = wide.abs().amax(1, keepdim=True) / found.top
+    scale = torch.where(scale < float(LEAST_SCALE), 1.0, scale)
+    codes = (wide / scale).clamp_(-found.top, found.top)
+    codes = codes.round_() if found.dtype == "int8" else codes.to(torch_dtype(found.dtype)).float()
+    kept = scale.isfinite()
+    return codes.masked_fill_(~kept, 0), torch.where(kept, scale, torch.nan)
+
+
+def activated_linear(scheme: str, x: torch.Tensor, w: Any, *, bias: Any = None, out: Out = None) -> torch.Tensor:
+    """x [T, I], codes [O, I] and scales [O] of w, bias [O] -> (codes of x @ codes^T) * scales of both + bias [T, O].
+
+    Sums of int8 codes are exact, those of fp8 codes are made in float32 or wider.
+    """
+    wide, codes, k = accumulator(x.dtype), w.arrays["q"], x.shape[1]
+    given, tokens = quantized_rows(x, scheme)
+    step = EXACT_COLUMNS if codes.dtype == torch.int8 else k
+    blocks = (slice(first, first + step) for first in range(0, k, step))
+    sums = [torch.mm(given[:, block].to(wide), codes[:, block].to(wide).t()) for block in blocks]
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).to(torch.int32).sum(0, dtype=torch.int32).to(wide)
+    return _finished(total.mul_(tokens.to(wide)).mul_(w.arrays["scale"].to(wide)), bias, x.dtype, out)
+
+
+def _finished(sums: torch.Tensor, bias: Any, dtype: torch.dtype, out: Out) -> torch.Tensor:
+    """sums [T, O], which may be changed, plus bias [O], rounded once."""
     if bias is not None:
-        sums.add_(dense(bias).to(wide))
-    return sums.to(x.dtype) if out is None else out.copy_(sums)
+        sums.add_(dense(bias).to(sums.dtype))
+    return sums.to(dtype) if out is None else out.copy_(sums)
 
 
 def head_linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
@@ -54,14 +96,16 @@ def head_linear(x: torch.Tensor, w: Any, *, out: Out = None) -> torch.Tensor:
 
 
 def quantized_recipe(scheme: str) -> Recipe:
-    """The recipe of `quantized_linear` for one scheme."""
+    """The recipe of a product over weights of one scheme."""
 
     def supports(problem: LinearProblem) -> str | None:
         return None if problem.scheme == scheme else f"is for weights of scheme {scheme}, not {problem.scheme}"
 
+    run = partial(activated_linear, scheme) if scheme in ACTIVATION_SCHEMES else quantized_linear
+    packing = weight_packing(scheme)
     return recipe(
-        f"torch_linear_{scheme}", "linear", stateless(quantized_linear), out=True, layout=f"{scheme}_rows",
-        pack=pack_rows(scheme), handles=frozenset({"bias", "scheme"}), supports=supports,
+        f"torch_linear_{scheme}", "linear", stateless(grouped_linear if scheme == INT4 else run), out=True,
+        layout=packing.layout, pack=packing.pack, handles=frozenset({"bias", "scheme"}), supports=supports,
     )  # fmt: skip
 
 
@@ -70,6 +114,6 @@ def recipes() -> list[Recipe]:
     return [
         recipe("torch_embed", "embed", with_problem(embed), out=True, layout=DENSE, handles=frozenset({"scale"})),
         recipe("torch_linear", "linear", stateless(linear), out=True, layout=DENSE, handles=frozenset({"bias"})),
-        *map(quantized_recipe, WEIGHT_SCHEMES),
+        *map(quantized_recipe, LINEAR_SCHEMES),
         recipe("torch_head_linear", "head_linear", stateless(head_linear), out=True, layout=DENSE, handles=heads),
     ]

@@ -9,7 +9,7 @@ from typing import Any, Final
 from lineshaft_contract.problems import AttendProblem, itemsize
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.launch import Config
-from lineshaft_triton.targets import FN, FNUZ, Target
+from lineshaft_triton.targets import CORES, FN, FNUZ, Target
 
 DECODE: Final = "decode"
 FEW: Final = "few"
@@ -20,13 +20,6 @@ tiles each may take, those that suit it best first."""
 MATRIX_ROWS: Final = 64
 """Rows from which the matrix instructions of large tiles, wgmma and tcgen05, are used; below them it is mma."""
 
-CORES: Final = MappingProxyType(
-    {
-        "sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188,
-        "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 96, "gfx1201": 64,
-    }
-)  # fmt: skip
-"""Multiprocessors (compute units) of the largest product of a target."""
 WAVES: Final = 4
 """Programs for each multiprocessor up to which a context is split."""
 MOST_SPLITS: Final = 256

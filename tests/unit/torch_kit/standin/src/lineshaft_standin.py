@@ -84,6 +84,6 @@ def lineshaft_backends() -> list[BackendInfo]:
     return [
         BackendInfo(
             "standin", "lineshaft_standin:probe", "lineshaft_standin:create", "lineshaft_standin:Options",
-            kind=BackendKind.REFERENCE,
+            kind=BackendKind.REFERENCE, summary="the torch kit's fake device",
         )
     ]  # fmt: skip

@@ -1,0 +1,53 @@
+"""`benchmarks/gpu.py` where there is no GPU: its dry run goes through every part and claims nothing, and nothing else
+runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+NOTHING = "nothing was executed on a GPU"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_a_dry_run_goes_through_all_of_it_and_says_in_every_line_that_it_is_one(tmp_path: Path) -> None:
+    before = os.times()
+    done = run("--backend", "cuda", "--dry-run", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 60
+    assert all(NOTHING in line for line in done.stdout.splitlines())
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["dry_run"] and {row["section"] for row in found["rows"]} == {
+        "conformance", "attention", "gemm", "graphs", "models",
+    }  # fmt: skip
+    assert not [row for row in found["rows"] if "failed" in row]
+    assert all(NOTHING in row["evidence"] for row in [*found["rows"], *found["bars"]])
+    assert {bar["verdict"] for bar in found["bars"]} == {"not executed"}
+    kernels = {row["kernel"] for row in found["rows"] if "kernel" in row}
+    assert {"triton_attend_decode", "triton_attend_chunk", "torch SDPA, dense", "triton_linear_few"} <= kernels
+    assert {row["program"] for row in found["rows"] if row["section"] == "graphs"} == {"eager", "tape", "graph"}
+    text = (tmp_path / "gpu.md").read_text()
+    told = [line for line in text.splitlines() if line and not line.startswith(("|---", "| what", "| bar"))]
+    assert all(NOTHING in line for line in told)
+    assert "torch" in found["versions"] and found["date"].endswith("UTC")
+
+
+@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="has a GPU")
+def test_without_a_gpu_and_without_the_word_it_fails() -> None:
+    done = run("--backend", "cuda", "--only", "gemm")
+    assert done.returncode == 1
+    assert "BackendUnavailable" in done.stderr and "no NVIDIA GPU" in done.stderr
