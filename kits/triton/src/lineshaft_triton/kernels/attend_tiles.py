@@ -78,7 +78,7 @@ _TABLE: Final[tuple[Row, ...]] = (
     (CHUNK, ("gfx1100",), 2, 256, 16, 16, 8, 1, NONE),
     (CHUNK, ("gfx1201",), 2, 128, 128, 32, 8, 1, NONE),
     (CHUNK, ("gfx1201",), 2, 256, 64, 16, 8, 1, NONE),
-    (DECODE, NVIDIA, 4, 128, 16, 16, 4, 2, ALL_REGISTERS),
+    (DECODE, NVIDIA, 4, 64, 16, 16, 4, 2, ALL_REGISTERS),
     (DECODE, CDNA, 4, 128, 16, 16, 4, 2, NONE),
     (FEW, NVIDIA, 4, 64, 16, 16, 4, 1, ALL_REGISTERS),
     (FEW, CDNA, 4, 64, 16, 16, 4, 1, NONE),
