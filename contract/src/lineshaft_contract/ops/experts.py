@@ -441,7 +441,12 @@ _OFFSETS = {
     "bias": ([0, 3, 3, 6], "rows beyond the last expert's are 0, whatever the biases"),
     "bias_swigluoai": ([0, 3, 7, 10], ""),
     "sums": ([0, 3, 7, 10], _SUMS),
+    "rows120": ([0, 70, 71, 117], ""), "rows420": ([0, 201, 202, 417], ""),
 }  # fmt: skip
+_MANY = {
+    "rows120": {"rows": 120, "hidden": 32, "width": 48}, "rows420": {"rows": 420, "hidden": 64, "width": 32},
+}  # fmt: skip
+"""Problems for tiles of more rows: of the six experts each has 20, or 70."""
 
 
 def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
@@ -450,11 +455,17 @@ def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
         offsets, why = _OFFSETS[name]
-        fields = _KINDS.get(name, ({}, ""))[0]
-        problem = ExpertProblem(dtype=dtype, experts=6, local=3, hidden=12, width=10, k=1, rows=10, **fields)
+        fields: dict[str, Any] = {
+            "rows": 10,
+            "hidden": 12,
+            "width": 10,
+            **_KINDS.get(name, ({}, ""))[0],
+            **_MANY.get(name, {}),
+        }
+        problem = ExpertProblem(dtype=dtype, experts=6, local=3, k=1, **fields)
         if name == "sums":
             problem = replace(problem, hidden=512)
-        x = rng.standard_normal((10, problem.hidden))
+        x = rng.standard_normal((problem.rows, problem.hidden))
         x[offsets[-1] :] = np.nan
         w13, w2 = _weights(rng, problem)
         if name == "sums":

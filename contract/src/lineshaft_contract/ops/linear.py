@@ -139,6 +139,7 @@ _SIZES = {
     "decode/m1-n48-k32": (1, 48, 32), "decode/m3-n33-k67": (3, 33, 67), "prefill/m17-n64-k96": (17, 64, 96),
     "bias/m3-n33-k67": (3, 33, 67), "nan_row/m3-n33-k67": (3, 33, 67), "one/m1-n1-k1": (1, 1, 1),
     "decode/m2-n4160-k32": (2, 4160, 32), "prefill/m520-n64-k32": (520, 64, 32),
+    "prefill/m1030-n80-k48": (1030, 80, 48),
     "decode/m8-n256-k512": (8, 256, 512), "prefill/m130-n192-k1024": (130, 192, 1024),
 }  # fmt: skip
 _FULL = ("decode/m8-n256-k512", "prefill/m130-n192-k1024")
@@ -148,7 +149,7 @@ _DEEP = "decode/m2-n32-k4352"
 _SINGLE = ((_SUMS, "bfloat16"), (_DEEP, "float32"))
 _QUANTIZED = (
     "decode/m1-n128-k256", "decode/m3-n33-k67", "prefill/m17-n256-k128", "bias/m3-n33-k67", "zero_row/m2-n5-k64",
-    "outlier/m3-n33-k67", "nan_weight/m2-n5-k64",
+    "outlier/m3-n33-k67", "nan_weight/m2-n5-k64", "prefill/m130-n72-k160",
 )  # fmt: skip
 """Of each scheme, whose name they begin with."""
 _QUANTIZED_FULL = ("decode/m8-n512-k1024", "prefill/m130-n384-k1024")
@@ -160,6 +161,7 @@ _ACTIVATED = (
 _GROUPED = (
     "decode/m1-n128-k256-g128", "decode/m3-n33-k96-g32", "prefill/m17-n256-k128-g64", "bias/m3-n33-k96-g32",
     "zero_row/m2-n5-k64-g32", "outlier/m3-n33-k96-g32", "nan_weight/m2-n5-k64-g32", "decode/m2-n6-k30-g6",
+    "prefill/m130-n72-k160-g32",
 )  # fmt: skip
 _GROUPED_FULL = ("decode/m8-n512-k1024-g128", "prefill/m130-n384-k1024-g64")
 _WHY = {
@@ -251,9 +253,12 @@ def cancel(x: HostArray, w: HostArray) -> None:
 
 def _head_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
     draw = seeded(rng)
-    sizes = {"m1-h4-n16-k8": (1, 4, 16, 8), "m5-h3-n7-k24": (5, 3, 7, 24), "m64-h16-n128-k64": (64, 16, 128, 64)}
+    sizes = {
+        "m1-h4-n16-k8": (1, 4, 16, 8), "m5-h3-n7-k24": (5, 3, 7, 24), "m20-h2-n24-k16": (20, 2, 24, 16),
+        "m70-h2-n24-k16": (70, 2, 24, 16), "m64-h16-n128-k64": (64, 16, 128, 64),
+    }  # fmt: skip
     sums = "sums-m3-h2-n7-k512"
-    for name, dtype in [*variants(size, list(sizes)[:2], list(sizes)[2:]), (sums, "bfloat16")]:
+    for name, dtype in [*variants(size, list(sizes)[:4], list(sizes)[4:]), (sums, "bfloat16")]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
         m, heads, n, k = {**sizes, sums: (3, 2, 7, 512)}[name]
