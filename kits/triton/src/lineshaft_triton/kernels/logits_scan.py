@@ -22,6 +22,8 @@ BLOCK: Final = 2048
 """Values of a row that it holds at a time."""
 SPAN: Final = 8
 """Blocks after which it notes a sum: to find a place in a row it need not read all blocks twice."""
+FEWEST_SPANS: Final = 8
+"""Sums of the smallest vocabulary: those of up to 2^17 values share a program."""
 AHEAD: Final = MappingProxyType({"nvidia": 3, "amd": 2})
 """Blocks that are on their way from memory at a time: into shared memory, or for AMD into registers."""
 PIVOTS: Final = 4
@@ -44,7 +46,7 @@ def scan_config(rows: int, vocab: int, where: Target) -> Config:
 def span_config(scan: Config, vocab: int) -> Config:
     """`scan` with sums of SPAN values, of which COUNT cover the vocabulary."""
     span = scan.block["BLOCK"] * (1 if interpreting() else SPAN)
-    sizes = {"SPAN": span, "COUNT": triton.next_power_of_2(triton.cdiv(vocab, span))}
+    sizes = {"SPAN": span, "COUNT": max(FEWEST_SPANS, triton.next_power_of_2(triton.cdiv(vocab, span)))}
     return replace(scan, block={**scan.block, **sizes})
 
 
