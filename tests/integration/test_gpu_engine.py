@@ -34,6 +34,7 @@ def test_every_triton_kernel_in_a_step_of_each_kind(llama: Llama) -> None:
     with Engine(on_gpu(checkpoint.path)) as engine:
         run = drive(engine, prompts, greedy(2), arrivals=[0, 1], look=False)
         used = {entry.kernel for entry in engine.plan.entries}
+        assert "backend option interpret = True" in engine.plan.summary()
     assert expected.mixed_steps
     assert run.tokens == expected.tokens
     assert {"triton_attend_decode", "triton_attend_chunk", "triton_linear_few", "triton_rms_norm"} <= used

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lineshaft_conformance.results import Evidence
-from lineshaft_contract.backends import BackendInfo, BackendKind, Probe
+from lineshaft_contract.backends import OFF, BackendInfo, BackendKind, Probe
 
 NODES = ("nvidia[0-9]*", "accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*", "neuron[0-9]*")
 """Device nodes of accelerators under /dev. A render node counts only beside kfd: displays have render nodes too."""
 
-OFF = frozenset({"", "0", "false", "no", "off", "none"})
 Devices = Callable[[], Sequence[str]]
 
 

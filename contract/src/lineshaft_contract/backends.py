@@ -15,6 +15,10 @@ API_VERSION = 1
 """The version of this contract. A plugin of this or the next version is accepted; another is rejected."""
 
 
+OFF = frozenset({"", "0", "f", "false", "n", "no", "none", "off"})
+"""What a switch may be set to and still be off, in lower case."""
+
+
 class BackendKind(IntEnum):
     """What `backend = "auto"` prefers: the largest usable kind; two usable backends of that kind are a tie."""
 
@@ -28,7 +32,8 @@ class Probe:
     """What a probe found: whether the backend can run on this machine and, either way, why.
 
     `unless` names options, with a value each, under which it runs here all the same, in place of a device that is not
-    there. A user has to write one of them; "auto" never does.
+    there. A user has to write one of them; "auto" never does. Where the value is "true", all but a word of `OFF` counts
+    as such: the backend's options say what else they refuse.
     """
 
     usable: bool
@@ -38,7 +43,10 @@ class Probe:
 
     def runs_with(self, options: Mapping[str, Any]) -> bool:
         """Whether the backend runs on this machine under the options that a user wrote."""
-        return self.usable or any(str(options.get(name)).lower() == value for name, value in self.unless.items())
+        given = {name: str(options.get(name, "")).strip().lower() for name in self.unless}
+        return self.usable or any(
+            given[name] == value or (value == "true" and given[name] not in OFF) for name, value in self.unless.items()
+        )
 
 
 class ProbeFunction(Protocol):

@@ -7,7 +7,7 @@ import types
 from dataclasses import replace
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lineshaft.config import validate_options
 from lineshaft.errors import InvalidValue, PluginError, UnknownKey
@@ -18,6 +18,12 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     depth: int = Field(default=1, ge=0)
     fast: bool = False
+
+    @model_validator(mode="after")
+    def _fit(self) -> Options:
+        if self.fast and self.depth > 5:
+            raise ValueError("fast = true needs depth <= 5")
+        return self
 
 
 INFO = BackendInfo(name="fake", probe="x:y", factory="x:z", options="fake_options_module:Options")
@@ -46,6 +52,11 @@ def test_an_ill_typed_option_is_named_with_its_value(value: object) -> None:
         validate_options(INFO, {"depth": value})
     assert f"backend_options.depth = {value!r} (backend 'fake')" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_options_that_do_not_fit_together_are_told_in_the_models_words() -> None:
+    with pytest.raises(InvalidValue, match=r"^backend_options \(backend 'fake'\): fast = true needs depth <= 5$"):
+        validate_options(INFO, {"depth": 6, "fast": True})
 
 
 def test_a_backend_without_options_takes_none() -> None:

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from lineshaft_contract.backends import World
 from lineshaft_cpu.backend import create
-from lineshaft_cpu.memory import HostMemory
 from lineshaft_cpu.options import CpuOptions
+from lineshaft_torch.host_memory import HostMemory
 
 GIB = 2**30
 

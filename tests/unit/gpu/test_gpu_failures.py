@@ -76,6 +76,14 @@ def test_no_memory_for_pages_says_how_many_would_fit() -> None:
     session.close()
 
 
+def test_pages_that_the_host_of_the_interpreter_does_not_have_are_refused() -> None:
+    problem = KVProblem(dtype="float32", kv_dtype="float32", kv_heads=2, qk_dim=64, v_dim=64, page_size=16)
+    session = backend(FakeDevice()).session(0)
+    with pytest.raises(OutOfMemory, match=r"\[1000000000\] pages.* would fit"):
+        session.alloc_caches([problem], [10**9], "slots")
+    session.close()
+
+
 # ---- graphs ----------------------------------------------------------------------------------------------------------
 
 

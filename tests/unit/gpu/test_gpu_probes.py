@@ -120,6 +120,24 @@ def test_a_gpu_that_there_are_no_kernels_for_is_named_with_those_there_are(nvml:
     assert "'sm75'" in found.reason and "sm80, sm89, sm90, sm100, sm120" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [
+        (True, True),
+        ("YES", True),
+        (1, True),
+        ("maybe", True),
+        (False, False),
+        ("off", False),
+        ("0", False),
+        ("", False),
+    ],
+)
+def test_a_switch_in_place_of_a_gpu_is_on_unless_it_is_off(given: object, runs: bool) -> None:
+    probe = Probe(False, "no GPU", unless={"interpret": "true"})
+    assert probe.runs_with({"interpret": given}) == runs and not probe.runs_with({})
+
+
 def test_without_a_gpu_the_reason_says_what_was_looked_for_and_what_to_choose(tmp_path: Path) -> None:
     found = on("libnothing-of-this-name.so", dev=tmp_path, module=tmp_path / "version")
     assert not found.usable and found.runs_with({"interpret": "true"})
@@ -127,7 +145,7 @@ def test_without_a_gpu_the_reason_says_what_was_looked_for_and_what_to_choose(tm
         f"{tmp_path}/nvidia*: none",
         "is absent",
         "libnothing",
-        '"cpu"',
+        "`lineshaft backends` shows as usable",
         "interpret = true",
         "kernels compile",
     ):
@@ -212,7 +230,7 @@ def test_only_visible_amd_gpus_count(
         ((90402,), CPU_TORCH, "2.10.0+cpu is built without ROCm"),
         ((90402,), CUDA_TORCH, "is built without ROCm"),
         ((90006,), ROCM_TORCH, "gfx90a, gfx942, gfx950, gfx1100, gfx1201"),
-        ((), ROCM_TORCH, 'choose backend = "cpu"'),
+        ((), ROCM_TORCH, "`lineshaft backends` shows as usable"),
         ((90402,), None, "PyTorch is not installed"),
     ],
 )

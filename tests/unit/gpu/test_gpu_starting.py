@@ -18,7 +18,8 @@ from lineshaft_cuda import backend as cuda
 from lineshaft_cuda.options import CudaOptions
 from lineshaft_rocm import backend as rocm
 from lineshaft_rocm.options import RocmOptions
-from lineshaft_torch.fake import FakeDevice
+from lineshaft_torch.fake import UNTOLD, FakeDevice
+from lineshaft_torch.host_memory import HostMemory
 from lineshaft_triton import starting
 from lineshaft_triton.backend import GpuBackend, capabilities_of
 from lineshaft_triton.targets import TARGETS
@@ -112,6 +113,13 @@ def test_a_torch_for_other_devices_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         rocm.create(RocmOptions(), World())
 
 
+@pytest.mark.parametrize(("text", "devices"), [("0,1", (0, 1)), ("[2, 0]", (2, 0)), ("3", (3,)), ("", ()), ("[]", ())])
+def test_devices_may_be_text_as_variables_and_the_command_line_have_it(text: str, devices: tuple[int, ...]) -> None:
+    assert CudaOptions.model_validate({"devices": text}).devices == devices
+    with pytest.raises(ValidationError, match="valid integer"):
+        CudaOptions.model_validate({"devices": f"{text},a"})
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -151,8 +159,9 @@ def test_products_of_the_vendor_compete_with_this_kits_on_a_device_alone() -> No
     assert cublas.tunable and cublas.priority == 20 and cublas.layout == "dense"
 
 
-def test_memory_is_counted_on_a_device_and_not_under_the_interpreter() -> None:
-    assert interpreted().memory.total_free() is None
+def test_memory_is_that_of_the_device_and_under_the_interpreter_the_hosts() -> None:
+    total, free = interpreted().memory.total_free() or (0, 0)
+    assert 0 < free <= total < UNTOLD and total == (HostMemory().total_free() or (0, 0))[0]
     layer = SimpleNamespace(memory=lambda: (80, 70), synchronize=lambda: None)
     real = GpuBackend("cuda", CudaOptions(), World(), TARGETS["sm90"], layer, cuda.further)  # type: ignore[arg-type]
     assert real.memory.total_free() == (80, 70)

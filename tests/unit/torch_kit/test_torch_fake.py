@@ -116,6 +116,16 @@ def test_a_graph_repeats_its_operators_over_the_same_memory_and_no_python() -> N
     assert runs == [1]
 
 
+def test_a_device_that_is_current_twice_counts_no_operator_twice() -> None:
+    device, x = FakeDevice(), torch.ones(3)
+    with device.on(device.main):
+        graph = captured(device, lambda: x.add_(1))
+    before = x.clone()
+    graph.replay()
+    device.synchronize()
+    torch.testing.assert_close(x, before + 1)
+
+
 def test_memory_of_a_graphs_temporaries_holds_nothing_before_its_replay() -> None:
     device, x, kept = FakeDevice(), torch.ones(2), []
     graph = captured(device, lambda: kept.append(x + 1))

@@ -34,5 +34,5 @@ def validate_options(info: BackendInfo, options: Mapping[str, Any]) -> BaseModel
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = dotted((TABLE, *map(str, first["loc"])))
-        given = "" if first["type"] == "missing" else f" = {first['input']!r}"
+        given = "" if first["type"] == "missing" or not first["loc"] else f" = {first['input']!r}"
         raise InvalidValue(f"{key}{given} (backend {info.name!r}): {complaint(error)}") from error

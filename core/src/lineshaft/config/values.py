@@ -88,7 +88,7 @@ def convert(given: Given, kind: Any, meaning: str | None) -> Any:
 
 def complaint(error: ValidationError) -> str:
     """What is allowed, in pydantic's words, without its layout."""
-    return error.errors(include_url=False)[0]["msg"].replace("Input should", "it should")
+    return error.errors(include_url=False)[0]["msg"].replace("Input should", "it should").removeprefix("Value error, ")
 
 
 def wrong(given: Given, allowed: str, meaning: str | None = None) -> str:

@@ -130,7 +130,7 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
         cache_layout=cache_layout,
         weight_bytes=local_bytes(params, layouts),
         workspace_bytes=max(trace.workspace.most for trace in traces),
-        notes=(*repacked(params, layouts), *quantized(params, layouts)),
+        notes=(*work.notes, *repacked(params, layouts), *quantized(params, layouts)),
         declined=declined,
         choices={f"{op} {problem.describe()}": choice for (op, problem), choice in resolver.choices.items()},
     )

@@ -38,13 +38,15 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that is to be planned at once: a model's parameters, caches, declared uses and programs."""
+    """Everything that is to be planned at once: a model's parameters, caches, declared uses and programs; and what a
+    reader of the plan should know besides."""
 
     params: Tree
     caches: Sequence[KVProblem]
     uses: Mapping[str, Pair]
     programs: Sequence[ProgramSpec]
     degrees: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 class AbstractArray(Restricted):

@@ -99,9 +99,8 @@ class Registry:
         info = self.named(name)
         found = probe(info)
         if not found.runs_with(options or {}):
-            raise BackendUnavailable(
-                f"backend {name!r} is not usable here: {found.reason}; mend that or choose another backend"
-            )
+            usable = ", ".join(other.name for other in self.status() if other.usable)
+            raise BackendUnavailable(f"backend {name!r} is not usable here: {found.reason}; usable here: {usable}")
         return info
 
     def kernels(self, backend: str) -> list[Kernel]:
@@ -172,7 +171,7 @@ class Registry:
                 origin = f"its plugin ({rejected.distribution}) is installed but rejected"
                 return BackendUnavailable(f"backend {name!r}: {origin}: {rejected.reason}")
         near = get_close_matches(name, self.backends, n=2)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else "no plugin here registers it; "
         others = "".join(f"; rejected: {item.plugin} ({item.reason})" for item in self.rejected)
         return UnknownBackend(f"unknown backend {name!r}; {hint}registered: {', '.join(self.backends)}{others}")
 

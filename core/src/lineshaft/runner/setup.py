@@ -153,7 +153,8 @@ def plan_programs(
     """The same for other programs of the model than the engine's."""
     name, specs = setup.info.name, all_ops(registry.ops())
     kernels = [*setup.backend.kernels(), *registry.kernels(name)]
-    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes))
+    given = tuple(f"backend option {key} = {value}" for key, value in config.backend_options.items())
+    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes), given)
     file = choices_file(config, setup, kernels) if told is None else None
     stored = kept(file) if file else {}
     known = dict(told or (stored if config.tuning == "cached" else {}))

@@ -145,6 +145,7 @@ class DeviceSession(TorchSession):
     def _program(self, capture: Capture) -> ProgramBase:
         made = PROGRAMS[self.options.program](self, capture)
         self._captured.append(weakref.ref(made))
+        made.make_ready()
         return made
 
     def _programs(self) -> list[Any]:
@@ -157,7 +158,7 @@ class DeviceSession(TorchSession):
         return self._pool
 
     def freeze(self) -> None:
-        """Capture the graphs of all programs, the largest first, since later ones reuse its memory."""
+        """Capture again what the arena has moved away from, the largest program first: later ones reuse its memory."""
         self.require_usable()
         for program in sorted(self._programs(), key=lambda program: -program.shape.tokens):
             program.make_ready()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lineshaft_torch.device import Call, Pool
+from lineshaft_torch.host_memory import HostMemory
 from lineshaft_torch.tensors import storage_key, storage_keys, tensors_in
 
 SYNCHRONIZING = frozenset(
@@ -34,6 +35,10 @@ SHAPING = frozenset({"empty", "empty_like", "new_empty", "detach", "view", "slic
 """Operators that look at no values."""
 READING = frozenset({"tolist", "numpy", "cpu", "__array__"})
 """Methods of tensors that do, without an operator that tells so."""
+OUTERMOST = 2
+"""Streams that are current, or will be again, inside an `on` that is in no other."""
+UNTOLD = 1 << 40
+"""Bytes of a host that does not tell how many it has."""
 
 
 class FakeStream:
@@ -184,7 +189,7 @@ class FakeDevice:
 
     lazy     the streams, by name, whose work runs only when something waits for it; that of the others runs as soon as
              its own waits permit. A program that lacks a wait is wrong under some choice of them.
-    budget   bytes that tensors made inside `on` may take together (None: unlimited)
+    budget   bytes that tensors made inside `on` may take together (None: what the host has)
     ran      names of the work that has run, in the order in which it ran
     """
 
@@ -211,7 +216,7 @@ class FakeDevice:
     def on(self, stream: FakeStream) -> Iterator[None]:
         self._current.append(stream)
         try:
-            with _Direct(self):
+            with _Direct(self) if len(self._current) == OUTERMOST else nullcontext():
                 yield
         finally:
             self._current.pop()
@@ -284,8 +289,9 @@ class FakeDevice:
             self._graph = None
 
     def memory(self) -> tuple[int, int]:
-        total = 1 << 40 if self._budget is None else self._budget
-        return total, total - self.reserved()
+        if self._budget is None:
+            return HostMemory().total_free() or (UNTOLD, UNTOLD)
+        return self._budget, self._budget - self.reserved()
 
     def reserved(self) -> int:
         self._made = {key: made for key, made in self._made.items() if not made[0].expired()}

@@ -137,8 +137,8 @@ class GraphProgram(SubmittedProgram, TapeProgram):
 
     `program = "graph"` of the session makes one graph of a step without a prefill, and pieces of others; "piecewise"
     always makes pieces; "tape" makes every call anew. Calls of attention are between pieces, and calls of kernels that
-    are not capturable always are. Graphs are captured by `make_ready`, when the session freezes or the program is
-    called, and again if the arena has moved since: it grows with the largest program.
+    are not capturable always are. Graphs are captured by `make_ready`, with the program, and again when the session
+    freezes or the program is called, if the arena has moved since: it grows with the largest program.
     """
 
     def __init__(self, session: Any, capture: Capture) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft_contract.kernels import Kernel
-from lineshaft_contract.sessions import Memory, UncountedMemory
+from lineshaft_contract.sessions import Memory
 from lineshaft_torch import one_shot
 from lineshaft_torch.bound import DENSE, Recipe, recipe, stateless
 from lineshaft_torch.collectives import GLOO, NCCL
@@ -61,7 +61,7 @@ class GpuBackend:
 
     @property
     def memory(self) -> Memory:
-        return LayerMemory(self.layer) if self.real else UncountedMemory()
+        return LayerMemory(self.layer)
 
     def kernels(self) -> Sequence[Kernel]:
         from lineshaft_triton.kernels import triton_kernels

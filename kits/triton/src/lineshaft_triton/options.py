@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class GpuOptions(BaseModel):
@@ -24,6 +24,12 @@ class GpuOptions(BaseModel):
     """The GPUs that ranks take, in their order, by number among those visible; empty: the first ones."""
     attention_memory_mib: int = Field(default=256, ge=1)
     """Largest temporaries, in MiB, of one call of the portable attention, which serves where no kernel does."""
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """Text, as variables and the command line have it: "0,1" or "[0, 1]"."""
+        return [part for part in value.strip(" []").split(",") if part.strip()] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fit(self) -> GpuOptions:

@@ -14,8 +14,9 @@ from lineshaft_contract.backends import Probe
 OLDEST_TORCH = (2, 9)
 INTERPRETED = {"interpret": "true"}
 INSTEAD = (
-    'choose backend = "cpu"; or set interpret = true under [backend_options], which runs the kernels in Triton\'s '
-    "interpreter, for checks; or compile for a GPU that is not here by `lineshaft kernels compile --backend {}`"
+    "choose a backend that `lineshaft backends` shows as usable; or set interpret = true under [backend_options], "
+    "which runs the kernels in Triton's interpreter, for checks; or compile for a GPU that is not here by "
+    "`lineshaft kernels compile --backend {}`"
 )
 
 

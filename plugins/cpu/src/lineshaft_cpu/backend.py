@@ -12,8 +12,8 @@ from lineshaft_contract.host import usable_cpus
 from lineshaft_contract.kernels import Kernel
 from lineshaft_cpu import native
 from lineshaft_cpu.kernels import cpu_kernels
-from lineshaft_cpu.memory import HostMemory
 from lineshaft_cpu.options import CpuOptions
+from lineshaft_torch.host_memory import HostMemory
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_torch.session import SessionOptions, TorchSession
 
