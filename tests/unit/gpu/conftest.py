@@ -13,7 +13,8 @@ from lineshaft_triton import probing
 from lineshaft_triton.probing import TorchBuild
 
 Nvml = Callable[..., str]
-"""(gpus, arch "9.0", cuda driver version 12040, status of nvmlInit_v2) -> the path of a library."""
+"""(gpus, arch "9.0", cuda driver version 12040, status of nvmlInit_v2, a function that it lacks) -> the path of a
+library, which heeds the variable NVML_STUB."""
 
 
 @pytest.fixture(scope="session")
@@ -21,12 +22,14 @@ def nvml(tmp_path_factory: pytest.TempPathFactory) -> Nvml:
     source, made = Path(__file__).with_name("nvml_stub.c"), tmp_path_factory.mktemp("nvml")
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
 
-    def make(gpus: int = 2, arch: str = "9.0", cuda: int = 12040, fail: int = 0) -> str:
-        path = made / f"{gpus}-{arch}-{cuda}-{fail}.so"
+    def make(gpus: int = 2, arch: str = "9.0", cuda: int = 12040, fail: int = 0, lacks: str = "") -> str:
+        path = made / f"{gpus}-{arch}-{cuda}-{fail}-{lacks}.so"
         major, minor = arch.split(".")
         facts = {"GPUS": gpus, "MAJOR": major, "MINOR": minor, "CUDA": cuda, "FAIL": fail}
         defines = [f"-D{name}={value}" for name, value in facts.items()]
-        subprocess.run([compiler, "-shared", "-fPIC", *defines, "-o", str(path), str(source)], check=True)
+        defines += [f"-D{lacks}=another"] if lacks else []
+        if not path.exists():
+            subprocess.run([compiler, "-shared", "-fPIC", *defines, "-o", str(path), str(source)], check=True)
         return str(path)
 
     return make

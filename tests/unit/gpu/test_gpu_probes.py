@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.unit.gpu.conftest import Nvml
 
 from lineshaft.errors import InvalidValue
@@ -36,11 +39,16 @@ Installed = Callable[..., None]
     [
         (None, [0, 1, 2]), ("", []), ("-1", []), ("1", [1]), ("2,0", [2, 0]), (" 1 , 2 ", [1, 2]), ("0,-1,2", [0]),
         ("1,7,0", [1]), ("abc", []), ("0,0", []), ("GPU-b", [1]), ("GPU-b,0", [1, 0]), ("GPU-", []), ("GPU-x,0", []),
-        ("MIG-", [3]), ("3", []), (",0", []), ("1.0", []),
+        ("MIG-", [3]), ("3", []), (",0", []), ("1.0", []), ("01", [1]), ("\u0661", []), ("0,\u0661", [0]), ("\xb2", []),
     ],
 )  # fmt: skip
 def test_a_variable_leaves_what_the_driver_would_leave(setting: str | None, left: list[int]) -> None:
     assert visible(setting, 3, ["GPU-a1", "GPU-b2", "GPU-a3", "MIG-9"]) == left
+
+
+@pytest.mark.parametrize(("setting", "left"), [("9" * 5000, []), ("1," + "9" * 5000, [1]), ("0" * 5000 + "1", [1])])
+def test_a_number_of_any_length_is_read(setting: str, left: list[int]) -> None:
+    assert visible(setting, 3, ["GPU-a1", "GPU-b2", "GPU-a3"]) == left
 
 
 # ---- cuda ------------------------------------------------------------------------------------------------------------
@@ -172,6 +180,135 @@ def test_a_machine_with_the_driver_and_no_gpu(nvml: Nvml, installed: Installed) 
     assert "lists no GPU" in on(nvml(gpus=0)).reason
 
 
+def test_a_gpu_whose_memory_is_not_told_is_usable(
+    nvml: Nvml, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of GPUs that have the host's memory for their own, and of one that is cut into slices."""
+    installed(CUDA_TORCH)
+    monkeypatch.setenv("NVML_STUB", "nvmlDeviceGetMemoryInfo=3")
+    found = on(nvml(gpus=1, arch="12.1"))
+    assert (found.usable, found.devices) == (True, ("Fake GPU 0 (sm121, memory unknown)",))
+    monkeypatch.setenv("NVML_STUB", "nvmlDeviceGetMemoryInfo@0=4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5")
+    found = on(nvml())
+    assert (found.usable, found.devices) == (True, ("Fake GPU 0 (sm90, 10 GiB)",))
+
+
+HANDLE = "GPU 0 (nvmlDeviceGetHandleByIndex_v2 failed: GPU is lost)"
+KIND = "Fake GPU 0 (nvmlDeviceGetCudaComputeCapability failed: GPU is lost)"
+SECOND = "Fake GPU 1 (sm90, 80 GiB)"
+
+
+@pytest.mark.parametrize(
+    ("setting", "left"), [(None, [0, 1]), ("1", [1]), ("1,0", [1, 0]), ("0", [0]), ("GPU-1", [1]), ("2", [])]
+)
+@pytest.mark.parametrize(
+    ("stub", "lost"),
+    [("nvmlDeviceGetHandleByIndex_v2@0=15", HANDLE), ("nvmlDeviceGetCudaComputeCapability@0=15", KIND)],
+)
+def test_a_lost_gpu_keeps_its_number_and_hides_no_other(
+    nvml: Nvml,
+    installed: Installed,
+    monkeypatch: pytest.MonkeyPatch,
+    stub: str,
+    lost: str,
+    setting: str | None,
+    left: list[int],
+) -> None:
+    installed(CUDA_TORCH)
+    monkeypatch.setenv("NVML_STUB", stub)
+    if setting is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    found = on(nvml())
+    assert found.devices == tuple((lost, SECOND)[number] for number in left)
+    assert found.usable == (1 in left)
+    assert found.runs_with({"interpret": True})
+    assert "was found" not in found.reason
+    assert found.usable or lost in found.reason
+
+
+@pytest.mark.parametrize(
+    ("stub", "devices", "says"),
+    [
+        ("nvmlDeviceGetHandleByUUID=15", ("MIG-5 (nvmlDeviceGetHandleByUUID failed: GPU is lost)",), "GPU is lost"),
+        ("nvmlDeviceGetHandleByUUID=6", (), "= 'MIG-5' hides all"),
+        ("nvmlDeviceGetCudaComputeCapability=15 nvmlDeviceGetName=15", ("MIG-5 (nvmlDeviceGet",), "GPU is lost"),
+    ],
+)
+def test_a_slice_that_cannot_be_asked_is_told_from_one_that_is_not_there(
+    nvml: Nvml, installed: Installed, monkeypatch: pytest.MonkeyPatch, stub: str, devices: tuple[str, ...], says: str
+) -> None:
+    installed(CUDA_TORCH)
+    monkeypatch.setenv("NVML_STUB", stub)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5")
+    found = on(nvml())
+    assert not found.usable and says in found.reason
+    assert len(found.devices) == len(devices)
+    assert all(device.startswith(start) for device, start in zip(found.devices, devices, strict=True))
+
+
+FUNCTIONS = (
+    "nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetDriverVersion", "nvmlDeviceGetCount_v2",
+    "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetDeviceHandleFromMigDeviceHandle",
+    "nvmlDeviceGetName", "nvmlDeviceGetUUID", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetCudaComputeCapability",
+)  # fmt: skip
+NEEDED = ("nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetCudaComputeCapability")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_query_that_fails_takes_with_it_only_what_it_tells(
+    nvml: Nvml, installed: Installed, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """With a status that NVML has no words for."""
+    installed(CUDA_TORCH)
+    monkeypatch.setenv("NVML_STUB", f"{function}=999")
+    for setting in ("0,1", "MIG-5", "GPU-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+        found = on(nvml())
+        assert found.runs_with({"interpret": True})
+        assert ("was found" in found.reason) == (function == "nvmlDeviceGetCount_v2")
+        if setting == "0,1":
+            assert found.usable == (function not in NEEDED)
+            assert found.usable or f"{function} failed: status 999" in found.reason
+
+
+@pytest.mark.parametrize("lacks", [*FUNCTIONS, "nvmlInit_v2", "nvmlShutdown", "nvmlErrorString"])
+def test_a_library_without_one_function_is_no_reason_to_raise(nvml: Nvml, installed: Installed, lacks: str) -> None:
+    installed(CUDA_TORCH)
+    found = on(nvml(lacks=lacks))
+    assert found.runs_with({"interpret": True})
+    assert found.usable == (lacks not in (*NEEDED, "nvmlInit_v2", "nvmlSystemGetCudaDriverVersion_v2"))
+    assert found.usable or f"NVML has no {lacks}" in found.reason
+
+
+@pytest.mark.parametrize("status", [9, 999])
+def test_a_failure_without_words_is_told_by_its_number(nvml: Nvml, tmp_path: Path, status: int) -> None:
+    assert f"failed: status {status}" in on(nvml(fail=status, lacks="nvmlErrorString"), dev=tmp_path).reason
+    assert "failed: status 999" in on(nvml(fail=999), dev=tmp_path).reason
+
+
+def test_a_driver_without_its_library_of_cuda_is_refused(
+    nvml: Nvml, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(CUDA_TORCH)
+    monkeypatch.setenv("NVML_STUB", "nvmlSystemGetCudaDriverVersion_v2=12")
+    found = on(nvml())
+    assert not found.usable and "Shared Library Not Found" in found.reason and "`compute`" in found.reason
+    monkeypatch.setenv("NVML_STUB", "nvmlSystemGetCudaDriverVersion_v2=999 nvmlSystemGetDriverVersion=999")
+    assert on(nvml()).reason == "driver unknown, CUDA unknown"
+    monkeypatch.delenv("NVML_STUB")
+    assert on(nvml(cuda=0)).reason == on(nvml(cuda=-1)).reason == "driver 555.42, CUDA unknown"
+
+
+def test_a_slice_whose_name_is_no_text_is_not_there(
+    nvml: Nvml, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(CUDA_TORCH)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.fsdecode(b"MIG-\xff"))
+    found = on(nvml())
+    assert not found.usable and found.reason.encode() and "hides all that NVML lists" in found.reason
+
+
 # ---- rocm ------------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +411,105 @@ def test_what_the_driver_keeps_from_a_process_is_no_gpu(tmp_path: Path, installe
     assert len(rocm.probe(machine).devices) == 1
 
 
+@pytest.mark.parametrize(
+    ("facts", "devices"),
+    [
+        ("gfx_target_version abc\n", ("AMD GPU (gfx_target_version 'abc', 192 GiB)",)),
+        ("gfx_target_version 90402 extra\n", ("AMD GPU (gfx_target_version '90402 extra', 192 GiB)",)),
+        ("gfx_target_version -5\n", ("AMD GPU (gfx_target_version '-5', 192 GiB)",)),
+        ("gfx_target_version 90402\nunique_id zz\n", ("AMD GPU (gfx942, 192 GiB)",)),
+        ("gfx_target_version 90402\ndrm_render_minor ../..\n", ("AMD GPU (gfx942, 192 GiB)",)),
+        ("\0\xff", ()),
+    ],
+)
+def test_one_bad_node_hides_no_other_gpu_and_keeps_its_number(
+    tmp_path: Path, installed: Installed, monkeypatch: pytest.MonkeyPatch, facts: str, devices: tuple[str, ...]
+) -> None:
+    installed(ROCM_TORCH)
+    machine = kernel_driver(tmp_path, 90402, 90500)
+    (tmp_path / "class/kfd/kfd/topology/nodes/1/properties").write_text(facts)
+    whole = "AMD GPU (gfx950, 192 GiB)"
+    found = rocm.probe(machine)
+    assert found.usable and found.devices == (*devices, whole)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", str(len(devices)))
+    assert rocm.probe(machine).devices == (whole,)
+
+
+def test_a_gpu_of_an_untold_kind_or_size_says_so(tmp_path: Path, installed: Installed) -> None:
+    installed(ROCM_TORCH)
+    machine = kernel_driver(tmp_path, 90402)
+    node = tmp_path / "class/kfd/kfd/topology/nodes/1"
+    (node / "mem_banks/0/properties").write_text("heap_type 1\nsize_in_bytes x\n")
+    assert rocm.probe(machine).devices == ("AMD GPU (gfx942, memory unknown)",)
+    (node / "properties").write_text("gfx_target_version abc\n")
+    found = rocm.probe(machine)
+    assert not found.usable and "'abc'" in found.reason and "gfx90a, gfx942" in found.reason
+    assert found.runs_with({"interpret": True})
+
+
+def test_a_folder_that_is_no_number_is_no_node(tmp_path: Path, installed: Installed) -> None:
+    installed(ROCM_TORCH)
+    machine = kernel_driver(tmp_path, 90402)
+    nodes = tmp_path / "class/kfd/kfd/topology/nodes"
+    for name in ("0abc", "\u0663", os.fsdecode(b"2\xff")):
+        shutil.copytree(nodes / "1", nodes / name)
+    assert len(rocm.probe(machine).devices) == 1
+
+
+def spoil(path: Path, how: bytes | str) -> None:
+    """Put in the place of a file or a folder: bytes, or what the word says."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if isinstance(how, bytes):
+        path.write_bytes(how)
+    elif how == "folder":
+        path.mkdir()
+    elif how == "loop":
+        path.symlink_to(path)
+
+
+NUMBERS = st.one_of(st.integers().map(str), st.text(), st.just("9" * 5000), st.just("\0"))
+FIELDS = ("gfx_target_version", "unique_id", "drm_render_minor", "size_in_bytes", "heap_type")
+LINES = st.dictionaries(st.sampled_from(FIELDS), NUMBERS).map(
+    lambda facts: "".join(f"{name} {value}\n" for name, value in facts.items()).encode(errors="replace")
+)
+SPOILT = st.one_of(st.binary(max_size=200), LINES, st.sampled_from(["folder", "loop", "missing"]))
+OF_ONE_GPU = (
+    "class/kfd/kfd/topology/nodes/1/properties", "class/kfd/kfd/topology/nodes/1/mem_banks/0/properties",
+    "class/kfd/kfd/topology/nodes/1/mem_banks", "class/kfd/kfd/topology/nodes/1", "class/drm/renderD128",
+    "class/drm/renderD128/device", "class/drm/renderD128/device/product_name",
+)  # fmt: skip
+OF_ALL = ("class/kfd/kfd/topology/nodes", "class/kfd/kfd/topology", "class/drm", "class", "kfd")
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.sampled_from(OF_ONE_GPU), SPOILT)
+def test_no_file_of_one_gpu_makes_a_probe_raise_or_hides_another(
+    tmp_path_factory: pytest.TempPathFactory, place: str, how: bytes | str
+) -> None:
+    root = tmp_path_factory.mktemp("sys")
+    machine = kernel_driver(root, 90402, 90500, product="Fake")
+    spoil(root / place, how)
+    found = rocm.probe(machine)
+    assert found.devices[-1:] == ("Fake (gfx950, 192 GiB)",)
+    assert all(device.encode().decode().isprintable() for device in found.devices)
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.sampled_from(OF_ALL), SPOILT)
+def test_no_folder_of_the_driver_makes_a_probe_raise(
+    tmp_path_factory: pytest.TempPathFactory, place: str, how: bytes | str
+) -> None:
+    root = tmp_path_factory.mktemp("sys")
+    machine = kernel_driver(root, 90402)
+    spoil(root / place, how)
+    found = rocm.probe(machine)
+    assert found.usable or found.reason
+    assert on("libnothing-of-this-name.so", dev=root / place, module=root / place / "version").reason
+
+
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
@@ -302,10 +538,14 @@ def test_a_version_file_of_any_build_is_read(tmp_path: Path, monkeypatch: pytest
     ):  # fmt: skip
         (package / "version.py").write_text(text)
         assert torch_build() == TorchBuild(*build)
+    for how in (b"__version__ = '\xff'\ncuda = '\xd9\xa1'\n", b"\0" * 99, "folder", "loop"):
+        spoil(package / "version.py", how)
+        assert cuda.probe().reason and rocm.probe().reason
 
 
 def test_a_version_is_compared_by_numbers() -> None:
     assert numbers("2.10.0+cu128") == (2, 10, 0) and numbers("nightly") == ()
+    assert numbers("\u0662.10") == numbers("9" * 5000) == () and numbers("2." + "9" * 5000) == (2,)
     assert [TorchBuild(version, "", "").old for version in ("2.8.9", "2.9.0", "2.10.0a0", "3.0")] == [
         True,
         False,

@@ -3,6 +3,7 @@ devices a user leaves visible. Imports neither PyTorch nor Triton."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,8 +53,22 @@ def _assigned(text: str, name: str) -> str:
 
 def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: "12.8" is (12, 8), "2.13.0+cpu" (2, 13, 0)."""
-    found = re.match(r"\d+(\.\d+)*", version)
+    found = re.match(r"\d{1,9}(?!\d)(\.\d{1,9}(?!\d))*", version, re.ASCII)
     return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def whole_number(text: str) -> int | None:
+    """The number of up to 64 bits that digits of ASCII write; None for anything else."""
+    found = re.fullmatch(r"0*(\d{1,20})", text, re.ASCII)
+    return int(found[1]) if found else None
+
+
+def listed(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def interpreter_missing(torch: TorchBuild | None) -> str:
@@ -86,8 +101,9 @@ def visible(setting: str | None, count: int, uuids: Sequence[str]) -> list[int]:
     chosen: list[int] = []
     for entry in (part.strip() for part in setting.split(",")):
         fitting = [i for i, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
-        if entry.isdecimal():
-            fitting = [int(entry)] if int(entry) < count else []
+        number = whole_number(entry)
+        if number is not None:
+            fitting = [number] if number < count else []
         if len(fitting) != 1:
             break
         chosen += fitting

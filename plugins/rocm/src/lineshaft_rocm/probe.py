@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lineshaft_contract.backends import Probe
-from lineshaft_rocm.topology import NODES, read_gpus
+from lineshaft_rocm.topology import NODES, nodes, read_gpus
 from lineshaft_triton.probing import INTERPRETED, TorchBuild, interpreter_missing, no_device, torch_build, visible
 from lineshaft_triton.targets import kernels_for_any
 
@@ -77,6 +77,6 @@ def renumbered(environment: Mapping[str, str]) -> str:
 
 def _nothing(machine: Machine) -> str:
     """What was looked for and what was found where the driver lists no GPU."""
-    node = "is there" if machine.kfd.exists() else "is absent"
-    listed = len(list((machine.sys / NODES).glob("[0-9]*")))
-    return f"no AMD GPU was found ({machine.kfd}: {node}; GPUs under {machine.sys / NODES}: none of {listed} nodes)"
+    node = "is there" if os.path.exists(machine.kfd) else "is absent"
+    count = len(nodes(machine.sys))
+    return f"no AMD GPU was found ({machine.kfd}: {node}; GPUs under {machine.sys / NODES}: none of {count} nodes)"
