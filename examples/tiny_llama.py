@@ -18,10 +18,7 @@ from tokenizers.models import BPE
 from lineshaft_conformance.harness.tiny import EVEN, write
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/tiny_llama.py FOLDER")
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     with closing(write({**EVEN, "vocab_size": len(letters)}, seed=0)) as made:
         shutil.copytree(made.path, folder, dirs_exist_ok=True)
@@ -32,4 +29,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/tiny_llama.py FOLDER")
+    main(Path(sys.argv[1]))
