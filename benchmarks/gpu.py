@@ -560,7 +560,8 @@ def write(run: Run, out: Path) -> None:
     header = {
         "backend": run.name, "device": run.device, "target": run.backend.target.name, "dry_run": run.dry,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "peak": None if run.dry else asdict(run.peak), "host": platform.platform(), "cpus": os.cpu_count(), "versions": versions(),
+        "peak": None if run.dry else asdict(run.peak), "versions": versions(),
+        "host": platform.platform(), "cpus": os.cpu_count(),
     }  # fmt: skip
     verdicts = bars(run)
     (out / "gpu.json").write_text(json.dumps({**header, "rows": run.rows, "bars": verdicts}, indent=1) + "\n")
