@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --backend cuda
     python benchmarks/gpu.py --backend cuda --dry-run
 
-Writes `gpu.json` and `gpu.md` into --out. A dry run goes through all of it on the CPU, with small sizes, Triton's
-interpreter and a fake device: every line says that nothing was executed on a GPU, and no time means anything.
+Writes `gpu.json` and `gpu.md` into --out. A dry run goes through every part on the CPU, with small sizes, Triton's
+interpreter and a fake device, and of conformance two checks: every line says that nothing was executed on a GPU, and
+times are left out. Exit status 0: it ran, whatever it found; 2: one line says why it did not.
 """
 
 from __future__ import annotations
@@ -24,29 +25,35 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+try:
+    import numpy as np
+    import torch
 
-from lineshaft.config import make_config, validate_options
-from lineshaft.engine import Engine
-from lineshaft.errors import LineshaftError
-from lineshaft.plan import Resolver
-from lineshaft.registry import discover, load_attribute
-from lineshaft.sampling.params import SamplingParams
-from lineshaft_bench.simulator.device import find_device
-from lineshaft_contract.backends import World
-from lineshaft_contract.kernels import Kernel
-from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
-from lineshaft_contract.steps import HostStep, StepInputs, StepShape, forward_inputs
-from lineshaft_contract.weights import Local, Param, Stored, Weight
-from lineshaft_torch.packing import dense_leaves, host_pack
+    from lineshaft.config import make_config, validate_options
+    from lineshaft.engine import Engine
+    from lineshaft.errors import InvalidValue, LineshaftError
+    from lineshaft.plan import Resolver
+    from lineshaft.registry import discover, load_attribute
+    from lineshaft.sampling.params import SamplingParams
+    from lineshaft_bench.simulator.device import find_device
+    from lineshaft_conformance.results import Status
+    from lineshaft_contract.backends import World
+    from lineshaft_contract.kernels import Kernel
+    from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
+    from lineshaft_contract.steps import HostStep, StepInputs, StepShape, forward_inputs
+    from lineshaft_contract.weights import Local, Param, Stored, Weight
+    from lineshaft_torch.packing import dense_leaves, host_pack
+except ModuleNotFoundError as error:
+    install = "pip install ./contract ./core ./kits/torch ./kits/triton ./plugins/cuda ./conformance ./bench"
+    print(f"error: {error}; run `{install}` in a checkout (on AMD's GPUs ./plugins/rocm)", file=sys.stderr)
+    sys.exit(2)
 
 SECTIONS = ("conformance", "attention", "gemm", "graphs", "models")
 NOTHING = "dry run: nothing was executed on a GPU"
@@ -137,7 +144,7 @@ class Run:
 
     def _peak(self, registry: Any) -> Peak:
         if self.dry:
-            return Peak(1.0, 1.0, "none: a dry run")
+            return Peak(math.nan, math.nan, "none: a dry run")
         for words, name in KNOWN.items():
             if words in self.device:
                 found = find_device(name, registry)
@@ -177,9 +184,10 @@ class Run:
         return max(1, min(self.sizes.copies, OUT_OF_CACHE // nbytes))
 
     def add(self, section: str, what: str, **figures: Any) -> None:
-        """Keep a row and print it."""
+        """Keep a row and print it. Figures that are no counts come from clocks, and mean nothing in a dry run."""
         row = {"section": section, "what": what, **figures}
         if self.dry:
+            row = {name: None if isinstance(value, float) else value for name, value in row.items()}
             row["evidence"] = NOTHING
         self.rows.append(row)
         print(" | ".join(f"{name} {shown(value)}" for name, value in row.items()), flush=True)
@@ -189,6 +197,8 @@ class Run:
 
 
 def shown(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -204,9 +214,8 @@ def conformance(run: Run) -> None:
     quiet = subprocess.DEVNULL if run.dry else None
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=quiet, text=True, check=False)
     found = json.loads(done.stdout) if done.stdout else {}
-    counts: dict[str, int] = {}
-    for result in found.get("results", []):
-        counts[result["status"]] = counts.get(result["status"], 0) + 1
+    statuses = [result["status"] for result in found.get("results", [])]
+    counts = {status.value: statuses.count(status.value) for status in Status}
     run.add("conformance", " ".join(few), exit=done.returncode, **counts)
 
 
@@ -481,11 +490,13 @@ def models(run: Run) -> None:
 
 def bars(run: Run) -> list[dict[str, Any]]:
     """Each bar with what was reached; a dry run reaches none."""
-    plan, kit = product_shares(run.rows)
-    reached = {"decode": decode_share(run.rows), "plan": plan, "kit": kit, "host": host_share(run.rows)}
+    reached: dict[str, float | None] = {}
+    if not run.dry:
+        plan, kit = product_shares(run.rows)
+        reached = {"decode": decode_share(run.rows), "plan": plan, "kit": kit, "host": host_share(run.rows)}
     rows = []
     for text, (name, least) in BARS.items():
-        value = None if run.dry else reached[name]
+        value = reached.get(name)
         verdict = "not executed" if value is None else "holds" if value >= least else "MISSED"
         rows.append({"bar": text, "least": least, "reached": value, "verdict": verdict})
     return [row | {"evidence": NOTHING} for row in rows] if run.dry else rows
@@ -533,7 +544,9 @@ def markdown(header: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[st
     """All of it for a reader; in a dry run each line says so."""
     dry = f" ({NOTHING})" if header["dry_run"] else ""
     lines = [f"# {header['backend']} on {header['device']}, {header['date']}{dry}", ""]
-    lines += [f"- {name}: {value}{dry}" for name, value in header.items() if name != "versions"]
+    peak = ", ".join(f"{name} {shown(value)}" for name, value in (header["peak"] or {}).items())
+    facts = {name: value for name, value in header.items() if name != "versions"} | {"peak": peak or "-"}
+    lines += [f"- {name}: {value}{dry}" for name, value in facts.items()]
     lines += [f"- {name} {value}{dry}" for name, value in header["versions"].items()]
     for name, rows in tables.items():
         if rows:
@@ -546,11 +559,11 @@ def markdown(header: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[st
 def write(run: Run, out: Path) -> None:
     header = {
         "backend": run.name, "device": run.device, "target": run.backend.target.name, "dry_run": run.dry,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "peak": str(run.peak),
-        "host": platform.platform(), "cpus": os.cpu_count(), "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "peak": None if run.dry else asdict(run.peak), "versions": versions(),
+        "host": platform.platform(), "cpus": os.cpu_count(),
     }  # fmt: skip
     verdicts = bars(run)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.json").write_text(json.dumps({**header, "rows": run.rows, "bars": verdicts}, indent=1) + "\n")
     tables = {name: [row for row in run.rows if row["section"] == name] for name in SECTIONS}
     (out / "gpu.md").write_text(markdown(header, {"Bars": verdicts, **tables}))
@@ -558,10 +571,20 @@ def write(run: Run, out: Path) -> None:
     print(f"written: {out}/gpu.json and {out}/gpu.md{dry}")
 
 
-def main() -> None:
+def make_folder(out: Path) -> None:
+    """Make the folder of the results. Raises InvalidValue for one that nothing can be written into."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InvalidValue(f"--out {out} cannot be written ({error.strerror}); give a folder that can") from error
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("cuda", "rocm"), default="cuda")
-    parser.add_argument("--dry-run", action="store_true", help="all of it on the CPU, with small sizes")
+    parser.add_argument("--dry-run", action="store_true", help="every part on the CPU, with small sizes and no times")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="repeatable; default: all")
     parser.add_argument("--out", type=Path, default=Path("dist/gpu"), help="folder of the results (default dist/gpu)")
     args = parser.parse_args()
@@ -570,13 +593,16 @@ def main() -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # of the interpreter's arithmetic
     run = Run(args.backend, options, args.dry_run, SMALL if args.dry_run else Sizes())
     try:
+        make_folder(args.out)
         run.start()
         for name in args.only or SECTIONS:
             globals()[name](run)
     except LineshaftError as error:
-        sys.exit(f"error: {type(error).__name__}: {error}")
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     write(run, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

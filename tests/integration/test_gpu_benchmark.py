@@ -1,5 +1,5 @@
 """`benchmarks/gpu.py` where there is no GPU: its dry run goes through every part and claims nothing, and nothing else
-runs."""
+runs; what cannot be done is said in one line."""
 
 from __future__ import annotations
 
@@ -44,10 +44,33 @@ def test_a_dry_run_goes_through_all_of_it_and_says_in_every_line_that_it_is_one(
     told = [line for line in text.splitlines() if line and not line.startswith(("|---", "| what", "| bar"))]
     assert all(NOTHING in line for line in told)
     assert "torch" in found["versions"] and found["date"].endswith("UTC")
+    figures = {"us", "GB/s", "TFLOP/s", "of peak", "TPOT ms", "host ms a step", "tokens/s"}
+    measured = [row[name] for row in found["rows"] for name in figures & row.keys()]
+    assert measured and set(measured) == {None} and found["peak"] is None
+    assert "us - | GB/s - | of peak - |" in done.stdout and "None" not in done.stdout + text
 
 
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="has a GPU")
 def test_without_a_gpu_and_without_the_word_it_fails() -> None:
     done = run("--backend", "cuda", "--only", "gemm")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "BackendUnavailable" in done.stderr and "no NVIDIA GPU" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("--dry-run", "--out", str(tmp_path / "file" / "gpu"))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: InvalidValue: --out") and "Not a directory" in line
+
+
+@pytest.mark.parametrize("package", ["lineshaft_bench", "lineshaft_conformance", "torch"])
+def test_a_package_that_is_missing_is_named_with_what_to_install(package: str) -> None:
+    hidden = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv[1:] = ['--help']; "
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", f"{hidden}runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert package in line and "./conformance ./bench" in line

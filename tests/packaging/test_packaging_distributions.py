@@ -161,6 +161,9 @@ def test_the_metadata_say_what_is_needed(built: dict[str, Built]) -> None:
         assert set(map(bare, always)) == set(map(bare, project.requirements))
     for name in CORE:
         assert {bare(line) for line in built[name].requirements} & {"torch", "jax", "triton"} == set()
+    for name in ("lineshaft-triton", "lineshaft-rocm"):  # PyTorch for ROCm brings a Triton of another distribution
+        assert "triton" not in map(bare, built[name].requirements)
+        assert "[triton]" not in "".join(built[name].requirements)
 
 
 def bare(requirement: str) -> str:

@@ -261,7 +261,7 @@ def test_the_configuration_settles_which_kernel(install: Install, tiny_llama: Pa
         plan_of(tiny_llama, backend="cpu", kernels={"rms_norm": "absent"})
 
 
-# ---- the script ------------------------------------------------------------------------------------------------------
+# ---- the scripts -----------------------------------------------------------------------------------------------------
 
 
 def test_the_example_of_the_python_api_runs(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,3 +269,9 @@ def test_the_example_of_the_python_api_runs(tiny_llama: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert all(f"--- {part}\n" in shown for part in ("batch", "chat", "stream", "logprobs"))
     assert "(length)" in shown
+
+
+def test_the_tiny_llama_of_the_example_answers(tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "examples" / "tiny_llama.py"))["main"](tmp_path / "made" / "llama")
+    found = tokens(tmp_path / "made" / "llama", backend="cpu")
+    assert [len(ids) for ids in found] == [12, 12] and found[0] != found[1]

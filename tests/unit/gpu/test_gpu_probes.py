@@ -95,7 +95,7 @@ def test_only_visible_gpus_count(
     [
         (None, True, "PyTorch is not installed"),
         (TorchBuild("2.8.0", "12.8", ""), True, "2.9 is the oldest"),
-        (CUDA_TORCH, False, "Triton is not installed"),
+        (CUDA_TORCH, False, "Triton is not installed; run `pip install triton`"),
         (CPU_TORCH, True, "2.10.0+cpu is built without CUDA"),
         (ROCM_TORCH, True, "is built without CUDA"),
         (TorchBuild("2.11.0+cu130", "13.0", ""), True, "CUDA up to 12.4, and PyTorch 2.11.0+cu130 is built with CUDA"),
@@ -377,6 +377,13 @@ def test_the_reason_why_an_amd_gpu_is_not_usable(
     installed(build)
     found = rocm.probe(kernel_driver(tmp_path, *versions))
     assert not found.usable and says in found.reason
+
+
+def test_pytorch_for_rocm_brings_a_triton_of_its_own(tmp_path: Path, installed: Installed) -> None:
+    installed(ROCM_TORCH, triton=False)
+    found = rocm.probe(kernel_driver(tmp_path, 90402))
+    assert not found.usable and not found.runs_with({"interpret": True})
+    assert "the one that PyTorch 2.10.0+rocm7.0 names" in found.reason and "pip install triton" not in found.reason
 
 
 def test_a_display_without_kernels_beside_a_gpu_with_them_does_not_matter(tmp_path: Path, installed: Installed) -> None:

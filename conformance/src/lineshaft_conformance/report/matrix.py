@@ -10,6 +10,7 @@ from lineshaft_conformance.amounts import human
 from lineshaft_conformance.matrix import CLASSES, COMPILED, DECLINES, FAILS, Cell, Matrix
 
 WORDS = ((COMPILED, "compiled"), (DECLINES, "declined"))
+COMPILERS = ("triton", "torch")
 HIDDEN = ("expected", "found", "default")
 """Figures that a page need not show once more: the classes expected are those found, in default configurations."""
 FEW = 3
@@ -52,7 +53,14 @@ def document(matrix: Matrix) -> str:
         piped(("Kernel", *matrix.targets), body), reasons_of(matrix),
         piped(("Kernel", "Problem", "Targets"), asked), piped(("Kernel", "Target", *map(title, shown)), figures),
     )  # fmt: skip
-    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in ([made_with(matrix)], *tables)) + "\n"
+
+
+def made_with(matrix: Matrix) -> str:
+    """The versions of the packages that compiled it, for a page."""
+    found = matrix.facts.get("requires", {})
+    versions = ", ".join(f"{name} {found[name]}" for name in COMPILERS if name in found)
+    return f"Compiled with {versions or 'versions that were not kept'}; another compiler gives other figures."
 
 
 def short(cell: Cell | None) -> str:

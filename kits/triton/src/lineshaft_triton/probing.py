@@ -79,7 +79,8 @@ def interpreter_missing(torch: TorchBuild | None) -> str:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"PyTorch {torch.version} is installed, and {oldest} is the oldest that is supported; update it"
     if find_spec("triton") is None:
-        return "Triton is not installed; run `pip install triton`, or install the one that belongs to your PyTorch"
+        own = f"the one that PyTorch {torch.version} names among its requirements"
+        return f"Triton is not installed; {f'install {own}' if torch.hip else 'run `pip install triton`'}"
     return ""
 
 
