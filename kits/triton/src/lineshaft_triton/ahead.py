@@ -99,7 +99,10 @@ class AheadSession(TorchSession):
     def _place(self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Weight | torch.Tensor:
         if param.name not in self._params:
             packing = packings.get(param.name, Packing())
-            made = self._make(param, len(self._params), packing, self._shapes_of(param, packing))
+            same = (param.source_id, packing.layout, param.shape, param.dtype)
+            if same not in self._shared:
+                self._shared[same] = (param, packing, self._shapes_of(param, packing))
+            made = self._make(param, len(self._params), packing, self._shared[same][2])
             self._params[param.name] = (param, made)
         return self._params[param.name][1]
 
