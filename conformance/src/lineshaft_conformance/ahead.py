@@ -41,6 +41,8 @@ class CompiledProgram:
 
 Progress = Callable[[int, int, CompiledProgram], None]
 """Told after each program: how many are done, of how many, and the latest."""
+MEMORY, WORK = ("temporaries", "aliased", "code"), ("flops", "moved")
+"""Figures of a CaptureReport that a compiler gives all or none of: its account of memory, and its estimate of work."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,21 @@ class Compiled:
         """Bytes of the KV pool."""
         return sum(n * size for n, size in zip(self.sizes.pages, self.sizes.page_bytes, strict=True))
 
+    def counts(self, names: Sequence[str]) -> bool:
+        """Whether the compiler gives these figures: of what it does not count, all are 0 in all programs."""
+        return any(getattr(program.report, name) for program in self.programs for name in names)
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """The figures that the compiler does not give."""
+        return tuple(name for group in (MEMORY, WORK) if not self.counts(group) for name in group)
+
+    @property
+    def declared(self) -> tuple[str, ...]:
+        """The collectives that are declared, not compiled (`CaptureReport.collectives`)."""
+        every = (name for program in self.programs for name in program.report.collectives)
+        return tuple(dict.fromkeys(name.removeprefix("declared: ") for name in every if name.startswith("declared: ")))
+
     @property
     def code(self) -> int:
         """Bytes of all programs themselves."""
@@ -79,7 +96,11 @@ class Compiled:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes by name of all that a device must hold at once."""
+        """Bytes by name of all that a device must hold at once; where the compiler counts none, those that are known
+        before: of what is at work, the results of one step that the plan counts."""
+        if not self.counts(MEMORY):
+            plan = self.sizes.plan
+            return {"weights": plan.weight_bytes, "KV pool": self.pool, "one step's results": plan.workspace_bytes}
         largest = self.largest
         return {
             "weights": self.sizes.plan.weight_bytes, "KV pool": self.pool,
@@ -116,16 +137,21 @@ class Compiled:
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data; the plan by its hash."""
         room = self.room
+        unknown, largest = dict.fromkeys(self.uncounted), self.largest.beyond(self.resident)
+        counted = self.counts(MEMORY)
         return {
             "backend": self.plan.backend, "topology": self.topology, "plan": self.plan.hash, "dtype": self.dtype,
             "layout": dict(self.layout), "evidence": "compiled-only", "programs_of_the_run": self.listed,
             "programs": [
-                {"program": each.label, "shape": asdict(each.shape), **asdict(each.report)} for each in self.programs
+                {"program": each.label, "shape": asdict(each.shape), **asdict(each.report), **unknown}
+                for each in self.programs
             ],
             "memory": {
                 "total": self.total, "free": self.free, "weights": self.sizes.plan.weight_bytes, "kv_pool": self.pool,
-                "largest_program": self.largest.label, "largest_at_work": self.largest.beyond(self.resident),
-                "code": self.code, "spare": self.spare, "fits": None if self.spare is None else self.spare >= 0,
+                "largest_program": self.largest.label, "largest_at_work": largest if counted else None,
+                "one_step": self.sizes.plan.workspace_bytes, "code": self.code if counted else None,
+                "needed": sum(self.parts.values()), "spare": self.spare,
+                "fits": None if self.spare is None else self.spare >= 0,
             },
             "pages": {
                 "chosen": list(self.sizes.pages), "page_sizes": list(self.sizes.page_sizes),

@@ -118,23 +118,27 @@ class Matrix:
         asked = (problem for problem in cell.problems if problem["problem"] in taken)
         return next((str(problem["reason"]) for problem in asked), cell.why)
 
-    def regressions(self, before: Matrix, only: Sequence[str] = ()) -> tuple[str, ...]:
-        """A line for each kernel that compiled before, for a target that is asked for now too, and does not now, or
-        whose code is worse by NEVER, GROWTH or CLASSES.
+    def compared(self, before: Matrix, only: Sequence[str] = ()) -> tuple[Cell, ...]:
+        """The cells of an earlier matrix that this one is compared with: those that compiled for a target that is asked
+        for now too.
 
         `only`: names or shell patterns of the kernels that are asked for.
         """
+        asked = [cell for cell in before.cells if cell.outcome == COMPILED and cell.target in self.targets]
+        return tuple(c for c in asked if not only or any(fnmatchcase(c.kernel, pattern) for pattern in only))
+
+    def regressions(self, before: Matrix, only: Sequence[str] = ()) -> tuple[str, ...]:
+        """A line for each cell of `compared` that does not compile now, or whose code is worse by NEVER, GROWTH or
+        CLASSES."""
         now = {(cell.kernel, cell.target): cell for cell in self.cells}
         lines = []
-        for cell in before.cells:
-            asked = not only or any(fnmatchcase(cell.kernel, pattern) for pattern in only)
-            if asked and cell.outcome == COMPILED and cell.target in self.targets:
-                found = now.get((cell.kernel, cell.target))
-                if found is None or found.outcome != COMPILED:
-                    said = "there is no such kernel" if found is None else f"it {found.outcome}: {self.why(found)}"
-                    lines.append(f"{cell.kernel} compiled for {cell.target}, and now {said}")
-                else:
-                    lines += [f"{cell.kernel} for {cell.target}: {text}" for text in found.worse(cell)]
+        for cell in self.compared(before, only):
+            found = now.get((cell.kernel, cell.target))
+            if found is None or found.outcome != COMPILED:
+                said = "there is no such kernel" if found is None else f"it {found.outcome}: {self.why(found)}"
+                lines.append(f"{cell.kernel} compiled for {cell.target}, and now {said}")
+            else:
+                lines += [f"{cell.kernel} for {cell.target}: {text}" for text in found.worse(cell)]
         return tuple(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -183,24 +187,51 @@ def joined(parts: Sequence[Matrix]) -> Matrix:
 def load_matrix(file: Path) -> Matrix:
     """A matrix that was stored, whole or as a table (`Matrix.brief`). Raises InvalidValue."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if "rows" in data:
-            facts, cells = {"requires": data["versions"]}, [row_cell(row) for row in data["rows"]]
-            return Matrix(data["backend"], {}, tuple(data["targets"]), tuple(data["columns"]), tuple(cells), facts)
-        cells = [
-            Cell(**{name: item[name] for name in ("kernel", "op", "target", "reason", "seconds")},
-                 problems=tuple(item["problems"]))
-            for item in data["cells"]
-        ]  # fmt: skip
-        return Matrix(
-            data["backend"], data["options"], tuple(data["targets"]), tuple(data["columns"]), tuple(cells),
-            data["facts"],
-        )  # fmt: skip
+        matrix = matrix_of(json.loads(file.read_text(encoding="utf-8")))
+        for cell in matrix.cells:
+            check_cell(cell, matrix.columns)
+        return matrix
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidValue(
             f"{file} holds no matrix ({type(error).__name__}: {error}); give a file that "
             "`lineshaft kernels compile --out` or `--table` has written"
         ) from error
+
+
+def matrix_of(data: Mapping[str, Any]) -> Matrix:
+    """The matrix of a stored one's plain data."""
+    if "rows" in data:
+        facts, cells = {"requires": data["versions"]}, [row_cell(row) for row in data["rows"]]
+        return Matrix(data["backend"], {}, tuple(data["targets"]), tuple(data["columns"]), tuple(cells), facts)
+    cells = [
+        Cell(**{name: item[name] for name in ("kernel", "op", "target", "reason", "seconds")},
+             problems=tuple(item["problems"]))
+        for item in data["cells"]
+    ]  # fmt: skip
+    return Matrix(
+        data["backend"], data["options"], tuple(data["targets"]), tuple(data["columns"]), tuple(cells), data["facts"]
+    )
+
+
+def check_cell(cell: Cell, columns: Sequence[str]) -> None:
+    """Raises ValueError for what `Matrix.regressions` cannot compare: another type than that of a name or a figure, and
+    figures that are there in part. Backends without registers have none of them."""
+    where = f"{cell.kernel} for {cell.target}"
+    if not all(isinstance(name, str) for name in (cell.kernel, cell.op, cell.target, cell.reason)):
+        raise ValueError(f"{where}: kernel, op, target and reason are strings")
+    counted = [name for name in (*NEVER, *GROWTH) if name in columns]
+    for problem in cell.problems:
+        if problem["outcome"] != COMPILED:
+            continue
+        figures, text = problem["figures"], problem["problem"]
+        absent = [name for name in counted if name not in figures]
+        if absent and len(absent) < len(counted):
+            raise ValueError(f"{where} [{text}] has no {', '.join(absent)}")
+        for name in counted:
+            if type(figures.get(name, 0)) not in (int, float):
+                raise ValueError(f"{where} [{text}]: {name} = {figures[name]!r} is no number")
+        if not isinstance(figures.get(CLASSES, ""), str):
+            raise ValueError(f"{where} [{text}]: {CLASSES} = {figures[CLASSES]!r} is no string")
 
 
 def row_cell(row: Mapping[str, Any]) -> Cell:

@@ -11,7 +11,7 @@ from lineshaft.config import validate_options
 from lineshaft.errors import InvalidValue
 from lineshaft.registry import Registry, discover, load_attribute
 from lineshaft_conformance.ahead import make_toolchain
-from lineshaft_contract.backends import Backend, BackendInfo, Capabilities, Toolchain, World
+from lineshaft_contract.backends import Backend, BackendInfo, Capabilities, Catalogue, Offered, Toolchain, World
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import OpSpec, all_ops
 
@@ -134,6 +134,19 @@ class OnDevice(Subject):
 
     def start(self, world: World) -> Backend:
         return self.toolchain.start(self.device, world)
+
+
+def offered(target: Target, device: str = "") -> Sequence[Offered]:
+    """Every kernel that a backend can register on a device that is not here ("": as its options have it, or the first);
+    those of a backend without toolchain are what it registers here. Raises as OnDevice and Subject do."""
+    registry = discover()
+    info = registry.named(target.backend)
+    if not (info.toolchain or device):
+        return [*map(Offered, Subject(target, registry).kernels)]
+    toolchain = make_toolchain(info, target.options, registry)
+    if isinstance(toolchain, Catalogue):
+        return [*toolchain.catalogue(device), *map(Offered, registry.kernels(info.name))]
+    return [*map(Offered, OnDevice(target, registry, device, toolchain).kernels)]
 
 
 def make_subject(target: Target, registry: Registry | None = None) -> Subject:

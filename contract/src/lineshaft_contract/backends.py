@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.problems import Problem
@@ -190,6 +190,25 @@ class Toolchain(Protocol):
         `capture` compiles, and a program that is called raises Unsupported. Raises InvalidValue for an unknown target,
         LayoutError for a layout that the target cannot hold.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A kernel that a backend can register. `note` says what it needs beside the device, or what of that is not there;
+    "" where nothing has to be said."""
+
+    kernel: Kernel
+    note: str = ""
+
+
+@runtime_checkable
+class Catalogue(Protocol):
+    """What a toolchain has besides whose backends ahead of time register fewer kernels than those on a device do."""
+
+    def catalogue(self, target: str) -> Sequence[Offered]:
+        """Every kernel that the backend can register on a target ("": the one that the options name), in the order of
+        the ops or of their modules. Raises InvalidValue for an unknown target."""
         ...
 
 

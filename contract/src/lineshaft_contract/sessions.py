@@ -63,6 +63,7 @@ class CaptureReport:
 
     `flops` and `moved`, the bytes read and written, are a compiler's estimate, `arguments`, `outputs`, `temporaries`,
     `aliased` and `code` its account of memory; 0 where there is none. `cached` tells that nothing had to be compiled.
+    `collectives` are as compiled, or as "declared: all_reduce" where a library that was not asked makes them.
     """
 
     seconds: float
@@ -72,7 +73,7 @@ class CaptureReport:
     aliased: int = 0
     packed: int = 0
     cache_copied: int = 0
-    collectives: tuple[str, ...] = ()  # as compiled
+    collectives: tuple[str, ...] = ()
     arguments: int = 0
     outputs: int = 0
     flops: int = 0

@@ -46,6 +46,20 @@ def test_one_row_for_each_op_and_kernel_with_its_rejections(plan: Plan, capsys: 
     assert rows[3][:2] == ["plan", plan.hash]
 
 
+def test_rejections_of_one_reason_share_it_and_the_rarest_reasons_come_first(
+    plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [Rejection(f"int8_{i}", "is for int8") for i in range(4)] + [Rejection("fp8", "is for fp8")]
+    few = [Rejection("wide", "takes 9 rows"), Rejection("a", "takes 1 row"), Rejection("b", "takes 1 row")]
+    rejecting = replace(plan, entries=(entry("linear", "rows=4", "c", *many, *few),))
+    monkeypatch.setattr(sys.modules["lineshaft.explain"], "explain", lambda config: rejecting)
+    assert main(["explain", "--model", "m"]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.endswith("  fp8: is for fp8; wide: takes 9 rows; a, b: takes 1 row; +4 more, see --json")
+    assert main(["explain", "--model", "m", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["entries"][0]["rejected"]) == 8
+
+
 def test_a_kernel_of_the_next_contract_version_is_marked(
     plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,14 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_verbose_stands_before_or_after_a_command_and_its_own(capsys: pytest.CaptureFixture[str], place: int) -> None:
+    arguments = ["config", "show", "--config", "absent.toml"]
+    assert "Traceback" not in run(capsys, *arguments)[2]
+    status, _, err = run(capsys, *arguments[:place], "-v", *arguments[place:])
+    assert status == 2 and "Traceback" in err
+
+
 def test_verbose_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = run(capsys, "explain", "-v", "--model", "m", "--tp", "x")
     assert "Traceback" in err

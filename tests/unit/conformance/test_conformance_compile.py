@@ -103,6 +103,28 @@ def test_json_holds_what_the_compiler_told_and_adds_up(run: Run, tmp_path: Path)
     assert memory["fits"] and one["details"] == {"scratch": 256}
 
 
+def test_what_nobody_counts_is_no_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lineshaft_conformance.mutants import toolchains
+
+    def report(seconds: float, **figures: Any) -> CaptureReport:
+        return CaptureReport(seconds, arguments=figures["arguments"], outputs=figures["outputs"])
+
+    monkeypatch.setattr(toolchains, "CaptureReport", report)
+    monkeypatch.setattr(toolchains.PlainMemory, "total_free", lambda self: None)
+    status, out, _ = run("--programs", "forward/*-q1")
+    assert status == 0
+    line = out.splitlines()[1].split("  ")
+    assert [text.strip() for text in line if text.strip()][-6:-2] == ["-"] * 4
+    assert "needs at least" in out and "temporaries and code are not counted" in out
+    assert "0 B" not in out and "fits" not in out
+    found = json.loads(run("--programs", "forward/*-q1", "--json")[1])
+    names = ("temporaries", "aliased", "code", "flops", "moved")
+    assert all(program[name] is None for program in found["programs"] for name in names)
+    memory = found["memory"]
+    assert memory["code"] is memory["largest_at_work"] is memory["fits"] is None
+    assert memory["needed"] == memory["weights"] + memory["kv_pool"] + memory["one_step"] > 0
+
+
 def test_weights_are_cut_by_the_layout_and_the_world_is_the_one_asked_for(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,15 +61,20 @@ def test_kernels_are_listed_without_the_device(run: Run) -> None:
     status, out, _ = run("list", "--backend", "far")
     lines = [line.split() for line in out.splitlines()]
     assert status == 0
-    assert lines[0] == ["OP", "KERNEL", "PRIORITY", "LAYOUT", "VERSION", "HANDLES", "OPTIONS"]
-    assert ["rope", "plain_rope", "10", "-", "3", "attention_factor,", "interleaved", "block=128"] in lines
+    assert lines[0] == ["OP", "KERNEL", "PRIORITY", "LAYOUT", "VERSION", "HANDLES", "OPTIONS", "NOTE"]
+    assert ["rope", "plain_rope", "10", "-", "3", "attention_factor,", "interleaved", "block=128", "-"] in lines
     found = json.loads(run("list", "--backend", "far", "--json")[1])
     (linear,) = [kernel for kernel in found if kernel["op"] == "linear"]
     assert linear == {
         "op": "linear", "name": "plain_linear", "priority": 0, "layout": "", "version": "1",
-        "handles": ["adapters", "bias", "heads", "scheme"], "options": {},
+        "handles": ["adapters", "bias", "heads", "scheme"], "options": {}, "note": "",
     }  # fmt: skip
     assert len(json.loads(run("list", "--backend", "numpy", "--json")[1])) == len(all_ops())
+    assert run("list", "--backend", "far", "--target", "big:2x4")[0] == 0
+    status, _, err = run("list", "--backend", "far", "--target", "medium")
+    assert (status, "known are small:1x1, big:2x4" in err) == (2, True)
+    status, _, err = run("list", "--backend", "numpy", "--target", "big:2x4")
+    assert (status, "no toolchain" in err) == (2, True)
     status, _, err = run("list", "--backend", "toolless")
     assert (status, "no device of it is here" in err) == (2, True)
 
@@ -104,7 +109,8 @@ def test_failures_crashes_and_kernels_that_take_nothing_are_told(run: Run, tmp_p
     chosen = ["--backend", "far", "--jobs", 2, "--targets", "big:*", "--kernels", "plain_linear,plain_add"]
     good = tmp_path / "good.json"
     assert run("compile", *chosen, "--out", good)[0] == 0
-    assert run("compile", *chosen, "--against", good)[0] == 0
+    status, _, err = run("compile", *chosen, "--against", good)
+    assert status == 0 and f"2 cells compared with {good}: 0 regressions" in err
     status, out, err = run("compile", *chosen, "--backend-option", "does=linear fails", "--against", good)
     assert status == 1
     assert "FAILS plain_linear for big:2x4: real/0 [dtype=bfloat16 n=4096" in out
@@ -119,6 +125,56 @@ def test_failures_crashes_and_kernels_that_take_nothing_are_told(run: Run, tmp_p
     status, out, err = run("compile", *chosen, "--backend-option", "does=declines", "--against", good)
     assert status == 1 and "plain_add declines every problem on every target" in out and "adds on no device" in out
     assert "REGRESSION plain_add" in err
+
+
+def test_statuses_are_those_of_each_command_and_verbose_stands_anywhere(run: Run) -> None:
+    help_of = {name: run(name, "--help")[1] for name in ("list", "compile")}
+    assert "exit status:" in help_of["list"] and "--against" not in help_of["list"]
+    assert "nothing was compared with --against" in help_of["compile"]
+    for arguments in (("list", "-v"), ("-v", "list")):
+        status, _, err = run(*arguments, "--backend", "far", "--backend-option", "speed=9")
+        assert status == 2 and "Traceback" in err and "no option backend_options.speed" in err.splitlines()[-1]
+
+
+def test_a_table_that_has_nothing_to_compare_is_an_error(run: Run, tmp_path: Path) -> None:
+    chosen = ["--backend", "far", "--jobs", 1, "--targets", "big:*", "--kernels", "plain_add", "--problems", "first"]
+    table = tmp_path / "t.json"
+    assert run("compile", *chosen, "--table", table)[0] == 0
+    whole = json.loads(table.read_text())
+    other = [{**row, "target": "gfx942"} for row in whole["rows"]]
+    for rows in ([], other):
+        table.write_text(json.dumps({**whole, "rows": rows}))
+        status, _, err = run("compile", *chosen, "--against", table)
+        assert status == 2 and "no cell could be compared" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"registers": None}, "k for s [p]: registers = None is no number"),
+        ({"registers": "x"}, "k for s [p]: registers = 'x' is no number"),
+        ({"registers": True}, "registers = True is no number"),
+        ({"found": 3}, "found = 3 is no string"),
+        ({"target": 3}, "kernel, op, target and reason are strings"),
+        ({"registers": ...}, "k for s [p] has no registers"),
+        ({"problem": ...}, "KeyError: 'problem'"),
+        ({"op": ...}, "KeyError: 'op'"),
+    ],
+)
+def test_a_malformed_row_is_told_before_anything_is_compiled(
+    run: Run, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    row = {"kernel": "k", "op": "add", "target": "s", "problem": "p", "registers": 9, "spills": 0, "found": "none"}
+    row = {name: value for name, value in (row | change).items() if value is not ...}
+    table = {"backend": "b", "targets": ["s"], "columns": ["registers", "spills", "found"], "versions": {}}
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps({**table, "rows": [row]}))
+    status, out, err = run("compile", "--backend", "far", "--against", file)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "holds no matrix" in err and said in err
+    bare = {**table, "rows": [{"kernel": "k", "op": "add", "target": "s", "problem": "p", "vmem": 3}]}
+    file.write_text(json.dumps(bare))  # of a backend without registers
+    assert load_matrix(file).count("compiled") == 1
 
 
 @pytest.mark.parametrize(

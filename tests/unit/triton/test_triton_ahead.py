@@ -16,7 +16,7 @@ from lineshaft_conformance.cli import kernels
 from lineshaft_contract.backends import World
 from lineshaft_contract.errors import ContractViolation, InvalidValue, LayoutError, SessionClosed, Unsupported
 from lineshaft_contract.packing import pack_rows
-from lineshaft_contract.problems import KVProblem, LinearProblem, NormProblem
+from lineshaft_contract.problems import CollectiveProblem, KVProblem, LinearProblem, NormProblem
 from lineshaft_contract.sessions import Packing
 from lineshaft_contract.steps import ArraySpec, HostStep, InputField, InputLayout, StepShape
 from lineshaft_contract.weights import Param
@@ -107,6 +107,12 @@ def _torch(name: str) -> Any:
     return getattr(torch, name)
 
 
+def _meta(*shape: int) -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
 def test_caches_of_any_size_take_no_memory_and_nothing_moves(session: AheadSession) -> None:
     problem = KVProblem(dtype="bfloat16", kv_heads=8, qk_dim=128, v_dim=128, page_size=16, kv_dtype="bfloat16")
     (cache,) = session.alloc_caches([problem], [1 << 24], "slots")
@@ -175,6 +181,37 @@ def test_a_program_without_a_launch_is_refused(session: AheadSession) -> None:
         captured(session)
 
 
+def test_collectives_of_several_ranks_make_shapes_and_are_declared(compiler: Compiler) -> None:
+    axes = (("dp", 1), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", 4))
+    backend = TritonToolchain("cuda", "nvidia", compiler).start("sm90", World(rank=2, axes=axes))
+    session = backend.session(2)
+    kernels = {kernel.op: kernel for kernel in backend.kernels() if kernel.name.startswith("torch_")}
+    alone = TritonToolchain("cuda", "nvidia", compiler).start("sm90", World()).kernels()
+    assert not {kernel.op for kernel in alone} & set(kernels)
+    calls: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        "all_reduce": ((), (8, 4)), "all_gather": ((1,), (8, 16)), "reduce_scatter": ((0,), (2, 4)),
+        "all_to_all": ((0, 1), (2, 16)), "broadcast": ((1,), (8, 4)), "permute": ((1,), (8, 4)),
+    }  # fmt: skip
+    assert set(kernels) == set(calls)
+    x = _meta(8, 4)
+    for op, (arguments, shape) in calls.items():
+        problem = CollectiveProblem(dtype="bfloat16", axis=("tp",), size=4, shape=(8, 4))
+        assert kernels[op].supports(problem) is None
+        made = kernels[op].bind(problem, session)(x, ("tp",), *arguments)
+        assert (made.device.type, made.dtype, tuple(made.shape)) == ("meta", x.dtype, shape), op
+    assert set(session.groups.asked) == set(calls)
+    session.close()
+
+
+def test_weights_are_among_the_arguments_of_a_program(session: AheadSession) -> None:
+    linear = {"linear": LinearProblem(dtype="bfloat16", n=64, k=32)}
+    names = {"one": "a", "two": "b", "tied": "a"}  # with the source of each
+    session.load(
+        [Param(name, source, (64, 32), "bfloat16", linear, None) for name, source in names.items()], Unread(), {}
+    )  # type: ignore[arg-type]
+    assert sum(tensor.numel() for tensor in session.tensors()) == 2 * 64 * 32
+
+
 # ---- toolchain -------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +228,31 @@ def test_a_toolchain_compiles_for_its_vendors_targets_alone(name: str, vendor: s
         toolchain.start("sm75", World())
     with pytest.raises(LayoutError, match="at most 1024"):
         toolchain.start(toolchain.targets()[0], World(axes=(("dp", 1), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", 2048))))
+
+
+def test_a_catalogue_names_libraries_that_are_not_installed_and_is_for_the_target_of_the_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lineshaft_cuda.options import CudaOptions
+    from lineshaft_cuda.toolchain import create
+    from lineshaft_rocm import toolchain as rocm
+    from lineshaft_rocm.options import RocmOptions
+
+    made = create(CudaOptions(interpret=True, target="sm120"))
+    monkeypatch.setattr("lineshaft_triton.toolchain.find_spec", lambda name: None)
+    notes = {offer.kernel.name: offer.note for offer in made.catalogue("")}
+    assert {"torch_attend", "torch_all_reduce", "triton_rms_norm", "one_shot_all_reduce"} <= set(notes)
+    assert notes["cublas_linear"] == "on a GPU, not interpreted"
+    assert notes["flashinfer_attend"] == "flashinfer is not installed"
+    assert notes["flash3_attend"] == "flash_attn_interface is not installed"
+    assert notes["triton_rms_norm"] == ""
+    assert {offer.kernel.options.get("target", "sm120") for offer in made.catalogue("")} == {"sm120"}
+    assert {offer.kernel.options.get("target", "sm80") for offer in made.catalogue("sm80")} == {"sm80"}
+    with pytest.raises(InvalidValue, match="target 'gfx942': cuda compiles for sm80"):
+        made.catalogue("gfx942")
+    monkeypatch.setattr("lineshaft_triton.toolchain.find_spec", lambda name: object())
+    found = {offer.kernel.name: offer.note for offer in rocm.create(RocmOptions()).catalogue("")}
+    assert found["aiter_rms_norm"] == found["hipblas_linear"] == "on a GPU, not interpreted"
 
 
 def test_real_problems_are_those_of_a_step_of_three_models() -> None:

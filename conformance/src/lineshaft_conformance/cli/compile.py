@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from lineshaft_conformance.amounts import amount, human
 if TYPE_CHECKING:
     from lineshaft_conformance.ahead import Compiled, CompiledProgram
 
-HELP = "compile all programs of a run ahead of time, without the device, and say whether they fit"
+HELP = "compile all programs of a run ahead of time, without the device, and say what memory they need"
 HEADER = (
     "PROGRAM", "TOKENS", "ROWS", "PAGES", "LOGITS", "ARGUMENTS", "OUTPUTS", "TEMPORARIES", "ALIASED", "FLOPS", "MOVED",
     "SECONDS", "CACHED",
@@ -65,23 +66,24 @@ class Told:
 
 
 def as_text(found: Compiled) -> str:
-    return "\n".join([table(HEADER, list(map(row, found.programs))), "", *summary(found)])
+    rows = [row(program, found.uncounted) for program in found.programs]
+    return "\n".join([table(HEADER, rows), "", *summary(found)])
 
 
-def row(program: CompiledProgram) -> tuple[str, ...]:
+def row(program: CompiledProgram, uncounted: Collection[str] = ()) -> tuple[str, ...]:
+    """A program's line, with "-" for the figures that nobody counts."""
     shape, report = program.shape, program.report
     counts = (shape.tokens, shape.rows, "x".join(map(str, shape.pages)) or "-", shape.logits)
-    sizes = map(human, (report.arguments, report.outputs, report.temporaries, report.aliased))
+    said = {"flops": amount}
+    names = ("arguments", "outputs", "temporaries", "aliased", "flops", "moved")
+    sizes = ["-" if name in uncounted else said.get(name, human)(getattr(report, name)) for name in names]
     cached = "yes" if report.cached else "no"
-    return (
-        program.label, *map(str, counts), *sizes, amount(report.flops), human(report.moved), f"{report.seconds:.1f}",
-        cached,
-    )  # fmt: skip
+    return (program.label, *map(str, counts), *sizes, f"{report.seconds:.1f}", cached)
 
 
 def summary(found: Compiled) -> list[str]:
     """What a device has, what is put on it, whether that fits, and what the run is."""
-    sizes, largest = found.sizes, found.largest
+    sizes = found.sizes
     held = ", ".join(
         f"{pages} pages of {size} tokens" for pages, size in zip(sizes.pages, sizes.page_sizes, strict=True)
     )
@@ -90,24 +92,43 @@ def summary(found: Compiled) -> list[str]:
     lines = [
         f"a device of {found.topology}: {memory}{counted}",
         f"weights {human(sizes.plan.weight_bytes)}, KV pool {human(found.pool)} ({held or 'none'})",
-        f"largest program {largest.label}: {human(largest.beyond(found.resident))} beside them, of that temporaries "
-        f"{human(largest.report.temporaries)}; code of all programs {human(found.code)}",
+        at_work(found),
         verdict(found),
     ]
     seconds, cached = (sum(p.report.seconds for p in found.programs), sum(p.report.cached for p in found.programs))
     layout = ", ".join(f"{axis}={degree}" for axis, degree in found.layout.items() if degree > 1) or "one device"
+    declared = f"; declared, not compiled: {', '.join(found.declared)}" if found.declared else ""
     return [
         *lines,
         f"plan {found.plan.hash[:16]}  backend {found.plan.backend}  {found.dtype}  {layout}  "
         f"{len(found.programs)} of {found.listed} programs in {seconds:.1f} s, {cached} of them from a cache; "
-        "evidence: compiled-only",
+        f"evidence: compiled-only{declared}",
     ]
+
+
+def at_work(found: Compiled) -> str:
+    """What is needed beside weights and pool."""
+    from lineshaft_conformance.ahead import MEMORY
+
+    if not found.counts(MEMORY):
+        return (
+            f"one step's results {human(found.sizes.plan.workspace_bytes)} by the plan; temporaries and code are not "
+            "counted by this backend's compiler"
+        )
+    largest = found.largest
+    return (
+        f"largest program {largest.label}: {human(largest.beyond(found.resident))} beside them, of that temporaries "
+        f"{human(largest.report.temporaries)}; code of all programs {human(found.code)}"
+    )
 
 
 def verdict(found: Compiled) -> str:
     """Whether it fits, and how many KV pages could be had."""
     if found.spare is None:
-        return "nothing is said of whether it fits: the backend counts no memory for this target"
+        return (
+            f"needs at least {human(sum(found.parts.values()))} of a device; whether that is there is not said: the "
+            "backend does not know the memory of this target"
+        )
     fits = (
         f"fits: {human(found.spare)} stay free" if found.spare >= 0 else f"does NOT fit: {human(-found.spare)} too much"
     )

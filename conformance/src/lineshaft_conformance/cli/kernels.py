@@ -21,18 +21,24 @@ from lineshaft_conformance.cli.conformance import backend_arguments, limit, posi
 if TYPE_CHECKING:
     from lineshaft_conformance.matrix import Matrix
     from lineshaft_conformance.subject import Target
-    from lineshaft_contract.kernels import Kernel
+    from lineshaft_contract.backends import Offered
 
 HELP = "list a backend's kernels, or compile them for devices that are not here"
+LIST_EPILOG = """exit status:
+  0    done
+  2    the command line or a configuration is wrong, or the backend does not load
+  130  interrupted
+"""
 EPILOG = """exit status:
   0    done
   1    a kernel fails to compile, or is worse than in the matrix of --against: it does not compile any more, spills
        registers where it spilled none, has lost a class of matrix instructions, or takes more registers or shared
        memory, by more than a tenth and more than 8 registers or 1 KiB
-  2    the command line or a configuration is wrong, or the backend does not load
+  2    the command line or a configuration is wrong, the backend does not load, or nothing was compared with --against
   130  interrupted
 """
 PASSED, FAILED = 0, 1
+LIST = ("OP", "KERNEL", "PRIORITY", "LAYOUT", "VERSION", "HANDLES", "OPTIONS", "NOTE")
 STORED = ("out", "table", "markdown")
 """Options that name a file to write."""
 
@@ -40,18 +46,21 @@ STORED = ("out", "table", "markdown")
 def add_arguments(parser: ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="act", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str, *, required: bool = True) -> ArgumentParser:
+    def command(name: str, text: str, epilog: str, *, required: bool = True) -> ArgumentParser:
         made = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, epilog=EPILOG,
+            name, help=text, description=text, allow_abbrev=False, epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         backend_arguments(made, required=required)
         made.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return made
 
-    command("list", "list the kernels of a backend: what each is for, and what it handles")
+    listing = command("list", "list the kernels of a backend: what each is for, and what it handles", LIST_EPILOG)
+    listing.add_argument(
+        "--target", metavar="NAME", default="", help="the device to list for (default: by the options)"
+    )
     text = "compile every kernel for every target, without the device"
-    add = command("compile", text, required=False).add_argument
+    add = command("compile", text, EPILOG, required=False).add_argument
     add(
         "--targets",
         metavar="A,B",
@@ -104,33 +113,33 @@ def targets(args: Namespace) -> list[Target]:
 
 
 def act_list(args: Namespace) -> int:
-    from lineshaft.registry import discover
-    from lineshaft_conformance.subject import OnDevice, Subject
+    from lineshaft_conformance.subject import offered
 
-    registry = discover()
-    kind = OnDevice if registry.named(args.backend).toolchain else Subject
-    kernels = kind(target(args), registry).kernels
+    kernels = offered(target(args), args.target)
     if args.json:
-        print(json.dumps([described(kernel) for kernel in kernels], indent=2))
+        print(json.dumps([described(each) for each in kernels], indent=2))
     else:
-        print(table(("OP", "KERNEL", "PRIORITY", "LAYOUT", "VERSION", "HANDLES", "OPTIONS"), list(map(row, kernels))))
+        print(table(LIST, list(map(row, kernels))))
     return PASSED
 
 
-def described(kernel: Kernel) -> dict[str, Any]:
+def described(offer: Offered) -> dict[str, Any]:
     """A kernel without its functions."""
+    kernel = offer.kernel
     return {
         "op": kernel.op, "name": kernel.name, "priority": kernel.priority, "layout": kernel.layout,
         "version": kernel.version, "handles": sorted(kernel.handles), "options": dict(kernel.options),
+        "note": offer.note,
     }  # fmt: skip
 
 
-def row(kernel: Kernel) -> Sequence[str]:
+def row(offer: Offered) -> Sequence[str]:
+    kernel = offer.kernel
     options = ", ".join(f"{key}={value}" for key, value in sorted(kernel.options.items()))
     handles = ", ".join(sorted(kernel.handles))
     return (
         kernel.op, kernel.name, str(kernel.priority), kernel.layout or "-", kernel.version, handles or "-",
-        options or "-",
+        options or "-", offer.note or "-",
     )  # fmt: skip
 
 
@@ -149,10 +158,26 @@ def act_compile(args: Namespace) -> int:
         matrix = compile_matrix(targets(args), devices, kernels, args.problems, args.jobs, args.limit, bar)
     store(matrix, args)
     print(json.dumps(matrix.to_json(), indent=2) if args.json else text(matrix))
-    worse = () if before is None else matrix.regressions(before, kernels)
+    worse = () if before is None else compare(matrix, before, kernels, args.against)
+    return FAILED if matrix.failures or worse else PASSED
+
+
+def compare(matrix: Matrix, before: Matrix, kernels: Sequence[str], file: Path) -> tuple[str, ...]:
+    """Tell what is worse than before, and return it. Raises InvalidValue where nothing can be compared."""
+    from lineshaft_conformance.matrix import COMPILED
+
+    count = len(matrix.compared(before, kernels))
+    if not count:
+        raise InvalidValue(
+            f"--against {file}: no cell could be compared; it is of {before.backend} and holds "
+            f"{before.count(COMPILED)} that compiled, for {', '.join(before.targets) or 'no target'}, and this run is "
+            f"of {', '.join(matrix.kernels)} for {', '.join(matrix.targets)}; give a table of these"
+        )
+    worse = matrix.regressions(before, kernels)
     for line in worse:
         print(f"REGRESSION {line}", file=sys.stderr)
-    return FAILED if matrix.failures or worse else PASSED
+    print(f"{count} cells compared with {file}: {len(worse)} regressions", file=sys.stderr)
+    return worse
 
 
 def names(texts: Sequence[str]) -> list[str]:

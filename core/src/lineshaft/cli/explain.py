@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 HELP = "show the plan: the kernel of every op, and why others are declined"
 
+FEW = 3
+"""Reasons in a cell of the table."""
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -62,5 +65,11 @@ def by_problem(plan: Plan) -> str:
 
 
 def declined(entry: PlanEntry) -> str:
-    """Every rejected kernel with its reason."""
-    return "; ".join(f"{rejection.kernel}: {rejection.reason}" for rejection in entry.rejected) or "-"
+    """The rejected kernels by reason: the FEW reasons that fewest share, which tell most, and how many have others."""
+    kernels: dict[str, list[str]] = {}
+    for rejection in entry.rejected:
+        kernels.setdefault(rejection.reason, []).append(rejection.kernel)
+    told = sorted(kernels.items(), key=lambda item: len(item[1]))
+    more = sum(len(names) for _, names in told[FEW:])
+    texts = [f"{', '.join(names)}: {reason}" for reason, names in told[:FEW]]
+    return "; ".join([*texts, *([f"+{more} more, see --json"] if more else [])]) or "-"

@@ -32,7 +32,12 @@ FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+    """An argument parser whose errors are one line, like all others. It and those of its commands take -v."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        text = "log, and show tracebacks of errors"
+        self.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"lineshaft: error: {message}; see `{self.prog} --help`\n")
@@ -98,11 +103,11 @@ def stop(number: int, frame: object) -> NoReturn:
 def parser(commands: Mapping[str, Command]) -> Parser:
     """The parser of all commands."""
     top = Parser(prog="lineshaft", description="One inference engine for any accelerator.")
+    top.set_defaults(verbose=False)
     top.add_argument("--version", action=Version, nargs=0, help="print the version")
     choices = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in commands.items():
         command = choices.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        command.add_argument("-v", "--verbose", action="store_true", help="log, and show tracebacks of errors")
         module.add_arguments(command)
     return top
 

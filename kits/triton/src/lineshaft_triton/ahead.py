@@ -26,6 +26,8 @@ from lineshaft_contract.sessions import (
 from lineshaft_contract.steps import ArraySpec, HostStep, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Param, Weight
 from lineshaft_torch.arrays import torch_dtype
+from lineshaft_torch.collectives import NCCL, Group, ProcessGroups, members_of
+from lineshaft_torch.kernels import collectives
 from lineshaft_torch.packing import host_pack
 from lineshaft_torch.program import ProgramBase
 from lineshaft_torch.session import TorchSession
@@ -46,11 +48,37 @@ Packed = dict[tuple[Any, ...], dict[str, torch.Tensor]]
 """The leaves that packings have made of shapes, for which they take their time."""
 
 
+class ShapesGroup(Group):
+    """A group whose other members are not here: it moves nothing, makes results of the right shape and notes which ops
+    were asked for."""
+
+    def __init__(self, axes: tuple[str, ...], index: int, size: int, asked: list[str]) -> None:
+        super().__init__(axes, index, size, None, own_dtype=True)
+        self._asked = asked
+
+    def _wait(self, op: str, submit: Callable[[Any], Any]) -> None:
+        self._asked.append(op)
+
+
+class ShapesGroups(ProcessGroups):
+    """The groups of one rank of a mesh that is not here. `asked` has the ops of all of them, in their order."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, NCCL, 0.0)
+        self.asked: list[str] = []
+
+    def group(self, axis: str | Sequence[str]) -> Group:
+        axes = (axis,) if isinstance(axis, str) else tuple(axis)
+        ranks = members_of(self._world, axes)
+        return ShapesGroup(axes, ranks.index(self._world.rank), len(ranks), self.asked)
+
+
 class AheadSession(TorchSession):
     """A session on one GPU to compile for: `load` reads no tensor, `capture` compiles, nothing runs."""
 
     def __init__(self, world: World, target: Target, compiler: Compiler, packed: Packed | None = None) -> None:
         super().__init__("meta", world)
+        self.groups: ShapesGroups = ShapesGroups(world)
         self.target, self.compiler = target, compiler
         self.launches: list[Launch] = []
         self._packed: Packed = {} if packed is None else packed
@@ -71,7 +99,10 @@ class AheadSession(TorchSession):
     def _place(self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Weight | torch.Tensor:
         if param.name not in self._params:
             packing = packings.get(param.name, Packing())
-            made = self._make(param, len(self._params), packing, self._shapes_of(param, packing))
+            same = (param.source_id, packing.layout, param.shape, param.dtype)
+            if same not in self._shared:
+                self._shared[same] = (param, packing, self._shapes_of(param, packing))
+            made = self._make(param, len(self._params), packing, self._shared[same][2])
             self._params[param.name] = (param, made)
         return self._params[param.name][1]
 
@@ -120,6 +151,7 @@ class AheadProgram(ProgramBase):
         super().__init__(session, capture)
         began = time.perf_counter()
         session.launches.clear()
+        session.groups.asked.clear()
         arrays = {name: self._zeros(spec) for name, spec in capture.arrays.items()}
         outputs, _ = self._call_forward(self.ops, arrays)
         launches = list(dict.fromkeys(session.launches))
@@ -131,6 +163,7 @@ class AheadProgram(ProgramBase):
             ops=len(session.launches),
             arguments=nbytes([self._buffer, *session.tensors(), *arrays.values()]),
             outputs=nbytes(outputs.values()),
+            collectives=tuple(f"declared: {op}" for op in dict.fromkeys(session.groups.asked)),
             details=details(launches, codes, session.target),
         )
 
@@ -167,7 +200,8 @@ def details(launches: Sequence[Launch], codes: Sequence[Code], target: Target) -
 
 @dataclass(frozen=True)
 class AheadBackend:
-    """A plugin's backend on a target that is not here: its Triton kernels, which are all that there is to compile.
+    """A plugin's backend on a target that is not here: its Triton kernels, which are all that there is to compile, and
+    among several ranks the collectives of the torch kit, of which a library's code is declared.
     Implements `lineshaft_contract.backends.Backend`."""
 
     name: str
@@ -182,7 +216,8 @@ class AheadBackend:
         from lineshaft_triton.kernels import triton_kernels
 
         kernels = triton_kernels(self.name, self.target)
-        return [replace(kernel, supports=_for_compiler(kernel.supports)) for kernel in kernels]
+        mesh = [] if self.world.size == 1 else [recipe(self.name) for recipe in collectives.recipes()]
+        return [*(replace(kernel, supports=_for_compiler(kernel.supports)) for kernel in kernels), *mesh]
 
     def session(self, rank: int) -> AheadSession:
         return AheadSession(self.world, self.target, self.compiler, self.packed)

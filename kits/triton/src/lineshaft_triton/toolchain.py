@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
-from lineshaft_contract.backends import World
+from lineshaft_contract.backends import Offered, World
 from lineshaft_contract.errors import InvalidValue, LayoutError
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.problems import Problem
+from lineshaft_torch import one_shot
+from lineshaft_torch.bound import Recipe
+from lineshaft_torch.kernels import portable_kernels
 from lineshaft_triton.ahead import COLUMNS, AheadBackend, Packed
 from lineshaft_triton.backend import capabilities_of
 from lineshaft_triton.compiling import Compiler
+from lineshaft_triton.priority import TRITON
 from lineshaft_triton.real_problems import real_problems
-from lineshaft_triton.targets import TARGETS, targets_of
+from lineshaft_triton.targets import TARGETS, Target, targets_of
+
+Libraries = Callable[[Target], Sequence[tuple[Recipe, str]]]
+"""Kernels of a vendor's libraries and of other packages on a target, each with the module that it needs ("": torch)."""
 
 RANKS = 1024
 """More than any model's heads, experts and layers are spread over."""
@@ -21,12 +29,15 @@ RANKS = 1024
 
 @dataclass(frozen=True)
 class TritonToolchain:
-    """Implements `lineshaft_contract.backends.Toolchain` for the backend `name`, whose GPUs are of `vendor`."""
+    """Implements `lineshaft_contract.backends.Toolchain` and `Catalogue` for the backend `name`, whose GPUs are of
+    `vendor`. `chosen` is the target that the options name ("": the first), `libraries` what is called on GPUs alone."""
 
     name: str
     vendor: str
     compiler: Compiler = field(default_factory=Compiler)
     packed: Packed = field(default_factory=dict)
+    chosen: str = ""
+    libraries: Libraries = lambda target: ()
 
     def targets(self) -> Sequence[str]:
         return targets_of(self.vendor)
@@ -39,10 +50,28 @@ class TritonToolchain:
         return real_problems(kernel.op)
 
     def start(self, target: str, world: World) -> AheadBackend:
-        if target not in self.targets():
-            raise InvalidValue(f"target {target!r}: {self.name} compiles for {', '.join(self.targets())}")
+        where = self._find(target)
         if world.size > RANKS:
             degrees = " ".join(f"{axis}={degree}" for axis, degree in world.axes if degree > 1)
             raise LayoutError(f"layout {degrees} has {world.size} ranks; at most {RANKS} are held: lower a degree")
-        where = TARGETS[target]
         return AheadBackend(self.name, world, where, self.compiler, capabilities_of(where), self.packed)
+
+    def catalogue(self, target: str) -> Sequence[Offered]:
+        where = self._find(target or self.chosen or self.targets()[0])
+        beside = [(each, missing(module) or "on a GPU, not interpreted") for each, module in self.libraries(where)]
+        beside += [(each, "among GPUs that read each other's memory") for each in one_shot.recipes(TRITON)]
+        return [
+            *map(Offered, portable_kernels(self.name)),
+            *map(Offered, self.start(where.name, World()).kernels()),
+            *(Offered(each(self.name), note) for each, note in beside),
+        ]
+
+    def _find(self, target: str) -> Target:
+        if target not in self.targets():
+            raise InvalidValue(f"target {target!r}: {self.name} compiles for {', '.join(self.targets())}")
+        return TARGETS[target]
+
+
+def missing(module: str) -> str:
+    """What to say of a module that is not installed, which is found without importing it; "" of one that is."""
+    return f"{module} is not installed" if module and find_spec(module) is None else ""

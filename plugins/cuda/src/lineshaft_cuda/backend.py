@@ -22,10 +22,19 @@ def installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
+def libraries(target: Target) -> list[tuple[Recipe, str]]:
+    """Kernels of NVIDIA's libraries and of packages, each with the module that it needs ("": torch)."""
+    flash = flash_attend.recipes(target, lambda module: True)
+    return [
+        (library_linear("cublas_linear"), ""),
+        *((each, flash_attend.PACKAGES[each("cuda").name]) for each in flash),
+        *((each, flashinfer_attend.PACKAGE) for each in flashinfer_attend.recipes()),
+    ]
+
+
 def further(target: Target) -> list[Recipe]:
-    """Kernels of NVIDIA's libraries, and of packages that are installed."""
-    found = [library_linear("cublas_linear"), *flash_attend.recipes(target, installed)]
-    return [*found, *flashinfer_attend.recipes()] if installed(flashinfer_attend.PACKAGE) else found
+    """Those of `libraries` whose modules are installed."""
+    return [each for each, module in libraries(target) if not module or installed(module)]
 
 
 def create(options: CudaOptions, world: World) -> GpuBackend:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from lineshaft_cuda.backend import libraries
 from lineshaft_cuda.options import CudaOptions
 from lineshaft_triton.toolchain import TritonToolchain
 
 
 def create(options: CudaOptions) -> TritonToolchain:
     """The toolchain that the plugin registers."""
-    return TritonToolchain("cuda", "nvidia")
+    return TritonToolchain("cuda", "nvidia", chosen=options.target, libraries=libraries)

@@ -18,10 +18,14 @@ from lineshaft_triton.starting import device_number, require_build, start_device
 from lineshaft_triton.targets import TARGETS, Target, find_target
 
 
+def libraries(target: Target) -> list[tuple[Recipe, str]]:
+    """Kernels of AMD's libraries, each with the module that it needs ("": torch)."""
+    return [(library_linear("hipblas_linear"), ""), *((each, aiter_ops.PACKAGE) for each in aiter_ops.recipes(target))]
+
+
 def further(target: Target) -> list[Recipe]:
-    """Kernels of AMD's libraries, those that are installed."""
-    found = [library_linear("hipblas_linear")]
-    return found if find_spec(aiter_ops.PACKAGE) is None else [*found, *aiter_ops.recipes(target)]
+    """Those of `libraries` whose modules are installed."""
+    return [each for each, module in libraries(target) if not module or find_spec(module)]
 
 
 def create(options: RocmOptions, world: World) -> GpuBackend:
