@@ -5,7 +5,8 @@
 
 Writes `gpu.json` and `gpu.md` into --out. A dry run goes through every part on the CPU, with small sizes, Triton's
 interpreter and a fake device, and of conformance two checks: every line says that nothing was executed on a GPU, and
-times are left out. Exit status 0: it ran, whatever it found; 2: one line says why it did not.
+times are left out. Exit status 0: it ran, whatever it found; 2: one line says why it did not, or no
+further, and what was measured until then is written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -46,8 +47,10 @@ try:
     from lineshaft_conformance.results import Status
     from lineshaft_contract.backends import World
     from lineshaft_contract.kernels import Kernel
+    from lineshaft_contract.ops import all_ops
     from lineshaft_contract.problems import AttendProblem, KVProblem, LinearProblem
-    from lineshaft_contract.steps import HostStep, StepInputs, StepShape, forward_inputs
+    from lineshaft_contract.steps import ArraySpec, HostStep, StepInputs, StepShape, forward_inputs
+    from lineshaft_contract.timing import Contest, measure
     from lineshaft_contract.weights import Local, Param, Stored, Weight
     from lineshaft_torch.packing import dense_leaves, host_pack
 except ModuleNotFoundError as error:
@@ -314,13 +317,36 @@ def gemm(run: Run) -> None:
         weights: dict[str, list[Weight]] = {}
         for m in run.sizes.tokens:
             problem, x = LinearProblem(dtype=DTYPE, m=m, n=n, k=k), run.random(m, k)
+            taken = planned(run, problem)
             for kernel in run.resolver.candidates("linear", problem).taken:
                 if kernel.layout not in weights:
                     weights[kernel.layout] = packed(run, kernel, n, k)
-                product(run, kernel, problem, x, weights[kernel.layout])
+                product(run, kernel, problem, x, weights[kernel.layout], taken)
 
 
-def product(run: Run, kernel: Kernel, problem: LinearProblem, x: torch.Tensor, weights: Sequence[Weight]) -> None:
+def planned(run: Run, problem: LinearProblem) -> str:
+    """The kernel that a plan takes for a product: by priority, and of tunable ones by the planner's own measurement."""
+    first = run.resolver.choose("linear", problem)
+    tied = run.resolver.ties.get(("linear", problem))
+    if not tied:
+        return first.name
+    param = Param("w", "w", (problem.n, problem.k), DTYPE, {"linear": replace(problem, m=0)}, unread)
+    operands = [[ArraySpec((problem.m, problem.k), DTYPE), Weight(0, "w", param.problems, first.layout)], {}]
+    contest = Contest(all_ops()["linear"], problem, tied, operands, [param])
+    return measure(contest, lambda: run.backend.session(0), NoCheckpoint()).kernel
+
+
+class NoCheckpoint:
+    """A checkpoint that nobody reads: kernels are measured on values that are made up."""
+
+
+def unread(checkpoint: Any, place: Any) -> Local:
+    raise AssertionError("values of a model were read to measure kernels")
+
+
+def product(
+    run: Run, kernel: Kernel, problem: LinearProblem, x: torch.Tensor, weights: Sequence[Weight], taken: str
+) -> None:
     m, n, k = problem.m, problem.n, problem.k
     try:
         bound = kernel.bind(problem, run.session)
@@ -329,7 +355,7 @@ def product(run: Run, kernel: Kernel, problem: LinearProblem, x: torch.Tensor, w
         return run.failed("gemm", f"m={m} n={n} k={k} {kernel.name}", error)
     moved, work = 2 * (m * k + n * k + m * n), 2 * m * n * k
     run.add(
-        "gemm", f"m={m} n={n} k={k}", kernel=kernel.name, us=seconds * 1e6, **{
+        "gemm", f"m={m} n={n} k={k}", kernel=kernel.name, planned=kernel.name == taken, us=seconds * 1e6, **{
             "TFLOP/s": work / seconds / 1e12, "GB/s": moved / seconds / 1e9,
             "of peak": max(work / seconds / run.peak.flops_per_s, moved / seconds / run.peak.bytes_per_s),
         },
@@ -510,16 +536,17 @@ def decode_share(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def product_shares(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
-    """The worst rate over all sizes, of the quickest kernel and of this kit's quickest, over the vendor's."""
-    sizes: dict[str, dict[str, float]] = {}
+    """The worst rate over all sizes, of the kernel that a plan takes and of this kit's quickest, over the vendor's."""
+    sizes: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["section"] == "gemm" and "us" in row:
-            sizes.setdefault(row["what"], {})[row["kernel"]] = row["us"]
+            sizes.setdefault(row["what"], []).append(row)
     plan, kit = [], []
-    for times in sizes.values():
-        vendor = [us for name, us in times.items() if "blas" in name]
-        own = [us for name, us in times.items() if name.startswith("triton_")]
-        plan += [us / min(times.values()) for us in vendor]
+    for found in sizes.values():
+        vendor = [row["us"] for row in found if "blas" in row["kernel"]]
+        taken = [row["us"] for row in found if row["planned"]]
+        own = [row["us"] for row in found if row["kernel"].startswith("triton_")]
+        plan += [us / taken[0] if taken else 0.0 for us in vendor]
         kit += [us / min(own) for us in vendor if own]
     return min(plan, default=None), min(kit, default=None)
 
@@ -592,16 +619,20 @@ def main() -> int:
     if args.dry_run:
         warnings.simplefilter("ignore", RuntimeWarning)  # of the interpreter's arithmetic
     run = Run(args.backend, options, args.dry_run, SMALL if args.dry_run else Sizes())
+    status = 0
     try:
         make_folder(args.out)
         run.start()
         for name in args.only or SECTIONS:
             globals()[name](run)
-    except LineshaftError as error:
+    except (LineshaftError, RuntimeError) as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    write(run, args.out)
-    return 0
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    if run.rows or not status:
+        write(run, args.out)
+    return status
 
 
 if __name__ == "__main__":

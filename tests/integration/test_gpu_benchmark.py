@@ -7,12 +7,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from lineshaft.plan import Resolver
+from lineshaft_contract.backends import World
+from lineshaft_contract.problems import LinearProblem
+from lineshaft_cpu.backend import create
+from lineshaft_cpu.options import CpuOptions
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 NOTHING = "nothing was executed on a GPU"
+STARTED = {"device": "none", "peak": None, "backend": SimpleNamespace(target=SimpleNamespace(name="sm90"))}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,3 +85,54 @@ def test_a_package_that_is_missing_is_named_with_what_to_install(package: str) -
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert package in line and "./conformance ./bench" in line
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = spec_from_file_location("gpu_benchmark", SCRIPT)
+    assert spec and spec.loader
+    sys.modules["gpu_benchmark"] = made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_bar_of_products_is_what_the_plan_takes_and_not_the_best_there_is(script: Any) -> None:
+    def row(kernel: str, us: float, planned: bool) -> dict[str, Any]:
+        return {"section": "gemm", "what": "m=1", "kernel": kernel, "us": us, "planned": planned}
+
+    slow = [row("cublas_linear", 1.0, False), row("triton_linear_few", 100.0, True)]
+    assert script.product_shares(slow) == (0.01, 0.01)
+    assert script.product_shares([row("cublas_linear", 1.0, True), slow[1] | {"planned": False}]) == (1.0, 0.01)
+    failed = {"section": "gemm", "what": "m=1 triton_linear_few", "failed": "no"}
+    assert script.product_shares([slow[0], failed]) == (0.0, None)
+
+
+def test_what_a_plan_takes_is_measured(script: Any) -> None:
+    backend = create(CpuOptions(), World(threads=1))
+    problem = LinearProblem(dtype="bfloat16", m=8, n=64, k=64)
+    fast = next(k for k in backend.kernels() if k.op == "linear" and k.supports(problem) is None)
+
+    def slow(problem: Any, session: Any) -> Any:
+        bound = fast.bind(problem, session)
+
+        def repeated(*args: Any, **named: Any) -> Any:
+            return [bound(*args, **named) for _ in range(50)][-1]
+
+        return repeated
+
+    kernels = [replace(fast, name="a_slow", bind=slow, tunable=True), replace(fast, name="b_fast", tunable=True)]
+    run = SimpleNamespace(resolver=Resolver("cpu", kernels, {}), backend=backend)
+    assert script.planned(run, problem) == "b_fast"
+
+
+def test_what_was_measured_before_a_failure_is_kept(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def failing(run: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(script, "graphs", failing)
+    arguments = ["--dry-run", "--only", "gemm", "--only", "graphs", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    monkeypatch.setattr(script, "gemm", lambda run: run.add("gemm", "m=1", kernel="k", planned=True, us=1.0))
+    monkeypatch.setattr(script.Run, "start", lambda run: vars(run).update(STARTED))
+    assert script.main() == 2
+    assert [row["section"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == ["gemm"]
