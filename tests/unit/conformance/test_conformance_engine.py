@@ -261,6 +261,13 @@ def test_unused_capacity_costs_no_time(cpu: Subject) -> None:
     broken.close()
 
 
+@pytest.mark.parametrize("check", ["roofline/add", "roofline/decode"])
+def test_an_interpreter_reaches_no_roofline_and_claims_none(cpu: Subject, check: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(NotClaimed, match="TRITON_INTERPRET=1 is set: an interpreter's times"):
+        run_all(cpu, f"L5/speed/{check}")
+
+
 def test_interleaved_runs_take_turns() -> None:
     order: list[str] = []
     taken = interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=3)

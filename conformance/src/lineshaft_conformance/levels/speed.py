@@ -5,6 +5,7 @@ Times are the least of interleaved runs on one host thread, in the backend's pre
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -13,7 +14,8 @@ from typing import Any
 from lineshaft.engine import Engine
 from lineshaft.runner.messages import ChoiceMessage, StepMessage
 from lineshaft.sampling.params import SamplingParams
-from lineshaft_conformance.checks import Check, Found, require, rule_of
+from lineshaft_conformance.checks import Check, Found, NotClaimed, require, rule_of
+from lineshaft_conformance.evidence import interpreting
 from lineshaft_conformance.harness.rig import kernel_names
 from lineshaft_conformance.harness.stage import engine_config
 from lineshaft_conformance.harness.timed import WIDTH, Timed, Timer
@@ -93,8 +95,16 @@ def timer_of(subject: Subject) -> Timer:
     return kept
 
 
+def require_no_interpreter(subject: Subject) -> None:
+    """Raises NotClaimed where an interpreter runs kernels: what it takes for one has nothing to do with a device."""
+    for switch in interpreting(subject.info, subject.target.options, os.environ):
+        if "interpret" in switch.lower():
+            raise NotClaimed(f"{switch} is set: an interpreter's times say nothing of a roofline")
+
+
 def near(make: Make, least: float, subject: Subject, seed: int) -> Found:
     """An op's time beside its roofline."""
+    require_no_interpreter(subject)
     timer = timer_of(subject)
     with closing(make(timer, 8)) as timed:
         return judged(timer, timed, least)
@@ -122,6 +132,7 @@ def grows(make: Make, limit: float, subject: Subject, seed: int) -> Found:
 
 def decode_step(subject: Subject, seed: int) -> Found:
     """A decode step of one row of a model whose weights are far more than a step's other costs: it reads each once."""
+    require_no_interpreter(subject)
     timer = timer_of(subject)
     model = checkpoint(subject, "large model", large_model(timer), seed)
     config = engine_config(subject, model, timer.dtype, timer.page_size, max_model_len=64, **{"cache.pages": 70})
