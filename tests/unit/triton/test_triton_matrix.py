@@ -26,7 +26,7 @@ def test_the_table_has_every_kernel_on_every_target(backend: str) -> None:
     listed = subprocess.run(
         [sys.executable, "-c", LISTED.format(backend)], capture_output=True, text=True, check=True, env=environment
     )
-    names = {kernel["name"] for kernel in json.loads(listed.stdout)}
+    names = {kernel["name"] for kernel in json.loads(listed.stdout) if kernel["name"].startswith("triton_")}
     assert names == set(MATRIX.kernels), RENEW
     assert MATRIX.targets == tuple(TARGETS)
     assert len(MATRIX.cells) == len(names) * len(TARGETS), RENEW

@@ -118,7 +118,7 @@ def checks(subject: Subject, size: Size) -> Iterator[Check]:
     """One check a class."""
     for name in CLASSES:
         rule = rule_of(PAIRS[name]) if name in PAIRS else "Another device gives the same bits."
-        yield Check(f"L5/determinism/{name}", partial(check, name), rule, shape_class=name, limit=180.0)
+        yield Check(f"L5/determinism/{name}", partial(check, name), rule, shape_class=name, limit=600.0)
 
 
 def check(name: str, subject: Subject, seed: int) -> Found:
