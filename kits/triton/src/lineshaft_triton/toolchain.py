@@ -11,7 +11,7 @@ from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.problems import Problem
 from lineshaft_triton.ahead import COLUMNS, AheadBackend, Packed
 from lineshaft_triton.backend import capabilities_of
-from lineshaft_triton.compiling import Compiler
+from lineshaft_triton.compiling import Compiler, require_cache
 from lineshaft_triton.real_problems import real_problems
 from lineshaft_triton.targets import TARGETS, targets_of
 
@@ -44,5 +44,6 @@ class TritonToolchain:
         if world.size > RANKS:
             degrees = " ".join(f"{axis}={degree}" for axis, degree in world.axes if degree > 1)
             raise LayoutError(f"layout {degrees} has {world.size} ranks; at most {RANKS} are held: lower a degree")
+        require_cache()
         where = TARGETS[target]
         return AheadBackend(self.name, world, where, self.compiler, capabilities_of(where), self.packed)
