@@ -228,7 +228,7 @@ def cap_before_scale(self: Plain, q: Tensor, k: Tensor) -> Tensor:
 def cap_by_exp(self: Plain, q: Tensor, k: Tensor) -> Tensor:
     scores = torch.einsum("qhd,nhd->hqn", q.to(self.wide), k) * self.problem.scale
     cap = self.problem.softcap
-    return cap * (1 - 2 / ((scores * (2 / cap)).exp() + 1)) if cap else scores
+    return (cap * (1 - 2 / ((scores.float() * (2 / cap)).exp() + 1))).to(self.wide) if cap else scores
 
 
 def cap_after_mask(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tuple[Tensor, Tensor]:
