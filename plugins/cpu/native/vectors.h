@@ -163,6 +163,12 @@ INLINE floats exponential(floats x) {
     return choose(x > 88.0f, splat(INFINITY), p);
 }
 
-INLINE floats hyperbolic_tangent(floats x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+/* tanh x within 3e-7 of itself: by exp, but near 0, where its two terms cancel, by the polynomial x + x^3 p(x^2) that is
+   nearest to it below 0.6 (least squares of the relative error). */
+INLINE floats hyperbolic_tangent(floats x) {
+    floats z = x * x;
+    floats p = ((0.0155800991f * z - 0.0521883993f) * z + 0.133125984f) * z - 0.333325636f;
+    return choose(z < 0.36f, x + x * z * p, 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f));
+}
 
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from lineshaft_contract.errors import ContractViolation
-from lineshaft_triton.compiling import CACHE, Compiler, Launch, check, default_cache, describe_launch, environment
+from lineshaft_contract.backends import World
+from lineshaft_contract.errors import ContractViolation, InvalidValue
+from lineshaft_triton.compiling import CACHE, Compiler, Launch, cache_folder, check, describe_launch, environment
 from lineshaft_triton.inspection import Code
 from lineshaft_triton.interpreting import VARIABLE
 from lineshaft_triton.launch import Config
 from lineshaft_triton.targets import TARGETS
+from lineshaft_triton.toolchain import TritonToolchain
 
 NAMES = {
     "bfloat16": "bf16",
@@ -187,8 +190,35 @@ def test_the_compiler_interprets_nothing_and_keeps_its_code_in_the_users_cache(m
     monkeypatch.setenv(VARIABLE, "1")
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/of/a/user")
-    assert default_cache() == Path("/of/a/user/lineshaft/triton")
+    assert cache_folder() == Path("/of/a/user/lineshaft/triton")
     assert environment()[CACHE] == "/of/a/user/lineshaft/triton" and VARIABLE not in environment()
+    monkeypatch.setenv(CACHE, "")  # as good as none
+    assert environment()[CACHE] == "/of/a/user/lineshaft/triton"
     monkeypatch.setenv(CACHE, "/elsewhere")
     assert environment()[CACHE] == "/elsewhere"
     assert str(Path(__file__).parents[3]) in environment()["PYTHONPATH"] or sys.path[0] in environment()["PYTHONPATH"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_cache_that_is_no_folder_is_one_error_before_any_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE, str(tmp_path / name))
+    words = rf"kept in .*{name} \(Not a directory\).* set {CACHE} to a folder"
+    with pytest.raises(InvalidValue, match=words) as raised:
+        TritonToolchain("gpu", "nvidia").start("sm90", World())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_cache_on_a_full_disk_is_an_error_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path / "new"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InvalidValue, match="make room"):
+            TritonToolchain("gpu", "nvidia").start("sm90", World())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert TritonToolchain("gpu", "nvidia").start("sm90", World()).target.name == "sm90"
+    assert list((tmp_path / "new").iterdir()) == []

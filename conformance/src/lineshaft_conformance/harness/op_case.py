@@ -33,7 +33,7 @@ Give = Callable[[Tree, Sequence[Cache], StepInputs], Any]
 
 
 MARGIN = 4
-"""Values on each side of a row whose operand is given as a slice."""
+"""Values on each side of a row, or of each value of a vector, whose operand is given as a slice."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Operands:
     pages: dict[str, HostArray] = field(default_factory=dict)  # of cache 0, in canonical form
     cache: KVProblem | None = None
     shape: StepShape = NO_STEP
-    strided: bool = False  # whether some inputs reach the op as slices of wider rows
+    strided: bool = False  # whether some inputs reach the op as slices of wider arrays
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class OpCase:
 def prepare(spec: OpSpec, case: Case, *, strided: bool = False) -> OpCase:
     """Sort a case's arguments; float64 operands are rounded to the executed dtype, as the contract says.
 
-    strided: give float operands of two or more dims as slices of wider rows, with NaN beside them.
+    strided: give operands as slices of wider rows, and vectors as a column, with NaN beside them or other integers of
+    their own.
     """
     held = Operands()
     give = Giving(held, spec, case, strided)
@@ -170,7 +171,7 @@ class Giving:
             held.shape = value.shape
             return lambda weights, caches, step: step
         if isinstance(value, (Mapping, CacheArg)):
-            return self._named({key: key if isinstance(value, Mapping) else f"{name}.{key}" for key in host}, host)
+            return self._named(host, "" if isinstance(value, Mapping) else f"{name}.")
         if isinstance(value, list):
             items = [self(f"{name}.{i}", item) for i, item in enumerate(value)]
             return lambda weights, caches, step: [give(weights, caches, step) for give in items]
@@ -178,25 +179,31 @@ class Giving:
             return self._array(name, host)
         return lambda weights, caches, step: host
 
-    def _named(self, names: Mapping[str, str], host: Mapping[str, HostArray]) -> Give:
-        self._held.inputs.update({names[key]: array for key, array in host.items()})
+    def _named(self, host: Mapping[str, HostArray], prefix: str) -> Give:
+        items = {key: self._array(f"{prefix}{key}", array) for key, array in host.items()}
 
         def give(weights: Tree, caches: Sequence[Cache], step: StepInputs) -> dict[str, Array]:
-            return {key: step.arrays[name] for key, name in names.items()}
+            return {key: item(weights, caches, step) for key, item in items.items()}
 
         return give
 
     def _array(self, name: str, host: HostArray) -> Give:
-        if not self._strided or host.ndim < 2 or host.dtype.kind in "iu":
+        if not self._strided or host.ndim < 1 or len(host) < 2:
             self._held.inputs[name] = host
             return lambda weights, caches, step: step.arrays[name]
         rows, shape = host.reshape(host.shape[0], -1), host.shape
         width = rows.shape[1]
-        wide = np.full((len(rows), width + 2 * MARGIN), np.nan, host.dtype)
-        wide[:, MARGIN:-MARGIN] = rows
-        self._held.inputs[name] = wide
+        self._held.inputs[name] = np.concatenate([beside(rows), rows, beside(rows)], axis=1)
         self._held.strided = True
         return lambda weights, caches, step: step.arrays[name][:, MARGIN : MARGIN + width].reshape(*shape)
+
+
+def beside(rows: HostArray) -> HostArray:
+    """rows [n, w] -> [n, MARGIN] that no result may depend on: NaN, or integers that are in range, as they are read for
+    an index by a kernel that is wrong."""
+    if rows.dtype.kind in "iub":
+        return np.repeat(rows[::-1, :1], MARGIN, axis=1)
+    return np.full((len(rows), MARGIN), np.nan, rows.dtype)
 
 
 def _weight_problem(spec: OpSpec, problem: Problem, array: HostArray) -> Problem:

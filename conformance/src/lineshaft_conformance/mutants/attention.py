@@ -225,6 +225,12 @@ def cap_before_scale(self: Plain, q: Tensor, k: Tensor) -> Tensor:
     return (cap * torch.tanh(scores / cap) if cap else scores) * self.problem.scale
 
 
+def cap_by_exp(self: Plain, q: Tensor, k: Tensor) -> Tensor:
+    scores = torch.einsum("qhd,nhd->hqn", q.to(self.wide), k) * self.problem.scale
+    cap = self.problem.softcap
+    return (cap * (1 - 2 / ((scores.float() * (2 / cap)).exp() + 1))).to(self.wide) if cap else scores
+
+
 def cap_after_mask(self: Plain, scores: Tensor, seen: Tensor, sinks: Any) -> tuple[Tensor, Tensor]:
     if cap := self.problem.softcap:
         scores = torch.where(seen, scores, -cap)
@@ -326,6 +332,8 @@ RESULTS = (
            with_problem("attend", lambda p: {"softcap": 0.0})),
     mutant("softcap-before-scale", "the order is scale, then soft cap (ops)", "attend/*softcap*",
            attend_with(scores=cap_before_scale)),
+    mutant("softcap-cancels", "a cap far above the scores leaves them nearly as they are", "attend/*softcap50*-f32",
+           attend_with(scores=cap_by_exp)),
     mutant("softcap-after-mask", "the order is soft cap, then mask (ops)", "attend/*softcap*",
            attend_with(softmax=cap_after_mask)),
     mutant("peak-not-subtracted", "scores as large as f32 holds them are legal", "attend/mixed/large_scores*",

@@ -356,6 +356,7 @@ _TAIL = f"what lies past the context never leaks, as key or as value: {_VLLM}538
 _ROWS0 = f"a padding row has context 0 and query length 0: {_VLLM}57094"
 _CACHED = "query length 0 is legal: a fully cached prompt"
 _BLIND = "a query that sees no key gives exactly 0, not mean(V); lse -inf"
+_CAPPED = "a cap far above the scores leaves them nearly as they are: tanh is exact near 0 too"
 _DECODE = Paging(((1, 20), (1, 33), (1, 1)))
 _MIXED = Paging(((1, 20), (5, 5), (0, 7), (3, 37), (0, 0)), padding=3)
 _VERIFY = Paging(((5, 30), (3, 3), (1, 8)))
@@ -411,6 +412,8 @@ _FEATURES: Table = {
     ),
     "decode/dropped_pages": (Paging(((1, 30), (2, 44)), dropped=1), {}, "page 0 is never read as live"),
     "mixed/softcap": (_MIXED, {"softcap": 2.0, "scale": 0.5}, "order: scale, soft cap, mask"),
+    "decode/softcap30": (Paging(((1, 2), (1, 3)), 1, spare=0), {"softcap": 30.0, **_heads(8, 2, 64)}, _CAPPED),
+    "mixed/softcap50": (Paging(((1, 2), (2, 3)), 1, spare=0), {"softcap": 50.0, **_heads(8, 2, 64)}, _CAPPED),
     "mixed/softcap-sinks-window": (
         _MIXED, {"softcap": 1.0, "scale": 0.5, "sinks": True, "window": 6}, "order: scale, soft cap, mask, sinks",
     ),

@@ -1,6 +1,7 @@
 """From logits to token ids: `apply_logits`, `sample`, `argmax`, `logprobs`.
 
-Logits come in the problem's dtype and are widened on entry. They hold no +inf.
+Logits come in the problem's dtype and are widened on entry. A +inf is the largest of them to `argmax`, and at
+temperature 0 to `sample`; where a token is drawn, or logarithms are taken, they hold none.
 """
 
 from __future__ import annotations
@@ -356,6 +357,7 @@ _FILTERS: dict[str, tuple[dict[str, Any], str]] = {
     "all_zero": ({"temperature": 0.0}, "all-zero parameters are legal and greedy"),
     "greedy_ties": ({"temperature": 0.0}, "the lowest id wins a tie"),
     "greedy_close": ({"temperature": 0.0}, "float32 logits are not rounded"),
+    "greedy_infinite": ({"temperature": 0.0}, "+inf is a largest logit; the lowest id of several"),
     "greedy_extreme": ({"temperature": 0.0}, "logits up to half of what float32 holds"),
     "plain": ({}, "the inverse CDF runs in id order"),
     "extreme": ({}, "logits up to half of what float32 holds"),
@@ -433,6 +435,9 @@ def _shape_logits(name: str, logits: HostArray) -> None:
         logits[1::3] = np.where(logits[1::3] > 1, 2.0**126, -(2.0**126))
         logits[1::3, 7] = 2.0**127
         logits[2::3, 1:4] = -np.inf
+    if name.endswith("infinite"):
+        logits[::2, [9, 20]], logits[1, 11] = np.inf, np.inf
+        logits[1, 4] = np.nan
     if name == "filter_order" or name.endswith("ladder"):
         logits[:] = -np.arange(logits.shape[1]) / (64 if name == "filter_order" else 8)
     if name.startswith("u1"):
@@ -493,6 +498,7 @@ _ARGMAXES = {
     "signed_zero-v37": "-0 and 0 are equal: the lowest index wins", "close-v37": "float32 logits are not rounded",
     "all_negative-v50": "padding of a vocabulary does not win, as 0 would",
     "extreme-v37": "logits up to half of what float32 holds",
+    "infinite-v37": "+inf is a largest logit, and no NaN",
     "masked-v37": "", "all_masked-v37": "-1 for a row with nothing above -inf", "nan-v37": "-1 for a row with a NaN",
     "vocabulary-v70000": "the largest lies anywhere in a vocabulary, in any of many rows",
     "large-v5000": "", "ties-v5000": "the lowest index wins across blocks of the vocabulary",

@@ -19,7 +19,7 @@ from pathlib import Path
 from select import select
 from typing import IO, Any
 
-from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.errors import ContractViolation, InvalidValue
 from lineshaft_triton.inspection import Code, unexpected
 from lineshaft_triton.interpreting import VARIABLE
 from lineshaft_triton.launch import Config
@@ -30,6 +30,8 @@ ALIGNMENT = 16
 """Bytes by which Triton asks whether they divide an address, and by which number they divide a size."""
 LIMIT = 600.0
 """Seconds that one kernel may take to compile."""
+ROOM = 1 << 20
+"""Bytes that a compiled kernel takes on its way, about, and the least that a cache has to have free."""
 LAST_WORDS = 300
 """Characters of a dead compiler's output that are quoted."""
 
@@ -181,13 +183,30 @@ def environment() -> dict[str, str]:
     """The compiler's: this process' modules, no interpreter, and a folder of its own for what it has compiled."""
     kept = {name: value for name, value in os.environ.items() if name != VARIABLE}
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    return {CACHE: str(default_cache()), **kept, "PYTHONPATH": path}
+    return {**kept, CACHE: str(cache_folder()), "PYTHONPATH": path}
 
 
-def default_cache() -> Path:
-    """Where Triton keeps what it compiled ahead of time, unless TRITON_CACHE_DIR says so."""
+def cache_folder() -> Path:
+    """Where Triton keeps what it compiled ahead of time: TRITON_CACHE_DIR, or else a folder in the user's cache."""
+    if given := os.environ.get(CACHE):
+        return Path(given)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "lineshaft" / "triton"
+
+
+def require_cache() -> None:
+    """Raises InvalidValue where nothing could be kept of what is compiled: then every kernel would fail."""
+    folder = cache_folder()
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+    except OSError as error:
+        raise InvalidValue(
+            f"compiled kernels cannot be kept in {folder} ({error.strerror}); make room, or set {CACHE} to a folder "
+            "that can be written to"
+        ) from error
 
 
 def check(launch: Launch, code: Code, target: Target) -> None:

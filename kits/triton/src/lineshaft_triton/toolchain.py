@@ -15,7 +15,7 @@ from lineshaft_torch.bound import Recipe
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_triton.ahead import COLUMNS, AheadBackend, Packed
 from lineshaft_triton.backend import capabilities_of
-from lineshaft_triton.compiling import Compiler
+from lineshaft_triton.compiling import Compiler, require_cache
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.real_problems import real_problems
 from lineshaft_triton.targets import TARGETS, Target, targets_of
@@ -54,7 +54,8 @@ class TritonToolchain:
         if world.size > RANKS:
             degrees = " ".join(f"{axis}={degree}" for axis, degree in world.axes if degree > 1)
             raise LayoutError(f"layout {degrees} has {world.size} ranks; at most {RANKS} are held: lower a degree")
-        return AheadBackend(self.name, world, where, self.compiler, capabilities_of(where), self.packed)
+        require_cache()
+        return self._on(where, world)
 
     def catalogue(self, target: str) -> Sequence[Offered]:
         where = self._find(target or self.chosen or self.targets()[0])
@@ -62,9 +63,12 @@ class TritonToolchain:
         beside += [(each, "among GPUs that read each other's memory") for each in one_shot.recipes(TRITON)]
         return [
             *map(Offered, portable_kernels(self.name)),
-            *map(Offered, self.start(where.name, World()).kernels()),
+            *map(Offered, self._on(where, World()).kernels()),
             *(Offered(each(self.name), note) for each, note in beside),
         ]
+
+    def _on(self, where: Target, world: World) -> AheadBackend:
+        return AheadBackend(self.name, world, where, self.compiler, capabilities_of(where), self.packed)
 
     def _find(self, target: str) -> Target:
         if target not in self.targets():

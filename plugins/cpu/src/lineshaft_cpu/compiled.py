@@ -185,7 +185,7 @@ class Recipes:
         def rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, *, out: Pair | None = None) -> Pair:
             """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated, halves of a head against each other."""
             results = (q.new_empty(q.shape), k.new_empty(k.shape)) if out is None else out
-            q, k = heads_of(q), heads_of(k)
+            q, k, positions = heads_of(q), heads_of(k), positions.contiguous()
             run(
                 q.data_ptr(), k.data_ptr(), results[0].data_ptr(), results[1].data_ptr(), cos.data_ptr(),
                 sin.data_ptr(), positions.data_ptr(), *q.shape[:2], k.shape[1], q.shape[2], problem.dim, q.stride(0),

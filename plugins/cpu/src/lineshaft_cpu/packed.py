@@ -41,7 +41,7 @@ def pack(param: Param, local: Local) -> dict[str, Any]:
 
 def linear(x: torch.Tensor, w: Any, *, bias: Any = None) -> torch.Tensor:
     """x [T, I], w [O, I] blocked, bias [O] -> x @ w^T + bias [T, O]."""
-    added = None if bias is None else dense(bias)
+    added = None if bias is None else dense(bias).contiguous()
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, w.arrays["data"], added, "none", [], "")
     return found
 

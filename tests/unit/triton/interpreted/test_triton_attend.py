@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lineshaft_contract.ops import Case, all_ops
 from lineshaft_contract.ops.cases import Paging, paged_step
@@ -22,7 +24,7 @@ from lineshaft_torch.session import TorchSession
 from lineshaft_triton.kernels import attend, attend_tiles, triton_kernels
 from lineshaft_triton.kernels.attend import plan, supports, tile_of
 from lineshaft_triton.kernels.attend_tiles import CHUNK, CORES, DECODE, WAVES
-from lineshaft_triton.targets import TARGETS
+from lineshaft_triton.targets import TARGETS, find_target
 
 SPEC = all_ops()["attend"]
 SM90 = TARGETS["sm90"]
@@ -205,13 +207,14 @@ class TestPlans:
             ({"value_in_key": True, "v_dim": 60}, "sm90", "one power of two holds both"),
             ({"kv_dtype": "float8_e4m3fnuz"}, "sm90", "sm90 does not convert float8_e4m3fnuz"),
             ({"kv_dtype": "float8_e4m3fn"}, "sm80", "sm80 does not convert float8_e4m3fn"),
+            ({"kv_dtype": "float8_e4m3fn"}, "sm86", "a smaller GPU with the tiles of sm89 does not convert"),
             ({"kv_dtype": "float16"}, "sm90", "float16 as bfloat16"),
             ({"kv_dtype": "float32"}, "sm90", "float32 as bfloat16"),
         ],
         ids=str,
     )
     def test_reasons(self, fields: dict[str, Any], target: str, words: str) -> None:
-        reason = supports(TARGETS[target], DECODE, replace(LLAMA, **fields))
+        reason = supports(find_target(target, "nvidia"), DECODE, replace(LLAMA, **fields))
         assert reason is not None and words in reason
 
     def test_latent_attention(self) -> None:
@@ -220,3 +223,23 @@ class TestPlans:
             reason = supports(TARGETS[target], DECODE, LATENT)
             assert (reason is None) == (target not in attend_tiles.RDNA)
             assert reason is None or f"no tile for heads of 576 and 512 in bfloat16 on {target}" in reason
+
+
+def test_tanh_is_exact_near_0_and_far_from_it() -> None:
+    """By the kernel's own function: within 3e-7 of itself from the smallest normal numbers on, and on both sides of
+    where the polynomial ends."""
+    x = np.concatenate([np.logspace(-37, 1.6, 20_001), np.linspace(0.59, 0.61, 1001), [0.0, np.inf]])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    out = torch.empty(len(x))
+    tanh_kernel[(1,)](from_host(x), out, len(x), BLOCK=triton.next_power_of_2(len(x)))
+    exact = np.tanh(x.astype(np.float64))
+    assert np.all(np.abs(to_host(out) - exact) <= 3e-7 * np.abs(exact))
+    nan = torch.tensor([torch.nan])
+    tanh_kernel[(1,)](nan, out, 1, BLOCK=1)
+    assert out[0].isnan()
+
+
+@triton.jit
+def tanh_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, attend.tanh(tl.load(x_ptr + at, at < count, 0.0)), at < count)

@@ -228,3 +228,9 @@ def test_no_more_experts_than_a_program_holds() -> None:
         router.supports(RouterProblem(dtype="float32", experts=2048, k=8)) or ""
     )
     assert router.supports(RouterProblem(dtype="float64", experts=8, k=2))
+
+
+def test_no_token_at_all() -> None:
+    problem = moe_problem(0, 2, 4, 4)
+    case = Case("none", problem, (np.zeros((0, 8)), np.zeros((0, 2), np.int32), np.arange(4, dtype=np.int32), 4))
+    assert_right("moe_dispatch", case)

@@ -13,6 +13,7 @@ import torch
 from lineshaft_contract.problems import KVProblem, RopeProblem, RopeWriteProblem
 from lineshaft_contract.sessions import Cache
 from lineshaft_torch.session import SessionOptions, TorchSession
+from lineshaft_triton.interpreting import compiling
 from lineshaft_triton.kernels import triton_kernels
 from lineshaft_triton.kernels.pages import MOST, in_units, move
 from lineshaft_triton.targets import TARGETS
@@ -91,6 +92,20 @@ def test_all_reads_of_many_pages_come_before_all_writes() -> None:
     before = cache.arrays["k"].clone()
     KERNELS["copy_pages"].bind(replace(KV, rows=300), TorchSession("cpu")).run(cache, ids[:300], ids[:300] + 1)
     assert torch.equal(cache.arrays["k"][4 : 301 * 4], before[: 300 * 4])
+
+
+def test_no_dim_of_a_grid_is_too_long_for_cuda() -> None:
+    """1024 pages of 2 MiB, and 100 000 slots: the first dim of a grid may have 2^31 - 1 programs, others 65535."""
+    grids: list[tuple[int, ...]] = []
+    session = SimpleNamespace(launcher=lambda kernel, grid, *more: grids.append(grid))
+    ids = torch.empty(MOST, dtype=torch.int32, device="meta")
+    pages = torch.empty((MOST, 2 << 20), dtype=torch.uint8, device="meta")
+    slots = torch.empty((100_000, 64 << 10), dtype=torch.uint8, device="meta")
+    with compiling():
+        move(session, pages, pages, src=ids, dst=ids)
+        move(session, slots, slots, src=torch.empty(len(slots), dtype=torch.int32, device="meta"))
+    assert max(grids[0]) > 65535 and max(grids[1]) > 65535
+    assert all(first < 1 << 31 and max(others, default=1) <= 65535 for first, *others in grids)
 
 
 @pytest.mark.parametrize(

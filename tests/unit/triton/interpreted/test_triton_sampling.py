@@ -172,6 +172,24 @@ def test_the_largest_of_many_blocks(bind: Bind, small_blocks: None) -> None:
     assert to_host(argmax(from_host(logits))).tolist() == [17, 60, -1]
 
 
+def test_infinity_is_a_largest_logit(bind: Bind, small_blocks: None) -> None:
+    """Of many blocks, in one that has no largest value elsewhere; and a NaN beside it is seen."""
+    logits = np.random.default_rng(6).standard_normal((4, 61)).astype(np.float32)
+    logits[0, [33, 50]], logits[1, :], logits[2, 3], logits[2, 40] = np.inf, np.inf, np.inf, np.nan
+    wanted = [33, 0, -1, int(logits[3].argmax())]
+    problem = SampleProblem(dtype="float32", rows=4, vocab=61)
+    assert to_host(bind("triton_argmax", problem)(from_host(logits))).tolist() == wanted
+    params = {name: np.zeros(4, np.int32 if name == "top_k" else np.float32) for name in ("top_k", "top_p", "min_p")}
+    for heat in (0.0, 0.7):  # of a row with +inf there is one token to draw
+        given = params | {"temperature": np.array([heat, heat, heat, 0], np.float32)}
+        assert drawn(bind, "float32", logits, given, np.full((4, 1), 0.5, np.float32)).tolist() == wanted
+
+
+def test_no_row_at_all(bind: Bind) -> None:
+    argmax = bind("triton_argmax", SampleProblem(dtype="float32", rows=0, vocab=61))
+    assert to_host(argmax(torch.empty((0, 61)))).tolist() == []
+
+
 def test_what_is_declined(kernels: dict[str, Kernel]) -> None:
     problem = SampleProblem(dtype="float64", rows=1, vocab=9)
     for name in ("triton_sample", "triton_argmax", "triton_logprobs", "triton_apply_logits"):

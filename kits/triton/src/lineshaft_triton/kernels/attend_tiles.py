@@ -9,7 +9,7 @@ from typing import Any, Final
 from lineshaft_contract.problems import AttendProblem, itemsize
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.launch import Config
-from lineshaft_triton.targets import CORES, FN, FNUZ, Target
+from lineshaft_triton.targets import CORES, FN, FNUZ, TARGETS, Target
 
 DECODE: Final = "decode"
 FEW: Final = "few"
@@ -30,13 +30,6 @@ INTERPRETED_CORES: Final = 4
 
 _E5M2, _E5M2FNUZ = "float8_e5m2", "float8_e5m2fnuz"
 _OCP, _BOTH = frozenset({FN, _E5M2}), frozenset({FN, _E5M2, FNUZ, _E5M2FNUZ})
-READS: Final = MappingProxyType(
-    {
-        "sm80": frozenset({_E5M2}), "sm89": _OCP, "sm90": _OCP, "sm100": _OCP, "sm120": _OCP,
-        "gfx90a": _BOTH, "gfx942": _BOTH, "gfx950": _BOTH, "gfx1100": _BOTH, "gfx1201": _BOTH,
-    }
-)  # fmt: skip
-"""The dtypes of eight bits that a target's code converts from."""
 
 NVIDIA: Final = ("sm80", "sm89", "sm90", "sm100", "sm120")
 HOPPER: Final = ("sm90", "sm100")
@@ -63,7 +56,9 @@ _TABLE: Final[tuple[Row, ...]] = (
     (DECODE, RDNA, 2, 64, 16, 32, 4, 2, NONE),
     (DECODE, RDNA, 2, 128, 16, 16, 4, 1, NONE),
     (DECODE, RDNA, 2, 256, 16, 16, 8, 1, NONE),
-    (FEW, CDNA, 2, 256, 16, 32, 4, 1, NONE),
+    (FEW, ("gfx90a",), 2, 64, 16, 32, 4, 1, NONE),
+    (FEW, ("gfx942", "gfx950"), 2, 128, 16, 32, 4, 1, NONE),
+    (FEW, CDNA, 2, 256, 16, 16, 4, 1, NONE),
     (FEW, RDNA, 2, 64, 16, 32, 4, 1, NONE),
     (CHUNK, HOPPER, 2, 128, 128, 64, 8, 3, ALL_REGISTERS),
     (CHUNK, HOPPER, 2, 256, 64, 32, 8, 2, ALL_REGISTERS),
@@ -101,12 +96,20 @@ def tile(where: Target, kind: str, dtype: str, dim: int) -> Config | None:
     return None
 
 
+def reads(where: Target) -> frozenset[str]:
+    """The dtypes of eight bits that a target's code converts from: NVIDIA's from e4m3fn by an instruction alone."""
+    if where.vendor == "amd":
+        return _BOTH
+    return _OCP if where.fp8 else frozenset({_E5M2})
+
+
 def unreadable(where: Target, problem: AttendProblem) -> str | None:
     """Why keys and values of `kv_dtype` cannot be widened to the problem's dtype on a target."""
-    if problem.kv_dtype == problem.dtype or problem.kv_dtype in READS[where.name]:
+    if problem.kv_dtype == problem.dtype or problem.kv_dtype in reads(where):
         return None
     if problem.kv_dtype.startswith("float8"):
-        return f"{where.name} does not convert {problem.kv_dtype}"
+        name = where.name if where == TARGETS[where.name] else f"a smaller GPU with the tiles of {where.name}"
+        return f"{name} does not convert {problem.kv_dtype}"
     if problem.dtype == "float32" and problem.kv_dtype in ("bfloat16", "float16"):
         return None
     return f"does not read pages of {problem.kv_dtype} as {problem.dtype}"

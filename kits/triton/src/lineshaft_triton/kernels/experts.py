@@ -20,6 +20,7 @@ from lineshaft_contract.problems import ExpertProblem
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe
 from lineshaft_triton.kernels.linear import ALIGNED, FLOATS, readable, walk
 from lineshaft_triton.kernels.linear_configs import EXPERT_TIERS, Tier, config, table_of
+from lineshaft_triton.kernels.rowwise import gapless
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.targets import Target
@@ -138,23 +139,20 @@ class Grouped:
         table = torch.empty((programs * TABLE_TILES, 3), dtype=torch.int32, device=offsets.device)
         block = {"TILES": TABLE_TILES, "EXPERTS": triton.next_power_of_2(p.local + 1)}
         launch(
-            self.session, tiles_kernel, (programs,), Config(block, num_warps=4, num_stages=1), offsets, table, p.rows,
-            p.local, height,
+            self.session, tiles_kernel, (programs,), Config(block, num_warps=4, num_stages=1), gapless(offsets), table,
+            p.rows, p.local, height,
         )  # fmt: skip
         return table
 
-    def product(
-        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor, gated: bool
-    ) -> torch.Tensor:
+    def product(self, x: torch.Tensor, w: torch.Tensor, bias: Any, table: torch.Tensor, gated: bool) -> torch.Tensor:
         """x [C, k] and each row's expert's of w -> [C, n]; of w's rows half are gates where it is gated."""
         p, chosen = self.problem, self.gated if gated else self.plain
         n, k = w.shape[1] // 2 if gated else w.shape[1], w.shape[2]
         out = torch.empty((p.rows, n), dtype=x.dtype, device=x.device)
         grid = (self.tiles * triton.cdiv(n, chosen.block["BLOCK_N"]),)
         launch(
-            self.session, expert_kernel, grid, chosen, x, w, x if bias is None else bias.contiguous(), table, out,
-            self.tiles,
-            p.local, n, k, x.stride(0), expects=self.expects[0 if gated else 1],
+            self.session, expert_kernel, grid, chosen, x, w, x if bias is None else gapless(bias), table, out,
+            self.tiles, p.local, n, k, x.stride(0), expects=self.expects[0 if gated else 1],
             ACTIVATION=p.activation if gated else "", ALPHA=p.swiglu_alpha, LIMIT=p.swiglu_limit,
             BIAS=bias is not None, EVEN=k % chosen.block["BLOCK_K"] == 0,
         )  # fmt: skip
@@ -174,8 +172,8 @@ def bind_grouped(where: Target, tier: Tier, problem: ExpertProblem, session: Any
         """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1], biases [L, 2F] and [L, H] -> [C, H]: expert e's
         gated MLP of rows offsets[e] to offsets[e + 1], and 0 from offsets[L] on; the hidden activation is rounded."""
         table = how.table(offsets)
-        hidden = how.product(readable(x), dense(w13), dense(w13_bias), table, gated=True)
-        return how.product(hidden, dense(w2), dense(w2_bias), table, gated=False)
+        hidden = how.product(readable(x), dense(w13), w13_bias, table, gated=True)
+        return how.product(hidden, dense(w2), w2_bias, table, gated=False)
 
     return grouped_mlp
 

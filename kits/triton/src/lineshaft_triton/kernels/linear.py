@@ -30,6 +30,7 @@ from lineshaft_triton.kernels.linear_configs import (
     table_of,
 )
 from lineshaft_triton.kernels.quant import Codes, codes_of, quantized
+from lineshaft_triton.kernels.rowwise import gapless
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.targets import Target
@@ -249,7 +250,7 @@ def bind_linear(how: Tiled, where: Target, codes: Codes | None) -> Callable[...,
         float32, or of int8 codes exactly."""
         x = x if x.stride(-1) == 1 else x.contiguous()
         out = torch.empty((p.m, p.n), dtype=x.dtype, device=x.device) if out is None else out
-        return how.run(operands(x, w, dense(bias)), out)
+        return how.run(operands(x, w, None if bias is None else gapless(bias)), out)
 
     return linear
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from lineshaft_contract.problems import SampleProblem
 from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_triton.kernels.logits_scan import extremes, key_of, scan_config, value_of
-from lineshaft_triton.kernels.rowwise import common_fields, declines_float64, empty, grid_over, strided, tiles
+from lineshaft_triton.kernels.rowwise import common_fields, declines_float64, empty, gapless, grid_over, strided, tiles
 from lineshaft_triton.launch import launch
 from lineshaft_triton.targets import Target
 
@@ -27,8 +27,8 @@ def argmax_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x_row = logits_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
-    peak, first, _ = extremes(x_row, vocab, ROWS, BLOCK, AHEAD)
-    tl.store(out_ptr + row, tl.where((peak > float("-inf")) & (peak < float("inf")), first, -1), row < rows)
+    peak, first, least = extremes(x_row, vocab, ROWS, BLOCK, AHEAD)
+    tl.store(out_ptr + row, tl.where((peak > float("-inf")) & (least > float("-inf")), first, -1), row < rows)
 
 
 @triton.jit
@@ -152,12 +152,12 @@ def bind_apply(where: Target, problem: SampleProblem, session: Any) -> Callable[
         logits, (_, stride, _) = strided(logits)
         rows, vocab = logits.shape
         out = empty(out, (rows, vocab), logits)
-        bits = logits if mask is None else mask.contiguous()
+        bits = logits if mask is None else gapless(mask)
         words, masked = bits.shape[1], mask is not None
         grid = grid_over(rows, vocab, config)
         launch(session, mask_kernel, grid, config, logits, bits, out, rows, stride, words, vocab, MASK=masked)
         if edit_ids is not None and edit_scale is not None and edit_bias is not None:
-            ids, scale, bias = edit_ids.contiguous(), edit_scale.contiguous(), edit_bias.contiguous()
+            ids, scale, bias = gapless(edit_ids), gapless(edit_scale), gapless(edit_bias)
             count = ids.shape[1]
             launch(
                 session, edit_kernel, grid_over(rows, count, editing), editing, logits, bits, ids, scale, bias, out,
@@ -186,8 +186,8 @@ def bind_logprobs(where: Target, problem: SampleProblem, session: Any) -> Callab
             empty(None, (rows, k), logits, torch.float32),
         )
         launch(
-            session, logprobs_kernel, (triton.cdiv(rows, config.block["ROWS"]),), config, logits, ids, chosen, top_ids,
-            top, rows, stride, vocab, TOP=k, COUNT=count,
+            session, logprobs_kernel, (triton.cdiv(rows, config.block["ROWS"]),), config, logits, gapless(ids), chosen,
+            top_ids, top, rows, stride, vocab, TOP=k, COUNT=count,
         )  # fmt: skip
         return chosen, top_ids, top
 

@@ -37,7 +37,7 @@ def scan_config(rows: int, vocab: int, where: Target) -> Config:
     high, block = 1, BLOCK
     if interpreting():
         block = min(triton.next_power_of_2(vocab), INTERPRETED // 16)
-        high = min(triton.next_power_of_2(rows), INTERPRETED // block)
+        high = min(triton.next_power_of_2(max(rows, 1)), INTERPRETED // block)
     return Config(
         {"ROWS": high, "BLOCK": block, "AHEAD": AHEAD[where.vendor]}, num_warps=THREADS // where.warp, num_stages=1
     )
@@ -73,17 +73,17 @@ def value_of(key):
 
 @triton.jit
 def extremes(x_row, vocab, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
-    """x_row [ROWS, 1] points at rows -> their largest value, +inf for a NaN among them, the lowest id of it, and their
-    smallest value above -inf."""
+    """x_row [ROWS, 1] points at rows -> their largest value, the lowest id of it, and their smallest value above -inf,
+    which is -inf for a row with a NaN."""
     best = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
     best_at = tl.full((ROWS, BLOCK), 0, tl.int32)
     least = tl.full((ROWS, BLOCK), float("inf"), tl.float32)
     for start in tl.range(0, vocab, BLOCK, num_stages=AHEAD):
         at = start + tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_row + at, at < vocab, float("-inf")).to(tl.float32)
-        x = tl.where(x == x, x, float("inf"))
-        best_at = tl.where(x > best, at, best_at)
-        best = tl.maximum(best, x)
-        least = tl.minimum(least, tl.where(x > float("-inf"), x, float("inf")))
+        larger = x > best  # which no NaN is
+        best_at = tl.where(larger, at, best_at)
+        best = tl.where(larger, x, best)
+        least = tl.minimum(least, tl.where(x == x, tl.where(x > float("-inf"), x, float("inf")), float("-inf")))
     peak = tl.max(best, 1)
     return peak, tl.min(tl.where(best == peak[:, None], best_at, vocab), 1), tl.min(least, 1)

@@ -13,6 +13,7 @@ import triton.language as tl
 from lineshaft_contract.problems import MergeProblem
 from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.kernels.rowwise import gapless
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.targets import Target
@@ -96,8 +97,8 @@ def merge(
     states = tokens * heads
     launch(
         session, merge_kernel, (triton.cdiv(states, (chosen := config(count, states, dim)).block["BLOCK_R"]),), chosen,
-        out, out if lse is None else lse, parts, logs, out if sinks is None else sinks, states, count, HEADS=heads,
-        DIM=dim, SINKS=sinks is not None, LSE=lse is not None, ALL=triton.next_power_of_2(max(count, 1)),
+        out, out if lse is None else lse, parts, logs, out if sinks is None else gapless(sinks), states, count,
+        HEADS=heads, DIM=dim, SINKS=sinks is not None, LSE=lse is not None, ALL=triton.next_power_of_2(max(count, 1)),
     )  # fmt: skip
     return out
 
@@ -116,7 +117,7 @@ def bind_merge(problem: MergeProblem, session: Any) -> Callable[..., torch.Tenso
     ) -> torch.Tensor:
         """parts [n, T, H, D], lse f32[n, T, H], sinks [H] -> [T, H, D]; sinks count once, an all-empty state is 0."""
         target = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device) if out is None else out
-        return merge(session, parts.contiguous(), lse.contiguous(), target, sinks=sinks)
+        return merge(session, gapless(parts), gapless(lse), target, sinks=sinks)
 
     return merge_states
 

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from lineshaft_contract.problems import ExpertProblem
-from lineshaft_torch.bound import Recipe, dense, recipe
+from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_triton.interpreting import interpreting
-from lineshaft_triton.kernels.rowwise import common_fields, empty, grid_over, strided, tiles
+from lineshaft_triton.kernels.rowwise import common_fields, empty, gapless, grid_over, strided, tiles
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.targets import Target
@@ -98,7 +98,7 @@ def combine_kernel(
 
 def sort_config(experts: int, assignments: int, where: Target) -> Config:
     """A program for each expert, so that as many as there are sort at once; for decode a chunk is all there is."""
-    chunk = min(CHUNK, triton.next_power_of_2(assignments))
+    chunk = min(CHUNK, triton.next_power_of_2(max(assignments, 1)))
     rows = min(INTERPRETED_EXPERTS, triton.next_power_of_2(experts)) if interpreting() else 1
     return Config({"EXPERTS": rows, "CHUNK": chunk}, num_warps=max(1, chunk // 4 // where.warp), num_stages=1)
 
@@ -113,10 +113,9 @@ def bind_dispatch(where: Target, problem: ExpertProblem, session: Any) -> Callab
         """x [T, H], ids int32[T, k], expert_map int32[E] -> (rows [T * k, H] by local expert, offsets
         int32[local + 1], source int32[T * k]); rows for experts elsewhere come last and are 0."""
         x, (_, stride, _) = strided(x)
-        ids = ids.contiguous()
         source, offsets = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (count, local + 1))
         grid = (triton.cdiv(local + 1, sort.block["EXPERTS"]),)
-        launch(session, sort_kernel, grid, sort, ids, dense(expert_map), source, offsets, count, local)
+        launch(session, sort_kernel, grid, sort, gapless(ids), gapless(expert_map), source, offsets, count, local)
         rows = torch.empty((count, p.hidden), dtype=x.dtype, device=x.device)
         launch(
             session, scatter_kernel, grid_over(count, p.hidden, move), move, x, source, offsets, rows, count, p.k,
@@ -139,7 +138,7 @@ def bind_combine(where: Target, problem: ExpertProblem, session: Any) -> Callabl
         (x, (_, stride, _)), (probs, (_, probs_stride, _)) = strided(rows), strided(probs)
         out = empty(out, (p.rows, p.hidden), x)
         row = torch.empty(count, dtype=torch.int32, device=x.device)
-        launch(session, invert_kernel, (triton.cdiv(count, CHUNK),), turn, source, row, count)
+        launch(session, invert_kernel, (triton.cdiv(count, CHUNK),), turn, gapless(source), row, count)
         launch(
             session, combine_kernel, grid_over(p.rows, p.hidden, sums), sums, x, row, probs, out, p.rows, p.k, stride,
             probs_stride, p.hidden,

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from lineshaft_contract.problems import NormProblem
-from lineshaft_torch.bound import DENSE, Recipe, dense, recipe
-from lineshaft_triton.kernels.rowwise import common_fields, empty, strided, tiles
+from lineshaft_torch.bound import DENSE, Recipe, recipe
+from lineshaft_triton.kernels.rowwise import common_fields, empty, gapless, strided, tiles
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.targets import Target
 
@@ -83,7 +83,7 @@ def run_norm(
     (x, x_rows), (r, r_rows) = strided(x), strided(x if r is None else r)
     rows = normed.numel() // problem.width
     launch(
-        session, norm_kernel, (triton.cdiv(rows, config.block["ROWS"]),), config, x, r, dense(w), normed, total, rows,
+        session, norm_kernel, (triton.cdiv(rows, config.block["ROWS"]),), config, x, r, gapless(w), normed, total, rows,
         *x_rows, *r_rows, problem.width, problem.eps, ADD=total is not normed,
         WHOLE=config.block["BLOCK"] >= problem.width,
     )  # fmt: skip

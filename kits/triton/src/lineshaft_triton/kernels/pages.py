@@ -17,6 +17,7 @@ from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_torch.kernels.cache import consuming
 from lineshaft_torch.pages import SLOTS_LAYOUT, page_view
 from lineshaft_triton.interpreting import interpreting
+from lineshaft_triton.kernels.rowwise import gapless
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.targets import Target
@@ -38,9 +39,11 @@ def move_kernel(
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Row src[i] (GATHER; else i) of `from` to row dst[i] (SCATTER; else i) of `to`, for i below count. With both, the
-    two may be the same array: one program has all rows."""
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    at = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    two may be the same array: one program has all rows. Both dims are in the grid's first, as CUDA allows others no
+    more than 65535."""
+    columns = tl.cdiv(width, BLOCK_W)
+    row = tl.program_id(0) // columns * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = tl.program_id(0) % columns * BLOCK_W + tl.arange(0, BLOCK_W)
     there = row < count
     inside = there[:, None] & (at < width)[None, :]
     source, target = row.to(tl.int64), row.to(tl.int64)
@@ -80,14 +83,15 @@ def move(
 ) -> None:
     """Rows `src` of `source` (all, in order) to rows `dst` of `to` (all, in order); both arrays are dense."""
     to, source = in_units(to), in_units(source)
-    given = dst if dst is not None else src
+    places, rows = (None if ids is None else gapless(ids) for ids in (dst, src))
+    given = rows if places is None else places
     assert given is not None
     count, width = given.shape[0], to.shape[1]
     chosen = config(count, width, together=dst is not None and src is not None)
-    grid = triton.cdiv(count, chosen.block["BLOCK_R"]), triton.cdiv(width, chosen.block["BLOCK_W"])
+    programs = triton.cdiv(count, chosen.block["BLOCK_R"]) * triton.cdiv(width, chosen.block["BLOCK_W"])
     launch(
-        session, move_kernel, grid, chosen, to, source, given if dst is None else dst, given if src is None else src,
-        count, width, GATHER=src is not None, SCATTER=dst is not None,
+        session, move_kernel, (programs,), chosen, to, source, given if places is None else places,
+        given if rows is None else rows, count, width, GATHER=src is not None, SCATTER=dst is not None,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from lineshaft_torch.kernels.rope import supports as known_angles
 from lineshaft_torch.pages import SLOTS_LAYOUT
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.kernels.codes import CODES, storable, stored, stored_view
+from lineshaft_triton.kernels.rowwise import gapless
 from lineshaft_triton.kernels.write import dense_rows
 from lineshaft_triton.launch import Config, launch
 from lineshaft_triton.priority import TRITON
@@ -152,8 +153,8 @@ def _starter(problem: RopeProblem, session: Any, v_head: int, kv_dtype: str, wri
     def start(outs: tuple[torch.Tensor, ...], q: Any, k: Any, v: Any, positions: Any, slots: Any) -> None:
         tokens = q.shape[0]
         launch(
-            session, rope_kernel, (triton.cdiv(tokens, block_t), blocks), chosen, *outs, q, k, v, cos, sin, positions,
-            slots, tokens, q.stride(0), k.stride(0), v.stride(0), **constexprs,
+            session, rope_kernel, (triton.cdiv(tokens, block_t), blocks), chosen, *outs, q, k, v, cos, sin,
+            gapless(positions), gapless(slots), tokens, q.stride(0), k.stride(0), v.stride(0), **constexprs,
         )  # fmt: skip
 
     return start

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lineshaft_contract.problems import EmbedProblem, PointwiseProblem
 from lineshaft_torch.bound import DENSE, Recipe, dense, recipe
-from lineshaft_triton.kernels.rowwise import common_fields, empty, grid_over, strided, tiles
+from lineshaft_triton.kernels.rowwise import common_fields, empty, gapless, grid_over, strided, tiles
 from lineshaft_triton.launch import launch
 from lineshaft_triton.targets import Target
 
@@ -68,8 +68,8 @@ def bind_embed(where: Target, problem: EmbedProblem, session: Any) -> Callable[.
         rows, width = ids.shape[0], table.shape[1]
         out = empty(out, (rows, width), table)
         launch(
-            session, embed_kernel, grid_over(rows, width, config), config, ids, table, vocab_start, out, rows,
-            table.shape[0], width, problem.scale, SCALED=problem.scale != 1.0,
+            session, embed_kernel, grid_over(rows, width, config), config, gapless(ids), table, vocab_start, out,
+            rows, table.shape[0], width, problem.scale, SCALED=problem.scale != 1.0,
         )  # fmt: skip
         return out
 
@@ -81,7 +81,7 @@ def bind_gather(where: Target, problem: PointwiseProblem, session: Any) -> Calla
 
     def gather_rows(x: torch.Tensor, rows: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, H], rows int32[R] -> x[rows] [R, H]."""
-        x, (_, stride, _) = strided(x)
+        (x, (_, stride, _)), rows = strided(x), gapless(rows)
         count, width = rows.shape[0], x.shape[1]
         out = empty(out, (count, width), x)
         launch(session, gather_kernel, grid_over(count, width, config), config, x, rows, out, count, stride, width)
@@ -101,7 +101,7 @@ def bind_merge(where: Target, problem: PointwiseProblem, session: Any) -> Callab
         rows, width = x.shape
         out = empty(out, x.shape, x)
         grid = grid_over(rows, width, config)
-        launch(session, merge_kernel, grid, config, x, embeds, source, out, rows, stride, other, width)
+        launch(session, merge_kernel, grid, config, x, embeds, gapless(source), out, rows, stride, other, width)
         return out
 
     return merge_rows

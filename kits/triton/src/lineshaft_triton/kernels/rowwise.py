@@ -8,6 +8,7 @@ import torch
 import triton
 
 from lineshaft_contract.problems import Problem
+from lineshaft_torch.bound import dense
 from lineshaft_triton.interpreting import interpreting
 from lineshaft_triton.launch import Config
 from lineshaft_triton.priority import TRITON
@@ -60,6 +61,13 @@ def strided(x: torch.Tensor) -> tuple[torch.Tensor, Strides]:
     if x.dim() == 2:
         return x, (1, x.stride(0), 0)
     return x, (x.shape[1], x.stride(0), x.stride(1))
+
+
+def gapless(x: Any) -> torch.Tensor:
+    """A vector, or other operand that a kernel reads by place alone: the array or dense weight itself, or a dense copy
+    where it is a slice, as a forward may make of any array."""
+    found: torch.Tensor = dense(x)
+    return found.contiguous()
 
 
 def empty(out: torch.Tensor | None, shape: Any, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -23,7 +23,7 @@ import triton.language as tl
 from lineshaft_contract.problems import SampleProblem
 from lineshaft_torch.bound import Recipe, recipe
 from lineshaft_triton.kernels.logits_scan import extremes, key_of, pivot_config, scan_config, span_config, value_of
-from lineshaft_triton.kernels.rowwise import common_fields, empty, strided
+from lineshaft_triton.kernels.rowwise import common_fields, empty, gapless, strided
 from lineshaft_triton.launch import launch
 from lineshaft_triton.targets import Target
 
@@ -36,6 +36,12 @@ BITS = 62
 def scale_of(heat):
     """What logits are multiplied with before they are exponents of 2; finite for the smallest temperatures too."""
     return tl.minimum(1.4426950408889634 / tl.where(heat > 0, heat, 1.0), 3.0e38)
+
+
+@triton.jit
+def drawn(heat, values_ptr, out_ptr, row):
+    """Which rows a token is drawn for: those with a temperature, and a token, none of which is +inf."""
+    return (heat > 0) & (tl.load(out_ptr + row) >= 0) & (tl.load(values_ptr + row) < float("inf"))
 
 
 @triton.jit
@@ -147,7 +153,7 @@ def range_kernel(
     own = place < rows
     x_row = logits_ptr + tl.minimum(place, rows - 1).to(tl.int64)[:, None] * stride
     peak, ids, least = extremes(x_row, vocab, ROWS, BLOCK, AHEAD)
-    tl.store(out_ptr + place, tl.where((peak > float("-inf")) & (peak < float("inf")), ids, -1), own)
+    tl.store(out_ptr + place, tl.where((peak > float("-inf")) & (least > float("-inf")), ids, -1), own)
     tl.store(values_ptr + place, peak, own)
     tl.store(values_ptr + rows + place, least, own)
     tl.store(last_ptr + place, tl.full((ROWS,), 0, tl.int32) + vocab, own)
@@ -163,7 +169,7 @@ def cut_kernel(
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(place, rows - 1)
     heat, limit = tl.load(temperature_ptr + row), tl.load(limit_ptr + row)
-    wanted = (heat > 0) & (tl.load(out_ptr + row) >= 0) & (limit > 0) & (limit < (1 if MASS else vocab))
+    wanted = drawn(heat, values_ptr, out_ptr, row) & (limit > 0) & (limit < (1 if MASS else vocab))
     if tl.max(wanted.to(tl.int32)) > 0:
         x_row = logits_ptr + row.to(tl.int64)[:, None] * stride
         scale = scale_of(heat)
@@ -211,7 +217,7 @@ def draw_kernel(
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(place, rows - 1)
     heat = tl.load(temperature_ptr + row)
-    wanted = (heat > 0) & (tl.load(out_ptr + row) >= 0)
+    wanted = drawn(heat, values_ptr, out_ptr, row)
     if tl.max(wanted.to(tl.int32)) > 0:
         x_row = logits_ptr + row.to(tl.int64)[:, None] * stride
         min_p, u = tl.load(min_p_ptr + row), tl.load(u_ptr + row)
@@ -249,13 +255,13 @@ def bind_sample(where: Target, problem: SampleProblem, session: Any) -> Callable
         rows, vocab = logits.shape
         out = empty(out, (rows,), logits, torch.int32)
         values, last = session.constant(("triton_sample", rows), make_state)
-        heat, top_k, top_p, min_p = (params[name].contiguous() for name in PARAMS)
+        heat, top_k, top_p, min_p = (gapless(params[name]) for name in PARAMS)
         grid, sizes = (triton.cdiv(rows, scan.block["ROWS"]),), (rows, stride, vocab)
         state = values, last, out
         launch(session, range_kernel, grid, scan, logits, *state, *sizes)
         for limit, mass in ((top_k, False), (top_p, True)):
             launch(session, cut_kernel, grid, search, logits, heat, limit, *state, *sizes, MASS=mass, FRACTION=fraction)
-        launch(session, draw_kernel, grid, sums, logits, heat, min_p, u.contiguous(), *state, *sizes, FRACTION=fraction)
+        launch(session, draw_kernel, grid, sums, logits, heat, min_p, gapless(u), *state, *sizes, FRACTION=fraction)
         return out
 
     return sample
