@@ -206,6 +206,7 @@ class TestPlans:
             ({"qk_dim": 320, "v_dim": 256}, "sm90", "at most 256 values"),
             ({"value_in_key": True, "v_dim": 60}, "sm90", "one power of two holds both"),
             ({"kv_dtype": "float8_e4m3fnuz"}, "sm90", "sm90 does not convert float8_e4m3fnuz"),
+            ({"kv_dtype": "float8_e5m2fnuz"}, "gfx1100", "gfx1100 does not convert float8_e5m2fnuz"),
             ({"kv_dtype": "float8_e4m3fn"}, "sm80", "sm80 does not convert float8_e4m3fn"),
             ({"kv_dtype": "float8_e4m3fn"}, "sm86", "a smaller GPU with the tiles of sm89 does not convert"),
             ({"kv_dtype": "float16"}, "sm90", "float16 as bfloat16"),

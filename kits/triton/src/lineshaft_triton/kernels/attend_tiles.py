@@ -97,9 +97,10 @@ def tile(where: Target, kind: str, dtype: str, dim: int) -> Config | None:
 
 
 def reads(where: Target) -> frozenset[str]:
-    """The dtypes of eight bits that a target's code converts from: NVIDIA's from e4m3fn by an instruction alone."""
+    """The dtypes of eight bits that a target's code converts from: NVIDIA's from e4m3fn by an instruction alone; those
+    with NaN at -0 are CDNA's."""
     if where.vendor == "amd":
-        return _BOTH
+        return _BOTH if where.name in CDNA else _OCP
     return _OCP if where.fp8 else frozenset({_E5M2})
 
 
