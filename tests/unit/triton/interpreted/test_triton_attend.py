@@ -215,7 +215,8 @@ class TestPlans:
         ids=str,
     )
     def test_reasons(self, fields: dict[str, Any], target: str, words: str) -> None:
-        reason = supports(find_target(target, "nvidia"), DECODE, replace(LLAMA, **fields))
+        vendor = "amd" if target.startswith("gfx") else "nvidia"
+        reason = supports(find_target(target, vendor), DECODE, replace(LLAMA, **fields))
         assert reason is not None and words in reason
 
     def test_latent_attention(self) -> None:
