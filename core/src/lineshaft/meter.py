@@ -80,7 +80,7 @@ class Meter:
         self.output_tokens += sampled
         self.pages_used = max(self.pages_used, pages)
         if single_decode:
-            self.host.append(wall - kernels)
+            self.host.append(max(0.0, wall - kernels))
             self.kernels.append(kernels)
 
     def request(self, metrics: RequestMetrics, prompt_tokens: int) -> None:

@@ -95,7 +95,7 @@ class RunMetrics:
     ttft_s: float  # median over requests
     tpot_s: float  # median over requests
     tokens_per_s: float
-    host_ms_per_decode_step: float  # decode steps of one row: wall time less the kernels' own
+    host_ms_per_decode_step: float  # decode steps of one row: wall time less the kernels' own; 0 where steps overlap
     kernel_ms_per_decode_step: float
     steps: int
     preemptions: int
