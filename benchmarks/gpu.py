@@ -5,8 +5,8 @@
 
 Writes `gpu.json` and `gpu.md` into --out. A dry run goes through every part on the CPU, with small sizes, Triton's
 interpreter and a fake device, and of conformance two checks: every line says that nothing was executed on a GPU, and
-times are left out. Exit status 0: it ran, whatever it found; 2: one line says why it did not, or no
-further, and what was measured until then is written.
+times are left out. Exit status 0: it ran, whatever it found; 2: one line says why it did not, or no further; 130: it
+was interrupted. What was measured until then is written.
 """
 
 from __future__ import annotations

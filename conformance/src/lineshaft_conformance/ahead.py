@@ -21,7 +21,7 @@ from lineshaft.runner.sizing import free_bytes, sizes
 from lineshaft.weights.checkpoint import CONFIG_ALONE, FORMATS
 from lineshaft.weights.memory import breakdown, gib
 from lineshaft_contract.backends import BackendInfo, Toolchain
-from lineshaft_contract.sessions import CaptureReport, PlannedOps, Session
+from lineshaft_contract.sessions import DECLARED, CaptureReport, PlannedOps, Session
 from lineshaft_contract.steps import StepShape
 
 
@@ -70,6 +70,11 @@ class Compiled:
         return any(getattr(program.report, name) for program in self.programs for name in names)
 
     @property
+    def counts_memory(self) -> bool:
+        """Whether the compiler gives an account of memory."""
+        return self.counts(MEMORY)
+
+    @property
     def uncounted(self) -> tuple[str, ...]:
         """The figures that the compiler does not give."""
         return tuple(name for group in (MEMORY, WORK) if not self.counts(group) for name in group)
@@ -78,7 +83,7 @@ class Compiled:
     def declared(self) -> tuple[str, ...]:
         """The collectives that are declared, not compiled (`CaptureReport.collectives`)."""
         every = (name for program in self.programs for name in program.report.collectives)
-        return tuple(dict.fromkeys(name.removeprefix("declared: ") for name in every if name.startswith("declared: ")))
+        return tuple(dict.fromkeys(name.removeprefix(DECLARED) for name in every if name.startswith(DECLARED)))
 
     @property
     def code(self) -> int:
@@ -98,7 +103,7 @@ class Compiled:
     def parts(self) -> dict[str, int]:
         """Bytes by name of all that a device must hold at once; where the compiler counts none, those that are known
         before: of what is at work, the results of one step that the plan counts."""
-        if not self.counts(MEMORY):
+        if not self.counts_memory:
             plan = self.sizes.plan
             return {"weights": plan.weight_bytes, "KV pool": self.pool, "one step's results": plan.workspace_bytes}
         largest = self.largest
@@ -138,7 +143,7 @@ class Compiled:
         """All of it as plain data; the plan by its hash."""
         room = self.room
         unknown, largest = dict.fromkeys(self.uncounted), self.largest.beyond(self.resident)
-        counted = self.counts(MEMORY)
+        counted = self.counts_memory
         return {
             "backend": self.plan.backend, "topology": self.topology, "plan": self.plan.hash, "dtype": self.dtype,
             "layout": dict(self.layout), "evidence": "compiled-only", "programs_of_the_run": self.listed,

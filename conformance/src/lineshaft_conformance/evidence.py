@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lineshaft_conformance.results import Evidence
-from lineshaft_contract.backends import OFF, BackendInfo, BackendKind, Probe
+from lineshaft_contract.backends import BackendInfo, BackendKind, Probe, switched_on
 
 NODES = ("nvidia[0-9]*", "accel[0-9]*", "accel/accel[0-9]*", "vfio/[0-9]*", "neuron[0-9]*")
 """Device nodes of accelerators under /dev. A render node counts only beside kfd: displays have render nodes too."""
@@ -60,13 +60,26 @@ def boasts(
 def interpreting(info: BackendInfo, options: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[str]:
     """The switches that are on and make code interpreted, as a user would write them."""
     accelerator = info.kind is BackendKind.ACCELERATOR
-    if environment.get("TRITON_INTERPRET", "").strip().lower() not in OFF:
-        yield f"TRITON_INTERPRET={environment['TRITON_INTERPRET']}"
+    yield from _variable("TRITON_INTERPRET", environment)
     if accelerator and environment.get("JAX_PLATFORMS", "").strip().lower().startswith("cpu"):
         yield f"JAX_PLATFORMS={environment['JAX_PLATFORMS']}"
     if accelerator and str(options.get("platform", "")).strip().lower() == "cpu":
         yield f"the option platform = {options['platform']!r}"
-    for name in ("interpret", "stand_in"):
-        value = options.get(name)
-        if value and str(value).strip().lower() not in OFF:
-            yield f"the option {name} = {value!r}"
+    yield from _option("interpret", options)
+    yield from _option("stand_in", options)
+
+
+def interpreters(options: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[str]:
+    """Those of them by which an interpreter runs kernels."""
+    yield from _variable("TRITON_INTERPRET", environment)
+    yield from _option("interpret", options)
+
+
+def _variable(name: str, environment: Mapping[str, str]) -> Iterator[str]:
+    if switched_on(environment.get(name, "")):
+        yield f"{name}={environment[name]}"
+
+
+def _option(name: str, options: Mapping[str, Any]) -> Iterator[str]:
+    if switched_on(options.get(name)):
+        yield f"the option {name} = {options[name]!r}"

@@ -19,6 +19,11 @@ OFF = frozenset({"", "0", "f", "false", "n", "no", "none", "off"})
 """What a switch may be set to and still be off, in lower case."""
 
 
+def switched_on(value: object) -> bool:
+    """Whether a switch is on: anything but a word of OFF, False and None among them."""
+    return bool(value) and str(value).strip().lower() not in OFF
+
+
 class BackendKind(IntEnum):
     """What `backend = "auto"` prefers: the largest usable kind; two usable backends of that kind are a tie."""
 
@@ -43,9 +48,9 @@ class Probe:
 
     def runs_with(self, options: Mapping[str, Any]) -> bool:
         """Whether the backend runs on this machine under the options that a user wrote."""
-        given = {name: str(options.get(name, "")).strip().lower() for name in self.unless}
         return self.usable or any(
-            given[name] == value or (value == "true" and given[name] not in OFF) for name, value in self.unless.items()
+            switched_on(options.get(name)) if value == "true" else str(options.get(name)).strip().lower() == value
+            for name, value in self.unless.items()
         )
 
 

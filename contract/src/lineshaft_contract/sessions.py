@@ -57,13 +57,17 @@ class Capture:
     host_outputs: frozenset[str] = frozenset()
 
 
+DECLARED = "declared: "
+"""What begins the name of a collective in a report where a library makes it that was not asked."""
+
+
 @dataclass(frozen=True)
 class CaptureReport:
     """What a capture cost and what a replay will cost, in bytes unless said otherwise; of one rank.
 
     `flops` and `moved`, the bytes read and written, are a compiler's estimate, `arguments`, `outputs`, `temporaries`,
     `aliased` and `code` its account of memory; 0 where there is none. `cached` tells that nothing had to be compiled.
-    `collectives` are as compiled, or as "declared: all_reduce" where a library that was not asked makes them.
+    `collectives` are as compiled, or after DECLARED where a library that was not asked makes them.
     """
 
     seconds: float

@@ -25,7 +25,8 @@ from lineshaft_cuda import backend as cuda
 from lineshaft_cuda.options import CudaOptions
 from lineshaft_torch.bound import recipe
 from lineshaft_torch.fake import FakeDevice
-from lineshaft_triton.backend import GpuBackend
+from lineshaft_triton import backend as shared
+from lineshaft_triton.backend import GpuBackend, installed
 from lineshaft_triton.targets import TARGETS
 
 OPS = all_ops()
@@ -33,7 +34,7 @@ OPS = all_ops()
 
 def backend(layer: FakeDevice | None = None, **options: Any) -> GpuBackend:
     given = CudaOptions(interpret=True, **options)
-    return GpuBackend("cuda", given, World(threads=1), TARGETS["sm90"], layer or FakeDevice(), cuda.further)
+    return GpuBackend("cuda", given, World(threads=1), TARGETS["sm90"], layer or FakeDevice(), cuda.libraries)
 
 
 # ---- problems that no kernel takes -----------------------------------------------------------------------------------
@@ -50,8 +51,8 @@ def backend(layer: FakeDevice | None = None, **options: Any) -> GpuBackend:
 def test_a_kernel_that_was_named_runs_or_says_why_not(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], reason: str
 ) -> None:
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
-    kernels = [recipe("cuda") for recipe in cuda.further(TARGETS["sm90"])]
+    monkeypatch.setattr(shared, "find_spec", lambda name: object())
+    kernels = [recipe("cuda") for recipe in installed(cuda.libraries(TARGETS["sm90"]))]
     given: dict[str, Any] = {
         "dtype": "bfloat16", "kv_dtype": "bfloat16", "q_heads": 4, "kv_heads": 2, "qk_dim": 64, "v_dim": 64,
         "page_size": 16, "scale": 1.0,
@@ -128,7 +129,6 @@ from lineshaft.errors import WorkerDied
 from lineshaft_contract.backends import World
 from lineshaft_contract.problems import CollectiveProblem
 from lineshaft_contract.steps import HostStep, InputField, InputLayout, StepShape
-from lineshaft_cuda.backend import further
 from lineshaft_cuda.options import CudaOptions
 from lineshaft_torch.collectives import GLOO
 from lineshaft_torch.fake import FakeDevice

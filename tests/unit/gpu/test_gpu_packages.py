@@ -28,7 +28,8 @@ from lineshaft_cuda.options import CudaOptions
 from lineshaft_rocm import aiter_ops
 from lineshaft_rocm import backend as rocm
 from lineshaft_torch.fake import FakeDevice
-from lineshaft_triton.backend import GpuBackend
+from lineshaft_triton import backend as shared
+from lineshaft_triton.backend import GpuBackend, installed
 from lineshaft_triton.targets import TARGETS
 
 OPS = all_ops()
@@ -52,7 +53,7 @@ def subject(program: str) -> Any:
 
 
 def attention(kernel: str) -> Kernel:
-    recipes = [*flashinfer_attend.recipes(), *flash_attend.recipes(TARGETS["sm90"], lambda module: True)]
+    recipes = [*flashinfer_attend.recipes(), *(each for each, _ in flash_attend.recipes(TARGETS["sm90"]))]
     return {recipe("cuda").name: recipe("cuda") for recipe in recipes}[kernel]
 
 
@@ -160,7 +161,7 @@ def test_a_feature_that_was_not_tried_is_not_claimed(field: str) -> None:
 
 
 def test_version_three_is_for_hopper() -> None:
-    made = [recipe("cuda") for recipe in flash_attend.recipes(TARGETS["sm100"], lambda module: "interface" in module)]
+    made = [recipe("cuda") for recipe, module in flash_attend.recipes(TARGETS["sm100"]) if "interface" in module]
     assert [kernel.name for kernel in made] == ["flash3_attend"]
     assert "not for sm100" in str(made[0].supports(problem_of(Paging(STEPS["decode"]))))
 
@@ -202,18 +203,16 @@ def test_what_is_not_installed_is_not_registered_and_nothing_is_imported_to_find
 ) -> None:
     for name in fake_packages.PACKAGES:
         monkeypatch.delitem(sys.modules, name)
-    for module in (cuda, rocm):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert names(cuda.further(TARGETS["sm90"])) == ["cublas_linear"]
-    assert names(rocm.further(TARGETS["gfx942"])) == ["hipblas_linear"]
-    for module in (cuda, rocm):
-        monkeypatch.setattr(module, "find_spec", lambda name: object())
-    assert names(cuda.further(TARGETS["sm90"])) == [
+    monkeypatch.setattr(shared, "find_spec", lambda name: None)
+    assert names(installed(cuda.libraries(TARGETS["sm90"]))) == ["cublas_linear"]
+    assert names(installed(rocm.libraries(TARGETS["gfx942"]))) == ["hipblas_linear"]
+    monkeypatch.setattr(shared, "find_spec", lambda name: object())
+    assert names(installed(cuda.libraries(TARGETS["sm90"]))) == [
         "cublas_linear",
         *sorted(KERNELS, reverse=True)[1:],
         "flashinfer_attend",
     ]
-    assert names(rocm.further(TARGETS["gfx942"])) == ["hipblas_linear", "aiter_rms_norm", "aiter_silu_mul"]
+    assert names(installed(rocm.libraries(TARGETS["gfx942"]))) == ["hipblas_linear", "aiter_rms_norm", "aiter_silu_mul"]
     assert not set(fake_packages.PACKAGES) & set(sys.modules)
 
 

@@ -21,7 +21,7 @@ from lineshaft_rocm.options import RocmOptions
 from lineshaft_torch.fake import UNTOLD, FakeDevice
 from lineshaft_torch.host_memory import HostMemory
 from lineshaft_triton import starting
-from lineshaft_triton.backend import GpuBackend, capabilities_of
+from lineshaft_triton.backend import GpuBackend, capabilities_of, installed
 from lineshaft_triton.targets import TARGETS
 
 TWO = World(1, (("dp", 1), ("pp", 1), ("cp", 1), ("ep", 1), ("tp", 2)))
@@ -149,13 +149,14 @@ def test_pages_hold_the_floats_of_eight_bits_that_the_target_reads(target: str, 
 
 
 def interpreted() -> GpuBackend:
-    return GpuBackend("cuda", CudaOptions(interpret=True), World(), TARGETS["sm90"], FakeDevice(), cuda.further)
+    return GpuBackend("cuda", CudaOptions(interpret=True), World(), TARGETS["sm90"], FakeDevice(), cuda.libraries)
 
 
 def test_products_of_the_vendor_compete_with_this_kits_on_a_device_alone() -> None:
-    real = GpuBackend("cuda", CudaOptions(), World(), TARGETS["sm90"], SimpleNamespace(), cuda.further)  # type: ignore[arg-type]
+    real = GpuBackend("cuda", CudaOptions(), World(), TARGETS["sm90"], SimpleNamespace(), cuda.libraries)  # type: ignore[arg-type]
     assert not interpreted().real and real.real
-    (cublas,) = [made for made in (recipe("cuda") for recipe in cuda.further(TARGETS["sm90"])) if "cublas" in made.name]
+    found = [recipe("cuda") for recipe in installed(cuda.libraries(TARGETS["sm90"]))]
+    (cublas,) = [made for made in found if "cublas" in made.name]
     assert cublas.tunable and cublas.priority == 20 and cublas.layout == "dense"
 
 
@@ -163,7 +164,7 @@ def test_memory_is_that_of_the_device_and_under_the_interpreter_the_hosts() -> N
     total, free = interpreted().memory.total_free() or (0, 0)
     assert 0 < free <= total < UNTOLD and total == (HostMemory().total_free() or (0, 0))[0]
     layer = SimpleNamespace(memory=lambda: (80, 70), synchronize=lambda: None)
-    real = GpuBackend("cuda", CudaOptions(), World(), TARGETS["sm90"], layer, cuda.further)  # type: ignore[arg-type]
+    real = GpuBackend("cuda", CudaOptions(), World(), TARGETS["sm90"], layer, cuda.libraries)  # type: ignore[arg-type]
     assert real.memory.total_free() == (80, 70)
     problem = KVProblem(dtype="bfloat16", kv_dtype="bfloat16", kv_heads=2, qk_dim=64, v_dim=64, page_size=16)
     assert real.memory.page_bytes(problem) == problem.page_bytes

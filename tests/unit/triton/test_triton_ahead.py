@@ -239,7 +239,7 @@ def test_a_catalogue_names_libraries_that_are_not_installed_and_is_for_the_targe
     from lineshaft_rocm.options import RocmOptions
 
     made = create(CudaOptions(interpret=True, target="sm120"))
-    monkeypatch.setattr("lineshaft_triton.toolchain.find_spec", lambda name: None)
+    monkeypatch.setattr("lineshaft_triton.backend.find_spec", lambda name: None)
     notes = {offer.kernel.name: offer.note for offer in made.catalogue("")}
     assert {"torch_attend", "torch_all_reduce", "triton_rms_norm", "one_shot_all_reduce"} <= set(notes)
     assert notes["cublas_linear"] == "on a GPU, not interpreted"
@@ -250,7 +250,7 @@ def test_a_catalogue_names_libraries_that_are_not_installed_and_is_for_the_targe
     assert {offer.kernel.options.get("target", "sm80") for offer in made.catalogue("sm80")} == {"sm80"}
     with pytest.raises(InvalidValue, match="target 'gfx942': cuda compiles for sm80"):
         made.catalogue("gfx942")
-    monkeypatch.setattr("lineshaft_triton.toolchain.find_spec", lambda name: object())
+    monkeypatch.setattr("lineshaft_triton.backend.find_spec", lambda name: object())
     found = {offer.kernel.name: offer.note for offer in rocm.create(RocmOptions()).catalogue("")}
     assert found["aiter_rms_norm"] == found["hipblas_linear"] == "on a GPU, not interpreted"
 

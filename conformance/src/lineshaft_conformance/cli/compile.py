@@ -108,9 +108,7 @@ def summary(found: Compiled) -> list[str]:
 
 def at_work(found: Compiled) -> str:
     """What is needed beside weights and pool."""
-    from lineshaft_conformance.ahead import MEMORY
-
-    if not found.counts(MEMORY):
+    if not found.counts_memory:
         return (
             f"one step's results {human(found.sizes.plan.workspace_bytes)} by the plan; temporaries and code are not "
             "counted by this backend's compiler"

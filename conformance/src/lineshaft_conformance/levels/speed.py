@@ -15,7 +15,7 @@ from lineshaft.engine import Engine
 from lineshaft.runner.messages import ChoiceMessage, StepMessage
 from lineshaft.sampling.params import SamplingParams
 from lineshaft_conformance.checks import Check, Found, NotClaimed, require, rule_of
-from lineshaft_conformance.evidence import interpreting
+from lineshaft_conformance.evidence import interpreters
 from lineshaft_conformance.harness.rig import kernel_names
 from lineshaft_conformance.harness.stage import engine_config
 from lineshaft_conformance.harness.timed import WIDTH, Timed, Timer
@@ -97,9 +97,8 @@ def timer_of(subject: Subject) -> Timer:
 
 def require_no_interpreter(subject: Subject) -> None:
     """Raises NotClaimed where an interpreter runs kernels: what it takes for one has nothing to do with a device."""
-    for switch in interpreting(subject.info, subject.target.options, os.environ):
-        if "interpret" in switch.lower():
-            raise NotClaimed(f"{switch} is set: an interpreter's times say nothing of a roofline")
+    for switch in interpreters(subject.target.options, os.environ):
+        raise NotClaimed(f"{switch} is set: an interpreter's times say nothing of a roofline")
 
 
 def near(make: Make, least: float, subject: Subject, seed: int) -> Found:

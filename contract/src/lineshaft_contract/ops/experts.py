@@ -443,10 +443,11 @@ _OFFSETS = {
     "sums": ([0, 3, 7, 10], _SUMS),
     "rows120": ([0, 70, 71, 117], ""), "rows420": ([0, 201, 202, 417], ""),
 }  # fmt: skip
-_MANY = {
-    "rows120": {"rows": 120, "hidden": 32, "width": 48}, "rows420": {"rows": 420, "hidden": 64, "width": 32},
+_SIZES: dict[str, dict[str, Any]] = {
+    "sums": {"hidden": 512}, "rows120": {"rows": 120, "hidden": 32, "width": 48},
+    "rows420": {"rows": 420, "hidden": 64, "width": 32},
 }  # fmt: skip
-"""Problems for tiles of more rows: of the six experts each has 20, or 70."""
+"""Of problems unlike others: long sums, and for tiles of more rows 20 or 70 for each of the six experts."""
 
 
 def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
@@ -455,16 +456,8 @@ def _grouped_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         case_id = f"{name}-{short(dtype)}"
         rng = draw(case_id)
         offsets, why = _OFFSETS[name]
-        fields: dict[str, Any] = {
-            "rows": 10,
-            "hidden": 12,
-            "width": 10,
-            **_KINDS.get(name, ({}, ""))[0],
-            **_MANY.get(name, {}),
-        }
-        problem = ExpertProblem(dtype=dtype, experts=6, local=3, k=1, **fields)
-        if name == "sums":
-            problem = replace(problem, hidden=512)
+        problem = ExpertProblem(dtype=dtype, experts=6, local=3, hidden=12, width=10, k=1, rows=10)
+        problem = replace(problem, **_KINDS.get(name, ({}, ""))[0], **_SIZES.get(name, {}))
         x = rng.standard_normal((problem.rows, problem.hidden))
         x[offsets[-1] :] = np.nan
         w13, w2 = _weights(rng, problem)

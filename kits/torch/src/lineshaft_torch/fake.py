@@ -35,8 +35,6 @@ SHAPING = frozenset({"empty", "empty_like", "new_empty", "detach", "view", "slic
 """Operators that look at no values."""
 READING = frozenset({"tolist", "numpy", "cpu", "__array__"})
 """Methods of tensors that do, without an operator that tells so."""
-OUTERMOST = 2
-"""Streams that are current, or will be again, inside an `on` that is in no other."""
 UNTOLD = 1 << 40
 """Bytes of a host that does not tell how many it has."""
 
@@ -214,9 +212,10 @@ class FakeDevice:
 
     @contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
+        outermost = len(self._current) == 1
         self._current.append(stream)
         try:
-            with _Direct(self) if len(self._current) == OUTERMOST else nullcontext():
+            with _Direct(self) if outermost else nullcontext():
                 yield
         finally:
             self._current.pop()

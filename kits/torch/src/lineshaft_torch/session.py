@@ -102,11 +102,14 @@ class TorchSession(SessionState):
             same = (param.source_id, packing.layout, param.shape, param.dtype)
             if same not in self._shared:
                 with typed_memory(f"weight {param.name}"):
-                    local = param.shard(checkpoint, self.coordinate)
-                    self._shared[same] = (param, packing, self._leaves(param, local, packing))
+                    self._shared[same] = (param, packing, self._read(param, checkpoint, packing))
             made = self._make(param, len(self._params), packing, self._shared[same][2])
             self._params[param.name] = (param, made)
         return self._params[param.name][1]
+
+    def _read(self, param: Param, checkpoint: Checkpoint, packing: Packing) -> dict[str, torch.Tensor]:
+        """A parameter's leaves, from the checkpoint."""
+        return self._leaves(param, param.shard(checkpoint, self.coordinate), packing)
 
     def _leaves(self, param: Param, local: Local, packing: Packing) -> dict[str, torch.Tensor]:
         if packing.pack is None:

@@ -14,6 +14,7 @@ from lineshaft_contract.errors import ContractViolation, Unsupported
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.packing import empty_share
 from lineshaft_contract.sessions import (
+    DECLARED,
     Capture,
     CaptureReport,
     Handle,
@@ -24,7 +25,7 @@ from lineshaft_contract.sessions import (
     UncountedMemory,
 )
 from lineshaft_contract.steps import ArraySpec, HostStep, InputLayout, StepShape
-from lineshaft_contract.weights import Checkpoint, Param, Weight
+from lineshaft_contract.weights import Checkpoint, Param
 from lineshaft_torch.arrays import torch_dtype
 from lineshaft_torch.collectives import NCCL, Group, ProcessGroups, members_of
 from lineshaft_torch.kernels import collectives
@@ -96,17 +97,7 @@ class AheadSession(TorchSession):
         if 0 not in grid:
             self.launches.append(describe_launch(kernel, config, args, constexprs, expects))
 
-    def _place(self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Weight | torch.Tensor:
-        if param.name not in self._params:
-            packing = packings.get(param.name, Packing())
-            same = (param.source_id, packing.layout, param.shape, param.dtype)
-            if same not in self._shared:
-                self._shared[same] = (param, packing, self._shapes_of(param, packing))
-            made = self._make(param, len(self._params), packing, self._shared[same][2])
-            self._params[param.name] = (param, made)
-        return self._params[param.name][1]
-
-    def _shapes_of(self, param: Param, packing: Packing) -> dict[str, torch.Tensor]:
+    def _read(self, param: Param, checkpoint: Checkpoint, packing: Packing) -> dict[str, torch.Tensor]:
         """A parameter's leaves, which depend on its shape, dtype and the groups of its values, and on no value."""
         if packing.pack is None:
             return {"data": torch.empty(param.shape, dtype=torch_dtype(param.dtype), device=self.device)}
@@ -163,7 +154,7 @@ class AheadProgram(ProgramBase):
             ops=len(session.launches),
             arguments=nbytes([self._buffer, *session.tensors(), *arrays.values()]),
             outputs=nbytes(outputs.values()),
-            collectives=tuple(f"declared: {op}" for op in dict.fromkeys(session.groups.asked)),
+            collectives=tuple(f"{DECLARED}{op}" for op in dict.fromkeys(session.groups.asked)),
             details=details(launches, codes, session.target),
         )
 

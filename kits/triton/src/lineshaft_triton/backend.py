@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft_contract.kernels import Kernel
@@ -25,6 +26,9 @@ from lineshaft_triton.options import GpuOptions
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.targets import Target
 
+Libraries = Callable[[Target], Sequence[tuple[Recipe, str]]]
+"""Kernels of a vendor's libraries and of other packages on a target, each with the module that it needs ("": torch)."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 CAPABILITIES = Capabilities(
     dtypes=DTYPES, asynchronous=True, graphs=True, collectives=True, determinism=DeterminismClaims(run=True)
@@ -40,8 +44,8 @@ def capabilities_of(target: Target) -> Capabilities:
 class GpuBackend:
     """Implements `lineshaft_contract.backends.Backend`.
 
-    layer    the device, or fakes of one
-    further  what else is registered for a real device: kernels of the vendor's libraries that are installed
+    layer      the device, or fakes of one
+    libraries  what else is registered for a real device, as far as it is installed
     """
 
     name: str
@@ -49,7 +53,7 @@ class GpuBackend:
     world: World
     target: Target
     layer: DeviceLayer
-    further: Callable[[Target], Sequence[Recipe]]
+    libraries: Libraries
 
     @property
     def real(self) -> bool:
@@ -69,7 +73,7 @@ class GpuBackend:
         from lineshaft_triton.kernels import triton_kernels
 
         portable = portable_kernels(self.name, self.options.attention_memory_mib)
-        beside = [*self.further(self.target), *self._one_shot()] if self.real else []
+        beside = [*installed(self.libraries(self.target)), *self._one_shot()] if self.real else []
         return [*portable, *triton_kernels(self.name, self.target), *(recipe(self.name) for recipe in beside)]
 
     def _one_shot(self) -> list[Recipe]:
@@ -85,6 +89,16 @@ class GpuBackend:
         )  # fmt: skip
         make = DeviceSession if self.real else InterpretedSession
         return make(self.layer, replace(self.world, rank=rank), options)
+
+
+def missing(module: str) -> str:
+    """What to say of a module that is not installed, which is found without importing it; "" of one that is."""
+    return f"{module} is not installed" if module and find_spec(module) is None else ""
+
+
+def installed(kernels: Sequence[tuple[Recipe, str]]) -> list[Recipe]:
+    """Those of `Libraries` whose modules are not missing."""
+    return [each for each, module in kernels if not missing(module)]
 
 
 def library_linear(name: str) -> Recipe:

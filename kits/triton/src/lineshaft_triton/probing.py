@@ -63,6 +63,11 @@ def whole_number(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def described(name: str, arch: str, memory: int) -> str:
+    """A GPU for a reader; `memory` in bytes, 0 where it is unknown."""
+    return f"{name} ({arch}, {f'{memory / 2**30:.0f} GiB' if memory else 'memory unknown'})"
+
+
 def listed(folder: Path) -> list[str]:
     """The names in a folder, sorted; none where it cannot be read."""
     try:

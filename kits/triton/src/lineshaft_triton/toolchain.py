@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 from lineshaft_contract.backends import Offered, World
 from lineshaft_contract.errors import InvalidValue, LayoutError
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.problems import Problem
 from lineshaft_torch import one_shot
-from lineshaft_torch.bound import Recipe
 from lineshaft_torch.kernels import portable_kernels
 from lineshaft_triton.ahead import COLUMNS, AheadBackend, Packed
-from lineshaft_triton.backend import capabilities_of
+from lineshaft_triton.backend import Libraries, capabilities_of, missing
 from lineshaft_triton.compiling import Compiler, require_cache
 from lineshaft_triton.priority import TRITON
 from lineshaft_triton.real_problems import real_problems
 from lineshaft_triton.targets import TARGETS, Target, targets_of
-
-Libraries = Callable[[Target], Sequence[tuple[Recipe, str]]]
-"""Kernels of a vendor's libraries and of other packages on a target, each with the module that it needs ("": torch)."""
 
 RANKS = 1024
 """More than any model's heads, experts and layers are spread over."""
@@ -74,8 +69,3 @@ class TritonToolchain:
         if target not in self.targets():
             raise InvalidValue(f"target {target!r}: {self.name} compiles for {', '.join(self.targets())}")
         return TARGETS[target]
-
-
-def missing(module: str) -> str:
-    """What to say of a module that is not installed, which is found without importing it; "" of one that is."""
-    return f"{module} is not installed" if module and find_spec(module) is None else ""

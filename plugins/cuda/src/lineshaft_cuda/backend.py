@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from lineshaft_contract.backends import World
@@ -17,24 +15,13 @@ from lineshaft_triton.starting import device_number, require_build, start_device
 from lineshaft_triton.targets import TARGETS, Target, find_target
 
 
-def installed(module: str) -> bool:
-    """Found, without importing it."""
-    return find_spec(module) is not None
-
-
 def libraries(target: Target) -> list[tuple[Recipe, str]]:
     """Kernels of NVIDIA's libraries and of packages, each with the module that it needs ("": torch)."""
-    flash = flash_attend.recipes(target, lambda module: True)
     return [
         (library_linear("cublas_linear"), ""),
-        *((each, flash_attend.PACKAGES[each("cuda").name]) for each in flash),
+        *flash_attend.recipes(target),
         *((each, flashinfer_attend.PACKAGE) for each in flashinfer_attend.recipes()),
     ]
-
-
-def further(target: Target) -> list[Recipe]:
-    """Those of `libraries` whose modules are installed."""
-    return [each for each, module in libraries(target) if not module or installed(module)]
 
 
 def create(options: CudaOptions, world: World) -> GpuBackend:
@@ -42,9 +29,9 @@ def create(options: CudaOptions, world: World) -> GpuBackend:
     for fewer GPUs than ranks, InvalidValue for a GPU that there are no kernels for."""
     require_mode(options.interpret)
     if options.interpret:
-        return GpuBackend("cuda", options, world, TARGETS[options.target], FakeDevice(), further)
+        return GpuBackend("cuda", options, world, TARGETS[options.target], FakeDevice(), libraries)
     require_build("cuda", lambda: torch.version.cuda, "CUDA")
     number = device_number("cuda", options, world)
     major, minor = torch.cuda.get_device_capability(number)
     target = find_target(f"sm{major}{minor}", "nvidia")
-    return GpuBackend("cuda", options, world, target, start_device(number), further)
+    return GpuBackend("cuda", options, world, target, start_device(number), libraries)

@@ -21,8 +21,6 @@ from lineshaft_triton.priority import DECLARED
 from lineshaft_triton.targets import Target
 
 NAME = "flash_attend"
-PACKAGES = {"flash_attend": "flash_attn", "flash3_attend": "flash_attn_interface"}
-"""The module that each kernel needs."""
 PAGE_MULTIPLE = 256
 MOST_HEAD = 256
 
@@ -123,8 +121,8 @@ def _finish(problem: AttendProblem, session: Any) -> Callable[[torch.Tensor, Ste
     return finish
 
 
-def recipes(where: Target, installed: Callable[[str], bool]) -> list[Recipe]:
-    """Those of the versions that are installed; the third is for Hopper."""
+def recipes(where: Target) -> list[tuple[Recipe, str]]:
+    """Both versions, each with the module that it needs; the third is for Hopper."""
 
     def supports_third(problem: AttendProblem) -> str | None:
         return common(problem) if where.name == "sm90" else f"has kernels for sm90, not for {where.name}"
@@ -132,8 +130,7 @@ def recipes(where: Target, installed: Callable[[str], bool]) -> list[Recipe]:
     shared: dict[str, Any] = {
         "layout": SLOTS_LAYOUT, "priority": DECLARED, "handles": frozenset({"softcap"}),
     }  # fmt: skip
-    made = {
-        "flash_attend": recipe("flash_attend", "attend", bind, supports=supports, prepare=prepare, **shared),
-        "flash3_attend": recipe("flash3_attend", "attend", bind_third, supports=supports_third, **shared),
-    }
-    return [each for name, each in made.items() if installed(PACKAGES[name])]
+    return [
+        (recipe("flash_attend", "attend", bind, supports=supports, prepare=prepare, **shared), "flash_attn"),
+        (recipe("flash3_attend", "attend", bind_third, supports=supports_third, **shared), "flash_attn_interface"),
+    ]

@@ -12,6 +12,8 @@ from ctypes import byref, c_char_p, c_int, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
+from lineshaft_triton.probing import described
+
 LIBRARY = "libnvidia-ml.so.1"
 TEXT = 96
 """Bytes of the longest text that NVML returns (NVML_DEVICE_NAME_V2_BUFFER_SIZE)."""
@@ -49,8 +51,7 @@ class Gpu:
 
     @property
     def text(self) -> str:
-        memory = f"{self.memory / 2**30:.0f} GiB" if self.memory else "memory unknown"
-        return f"{self.name} ({self.fault or f'{self.arch}, {memory}'})"
+        return f"{self.name} ({self.fault})" if self.fault else described(self.name, self.arch, self.memory)
 
 
 @dataclass(frozen=True)

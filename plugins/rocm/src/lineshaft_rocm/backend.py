@@ -3,8 +3,6 @@ graphs are HIP's, and the transport "nccl" is RCCL."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from lineshaft_contract.backends import World
@@ -23,18 +21,13 @@ def libraries(target: Target) -> list[tuple[Recipe, str]]:
     return [(library_linear("hipblas_linear"), ""), *((each, aiter_ops.PACKAGE) for each in aiter_ops.recipes(target))]
 
 
-def further(target: Target) -> list[Recipe]:
-    """Those of `libraries` whose modules are installed."""
-    return [each for each, module in libraries(target) if not module or find_spec(module)]
-
-
 def create(options: RocmOptions, world: World) -> GpuBackend:
     """The factory that the plugin registers. Raises BackendUnavailable without a GPU that torch can start or in a torch
     that is not built for ROCm, LayoutError for fewer GPUs than ranks, InvalidValue for a GPU without kernels."""
     require_mode(options.interpret)
     if options.interpret:
-        return GpuBackend("rocm", options, world, TARGETS[options.target], FakeDevice(), further)
+        return GpuBackend("rocm", options, world, TARGETS[options.target], FakeDevice(), libraries)
     require_build("rocm", lambda: torch.version.hip, "ROCm")
     number = device_number("rocm", options, world)
     target = find_target(torch.cuda.get_device_properties(number).gcnArchName, "amd")
-    return GpuBackend("rocm", options, world, target, start_device(number), further)
+    return GpuBackend("rocm", options, world, target, start_device(number), libraries)

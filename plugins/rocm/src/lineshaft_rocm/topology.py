@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lineshaft_triton.probing import listed, whole_number
+from lineshaft_triton.probing import described, listed, whole_number
 
 NODES = Path("class/kfd/kfd/topology/nodes")
 FRAME_BUFFER = ("1", "2")
@@ -30,8 +30,7 @@ class Gpu:
 
     @property
     def text(self) -> str:
-        memory = f"{self.memory / 2**30:.0f} GiB" if self.memory else "memory unknown"
-        return f"{self.name} ({self.arch}, {memory})"
+        return described(self.name, self.arch, self.memory)
 
 
 def read_gpus(sys: Path) -> list[Gpu]:

@@ -90,7 +90,7 @@ def move(
     chosen = config(count, width, together=dst is not None and src is not None)
     programs = triton.cdiv(count, chosen.block["BLOCK_R"]) * triton.cdiv(width, chosen.block["BLOCK_W"])
     launch(
-        session, move_kernel, (programs,), chosen, to, source, given if places is None else places,
+        session, move_kernel, (programs,), chosen, to, source, given,
         given if rows is None else rows, count, width, GATHER=src is not None, SCATTER=dst is not None,
     )  # fmt: skip
 
