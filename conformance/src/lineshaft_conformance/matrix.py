@@ -191,7 +191,7 @@ def load_matrix(file: Path) -> Matrix:
         for cell in matrix.cells:
             check_cell(cell, matrix.columns)
         return matrix
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidValue(
             f"{file} holds no matrix ({type(error).__name__}: {error}); give a file that "
             "`lineshaft kernels compile --out` or `--table` has written"

@@ -177,6 +177,13 @@ def test_a_malformed_row_is_told_before_anything_is_compiled(
     assert load_matrix(file).count("compiled") == 1
 
 
+def test_a_table_that_is_nested_too_deep_is_told_in_one_line(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "deep.json"
+    file.write_text("[" * 200_000)
+    status, out, err = run("compile", "--backend", "far", "--against", file)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "holds no matrix (RecursionError" in err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
