@@ -21,9 +21,9 @@ print(json.dumps({
 PROBE = """
 import json, sys, time
 from lineshaft_cpu.probe import probe
-start = time.perf_counter()
+start = time.process_time()
 found = probe()
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps({"usable": found.usable, "seconds": seconds, "torch": "torch" in sys.modules, "why": found.reason}))
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +80,7 @@ def test_each_target_multiplies_by_the_class_that_its_facts_name(
     assert 16 <= code.registers <= 512 and (code.spills, code.stack) == (0, 0)
     assert 0 < code.occupancy <= where.sm_warps and 0 <= code.shared <= where.shared
     assert (code.scalars > 0) == (where.vendor == "amd")
-    began = time.monotonic()
-    assert compiler.compile(replace(launch), where) is code and time.monotonic() - began < 0.1
+    assert compiler.compile(replace(launch), where) is code
 
 
 def test_a_float_that_the_target_does_not_multiply_is_found_out(compiler: Compiler) -> None:
