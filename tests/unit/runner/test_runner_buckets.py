@@ -1,9 +1,13 @@
 """Buckets cover every step that the limits allow, and the cheapest one is taken."""
 
+from types import SimpleNamespace
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lineshaft.runner.buckets import Need, fit, make_shapes, powers_of_two
+from lineshaft.runner.programs import all_programs
 from lineshaft_contract.backends import Capabilities
 
 
@@ -40,3 +44,11 @@ def test_the_tables_of_a_backend_are_used_and_cut_at_the_limits() -> None:
 def test_powers_of_two_end_at_the_last_value() -> None:
     assert powers_of_two(1, 6) == (1, 2, 4, 6)
     assert powers_of_two(8, 8) == (8,)
+
+
+def test_programs_come_largest_first_so_that_later_ones_share_the_memory_of_earlier_ones() -> None:
+    model: Any = SimpleNamespace(shape=SimpleNamespace(vocab=9), forward=None)
+    for capabilities in (Capabilities(), Capabilities(token_buckets=(128, 256), row_buckets=(4, 8, 64))):
+        shapes = make_shapes(capabilities, 512, 64, (8,))
+        tokens = [program.shape.tokens for program in all_programs(model, shapes, "float32", 4, extras=True)]
+        assert tokens == sorted(tokens, reverse=True) and tokens[0] == 512

@@ -90,7 +90,7 @@ class Worker:
         session.alloc_caches(self.setup.caches, pages, self.planned.plan.cache_layout)
         progress("loading weights", 1, 1)
         loaded = time.perf_counter()
-        programs = sorted(self.planned.programs, key=lambda each: -each[0].shape.tokens)  # later ones share its memory
+        programs = self.planned.programs
         for done, (spec, ops) in enumerate(programs):
             progress("capturing programs", done, len(programs))
             self._programs[spec.name, spec.shape] = session.capture(
