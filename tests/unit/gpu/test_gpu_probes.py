@@ -477,6 +477,13 @@ def spoil(path: Path, how: bytes | str) -> None:
         path.symlink_to(path)
 
 
+def spoilt(root: Path, place: str, how: bytes | str) -> Probe:
+    """What is found of two GPUs once something is put in a place of the driver's folder."""
+    machine = kernel_driver(root, 90402, 90500, product="Fake")
+    spoil(root / place, how)
+    return rocm.probe(machine)
+
+
 NUMBERS = st.one_of(st.integers().map(str), st.text(), st.just("9" * 5000), st.just("\0"))
 FIELDS = ("gfx_target_version", "unique_id", "drm_render_minor", "size_in_bytes", "heap_type")
 LINES = st.dictionaries(st.sampled_from(FIELDS), NUMBERS).map(
@@ -496,10 +503,7 @@ OF_ALL = ("class/kfd/kfd/topology/nodes", "class/kfd/kfd/topology", "class/drm",
 def test_no_file_of_one_gpu_makes_a_probe_raise_or_hides_another(
     tmp_path_factory: pytest.TempPathFactory, place: str, how: bytes | str
 ) -> None:
-    root = tmp_path_factory.mktemp("sys")
-    machine = kernel_driver(root, 90402, 90500, product="Fake")
-    spoil(root / place, how)
-    found = rocm.probe(machine)
+    found = spoilt(tmp_path_factory.mktemp("sys"), place, how)
     assert found.devices[-1:] == ("Fake (gfx950, 192 GiB)",)
     assert all(device.encode().decode().isprintable() for device in found.devices)
 
@@ -510,9 +514,7 @@ def test_no_folder_of_the_driver_makes_a_probe_raise(
     tmp_path_factory: pytest.TempPathFactory, place: str, how: bytes | str
 ) -> None:
     root = tmp_path_factory.mktemp("sys")
-    machine = kernel_driver(root, 90402)
-    spoil(root / place, how)
-    found = rocm.probe(machine)
+    found = spoilt(root, place, how)
     assert found.usable or found.reason
     assert on("libnothing-of-this-name.so", dev=root / place, module=root / place / "version").reason
 
@@ -586,21 +588,23 @@ print(time.process_time() - began)
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))) or Path("/dev/kfd").exists(), reason="has a GPU")
 def test_a_named_backend_without_its_gpu_fails_soon_and_imports_no_tensor_library(name: str) -> None:
     code = NOT_IMPORTED.format(name=name)
+    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
     )
     said, imported, seconds = done.stdout.strip().splitlines()
     assert said.startswith(f"backend '{name}' is not usable here: no ") and "interpret = true" in said
     assert imported == "[]"
-    assert float(seconds) < 1  # of the processor
+    assert float(seconds) < 1  # of the processor, which the machine may give to others meanwhile
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("module", [cuda, rocm])
 def test_a_probe_takes_no_time(module: object) -> None:
     def seconds() -> float:
-        began = time.process_time()
+        began = time.perf_counter()
         module.probe()  # type: ignore[attr-defined]
-        return time.process_time() - began
+        return time.perf_counter() - began
 
     assert min(seconds() for _ in range(5)) < 0.05
 

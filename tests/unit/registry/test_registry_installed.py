@@ -21,9 +21,9 @@ print(json.dumps({
 PROBE = """
 import json, sys, time
 from lineshaft_cpu.probe import probe
-start = time.process_time()
+start = time.perf_counter()
 found = probe()
-seconds = time.process_time() - start
+seconds = time.perf_counter() - start
 print(json.dumps({"usable": found.usable, "seconds": seconds, "torch": "torch" in sys.modules, "why": found.reason}))
 """
 

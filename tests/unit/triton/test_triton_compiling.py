@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +81,14 @@ def test_each_target_multiplies_by_the_class_that_its_facts_name(
     assert 16 <= code.registers <= 512 and (code.spills, code.stack) == (0, 0)
     assert 0 < code.occupancy <= where.sm_warps and 0 <= code.shared <= where.shared
     assert (code.scalars > 0) == (where.vendor == "amd")
-    assert compiler.compile(replace(launch), where) is code
+    again = [timed(lambda: compiler.compile(replace(launch), where)) for _ in range(5)]
+    assert all(found is code for found, _ in again) and min(seconds for _, seconds in again) < 0.1
+
+
+def timed(call: Callable[[], Code]) -> tuple[Code, float]:
+    """What a call gives, and the seconds that it takes."""
+    began = time.monotonic()
+    return call(), time.monotonic() - began
 
 
 def test_a_float_that_the_target_does_not_multiply_is_found_out(compiler: Compiler) -> None:
