@@ -1,0 +1,53 @@
+"""What a lane is: a way from a traced program to one that runs. Knows no vendor's package and no session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import fx
+
+Compiled = Callable[..., Sequence[torch.Tensor]]
+"""Takes the tensors of a program's placeholders, in order, and returns its outputs, in order."""
+
+
+@dataclass
+class Counts:
+    """What a lane has done: programs that it compiled, those among them that a cache had, and what must not happen."""
+
+    compiled: int = 0
+    cached: int = 0
+    recompiled: int = 0
+    graph_breaks: int = 0
+
+
+class Lane(Protocol):
+    """Compiles the programs of one session."""
+
+    name: str
+    device: torch.device  # where a session's tensors lie
+    counts: Counts
+
+    def compile(self, graph: fx.GraphModule, examples: Sequence[torch.Tensor], written: Sequence[int]) -> Compiled:
+        """A program for exactly these shapes and dtypes.
+
+        graph     flat: placeholders in order, calls of torch's functions and methods, a tuple of tensors as output
+        examples  a tensor for each placeholder, on `device`: inputs first, then what the session holds, which every
+                  later call is given again as the very same tensors
+        written   numbers of the placeholders that the graph writes in place: caches, which programs share
+        """
+        ...
+
+    def seal(self) -> None:
+        """From now on nothing compiles: what would, raises ContractViolation."""
+        ...
+
+    def unseal(self) -> None:
+        """Programs may be compiled again."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent: free what the compiled programs hold."""
+        ...

@@ -1,0 +1,40 @@
+"""The options of the Neuron backend, as a user may write them under `backend_options`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
+class NeuronOptions(BaseModel):
+    """How the Neuron backend runs.
+
+    lane             "compile": torch.compile on the device "neuron"; "trace": torch_neuronx.trace, for torch-neuronx
+                     before 2.10; "auto": the one that the installed version has
+    stand_in         run on a strict imitation of the device on the CPU, for checks: the evidence is *interpreted*
+    prefill_buckets  lengths, in tokens, that a prefill is padded to; the longest is how much of a prompt a step takes
+    decode_buckets   numbers of sequences that a decode step is padded to
+    compiler_flags   for the vendor's compiler, put before those of NEURON_CC_FLAGS
+    cache_dir        folder of compiled programs; "auto": lineshaft/neuron in the user's cache, "off": none
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lane: Literal["auto", "compile", "trace"] = "auto"
+    stand_in: bool = False
+    prefill_buckets: Sizes = (128, 256, 512, 1024, 2048, 4096)
+    decode_buckets: Sizes = (1, 2, 4, 8, 16, 32, 64)
+    compiler_flags: str = ""
+    cache_dir: str = Field(default="auto", min_length=1)
+
+    @field_validator("prefill_buckets", "decode_buckets")
+    @classmethod
+    def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if list(sizes) != sorted(set(sizes)):
+            raise ValueError(
+                f"buckets have to ascend, each once, for example {sorted(set(sizes))}; given {list(sizes)}"
+            )
+        return sizes
