@@ -112,6 +112,7 @@ class Capabilities:
     determinism: DeterminismClaims = DeterminismClaims()
     fixed_kv_size: bool = False
     weights_fixed: bool = False
+    notes: tuple[str, ...] = ()  # what a reader of the plan should know of how the backend runs, a line each
 
 
 class Backend(Protocol):

@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
         print(by_problem(plan) if args.shapes else by_kernel(plan))
         for note in plan.notes:
             print(note)
-        print(f"plan {plan.hash}  backend {plan.backend}  buckets {len(plan.shapes)}  problems {len(plan.entries)}")
+        print(f"plan {plan.hash}  {plan.counts()}")
     return 0
 
 

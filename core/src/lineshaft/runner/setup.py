@@ -154,7 +154,8 @@ def plan_programs(
     name, specs = setup.info.name, all_ops(registry.ops())
     kernels = [*setup.backend.kernels(), *registry.kernels(name)]
     given = tuple(f"backend option {key} = {value}" for key, value in config.backend_options.items())
-    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes), given)
+    notes = (*given, *setup.backend.capabilities.notes)
+    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes), notes)
     file = choices_file(config, setup, kernels) if told is None else None
     stored = kept(file) if file else {}
     known = dict(told or (stored if config.tuning == "cached" else {}))

@@ -95,14 +95,16 @@ class ProgramBase:
         self.report = CaptureReport(0.0)
         self.ops = capture.ops.bind(session)
         self._prepares = capture.ops.prepares(session)
-        self._buffer = torch.zeros(capture.inputs.nbytes, dtype=torch.uint8, device=session.device)
-        self.step = StepInputs(
-            {
-                item.name: view_at(self._buffer, capture.inputs.offsets[item.name], ArraySpec(item.shape, item.dtype))
-                for item in capture.inputs.fields
-            },
-            capture.shape,
-        )
+        self.step = StepInputs(self._make_inputs(), capture.shape)
+
+    def _make_inputs(self) -> dict[str, torch.Tensor]:
+        """The static inputs, by name."""
+        inputs = self.capture.inputs
+        self._buffer = torch.zeros(inputs.nbytes, dtype=torch.uint8, device=self.session.device)
+        return {
+            item.name: view_at(self._buffer, inputs.offsets[item.name], ArraySpec(item.shape, item.dtype))
+            for item in inputs.fields
+        }
 
     @property
     def shape(self) -> StepShape:
@@ -121,7 +123,7 @@ class ProgramBase:
         given = {name: self._taken(handle) for name, handle in (arrays or {}).items()}
         for transfer in after:
             self._follow(transfer)
-        with torch.inference_mode(), self.session.poison_on_failure():
+        with self.session.mode(), self.session.poison_on_failure():
             return self._submit(host, given)
 
     def make_ready(self) -> None:

@@ -6,9 +6,10 @@ Knows no model, no kernel and no vendor; the device, the mesh and the process-gr
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,19 @@ from lineshaft_torch.pages import SLOTS_LAYOUT, cache_arrays, movable, page_view
 from lineshaft_torch.program import EagerProgram, ProgramBase, StepPending, TapeProgram
 from lineshaft_torch.recording import Recorder
 from lineshaft_torch.staging import DirectStaging, Staging
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def without_gradients(method: Method) -> Method:
+    """Run a session's method in its `mode`."""
+
+    @wraps(method)
+    def run(self: TorchSession, *args: Any, **kwargs: Any) -> Any:
+        with self.mode():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -84,9 +98,13 @@ class TorchSession(SessionState):
         self._shared: dict[tuple[Any, ...], tuple[Param, Packing, dict[str, torch.Tensor]]] = {}
         self._constants: dict[Hashable, Any] = {}
 
+    def mode(self) -> AbstractContextManager[Any]:
+        """In which the session computes: what it makes needs no gradients."""
+        return torch.inference_mode()
+
     # ---- weights -----------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @without_gradients
     def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
         """Weights of this rank's coordinate; a `const` Param becomes a bare tensor. Params of equal `source_id` and
         packing share memory. Raises MissingTensor, MisshapenTensor, OutOfMemory."""
@@ -122,7 +140,7 @@ class TorchSession(SessionState):
             return arrays["data"]
         return Weight(key, param.name, param.problems, packing.layout, arrays)
 
-    @torch.inference_mode()
+    @without_gradients
     def update(self, weights: Mapping[str, HostArray]) -> StepPending:
         """Raises MisshapenTensor for a name that was not loaded or another shape; then nothing has changed."""
         self.require_usable()
@@ -154,7 +172,7 @@ class TorchSession(SessionState):
 
     # ---- caches and pages --------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @without_gradients
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
         """Zeroed caches in the layout of this kit's kernels. Raises ContractViolation for another, OutOfMemory."""
         self.require_changeable("alloc_caches")
@@ -168,13 +186,13 @@ class TorchSession(SessionState):
             ]
         return list(self.caches)
 
-    @torch.inference_mode()
+    @without_gradients
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
         self.require_usable()
         rows = self._ids(ids)
         return {name: to_host(array.index_select(0, rows)) for name, array in page_view(self.caches[cache]).items()}
 
-    @torch.inference_mode()
+    @without_gradients
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> Transfer:
         self.require_usable()
         rows = self._ids(ids)
@@ -182,7 +200,7 @@ class TorchSession(SessionState):
             movable(array).index_copy_(0, rows, movable(self._sent(pages[name])))
         return self._transfer()
 
-    @torch.inference_mode()
+    @without_gradients
     def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> Transfer:
         self.require_usable()
         source, target = self._ids(src), self._ids(dst)
@@ -205,7 +223,7 @@ class TorchSession(SessionState):
 
     # ---- programs ----------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @without_gradients
     def capture(
         self,
         fn: StepFunction,
