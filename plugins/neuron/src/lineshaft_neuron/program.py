@@ -1,4 +1,4 @@
-"""Programs of static shape: traced once, compiled by the session's lane, and run over arrays that stay on the device."""
+"""Programs of static shape: traced once, compiled by the session's lane, run over arrays that stay on the device."""
 
 from __future__ import annotations
 

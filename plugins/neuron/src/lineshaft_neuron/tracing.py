@@ -89,6 +89,11 @@ class Tracer(TorchFunctionMode):
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake of a tensor: itself if it is one, else that of its placeholder."""
         if isinstance(tensor, FakeTensor):
+            if id(tensor) not in self._nodes:
+                raise ContractViolation(
+                    f"a forward uses a tensor of shape {list(tensor.shape)} that comes from no call of torch, no weight "
+                    "and no input; a program that is compiled once computes by torch alone"
+                )
             return tensor
         if id(tensor) not in self._fakes:
             with self._mode:
@@ -113,11 +118,6 @@ class Tracer(TorchFunctionMode):
 
     def node(self, tensor: torch.Tensor) -> fx.Node:
         """Where the graph has a fake."""
-        if id(tensor) not in self._nodes:
-            raise ContractViolation(
-                f"a forward uses a tensor of shape {list(tensor.shape)} that comes from no call of torch, no weight and "
-                "no input; a program that is compiled once computes by torch alone"
-            )
         return self._nodes[id(tensor)][1]
 
     def fresh(self, tensor: torch.Tensor) -> torch.Tensor:
