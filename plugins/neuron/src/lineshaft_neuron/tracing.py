@@ -91,8 +91,8 @@ class Tracer(TorchFunctionMode):
         if isinstance(tensor, FakeTensor):
             if id(tensor) not in self._nodes:
                 raise ContractViolation(
-                    f"a forward uses a tensor of shape {list(tensor.shape)} that comes from no call of torch, no weight "
-                    "and no input; a program that is compiled once computes by torch alone"
+                    f"a forward uses a tensor of shape {list(tensor.shape)} that comes from no call of torch, no "
+                    "weight and no input; a program that is compiled once computes by torch alone"
                 )
             return tensor
         if id(tensor) not in self._fakes:
