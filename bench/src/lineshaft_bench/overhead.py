@@ -37,7 +37,7 @@ class AtOnce:
     def size(self) -> list[Sizes]:
         per_row = -(-LONGEST // PAGE)
         limits = Limits(max(512, self._rows), self._rows, LONGEST)
-        shapes = make_shapes(Capabilities(), limits.token_budget, limits.max_rows, (per_row,))
+        shapes = make_shapes(Capabilities(), limits, (per_row,))
         plan = Plan("none", shapes, (), {}, "", 0, 0)
         return [Sizes(plan, (1,), (1 + per_row * self._rows,), (PAGE,), limits, shapes, VOCAB, windows=(0,))]
 

@@ -43,7 +43,21 @@ def test_one_row_for_each_op_and_kernel_with_its_rejections(plan: Plan, capsys: 
     assert rows[0] == ["OP", "DTYPE", "KERNEL", "PROBLEMS", "REJECTED"]
     assert rows[1] == ["add", "float32", "a", "2", "-"]
     assert rows[2] == ["attend", "float32", "b", "1", "slow:", "does", "not", "handle", "window"]
-    assert rows[3][:2] == ["plan", plan.hash]
+    assert rows[-1][:2] == ["plan", plan.hash]
+
+
+def test_each_table_of_buckets_has_a_line_on_its_padding(
+    plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = [StepShape(n, n, (4,), n, 1) for n in (1, 2, 4)]
+    prefill = [StepShape(n, 1, (4,), rows, n) for n in (128, 256, 512) for rows in (1, 4)]
+    sampling = [StepShape(0, n, (), n, 0) for n in (1, 2, 4)]
+    tabled = replace(plan, shapes=(*reversed(prefill), *decode, *sampling))
+    monkeypatch.setattr(sys.modules["lineshaft.explain"], "explain", lambda config: tabled)
+    assert main(["explain", "--model", "m"]) == 0
+    told = capsys.readouterr().out
+    assert "prefill buckets 128, 256, 512: 27.1% of tokens are padding for sizes uniform in 1..512\n" in told
+    assert "decode buckets 1, 2, 4: 9.1% of rows are padding for sizes uniform in 1..4\n" in told
 
 
 def test_rejections_of_one_reason_share_it_and_the_rarest_reasons_come_first(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from lineshaft.cli.options import add_config_arguments, load_config
@@ -39,8 +41,7 @@ def run(args: Namespace) -> int:
         print(json.dumps(plan.to_json(), indent=2))
     else:
         print(by_problem(plan) if args.shapes else by_kernel(plan))
-        for note in plan.notes:
-            print(note)
+        print(*plan.notes, *padding(plan), sep="\n")
         print(f"plan {plan.hash}  {plan.counts()}")
     return 0
 
@@ -55,13 +56,23 @@ def by_kernel(plan: Plan) -> str:
 def by_problem(plan: Plan) -> str:
     """One row for every problem, one for every tie that measuring settles, and one for every bucket."""
     rows = [(entry.op, entry.problem, entry.label, declined(entry)) for entry in plan.entries]
-    shapes = [
-        tuple(map(str, (shape.tokens, shape.rows, shape.pages, shape.logits, shape.max_query))) for shape in plan.shapes
-    ]
+    shapes = [tuple(map(str, astuple(shape)[:5])) for shape in plan.shapes]
     problems = table(("OP", "PROBLEM", "KERNEL", "REJECTED"), rows)
     times = [(name, choice.kernel, str(choice)) for name, choice in plan.choices.items()]
     ties = f"{table(('TIE', 'KERNEL', 'A CALL TAKES'), times)}\n\n" if times else ""
     return f"{problems}\n\n{ties}{table(('TOKENS', 'ROWS', 'PAGES', 'LOGITS', 'MAX_QUERY'), shapes)}\n"
+
+
+def padding(plan: Plan) -> Iterator[str]:
+    """What each table of buckets pads where all sizes are as frequent."""
+    from lineshaft.runner.buckets import padding_share
+
+    prefill = sorted({shape.tokens for shape in plan.shapes if shape.max_query > 1})
+    decode = sorted({shape.rows for shape in plan.shapes if shape.max_query == 1})
+    for name, unit, sizes in (("prefill", "tokens", prefill), ("decode", "rows", decode)):
+        if sizes:
+            share, listed = padding_share(sizes, [1] * sizes[-1]), ", ".join(map(str, sizes))
+            yield f"{name} buckets {listed}: {share:.1%} of {unit} are padding for sizes uniform in 1..{sizes[-1]}"
 
 
 def declined(entry: PlanEntry) -> str:

@@ -74,9 +74,7 @@ def opened(config: EngineConfig) -> LLM:
 
 def shows_more(params: SamplingParams) -> bool:
     """Whether there is more to show than one text."""
-    return (
-        params.width > 1 or params.logprobs is not None or params.prompt_logprobs is not None or not params.detokenize
-    )
+    return params.width > 1 or not params.detokenize or (params.logprobs, params.prompt_logprobs) != (None, None)
 
 
 def template(args: Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lineshaft.errors import PluginError
 GROUP = "lineshaft.commands"
 ELSEWHERE = {
     **dict.fromkeys(("compile", "conformance", "kernels", "new-plugin", "trace"), "lineshaft-conformance"),
-    **dict.fromkeys(("bench", "simulate"), "lineshaft-bench"),
+    **dict.fromkeys(("bench", "buckets", "simulate"), "lineshaft-bench"),
 }
 """Commands of this project's other distributions, which may not be installed."""
 

@@ -149,13 +149,7 @@ class Registry:
     def _status(self, info: BackendInfo) -> BackendStatus:
         plugin, found = self._plugins[info.name], probe(info)
         return BackendStatus(
-            name=info.name,
-            kind=info.kind,
-            usable=found.usable,
-            reason=found.reason,
-            devices=found.devices,
-            distribution=plugin.distribution,
-            version=plugin.version,
+            info.name, info.kind, found.usable, found.reason, found.devices, plugin.distribution, plugin.version
         )
 
     def named(self, name: str) -> BackendInfo:

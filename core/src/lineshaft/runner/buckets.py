@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from lineshaft.scheduler import Limits
 from lineshaft_contract.backends import Capabilities
+from lineshaft_contract.sessions import HostArray
 from lineshaft_contract.steps import StepShape
 
 SMALLEST_MIXED = 16
@@ -35,19 +39,36 @@ def powers_of_two(first: int, last: int) -> tuple[int, ...]:
 
 
 def make_shapes(
-    capabilities: Capabilities, token_budget: int, max_rows: int, pages_per_row: tuple[int, ...]
+    capabilities: Capabilities, limits: Limits, pages_per_row: tuple[int, ...], replicas: int = 1
 ) -> tuple[StepShape, ...]:
-    """All buckets of a run, smallest first.
+    """All buckets of a run, smallest first; `limits` are within the backend's tables.
 
-    Decode buckets hold one token a row, in powers of two. Prefill and mixed buckets hold up to the token budget, for
-    one row (a lone prompt samples one row of logits, not a batchful) and for the whole batch.
+    Decode buckets hold one token a row. Prefill buckets are for one row (a lone prompt samples one row of logits, not a
+    batchful) and for as many as a step with a prefill may have: the whole batch, unless nothing decodes in the same
+    bucket, in this step or in that of another replica. One bucket has room for the logits of a scored prompt.
     """
-    rows = _table(capabilities.row_buckets, powers_of_two(1, max_rows), max_rows)
-    first = min(SMALLEST_MIXED, token_budget)
-    tokens = _table(capabilities.token_buckets, powers_of_two(first, token_budget), token_budget)
-    decode = [StepShape(n, n, pages_per_row, n, 1) for n in rows]
-    mixed = [StepShape(t, b, pages_per_row, b, t) for t in tokens for b in dict.fromkeys((rows[0], rows[-1]))]
-    return tuple(sorted({*decode, *mixed}, key=_size))
+    rows = _table(capabilities.row_buckets, 1, limits.max_rows)
+    shapes = {StepShape(n, n, pages_per_row, n, 1) for n in rows}
+    longest = min(limits.chunk, limits.max_model_len)
+    apart = not limits.mixed_steps and replicas == 1
+    most = min(rows[-1], limits.max_prefill_rows or rows[-1]) if apart else rows[-1]
+    for count in (min(rows[0], most), most):
+        tokens = _table(capabilities.token_buckets, SMALLEST_MIXED, min(limits.token_budget, count * longest))
+        shapes |= {StepShape(n, count, pages_per_row, count, min(n, longest)) for n in tokens}
+    # A scored prompt that is alone has no more tokens than rows of logits.
+    scored = next(n for n in tokens if n == tokens[-1] or (most == 1 and n >= rows[-1]))
+    shapes.add(StepShape(scored, most, pages_per_row, rows[-1], min(scored, longest)))
+    return tuple(sorted(shapes, key=_size))
+
+
+def padding_share(table: Sequence[int], weights: Sequence[float] | HostArray) -> float:
+    """The share of positions that are padding, where lengths 1, 2, 3, … occur in the ratio of `weights`.
+
+    Each is padded to the first of `table`, ascending, that holds it; the last holds them all.
+    """
+    lengths = np.arange(1, len(weights) + 1)
+    padded = np.asarray(table)[np.searchsorted(table, lengths)]
+    return 1 - float(lengths @ weights) / float(padded @ weights)
 
 
 def fit(shapes: Sequence[StepShape], need: Need) -> StepShape:
@@ -67,8 +88,6 @@ def _size(shape: StepShape) -> tuple[int, int, int]:
     return (shape.tokens, shape.logits, shape.max_query)
 
 
-def _table(given: Sequence[int] | None, default: tuple[int, ...], largest: int) -> tuple[int, ...]:
-    """The backend's table cut at the configured limit, or the default."""
-    if given is None:
-        return default
-    return (*(n for n in sorted(given) if n < largest), largest)
+def _table(given: Sequence[int] | None, first: int, largest: int) -> tuple[int, ...]:
+    """The backend's table, or powers of two, cut at what the limits allow."""
+    return (*(n for n in sorted(given or powers_of_two(first, largest)) if n < largest), largest)

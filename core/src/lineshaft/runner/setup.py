@@ -126,7 +126,7 @@ def make_setup(
     groups = 1 + max((cache.group for cache in caches), default=-1)
     limits = make_limits(config, capabilities, model)
     pages_per_row = tuple(-(-limits.max_model_len // page_size) for _ in range(groups))
-    shapes = make_shapes(capabilities, limits.token_budget, limits.max_rows, pages_per_row)
+    shapes = make_shapes(capabilities, limits, pages_per_row, degrees.dp)
     return Setup(info, world, backend, checkpoint, model, caches, limits, shapes, dtype, (page_size,) * groups)
 
 
@@ -205,24 +205,26 @@ def choose_page_size(config: EngineConfig, backend: str, capabilities: Capabilit
 
 
 def make_limits(config: EngineConfig, capabilities: Capabilities, model: Model) -> Limits:
-    """The scheduler's limits within what the model and the backend allow. Raises InvalidValue."""
+    """The scheduler's limits: as configured, within what the model allows and the backend's tables hold.
+
+    Raises InvalidValue.
+    """
     longest = config.max_model_len or model.max_position
     if longest > model.max_position:
         raise InvalidValue(
             f"max_model_len = {longest}: the model's context is {model.max_position} tokens; set at most that"
         )
-    budget = config.scheduler.token_budget
-    if budget < config.scheduler.max_rows:
+    budget, rows = config.scheduler.token_budget, config.scheduler.max_rows
+    if budget < rows:
         raise InvalidValue(
-            f"scheduler.token_budget = {budget} is below scheduler.max_rows = {config.scheduler.max_rows}: "
-            "a decode step needs a token a row"
+            f"scheduler.token_budget = {budget} is below scheduler.max_rows = {rows}: a decode step needs a token a row"
         )
+    largest = max(capabilities.token_buckets or (budget,))
+    alone = capabilities.max_prefill_rows == 1 and not capabilities.mixed_steps and config.layout.dp == 1
+    if not alone:  # else `max_query` bounds a prefill, and a decode step has a table of its own
+        budget = min(budget, largest)
+    rows = min(rows, budget, max(capabilities.row_buckets or (rows,)))
     return Limits(
-        token_budget=min(budget, config.scheduler.max_rows * longest),
-        max_rows=config.scheduler.max_rows,
-        max_model_len=longest,
-        max_prefill_rows=capabilities.max_prefill_rows,
-        mixed_steps=capabilities.mixed_steps,
-        max_query=capabilities.max_query,
-        max_prefill_tokens=config.scheduler.max_prefill_tokens,
-    )
+        min(budget, rows * longest), rows, longest, capabilities.max_prefill_rows, capabilities.mixed_steps,
+        min(largest, capabilities.max_query or largest), config.scheduler.max_prefill_tokens,
+    )  # fmt: skip

@@ -30,11 +30,8 @@ class Limits:
         return self.token_budget if self.max_query is None else min(self.token_budget, self.max_query)
 
     def __post_init__(self) -> None:
-        for name in (
-            "token_budget", "max_rows", "max_model_len", "max_prefill_rows", "max_query", "max_prefill_tokens",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
+        for name, value in vars(self).items():
+            if name != "mixed_steps" and value is not None and value < 1:
                 raise InvalidValue(f"{name} = {value}: give a number of at least 1")
 
 

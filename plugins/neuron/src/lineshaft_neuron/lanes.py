@@ -34,9 +34,9 @@ class Lane(Protocol):
         """A program for exactly these shapes and dtypes.
 
         graph     flat: placeholders in order, calls of torch's functions and methods, a tuple of tensors as output
-        examples  a tensor for each placeholder, on `device`: inputs first, then what the session holds, which every
-                  later call is given again as the very same tensors
-        written   numbers of the placeholders that the graph writes in place: caches, which programs share
+        examples  a tensor for each placeholder, on `device`: inputs first, then what the session holds
+        written   numbers of the placeholders that the graph writes in place: caches, which programs share, so that a
+                  call may be given others than the examples, but mostly is not
         """
         ...
 

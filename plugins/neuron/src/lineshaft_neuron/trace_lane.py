@@ -168,31 +168,25 @@ class TracedProgram:
     def __init__(self, traced: Callable[..., Any], state: StateProgram, held: Sequence[torch.Tensor]) -> None:
         self._traced: Callable[..., Any] | None = traced
         self._inputs, self._outputs = state.inputs, state.outputs
-        self._own = [
-            (number, tensor)
-            for number, tensor, given in zip(state.written, held, state.kept, strict=True)
-            if not same_memory(tensor, given)
-        ]
-
-    @property
-    def copies(self) -> bool:
+        self._held = list(zip(state.written, held, strict=True))
+        self.copies = not all(map(same_memory, held, state.kept))
         """Whether the program holds caches of its own, which every call fills from the session's and writes back."""
-        return bool(self._own)
 
     def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         if self._traced is None:
             raise ContractViolation("a program is called after its lane was closed")
-        for number, own in self._own:
-            own.copy_(tensors[number])
+        other = [(tensors[number], held) for number, held in self._held if not same_memory(tensors[number], held)]
+        for given, held in other:
+            held.copy_(given)
         found = self._traced(*(tensors[number] for number in self._inputs))
-        for number, own in self._own:
-            tensors[number].copy_(own)
+        for given, held in other:
+            given.copy_(held)
         return [found] if isinstance(found, torch.Tensor) else list(found)[: self._outputs]
 
     def free(self) -> None:
         """Let go of the compiled program and of its state."""
         self._traced = None
-        self._own = []
+        self._held = []
 
 
 def functional(graph: fx.GraphModule, examples: Sequence[torch.Tensor], written: Sequence[int]) -> fx.GraphModule:
