@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.sessions import Memory
+from lineshaft_neuron import stand_in
 from lineshaft_neuron.collectives import SharedWorld
 from lineshaft_neuron.compile_lane import CompileLane
+from lineshaft_neuron.kernels import neuron_kernels
+from lineshaft_neuron.lanes import Lane
 from lineshaft_neuron.options import NeuronOptions
 from lineshaft_neuron.session import NeuronSession
+from lineshaft_neuron.starting import start_runtime
 from lineshaft_torch.host_memory import HostMemory
 from lineshaft_torch.kernels import portable_kernels
 
@@ -31,12 +33,18 @@ CAPABILITIES = Capabilities(
 
 @dataclass(frozen=True)
 class NeuronBackend:
-    """Implements `lineshaft_contract.backends.Backend`."""
+    """Implements `lineshaft_contract.backends.Backend`.
+
+    lane   makes the lane of a session
+    notes  which lane it is and why, and what a reader of the plan should know besides
+    """
 
     options: NeuronOptions
     world: World
+    lane: Callable[[], Lane]
     shared: SharedWorld
     memory: Memory
+    notes: tuple[str, ...]
     name: str = "neuron"
 
     @property
@@ -44,15 +52,21 @@ class NeuronBackend:
         options = self.options
         return replace(
             CAPABILITIES, token_buckets=options.prefill_buckets, row_buckets=options.decode_buckets,
-            max_query=options.prefill_buckets[-1],
+            max_query=options.prefill_buckets[-1], notes=self.notes,
         )  # fmt: skip
 
     def kernels(self) -> Sequence[Kernel]:
-        return portable_kernels(self.name)
+        return [*portable_kernels(self.name), *neuron_kernels(self.name)]
 
     def session(self, rank: int) -> NeuronSession:
-        return NeuronSession(CompileLane(torch.device("cpu"), "eager"), replace(self.world, rank=rank), self.shared)
+        return NeuronSession(self.lane(), replace(self.world, rank=rank), self.shared)
 
 
 def create(options: NeuronOptions, world: World) -> NeuronBackend:
-    return NeuronBackend(options, world, SharedWorld("gloo", False), HostMemory())
+    """The factory that the plugin registers."""
+    runtime = start_runtime(options, world)
+    assert runtime is None
+    device = stand_in.start()
+    return NeuronBackend(
+        options, world, lambda: CompileLane(device), SharedWorld("gloo", own_dtype=False), HostMemory(), ("lane compile: stand-in",)
+    )

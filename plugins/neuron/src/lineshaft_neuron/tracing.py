@@ -69,8 +69,31 @@ def trace(run: Callable[[], Result], given: Sequence[torch.Tensor]) -> Traced:
                 old.copy_(new)
         made = {name: tracer.fresh(tensor) for name, tensor in outputs.items()}
     tracer.graph.output(tuple(tracer.node(tensor) for tensor in made.values()))
+    merge_equal(tracer.graph)
     graph = fx.GraphModule(torch.nn.Module(), tracer.graph)
     return Traced(graph, tuple(tracer.real[len(given) :]), tracer.written(), tuple(made))
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """Compute once what is computed alike several times, as masks are in every layer, and leave out what nobody reads.
+
+    Calls that write in place, or read what is ever written in place, stay as they are.
+    """
+    seen: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op.startswith("call") and _constant(node):
+            first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+    for node in reversed(graph.nodes):
+        if node.op.startswith("call") and not node.users and _constant(node):
+            graph.erase_node(node)
+
+
+def _constant(node: fx.Node) -> bool:
+    """Whether nothing that a call takes or gives is ever written in place."""
+    tensors = [value for part in (node, *node.all_input_nodes) for value in pytree.tree_leaves(part.meta["val"])]
+    return all(tensor._version == 0 for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 class Tracer(TorchFunctionMode):
@@ -148,6 +171,7 @@ class Tracer(TorchFunctionMode):
             node = self.graph.call_method(name, args, kwargs)
         else:
             node = self.graph.call_function(func, args, kwargs)
+        node.meta["val"] = result
         if isinstance(result, torch.Tensor):
             self._note(result, node)
             return
