@@ -1,5 +1,5 @@
 """The lane of torch-neuronx before 2.10: each program through torch_neuronx.trace, with the caches as state that stays
-on the device. Declared: no machine of ours has the package, and its tests run against its recorded signatures."""
+on the device. Declared: it is checked against the vendor's recorded signatures, and was never run on a device."""
 
 from __future__ import annotations
 
