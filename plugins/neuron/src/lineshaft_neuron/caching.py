@@ -166,7 +166,7 @@ def _place(cache_dir: str, flags: Sequence[str], lane: str, environment: Mapping
         return f"{FLAGS} --no_cache", ""
     folders = [
         value if equals else after
-        for flag, after in zip(flags, [*flags[1:], ""], strict=True)
+        for flag, after in zip(flags, [*flags, ""][1:], strict=True)
         for name, equals, value in [flag.partition("=")]
         if name == "--cache_dir"
     ]

@@ -73,9 +73,15 @@ def start_runtime(options: NeuronOptions, world: World, machine: Machine = MACHI
     os.environ.update({NO_FALLBACK: "1", **setup.variables, **cores})
     package = import_package()
     with runtime_errors():
-        device = torch.device("neuron", 0)  # the only core that this process sees
-        torch.zeros(1).to(device).cpu()
+        device = first_use()
     return Runtime(lane, reason, version, package, device, ", ".join(f"{n}={v}" for n, v in cores.items()), setup)
+
+
+def first_use() -> torch.device:
+    """The only core that this process sees, which from now on is its own: the first tensor starts the runtime."""
+    device = torch.device("neuron", 0)
+    torch.zeros(1).to(device).cpu()
+    return device
 
 
 def choose_lane(options: NeuronOptions, version: str) -> tuple[str, str]:

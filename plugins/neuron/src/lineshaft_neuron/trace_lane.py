@@ -1,5 +1,5 @@
 """The lane of torch-neuronx before 2.10: each program through torch_neuronx.trace, with the caches as state that stays
-on the device. Declared: no machine of ours has the package, and its tests run against its recorded signatures."""
+on the device. Declared: it is checked against the vendor's recorded signatures, and was never run on a device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lineshaft_contract.errors import BackendUnavailable, ContractViolation, Unsupported
 from lineshaft_neuron.lanes import Compiled, Counts
@@ -63,8 +63,8 @@ class TraceLane:
         if program.copies:
             self.copying += 1
             log.warning(
-                "torch_neuronx.trace has not kept the caches of the session as state: the program for %s copies them in "
-                "and out at every call, which is slow; torch-neuronx 2.10 or later needs no copies",
+                "torch_neuronx.trace has not kept the session's caches as state: the program for %s copies them in and "
+                "out at every call, which is slow; torch-neuronx 2.10 or later needs no copies",
                 shapes([examples[number] for number in state.inputs]),
             )
         self._programs.append(program)
@@ -105,8 +105,8 @@ class TraceLane:
         found = list(cast(torch.nn.Module, traced).parameters())
         if [held.shape for held in found] != [kept.shape for kept in state.kept]:
             raise BackendUnavailable(
-                f"torch_neuronx.trace keeps {shapes(found) or 'no state'} where {shapes(state.kept)} was given as "
-                "input_output_aliases; this version of torch-neuronx is not known: install 2.9 or 2.10 and later"
+                f"torch_neuronx.trace keeps as state {shapes(found) or 'nothing'}, and input_output_aliases names "
+                f"{shapes(list(state.kept))}; this torch-neuronx is not known: install 2.9, or 2.10 and later"
             )
         return [held.detach() for held in found]
 
@@ -194,25 +194,43 @@ def functional(graph: fx.GraphModule, examples: Sequence[torch.Tensor], written:
 
     Raises ContractViolation where it writes to a placeholder that is not among `written`.
     """
+    constants = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
 
     def pure(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        fresh = [tensor.clone() if number in written else tensor for number, tensor in enumerate(tensors)]
-        outputs = graph(*fresh)
+        given = tensors[: len(examples)]
+        fresh = [tensor.clone() if number in written else tensor for number, tensor in enumerate(given)]
+        held = dict(zip(constants, tensors[len(examples) :], strict=True))
+        outputs = torch.func.functional_call(graph, held, tuple(fresh))
         return (*outputs, *(fresh[number] for number in written))
 
-    fakes = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype, device=e.device) for e in examples]
-    made = make_fx(functionalize(pure, remove="mutations"), tracing_mode="fake")(*fakes)
+    made = make_fx(functionalize(pure, remove="mutations"), tracing_mode="fake")(*examples, *constants.values())
     places = [node for node in made.graph.nodes if node.op == "placeholder"]
     for number, place in enumerate(places):
-        for user in list(place.users):
-            if user.target is torch.ops.aten.copy_.default:
-                raise ContractViolation(f"the graph writes to its placeholder {number}, which is not a cache")
-            if number in written and user.target is torch.ops.aten.clone.default:
-                user.replace_all_uses_with(place)
-                made.graph.erase_node(user)
+        if any(user.target is torch.ops.aten.copy_.default for user in place.users):
+            raise ContractViolation(f"the graph writes to its placeholder {number}, which is not a cache")
+    for number in written:
+        _unclone(places[number])
+    for number, (place, value) in enumerate(zip(places[len(examples) :], constants.values(), strict=True)):
+        _hold(made, place, f"constant_{number}", value)
     made.graph.eliminate_dead_code()
     made.recompile()
     return made
+
+
+def _unclone(place: fx.Node) -> None:
+    """Let what reads the copy of a placeholder read the placeholder: nothing writes to it any more."""
+    for user in list(place.users):
+        if user.target is torch.ops.aten.clone.default:
+            user.replace_all_uses_with(place)
+            place.graph.erase_node(user)
+
+
+def _hold(made: fx.GraphModule, place: fx.Node, name: str, value: torch.Tensor) -> None:
+    """Make a placeholder a constant that the graph holds."""
+    made.register_buffer(name, value.detach())
+    with made.graph.inserting_before(place):
+        place.replace_all_uses_with(made.graph.get_attr(name))
+    made.graph.erase_node(place)
 
 
 def outputs_of(graph: fx.GraphModule) -> tuple[Any, ...]:
@@ -224,7 +242,8 @@ def outputs_of(graph: fx.GraphModule) -> tuple[Any, ...]:
 def refuse_collectives(graph: fx.GraphModule) -> None:
     """Raises Unsupported for a graph in which ranks meet."""
     for node in graph.graph.nodes:
-        if node.op == "call_function" and str(getattr(node.target, "namespace", "")) in COLLECTIVES:
+        module = str(getattr(node.target, "__module__", ""))
+        if str(node.target).partition(".")[0] in COLLECTIVES or module.startswith("torch.distributed"):
             raise Unsupported(
                 f"the graph calls {node.target}, and torch_neuronx.trace compiles for one core; set cp, ep and tp to "
                 "1, or install torch-neuronx 2.10 or later"
