@@ -15,19 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import Case, all_ops
 from lineshaft_contract.ops.attention import attend_problem
-from lineshaft_contract.ops.attention import _attend_case as make_attend
-from lineshaft_contract.ops.cases import Paging
+from lineshaft_contract.ops.cache import make_cache
+from lineshaft_contract.ops.cases import Paging, paged_step
 from lineshaft_contract.ops.logits import kept_tokens
 from lineshaft_contract.ops.run import compare, operand
 from lineshaft_contract.ops.spec import CacheArg, StepArg, WeightArg
 from lineshaft_contract.packing import weight_packing
-from lineshaft_contract.problems import ExpertProblem
+from lineshaft_contract.problems import ExpertProblem, SampleProblem
 from lineshaft_contract.sessions import Cache
 from lineshaft_contract.steps import StepInputs
 from lineshaft_contract.weights import Local, Param, Stored, Weight
-from lineshaft_neuron.kernels import NEURON, neuron_kernels
+from lineshaft_neuron.kernels import NEURON, experts, neuron_kernels, ranking
 from lineshaft_neuron.kernels import attend as attention
-from lineshaft_neuron.kernels import experts, ranking
 from lineshaft_neuron.kernels import logits as sampling
 from lineshaft_torch.arrays import from_host, to_host
 from lineshaft_torch.kernels import portable_kernels
@@ -146,6 +145,8 @@ def wrong_in(kernel: Kernel, case: Case, session: Any) -> list[str]:
     bound = kernel.bind(case.problem, session)
     with StaticProgram():
         result = bound(*args, **kwargs)
+    loose = [tuple(tensor.shape) for tensor in tensors_in(result) if not tensor.is_contiguous()]
+    assert not loose, f"{kernel.name} {case.id}: results {loose} are not contiguous"
     return compare(OPS[kernel.op], case, host_result(result, case))
 
 
@@ -158,7 +159,9 @@ def test_kernels_hold_to_static_programs_and_are_within_tolerance(kernel: Kernel
 
 @pytest.mark.parametrize("op", OWN)
 def test_own_kernels_compute_in_float16_too(op: str, session: Any) -> None:
-    narrow = [as_float16(case) for case in cases_of(op) if case.problem.dtype == "bfloat16" and "extreme" not in case.id]
+    narrow = [
+        as_float16(case) for case in cases_of(op) if case.problem.dtype == "bfloat16" and "extreme" not in case.id
+    ]
     taken = [case for case in narrow if takes(OWN[op], case)]
     assert taken
     wrong = [sentence for case in taken for sentence in wrong_in(OWN[op], case, session)]
@@ -314,6 +317,13 @@ def test_every_u_draws_a_kept_token_of_its_own_share() -> None:
     assert sampling.inverse_cdf(torch.zeros(1, 4), torch.zeros(1, 1)).tolist() == [-1]
 
 
+@pytest.mark.parametrize("op", ["sample", "logprobs"])
+def test_vocabularies_beyond_exact_counts_are_declined(op: str) -> None:
+    problems = [SampleProblem(dtype="float32", rows=1, vocab=vocab) for vocab in (2**24, 2**24 + 1)]
+    reasons = [OWN[op].supports(problem) for problem in problems]
+    assert reasons[0] is None and "exact up to 16777216" in str(reasons[1])
+
+
 # ---- attention -------------------------------------------------------------------------------------------------
 
 ATTENDS = {
@@ -324,11 +334,24 @@ ATTENDS = {
 }
 
 
+def attend_case(paging: Paging, fields: Mapping[str, Any]) -> Case:
+    """Queries of padding tokens are NaN, and so is what lies in the pages where no key is live."""
+    rng, problem = np.random.default_rng(5), attend_problem("float32", paging, fields)
+    paged = paged_step(rng, paging)
+    q = rng.standard_normal((paging.tokens, problem.q_heads, problem.qk_dim))
+    q[paging.tokens - paging.padding :] = np.nan
+    optional = {
+        "key_ranges": np.sort(rng.integers(0, 40, (paging.tokens, 2)), axis=1).astype(np.int32),
+        "ancestors": rng.integers(0, 2**32, (paging.tokens, 1), dtype=np.uint32),
+    }
+    given = {name: array for name, array in optional.items() if getattr(problem, name)}
+    return Case("own", problem, (q, CacheArg(make_cache(rng, problem, paged)), paged.step), given)
+
+
 @pytest.mark.parametrize("name", ATTENDS)
 @pytest.mark.parametrize("queries", [1, 2, 5, 100])
 def test_attention_in_blocks_of_any_size_is_that_of_the_reference(name: str, queries: int, session: Any) -> None:
-    paging, fields = ATTENDS[name]
-    case = make_attend("case", np.random.default_rng(5), "float32", paging, fields)
+    case = attend_case(*ATTENDS[name])
     lanes = attention.lane_shape(case.problem)[0]
     blocks = attention.Blocks(min(queries, lanes), queries if lanes == 1 else 100)
     kernel = replace(OWN["attend"], bind=lambda problem, session: partial(attention.attend, problem, blocks))

@@ -187,7 +187,8 @@ def is_ancestor(relative: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 def attend_block(
     problem: AttendProblem, q: torch.Tensor, keys: Keys, visible: torch.Tensor, sinks: torch.Tensor | None
 ) -> Part:
-    """q [L, Q, Hq, D], visible bool[L, Q, K] -> (out [L * Q, Hq, Dv] as q, lse f32[L * Q, Hq])."""
+    """q [L, Q, Hq, D], visible bool[L, Q, K] -> (out [L * Q, Hq, Dv] as q, lse f32[L * Q, Hq]),
+    contiguous: a caller's reshape must not have to copy."""
     heads = q.float().reshape(*q.shape[:2], problem.kv_heads, -1, problem.qk_dim)
     scores = torch.einsum("lqhgd,lkhd->lhgqk", heads, keys.k) * problem.scale
     if problem.softcap:
@@ -195,7 +196,7 @@ def attend_block(
     weights, lse = softmax_with_sinks(torch.where(visible[:, None, None], scores, -torch.inf), sinks)
     seen = torch.where(visible.any(1)[:, :, None, None], keys.v, 0.0)  # a weight of 0 does not make a NaN 0
     out = torch.einsum("lhgqk,lkhd->lqhgd", weights, seen).flatten(2, 3)
-    return out.flatten(0, 1).to(q.dtype), lse.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    return out.flatten(0, 1).to(q.dtype).contiguous(), lse.flatten(1, 2).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def attend(
