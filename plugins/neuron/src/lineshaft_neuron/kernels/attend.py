@@ -98,7 +98,8 @@ class Lanes:
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """[T, ...] -> [L, Q, ...]."""
-        return (x if self.at is None else x.index_select(0, self.at)).unflatten(0, (len(self.lens), -1))
+        ordered = x if self.at is None else x.index_select(0, self.at)
+        return ordered.reshape(len(self.lens), -1, *x.shape[1:])
 
     def join(self, y: torch.Tensor, nothing: float) -> torch.Tensor:
         """[L * Q, ...] -> [T, ...], `nothing` for a token that is no query of a row."""
@@ -123,8 +124,9 @@ def lanes_of(problem: AttendProblem, view: PageView, query_starts: torch.Tensor)
     if problem.rows == 1:
         return Lanes(table, places, lens, count, None, row, live)
     if problem.max_query == 1:
-        own = (None if x is None else x.index_select(0, row) for x in (table, places, lens))
-        return Lanes(*own, live.to(torch.int32), None, row, live)
+        places = None if places is None else places.index_select(0, row)
+        table, lens = table.index_select(0, row), lens.index_select(0, row)
+        return Lanes(table, places, lens, live.to(torch.int32), None, row, live)
     queries = lane_shape(problem)[1]
     at = (starts[:, None] + iota(queries, starts.device)).clamp(max=problem.tokens - 1).flatten()
     index = (token - starts.index_select(0, row)).clamp(0, queries - 1)
@@ -185,15 +187,16 @@ def is_ancestor(relative: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 def attend_block(
     problem: AttendProblem, q: torch.Tensor, keys: Keys, visible: torch.Tensor, sinks: torch.Tensor | None
 ) -> Part:
-    """q [L, Q, Hq, D], visible bool[L, Q, K] -> (out [L * Q, Hq, Dv] as q, lse f32[L * Q, Hq])."""
-    heads = q.float().unflatten(2, (problem.kv_heads, -1))
+    """q [L, Q, Hq, D], visible bool[L, Q, K] -> (out [L * Q, Hq, Dv] as q, lse f32[L * Q, Hq]),
+    contiguous: a caller's reshape must not have to copy."""
+    heads = q.float().reshape(*q.shape[:2], problem.kv_heads, -1, problem.qk_dim)
     scores = torch.einsum("lqhgd,lkhd->lhgqk", heads, keys.k) * problem.scale
     if problem.softcap:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     weights, lse = softmax_with_sinks(torch.where(visible[:, None, None], scores, -torch.inf), sinks)
     seen = torch.where(visible.any(1)[:, :, None, None], keys.v, 0.0)  # a weight of 0 does not make a NaN 0
     out = torch.einsum("lhgqk,lkhd->lqhgd", weights, seen).flatten(2, 3)
-    return out.flatten(0, 1).to(q.dtype), lse.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    return out.flatten(0, 1).to(q.dtype).contiguous(), lse.flatten(1, 2).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def attend(
@@ -210,14 +213,16 @@ def attend(
     """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse f32[T, Hq])."""
     lanes = lanes_of(problem, step.groups[problem.group], step.query_starts)
     bits = None if ancestors is None else ancestors.view(torch.int32)
-    q, ranges, bits = (None if x is None else lanes.split(x) for x in (q, key_ranges, bits))
+    queries = lanes.split(q)
+    ranges, bits = (None if x is None else lanes.split(x) for x in (key_ranges, bits))
     parts = []
-    for some in slices(q.shape[0], blocks.lanes):
+    for some in slices(queries.shape[0], blocks.lanes):
         keys = keys_of(problem, cache, lanes.part(some))
-        for these in slices(q.shape[1], blocks.queries):
-            index = iota(q.shape[1], q.device)[these]
+        for these in slices(queries.shape[1], blocks.queries):
+            index = iota(queries.shape[1], q.device)[these]
             masks = (None if x is None else x[some, these] for x in (ranges, bits))
-            parts.append(attend_block(problem, q[some, these], keys, visibility(problem, keys, index, *masks), sinks))
+            visible = visibility(problem, keys, index, *masks)
+            parts.append(attend_block(problem, queries[some, these], keys, visible, sinks))
     out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
     return (lanes.join(out, 0.0), lanes.join(lse, -torch.inf)) if problem.return_lse else lanes.join(out, 0.0)
 

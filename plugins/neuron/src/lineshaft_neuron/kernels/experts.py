@@ -31,7 +31,7 @@ def router_topk(problem: RouterProblem, logits: torch.Tensor) -> tuple[torch.Ten
 
 def eligible(problem: RouterProblem, x: torch.Tensor) -> torch.Tensor:
     """x f32[T, E] -> bool[T, E]: experts of the groups with the largest logits."""
-    members = x.unflatten(1, (problem.groups, -1))
+    members = x.reshape(-1, problem.groups, problem.experts // problem.groups)
     chosen = are_largest(members.amax(-1), problem.group_top)
     return chosen[:, :, None].expand(members.shape).flatten(1)
 

@@ -12,6 +12,8 @@ from lineshaft_neuron.kernels.ranking import UNUSED_BITS, above, first, iota, la
 from lineshaft_torch.bound import Recipe, stateless, with_problem
 
 Params = Mapping[str, torch.Tensor]
+EXACT_COUNTS = 2**24
+"""Every whole number up to it is a float32."""
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -91,9 +93,16 @@ def logprobs(
     return chosen, best, logs.gather(1, best.long())
 
 
+def supports(problem: SampleProblem) -> str | None:
+    if problem.vocab > EXACT_COUNTS:
+        return f"counts tokens in float32, which is exact up to {EXACT_COUNTS} of them, not {problem.vocab}"
+    return None
+
+
 def recipes() -> list[Recipe]:
+    typical = frozenset({"typical"})
     return [
         neuron_recipe("neuron_argmax", "argmax", stateless(argmax)),
-        neuron_recipe("neuron_sample", "sample", with_problem(sample), handles=frozenset({"typical"})),
-        neuron_recipe("neuron_logprobs", "logprobs", with_problem(logprobs)),
+        neuron_recipe("neuron_sample", "sample", with_problem(sample), handles=typical, supports=supports),
+        neuron_recipe("neuron_logprobs", "logprobs", with_problem(logprobs), supports=supports),
     ]

@@ -56,19 +56,20 @@ def reaching(x: torch.Tensor, measure: Measure, unused_bits: int = 0) -> torch.T
     A search through the bits of a float32, from the sign down: clearing bits of a negative one raises it, as setting
     those of a positive one does. `unused_bits` low ones are 0 in every finite x.
     """
-    weights, limit = measure
+    weights, limit = (part[:, None] for part in measure)
+    values = x[:, None]
 
     def reached(borders: torch.Tensor) -> torch.Tensor:
-        beyond = x[:, None] >= borders[:, :, None]  # a border that is a NaN is never reached
-        return torch.where(beyond, weights[:, None], 0.0).sum(-1) >= limit
+        """borders f32[R, n, 1] -> bool[R, n, 1]; one that is a NaN never is."""
+        return torch.where(values >= borders, weights, 0.0).sum(-1, keepdim=True) >= limit
 
     bits = (reached(torch.zeros_like(limit)).to(torch.int32) - 1) << unused_bits
     for high in range(31, unused_bits, -DIGIT):
         low = max(high - DIGIT, unused_bits)
-        steps = torch.arange(1 << low, 1 << high, 1 << low, dtype=torch.int32, device=x.device)
-        digit = reached((bits ^ steps).view(torch.float32)).sum(-1, keepdim=True, dtype=torch.int32)
+        steps = torch.arange(1 << low, 1 << high, 1 << low, dtype=torch.int32, device=x.device)[:, None]
+        digit = reached((bits ^ steps).view(torch.float32)).sum(1, keepdim=True, dtype=torch.int32)
         bits = bits ^ (digit << low)
-    border = bits.view(torch.float32)
+    border = bits[:, 0].view(torch.float32)
     return torch.where(border.isnan(), -torch.inf, border)
 
 
