@@ -50,6 +50,9 @@ POSITIONS = frozenset({"argmax", "argmin", "topk", "max", "min"})
 """Operators that yield positions, int64 by torch's rule; a program converts them at once."""
 CONSTANTS = frozenset({"lift_fresh", "lift_fresh_copy", "detach", "_to_copy"})
 """What torch.tensor(values, device=...) comes down to: it begins on the host."""
+MODES = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode,
+         torch._C._set_grad_enabled)  # fmt: skip
+"""Calls in a graph that compute nothing, and would outlive a check that ends in between."""
 
 
 class Rejected(ContractViolation, ShortenTraceback):
@@ -116,6 +119,8 @@ def _check_input(node: fx.Node, example: Any) -> None:
         )
     if example.dtype in WIDE:
         raise Rejected(f"an input of {example.dtype}, which the device does not have; give float32", node)
+    if example.requires_grad and torch.is_grad_enabled():
+        raise Rejected("an input that requires a gradient: the stand-in is for inference, torch.inference_mode()", node)
 
 
 def _like(example: Any) -> Any:
@@ -136,6 +141,8 @@ class _Walk(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self._rules.node = n
+        if n.target in MODES:
+            return None
         if n.op == "call_module" or isinstance(n.target, torch._ops.HigherOrderOperator):
             self._rules.refuse("a call of a module or of a region, as of control flow: a program is one flat graph")
         try:
@@ -177,9 +184,8 @@ class _Rules(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_composite(func):  # these come here where the program itself enters inference mode
-            with self:
-                return func.decompose(*args, **kwargs)
+        if func.namespace == "prim":  # a question to a tensor, for its device for one
+            return func(*args, **kwargs)
         self._check_operator(func, args, kwargs)
         result = func(*args, **kwargs)
         self._check_result(func, result)
@@ -233,12 +239,6 @@ def _bound(func: Any, args: Any, kwargs: Any) -> Iterable[tuple[Any, Any]]:
 
 def _name(func: Any) -> str:
     return str(func._schema.name.partition("::")[2])
-
-
-def _is_composite(func: Any) -> bool:
-    if func.namespace == "prim":  # questions to a tensor, for its device for one: no operators of the dispatcher
-        return False
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _moves(func: Any) -> bool:
