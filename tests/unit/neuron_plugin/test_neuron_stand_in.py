@@ -114,7 +114,7 @@ def test_tensors_are_made_and_written_in_inference_mode(device: torch.device) ->
         ("aten.mm", lambda x: functional.linear(x, x)),
         ("aten.sum", lambda x: x.sum()),
         ("aten.index", lambda x: x[torch.tensor([0])]),
-        ("aten.index_copy", lambda x: x.index_copy_(0, torch.tensor([0]), torch.ones(1, 6))),
+        ("aten.index_copy", lambda x: x.index_copy_(0, torch.zeros(4, dtype=torch.int64, device=x.device), x.clone())),
         ("aten._local_scalar_dense", lambda x: x[0, 0].item()),
         ("aten.arange", lambda x: torch.arange(3, device=x.device)),
         ("aten.normal_", lambda x: torch.randn(2, device=x.device)),
@@ -251,6 +251,12 @@ def test_a_program_refuses_inputs_that_it_was_not_compiled_for(x: torch.Tensor) 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x @ x.t()
+
+
 VALUES = "depends on values"
 SORT = "no sort and no search"
 REFUSED: dict[str, tuple[Program, str]] = {
@@ -281,6 +287,7 @@ REFUSED: dict[str, tuple[Program, str]] = {
     "made on the host": (lambda x, rows: torch.ones(3) * 2, "a tensor on cpu.*name the device"),
     "number of the host": (lambda x, rows: x * torch.tensor(3.0), "a tensor on cpu.*name the device"),
     "back on the host": (lambda x, rows: x.cpu(), "a tensor on cpu.*name the device"),
+    "autocast": (lambda x, rows: autocast(x), "one flat graph"),
     "control flow": (
         lambda x, rows: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)),
         "one flat graph",

@@ -25,33 +25,19 @@ from lineshaft_neuron.stand_in.device import NAME
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 WIDE = frozenset({torch.float64, torch.complex32, torch.complex64, torch.complex128})
 UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
-SORTS = frozenset(
-    [
-        "sort",
-        "msort",
-        "argsort",
-        "kthvalue",
-        "median",
-        "nanmedian",
-        "mode",
-        "quantile",
-        "nanquantile",
-        "searchsorted",
-        "bucketize",
-        "_unique",
-        "_unique2",
-        "unique_dim",
-        "unique_consecutive",
-        "unique_dim_consecutive",
-    ]
-)
+SORTS = frozenset({
+    "sort", "msort", "argsort", "kthvalue", "median", "nanmedian", "mode", "quantile", "nanquantile", "searchsorted",
+    "bucketize", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
+})  # fmt: skip
 COPIES = frozenset({"_to_copy", "copy_", "copy", "clone", "lift_fresh", "lift_fresh_copy", "alias", "detach"})
 POSITIONS = frozenset({"argmax", "argmin", "topk", "max", "min"})
 """Operators that yield positions, int64 by torch's rule; a program converts them at once."""
 CONSTANTS = frozenset({"lift_fresh", "lift_fresh_copy", "detach", "_to_copy"})
 """What torch.tensor(values, device=...) comes down to: it begins on the host."""
-MODES = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode,
-         torch._C._set_grad_enabled)  # fmt: skip
+MODES = frozenset({
+    torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode,
+    torch._C._set_grad_enabled,
+})  # fmt: skip
 """Calls in a graph that compute nothing, and would outlive a check that ends in between."""
 
 
@@ -143,8 +129,8 @@ class _Walk(fx.Interpreter):
         self._rules.node = n
         if n.target in MODES:
             return None
-        if n.op == "call_module" or isinstance(n.target, torch._ops.HigherOrderOperator):
-            self._rules.refuse("a call of a module or of a region, as of control flow: a program is one flat graph")
+        if n.op == "call_module" or _is_region(n.target):
+            self._rules.refuse("a module, or a region as of control flow or autocast: a program is one flat graph")
         try:
             return super().run_node(n)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -226,6 +212,10 @@ class _Rules(TorchDispatchMode):
             )
         if dtype in UNSIGNED:
             self.refuse(f"{func} computes with {dtype}, which the device does not: view or convert it to int32")
+
+
+def _is_region(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._enter_autocast or isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> Iterable[tuple[Any, Any]]:
