@@ -4,6 +4,7 @@ device can do gives what torch gives on the host."""
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import subprocess
@@ -450,7 +451,7 @@ def test_tensors_of_the_host_are_what_they_were(device: torch.device) -> None:
 # ---- several ranks -------------------------------------------------------------------------------------------------
 
 WORKER = """
-import sys
+import json, sys
 import torch, torch.distributed as dist
 from lineshaft_neuron import stand_in
 
@@ -470,7 +471,7 @@ def program(x):
 
 x = torch.tensor([[1.0 + rank, 10.0 * (rank + 1)]]).to(stand_in.start())
 made = torch.compile(program, fullgraph=True, dynamic=False, backend="neuron")(x)
-print([tensor.cpu().tolist() for tensor in made])
+print(json.dumps([tensor.cpu().tolist() for tensor in made]))
 dist.destroy_process_group()
 """
 
@@ -492,4 +493,4 @@ def test_collectives_pass_through_programs_of_two_ranks(tmp_path: Path) -> None:
     for rank, (printed, errors) in enumerate(results):
         assert workers[rank].returncode == 0, errors
         own, both = [rank + 1.0, 10.0 * (rank + 1)], [[1.0, 10.0], [2.0, 20.0]]
-        assert eval(printed) == [[[6.0, 60.0]], both, [[2 * v for v in own]], [own, own], [both[1]]]
+        assert json.loads(printed) == [[[6.0, 60.0]], both, [[2 * v for v in own]], [own, own], [both[1]]]
