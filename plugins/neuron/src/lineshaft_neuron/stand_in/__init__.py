@@ -15,8 +15,8 @@ is gathered on it is *interpreted*.
 The device by itself allocates, fills, copies and makes views; any other operator that is called on it outside of a
 compiled program raises ContractViolation. The compiler refuses, with Rejected: symbolic shapes; float64, complex
 numbers, arithmetic in int64 or in unsigned integers of more than 8 bits; shapes, bounds and branches that depend on
-values; sorts and searches; tensors that are not on the device; anything once it is sealed. Where Dynamo itself gives up
-(`.item()`, a branch on a value), fullgraph=True raises torch._dynamo.exc.Unsupported, and that counts as a graph break.
+values; sorts and searches; modules and regions; tensors that are not on the device; anything once it is sealed. Where
+Dynamo itself gives up, as on a branch on a value, fullgraph=True raises torch._dynamo.exc.Unsupported.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class StandInCompiler:
     def counts(self) -> Counts:
         """compiled      programs
         recompiled    calls for a function that had been compiled before: for another shape, or a guard that failed
-        graph_breaks  those that Dynamo has counted in this process since the compiler was made, refusals included
+        graph_breaks  those that Dynamo has counted in this process since the compiler was made; under fullgraph=True
+                      each is an error instead
         """
         self._counts.graph_breaks = max(0, _graph_breaks() - self._breaks_before)
         return self._counts

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._C import _to_dlpack
+from torch.utils import dlpack
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from lineshaft_contract.errors import BackendUnavailable, ContractViolation
@@ -56,10 +58,10 @@ def _relabelled(tensor: torch.Tensor, device_type: int) -> torch.Tensor:
 
     The detached tensor that the capsule holds keeps the memory alive, and is no part of a cycle.
     """
-    capsule = torch.to_dlpack(tensor.detach())
+    capsule = _to_dlpack(tensor.detach())
     fields = _capsule_pointer(capsule, b"dltensor")  # a DLTensor: the data pointer, then int32 device type and number
     ctypes.c_int32.from_address(fields + ctypes.sizeof(ctypes.c_void_p)).value = device_type
-    return torch.from_dlpack(capsule)
+    return dlpack.from_dlpack(capsule)
 
 
 # ---- what the device runs by itself --------------------------------------------------------------------------------

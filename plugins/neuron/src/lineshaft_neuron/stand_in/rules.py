@@ -25,31 +25,20 @@ from lineshaft_neuron.stand_in.device import NAME
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 WIDE = frozenset({torch.float64, torch.complex32, torch.complex64, torch.complex128})
 UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
-SORTS = frozenset(
-    [
-        "sort",
-        "msort",
-        "argsort",
-        "kthvalue",
-        "median",
-        "nanmedian",
-        "mode",
-        "quantile",
-        "nanquantile",
-        "searchsorted",
-        "bucketize",
-        "_unique",
-        "_unique2",
-        "unique_dim",
-        "unique_consecutive",
-        "unique_dim_consecutive",
-    ]
-)
+SORTS = frozenset({
+    "sort", "msort", "argsort", "kthvalue", "median", "nanmedian", "mode", "quantile", "nanquantile", "searchsorted",
+    "bucketize", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
+})  # fmt: skip
 COPIES = frozenset({"_to_copy", "copy_", "copy", "clone", "lift_fresh", "lift_fresh_copy", "alias", "detach"})
 POSITIONS = frozenset({"argmax", "argmin", "topk", "max", "min"})
 """Operators that yield positions, int64 by torch's rule; a program converts them at once."""
 CONSTANTS = frozenset({"lift_fresh", "lift_fresh_copy", "detach", "_to_copy"})
 """What torch.tensor(values, device=...) comes down to: it begins on the host."""
+MODES = frozenset({
+    torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode,
+    torch._C._set_grad_enabled,
+})  # fmt: skip
+"""Calls in a graph that compute nothing, and would outlive a check that ends in between."""
 
 
 class Rejected(ContractViolation, ShortenTraceback):
@@ -116,6 +105,8 @@ def _check_input(node: fx.Node, example: Any) -> None:
         )
     if example.dtype in WIDE:
         raise Rejected(f"an input of {example.dtype}, which the device does not have; give float32", node)
+    if example.requires_grad and torch.is_grad_enabled():
+        raise Rejected("an input that requires a gradient: the stand-in is for inference, torch.inference_mode()", node)
 
 
 def _like(example: Any) -> Any:
@@ -136,8 +127,10 @@ class _Walk(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self._rules.node = n
-        if n.op == "call_module" or isinstance(n.target, torch._ops.HigherOrderOperator):
-            self._rules.refuse("a call of a module or of a region, as of control flow: a program is one flat graph")
+        if n.target in MODES:
+            return None
+        if n.op == "call_module" or _is_region(n.target):
+            self._rules.refuse("a module, or a region as of control flow or autocast: a program is one flat graph")
         try:
             return super().run_node(n)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -177,9 +170,8 @@ class _Rules(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_composite(func):  # these come here where the program itself enters inference mode
-            with self:
-                return func.decompose(*args, **kwargs)
+        if func.namespace == "prim":  # a question to a tensor, for its device for one
+            return func(*args, **kwargs)
         self._check_operator(func, args, kwargs)
         result = func(*args, **kwargs)
         self._check_result(func, result)
@@ -222,6 +214,10 @@ class _Rules(TorchDispatchMode):
             self.refuse(f"{func} computes with {dtype}, which the device does not: view or convert it to int32")
 
 
+def _is_region(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._enter_autocast or isinstance(target, torch._ops.HigherOrderOperator)
+
+
 def _bound(func: Any, args: Any, kwargs: Any) -> Iterable[tuple[Any, Any]]:
     """(argument of the schema, value) of a call; those left out have no tensors."""
     arguments = func._schema.arguments
@@ -233,12 +229,6 @@ def _bound(func: Any, args: Any, kwargs: Any) -> Iterable[tuple[Any, Any]]:
 
 def _name(func: Any) -> str:
     return str(func._schema.name.partition("::")[2])
-
-
-def _is_composite(func: Any) -> bool:
-    if func.namespace == "prim":  # questions to a tensor, for its device for one: no operators of the dispatcher
-        return False
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _moves(func: Any) -> bool:
