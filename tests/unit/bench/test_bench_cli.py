@@ -119,7 +119,8 @@ def test_bench_measures_the_overhead(lineshaft: Any) -> None:
 
 def test_the_commands_import_nothing_heavy_before_they_run() -> None:
     code = (
-        f"import sys; sys.path[:] = {sys.path!r}; import lineshaft_bench.cli.bench, lineshaft_bench.cli.simulate; "
+        f"import sys; sys.path[:] = {sys.path!r}; import lineshaft_bench.cli.bench, lineshaft_bench.cli.buckets, "
+        "lineshaft_bench.cli.simulate; "
         "print(*{'numpy', 'pydantic', 'matplotlib', 'torch'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from lineshaft_conformance.mutants.mutant import changed, with_capabilities, wit
 from lineshaft_conformance.trace.digests import SPREAD, digest, estimate, exact
 from lineshaft_conformance.trace.errors import TraceError
 from lineshaft_conformance.trace.record import record
-from lineshaft_conformance.trace.replay import replay
+from lineshaft_conformance.trace.replay import check_claims, replay
 from lineshaft_conformance.trace.shaken import Shaken
-from lineshaft_conformance.trace.store import sha256_of
+from lineshaft_conformance.trace.store import read, sha256_of
+from lineshaft_contract.backends import Capabilities
 
 MODEL = {**LLAMA, "num_hidden_layers": 3}
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 60, 7, 9, 32]
@@ -305,6 +307,14 @@ CLAIMS = [{"max_query": 4}, {"row_buckets": (2,)}, {"token_buckets": (8,)}]
 def test_steps_beyond_what_a_backend_claims_are_refused(lone: Path, claims: dict[str, Any]) -> None:
     with pytest.raises(TraceError, match="does not claim to take"):
         replay(lone, "cpu", change=with_capabilities(**claims))
+
+
+def test_prefills_apart_from_decodes_need_no_bucket_of_the_decode_table(lone: Path) -> None:
+    steps, apart = read(lone).steps, Capabilities(row_buckets=(2,), max_prefill_rows=1, mixed_steps=False)
+    check_claims("cpu", apart, steps[:1])
+    for refused in ((replace(apart, mixed_steps=True), steps[:1]), (apart, steps)):
+        with pytest.raises(TraceError, match="a bucket of 1 rows"):
+            check_claims("cpu", *refused)
 
 
 def test_a_recording_that_fails_leaves_nothing(llama: Path, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_more_sequences_may_decode_than_the_longest_prefill_bucket_has_tokens() 
     limits = limits_of(can, token_budget=128, max_rows=64)
     assert (limits.max_rows, limits.chunk) == (64, 16)
     assert max(batch.tokens for batch in batches(limits, [(3, False)] * 40, 50)) > 16
+    assert limits_of(can, dp=2, token_budget=128, max_rows=64).max_rows == 16, "replicas decode beside a prefill"
 
 
 def test_limits_are_lowered_to_the_tables() -> None:

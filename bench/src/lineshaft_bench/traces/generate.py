@@ -46,7 +46,7 @@ class Spec:
             raise InvalidValue(f"{self.kind}: {key} = {given}: give a number above {low:g}")
         return value
 
-    def count(self, key: str, default: int, low: int = 1) -> int:
+    def count(self, key: str, default: int | None, low: int = 1) -> int:
         """A whole number from `low` on, as large as a trace can bear."""
         value = self.number(key, default, low - 1)
         if not value.is_integer() or value > MOST_TOKENS:
