@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.integration.conftest import Checkpoint, Llama
-from tests.integration.driving import config, drive, follow, greedy
+from tests.integration.driving import config, drive, follow
 from tests.integration.oracle import check_float32
 from tests.integration.processes import lineshaft
 
@@ -90,7 +90,7 @@ def test_there_are_as_many_programs_as_the_plan_has_said(llama: Llama) -> None:
     settings = {**CRAMPED, "max_logprobs": 2, "sampling_extras": True}
     with Engine(on_neuron(llama("even").path, **settings)) as engine:
         made = programs(engine)
-        assert engine.plan.programs == len(made)
+        assert f"programs {len(made)}" in engine.plan.notes
         session = made[0].session
         assert session.lane.counts.compiled == len(made) + 3  # that read, write and copy pages
         forwards = [program for program in made if program.shape.tokens]

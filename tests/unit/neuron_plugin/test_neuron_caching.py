@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lineshaft_neuron.caching import CompileCache, compilers_own, set_up
-from lineshaft_neuron.options import NeuronOptions
 
 from lineshaft.errors import InvalidValue
+from lineshaft_neuron.caching import CompileCache, compilers_own, set_up
+from lineshaft_neuron.options import NeuronOptions
 
 FOLDERS = ("TORCH_NEURONX_NEFF_CACHE_DIR", "TORCH_NEURONX_NEFF_LOCAL_CACHE_DIR", "TORCH_NEURONX_HLO_CACHE_DIR")
 LAYOUTS: dict[str, Callable[[str], str]] = {

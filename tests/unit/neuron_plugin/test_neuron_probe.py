@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.neuron_plugin.fake_neuronx import PLACEHOLDER, forget, write_machine, write_package
+
 from lineshaft_neuron import probe as neuron
 from lineshaft_neuron.probe import Device, Machine, devices, driver_loaded, installed_package, numbers, probe
-from tests.unit.neuron_plugin.fake_neuronx import PLACEHOLDER, forget, write_machine, write_package
 
 
 @pytest.fixture

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.neuron_plugin.fake_neuronx import PLACEHOLDER, forget, write_machine, write_package
+
+from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
+from lineshaft_contract.backends import World
 from lineshaft_neuron import starting
 from lineshaft_neuron.options import NeuronOptions
 from lineshaft_neuron.starting import (
@@ -23,10 +27,6 @@ from lineshaft_neuron.starting import (
     runtime_errors,
     start_runtime,
 )
-from tests.unit.neuron_plugin.fake_neuronx import PLACEHOLDER, forget, write_machine, write_package
-
-from lineshaft.errors import BackendUnavailable, InvalidValue, LayoutError
-from lineshaft_contract.backends import World
 
 
 def world(rank: int = 0, **degrees: int) -> World:

@@ -134,3 +134,32 @@ def test_a_tensor_that_no_call_of_torch_made_is_refused() -> None:
         stranger = torch.empty(3)
     with pytest.raises(ContractViolation, match=r"shape \[3\] that comes from no call of torch"):
         traced(lambda: {"out": X + stranger}, X)
+
+
+def test_the_workspace_is_what_lives_at_once() -> None:
+    def chain() -> dict[str, torch.Tensor]:
+        total = X
+        for number in range(1, 9):
+            total = total * number  # each result is last read by the next call
+        return {"out": total}
+
+    def fan() -> dict[str, torch.Tensor]:
+        return {"out": torch.stack([X * number for number in range(1, 9)])}
+
+    one = X.nbytes
+    assert 2 * one <= traced(chain, X).workspace < 8 * one
+    assert traced(fan, X).workspace >= 16 * one
+    assert traced(lambda: {"out": W.view(9)[:3] + 1}, X).workspace < one  # views, and what is held, take no room
+
+
+def test_what_is_computed_alike_is_computed_once_unless_it_is_written() -> None:
+    def run() -> dict[str, torch.Tensor]:
+        first, second = X * 2, X * 2
+        third, fourth = X + 1, X + 1
+        return {"out": first + second, "more": third.add_(1) + fourth, "unread": (X - 5, X)[1] * 1}
+
+    found = traced(run, X)
+    calls = [str(node.target) for node in found.graph.graph.nodes if node.op.startswith("call")]
+    assert calls.count("mul") == 2 and calls.count("sub") == 0  # one of first and second, and the last output
+    out, more, _ = found.graph(X, *found.held)
+    assert torch.equal(out, X * 4) and torch.equal(more, X * 2 + 3)

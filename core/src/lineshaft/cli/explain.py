@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
     else:
         print(by_problem(plan) if args.shapes else by_kernel(plan))
         print(*plan.notes, *padding(plan), sep="\n")
-        print(f"plan {plan.hash}  {plan.counts()}")
+        print(f"plan {plan.hash}  backend {plan.backend}  buckets {len(plan.shapes)}  problems {len(plan.entries)}")
     return 0
 
 

@@ -54,7 +54,6 @@ class Plan:
     notes: tuple[str, ...] = ()  # what a reader should know beside the kernels, a line each
     declined: Mapping[str, str] = field(default_factory=dict)  # optional programs that were left out: name -> reason
     choices: Mapping[str, Choice] = field(default_factory=dict)  # how ties were settled, by op and described problem
-    programs: int = 0  # that a session captures
 
     @property
     def hash(self) -> str:
@@ -67,17 +66,14 @@ class Plan:
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def counts(self) -> str:
-        """The backend, and how much there is of everything."""
-        sizes = {"buckets": len(self.shapes), "programs": self.programs, "problems": len(self.entries)}
-        return "  ".join([f"backend {self.backend}", *(f"{what} {count}" for what, count in sizes.items())])
-
     def summary(self) -> str:
         """A few lines: backend, buckets, the kernel of each op, the hash, the notes."""
         chosen: dict[str, dict[str, None]] = {}
         for entry in self.entries:
             chosen.setdefault(entry.op, {})[entry.label] = None
-        lines = [f"plan {self.hash[:16]}  {self.counts()}"]
+        lines = [
+            f"plan {self.hash[:16]}  backend {self.backend}  buckets {len(self.shapes)}  problems {len(self.entries)}"
+        ]
         width = max((len(op) for op in chosen), default=0)
         lines += [f"  {op:<{width}}  {', '.join(names)}" for op, names in chosen.items()]
         lines += [f"  {note}" for note in self.notes]

@@ -130,10 +130,9 @@ def make_plan(backend: str, work: Workload, resolver: Resolver, specs: Mapping[s
         cache_layout=cache_layout,
         weight_bytes=local_bytes(params, layouts),
         workspace_bytes=max(trace.workspace.most for trace in traces),
-        notes=(*work.notes, *repacked(params, layouts), *quantized(params, layouts)),
+        notes=(f"programs {len(traced)}", *work.notes, *repacked(params, layouts), *quantized(params, layouts)),
         declined=declined,
         choices={f"{op} {problem.describe()}": choice for (op, problem), choice in resolver.choices.items()},
-        programs=len(traced),
     )
     bound = tuple((program, BoundOps(trace, chosen, specs)) for program, trace in traced)
     open_sites = [site for site in sites if site.pair in resolver.ties]

@@ -153,9 +153,9 @@ def plan_programs(
     """The same for other programs of the model than the engine's."""
     name, specs = setup.info.name, all_ops(registry.ops())
     kernels = [*setup.backend.kernels(), *registry.kernels(name)]
-    given = tuple(f"backend option {key} = {value}" for key, value in config.backend_options.items())
-    notes = (*given, *setup.backend.capabilities.notes)
-    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, dict(setup.world.axes), notes)
+    given = (f"backend option {key} = {value}" for key, value in config.backend_options.items())
+    notes, axes = (*given, *setup.backend.capabilities.notes), dict(setup.world.axes)
+    work = Workload(setup.model.params(), setup.caches, setup.model.uses(), programs, axes, notes)
     file = choices_file(config, setup, kernels) if told is None else None
     stored = kept(file) if file else {}
     known = dict(told or (stored if config.tuning == "cached" else {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
 from lineshaft_contract.kernels import Kernel
@@ -13,9 +14,11 @@ from lineshaft_neuron.collectives import SharedWorld
 from lineshaft_neuron.compile_lane import CompileLane
 from lineshaft_neuron.kernels import neuron_kernels
 from lineshaft_neuron.lanes import Lane
+from lineshaft_neuron.memory import CoreMemory
 from lineshaft_neuron.options import NeuronOptions
 from lineshaft_neuron.session import NeuronSession
-from lineshaft_neuron.starting import start_runtime
+from lineshaft_neuron.starting import Runtime, start_runtime
+from lineshaft_neuron.trace_lane import TraceLane
 from lineshaft_torch.host_memory import HostMemory
 from lineshaft_torch.kernels import portable_kernels
 
@@ -29,6 +32,7 @@ CAPABILITIES = Capabilities(
     fixed_kv_size=True,
     determinism=DeterminismClaims(run=True),
 )
+STAND_IN = "lane compile: stand_in = true, which imitates the device on the CPU and has no other"
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,28 @@ class NeuronBackend:
         )  # fmt: skip
 
     def kernels(self) -> Sequence[Kernel]:
-        return [*portable_kernels(self.name), *neuron_kernels(self.name)]
+        most = self.options.attention_memory_mib
+        return [*portable_kernels(self.name, most), *neuron_kernels(self.name, most)]
 
     def session(self, rank: int) -> NeuronSession:
-        return NeuronSession(self.lane(), replace(self.world, rank=rank), self.shared)
+        return NeuronSession(self.lane(), replace(self.world, rank=rank), self.shared, self.memory)
 
 
 def create(options: NeuronOptions, world: World) -> NeuronBackend:
-    """The factory that the plugin registers."""
+    """The factory that the plugin registers. Raises BackendUnavailable without a device or the package for it,
+    InvalidValue for options and variables that make no sense, LayoutError for more ranks than cores."""
     runtime = start_runtime(options, world)
-    assert runtime is None
-    device = stand_in.start()
+    if runtime is None:
+        lane, shared = partial(CompileLane, stand_in.start()), SharedWorld("gloo", own_dtype=False)
+        return NeuronBackend(options, world, lane, shared, HostMemory(), (STAND_IN,))
     return NeuronBackend(
-        options, world, lambda: CompileLane(device), SharedWorld("gloo", own_dtype=False), HostMemory(), ("lane compile: stand-in",)
-    )
+        options, world, lane_of(runtime), SharedWorld("neuron", own_dtype=True), CoreMemory(runtime.device),
+        (runtime.reason, f"cores: {runtime.cores}", f"compiled programs: {runtime.setup.cache.said}"),
+    )  # fmt: skip
+
+
+def lane_of(runtime: Runtime) -> Callable[[], Lane]:
+    """Makes lanes of the kind that the runtime was started for."""
+    if runtime.lane == "trace":
+        return partial(TraceLane, runtime.package, runtime.device, runtime.setup.flags)
+    return partial(CompileLane, runtime.device, runtime.setup.cache)

@@ -143,7 +143,7 @@ class FunctionalGroup:
 
     def broadcast(self, x: torch.Tensor, src: int) -> torch.Tensor:
         """Member `src`'s array."""
-        return x if self.size == 1 else self._call("broadcast", x, src)
+        return x if self.size == 1 else self._gathered(x)[src]  # torch-neuronx has no broadcast in a program
 
     def permute(self, x: torch.Tensor, shift: int) -> torch.Tensor:
         """The array of the member `shift` places before this one, cyclically."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lineshaft_contract.steps import HostStep, InputField, InputLayout
-from lineshaft_torch.arrays import HostArray, torch_dtype
+from lineshaft_torch.arrays import HostArray, from_host, torch_dtype
 
 CARRIERS = {"uint32": "int32"}
 """The dtype in which values of another travel."""
@@ -39,7 +39,7 @@ class PackedInputs:
         for dtype, fields in self._fields.items():
             host = self._host[dtype]
             np.concatenate([step[field.name].reshape(-1).view(dtype) for field in fields], out=host)
-            self.arrays[dtype].copy_(torch.from_numpy(host))
+            self.arrays[dtype].copy_(from_host(host))
 
     def views(self) -> dict[str, torch.Tensor]:
         """Each input by name, cut out of the arrays."""

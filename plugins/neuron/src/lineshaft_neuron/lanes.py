@@ -15,12 +15,10 @@ Compiled = Callable[..., Sequence[torch.Tensor]]
 
 @dataclass
 class Counts:
-    """What a lane has done: programs that it compiled, those among them that a cache had, and what must not happen."""
+    """The programs that a lane has compiled, and those among them that a cache had."""
 
     compiled: int = 0
     cached: int = 0
-    recompiled: int = 0
-    graph_breaks: int = 0
 
 
 class Lane(Protocol):

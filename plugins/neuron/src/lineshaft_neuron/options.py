@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
@@ -19,6 +19,7 @@ class NeuronOptions(BaseModel):
     decode_buckets   numbers of sequences that a decode step is padded to
     compiler_flags   for the vendor's compiler, put before those of NEURON_CC_FLAGS
     cache_dir        folder of compiled programs; "auto": lineshaft/neuron in the user's cache, "off": none
+    attention_memory_mib  largest temporaries, in MiB, of one call of attention, which works in blocks to keep within
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +30,7 @@ class NeuronOptions(BaseModel):
     decode_buckets: Sizes = (1, 2, 4, 8, 16, 32, 64)
     compiler_flags: str = ""
     cache_dir: str = Field(default="auto", min_length=1)
+    attention_memory_mib: int = Field(default=1024, ge=1)
 
     @field_validator("prefill_buckets", "decode_buckets")
     @classmethod
@@ -38,3 +40,9 @@ class NeuronOptions(BaseModel):
                 f"buckets have to ascend, each once, for example {sorted(set(sizes))}; given {list(sizes)}"
             )
         return sizes
+
+    @model_validator(mode="after")
+    def _fit(self) -> NeuronOptions:
+        if self.stand_in and self.lane == "trace":
+            raise ValueError('stand_in = true imitates the lane "compile" alone; set lane = "auto" or "compile"')
+        return self

@@ -30,15 +30,19 @@ class StaticProgram(ProgramBase):
         traced = trace(lambda: self._forward(empty), given)
         self.digest, self._outputs, self._held = traced.digest, traced.outputs, traced.held
         self._collectives = tuple(traced.calls(NAMESPACE))
+        session.room.take(capture.shape, traced.workspace)
         before = session.lane.counts.cached
         self._compiled = session.lane.compile(traced.graph, [*given, *traced.held], traced.written)
         self._take_inputs(HostStep(capture.inputs))
         self._run(empty)
         self.report = CaptureReport(
-            time.perf_counter() - began, ops=len(traced.graph.graph.nodes) - len(given) - len(traced.held) - 1,
-            collectives=self._collectives, packed=sum(array.nbytes for array in self._packed.arrays.values()),
+            time.perf_counter() - began,
+            ops=sum(node.op.startswith("call") for node in traced.graph.graph.nodes),
+            temporaries=traced.workspace,
+            packed=sum(array.nbytes for array in self._packed.arrays.values()),
+            collectives=self._collectives,
             cached=session.lane.counts.cached > before,
-        )  # fmt: skip
+        )
 
     def _make_inputs(self) -> dict[str, torch.Tensor]:
         self._packed = PackedInputs(self.capture.inputs, self.session.device)

@@ -10,9 +10,10 @@ import torch
 
 from lineshaft_contract.backends import World
 from lineshaft_contract.problems import KVProblem
-from lineshaft_contract.sessions import Cache, Capture, Transfer
+from lineshaft_contract.sessions import Cache, Capture, Memory, Transfer
 from lineshaft_neuron.collectives import FunctionalGroups, SharedWorld
 from lineshaft_neuron.lanes import Lane
+from lineshaft_neuron.memory import Room
 from lineshaft_neuron.pages import PageMover
 from lineshaft_neuron.program import StaticProgram
 from lineshaft_torch.arrays import HostArray
@@ -25,9 +26,9 @@ class NeuronSession(TorchSession):
     Whatever computes is a compiled program, also what moves pages; between `freeze` and `thaw` nothing compiles.
     """
 
-    def __init__(self, lane: Lane, world: World, shared: SharedWorld) -> None:
+    def __init__(self, lane: Lane, world: World, shared: SharedWorld, memory: Memory) -> None:
         super().__init__(lane.device, world)
-        self.lane = lane
+        self.lane, self.room = lane, Room(memory)
         self.groups: Any = FunctionalGroups(world, shared, lane.device)
         self._mover = PageMover(lane, [])
 

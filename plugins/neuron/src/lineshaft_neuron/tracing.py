@@ -10,6 +10,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lineshaft_contract.errors import ContractViolation
+from lineshaft_torch.arena import Lifetime, plan_offsets
+from lineshaft_torch.tensors import storage_key, storage_keys, tensors_in
 
 Updates = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(what holds a value, its new value)."""
@@ -40,6 +43,20 @@ class Traced:
     held: tuple[torch.Tensor, ...]
     written: tuple[int, ...]
     outputs: tuple[str, ...]
+
+    @cached_property
+    def workspace(self) -> int:
+        """Bytes of intermediate results, outputs among them, that live at once, each until it is last read."""
+        given: set[int] = set()
+        lives: dict[int, Lifetime] = {}
+        for at, node in enumerate(self.graph.graph.nodes):
+            made = [] if node.op == "output" else _values(node)
+            if node.op == "placeholder":
+                given |= storage_keys(made)
+            for tensor in (*made, *(read for before in node.all_input_nodes for read in _values(before))):
+                if (key := storage_key(tensor)) not in given:
+                    lives.setdefault(key, Lifetime(tensor.untyped_storage().nbytes(), at, at)).last = at
+        return plan_offsets(list(lives.values()))[1]
 
     @property
     def digest(self) -> str:
@@ -92,8 +109,12 @@ def merge_equal(graph: fx.Graph) -> None:
 
 def _constant(node: fx.Node) -> bool:
     """Whether nothing that a call takes or gives is ever written in place."""
-    tensors = [value for part in (node, *node.all_input_nodes) for value in pytree.tree_leaves(part.meta["val"])]
-    return all(tensor._version == 0 for tensor in tensors if isinstance(tensor, torch.Tensor))
+    return all(tensor._version == 0 for part in (node, *node.all_input_nodes) for tensor in _values(part))
+
+
+def _values(node: fx.Node) -> list[torch.Tensor]:
+    """What a node gives, while tracing."""
+    return tensors_in(node.meta["val"])
 
 
 class Tracer(TorchFunctionMode):
@@ -145,8 +166,7 @@ class Tracer(TorchFunctionMode):
 
     def fresh(self, tensor: torch.Tensor) -> torch.Tensor:
         """An output, or a copy of it where it lies in the memory of an input."""
-        storage = self.fake(tensor).untyped_storage()._cdata
-        borrowed = any(storage == held.untyped_storage()._cdata for held in self._inputs)
+        borrowed = storage_key(self.fake(tensor)) in storage_keys(self._inputs)
         return self.fake(tensor.clone() if borrowed else tensor)
 
     def written(self) -> tuple[int, ...]:
@@ -157,8 +177,7 @@ class Tracer(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.fake, (args, kwargs or {}))
         with self._mode:
             result = func(*args, **kwargs)
-        found = [item for item in pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]
-        if any(id(item) not in self._nodes for item in found) or _in_place(func, kwargs):
+        if any(id(item) not in self._nodes for item in tensors_in(result)) or _in_place(func, kwargs):
             self._record(func, args, kwargs, result)
         return result
 

@@ -6,6 +6,7 @@ Owns the count of what was compiled, and the seal that ends compilation. Knows n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -16,12 +17,23 @@ from torch._guards import CompileContext
 from torch.utils import _pytree as pytree
 
 from lineshaft_contract.errors import ContractViolation
-from lineshaft_neuron.lanes import Counts
 from lineshaft_neuron.stand_in.device import NAME, on_device, on_host
 from lineshaft_neuron.stand_in.rules import Rejected, check
 
 SHOWN = 4
 """How many inputs a message describes."""
+
+
+@dataclass
+class Counts:
+    """compiled      programs
+    recompiled    calls for a function that had been compiled before: for another shape, or a guard that failed
+    graph_breaks  those that Dynamo has counted in this process since the compiler was made, refusals included
+    """
+
+    compiled: int = 0
+    recompiled: int = 0
+    graph_breaks: int = 0
 
 
 class StandInCompiler:
@@ -39,11 +51,7 @@ class StandInCompiler:
 
     @property
     def counts(self) -> Counts:
-        """compiled      programs
-        recompiled    calls for a function that had been compiled before: for another shape, or a guard that failed
-        graph_breaks  those that Dynamo has counted in this process since the compiler was made; under fullgraph=True
-                      each is an error instead
-        """
+        """What was compiled so far."""
         self._counts.graph_breaks = max(0, _graph_breaks() - self._breaks_before)
         return self._counts
 
