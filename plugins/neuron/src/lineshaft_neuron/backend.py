@@ -60,8 +60,10 @@ class NeuronBackend:
         )  # fmt: skip
 
     def kernels(self) -> Sequence[Kernel]:
-        most = self.options.attention_memory_mib
-        return [*portable_kernels(self.name, most), *neuron_kernels(self.name, most)]
+        """This plugin's own, and the portable ones of other ops: those do not compile where it has its own."""
+        own = neuron_kernels(self.name, self.options.attention_memory_mib)
+        ops = {kernel.op for kernel in own}
+        return [*own, *(kernel for kernel in portable_kernels(self.name) if kernel.op not in ops)]
 
     def session(self, rank: int) -> NeuronSession:
         return NeuronSession(self.lane(), replace(self.world, rank=rank), self.shared, self.memory)

@@ -15,8 +15,9 @@ from lineshaft_neuron.tracing import Result, trace
 from lineshaft_torch.arrays import HostArray, from_host, to_host
 from lineshaft_torch.pages import movable, page_view
 
+NO_IDS = np.zeros(0, np.int32)
 PAGES = 16
-"""Pages that one call moves; the rest of a call moves the null page, which holds garbage anyway."""
+"""Pages that one call moves."""
 
 
 class PageMover:
@@ -29,7 +30,7 @@ class PageMover:
         self._ids = [torch.zeros(PAGES, dtype=torch.int32, device=lane.device) for _ in range(2)]
 
     def warm(self) -> None:
-        """Compile, and run on the null page, what there is to compile."""
+        """Compile what there is to compile."""
         for cache in self._caches:
             self._reader(cache)
             self._writer(cache)
@@ -53,14 +54,13 @@ class PageMover:
     def write(self, number: int, ids: HostArray, pages: Mapping[str, HostArray]) -> None:
         """Put pages in canonical form at `ids` of a cache."""
         cache = self._caches[number]
-        run, empty = self._writer(cache), self._empty(cache)
+        run, room = self._writer(cache), self._empty(cache)
         for start, stop in self._chunks(len(ids)):
-            self._send(0, ids[start:stop])
-            for name, array in empty.items():
-                part = np.zeros(tuple(array.shape), pages[name].dtype)
-                part[: stop - start] = pages[name][start:stop]
-                array.copy_(from_host(part))
-            run(self._ids[0], *empty.values(), *cache.arrays.values())
+            some = np.minimum(np.arange(start, start + PAGES), stop - 1)  # the last page again and again
+            self._send(0, ids[some])
+            for name, array in room.items():
+                array.copy_(from_host(pages[name][some]))
+            run(self._ids[0], *room.values(), *cache.arrays.values())
 
     def copy(self, group: int, src: HostArray, dst: HostArray) -> None:
         """Copy pages within every cache of a group; all reads come before all writes."""
@@ -86,15 +86,20 @@ class PageMover:
         return self._program(("read", _problem(cache)), reading, [self._ids[0], *cache.arrays.values()])
 
     def _writer(self, cache: Cache) -> Compiled:
-        empty = self._empty(cache)
+        pages = self._empty(cache)
 
         def writing() -> Result:
             for name, view in page_view(cache).items():
-                movable(view).index_copy_(0, self._ids[0].long(), movable(empty[name]))
+                movable(view).index_copy_(0, self._ids[0].long(), movable(pages[name]))
             return {}, []
 
-        given = [self._ids[0], *empty.values(), *cache.arrays.values()]
-        return self._program(("write", _problem(cache)), writing, given)
+        if ("write", _problem(cache)) not in self._programs:  # the first call puts back what the null page holds
+            read = self._reader(cache)
+            self._send(0, NO_IDS)
+            pages = dict(zip(pages, read(self._ids[0], *cache.arrays.values()), strict=True))
+        return self._program(
+            ("write", _problem(cache)), writing, [self._ids[0], *pages.values(), *cache.arrays.values()]
+        )
 
     def _copier(self, group: int) -> Compiled:
         def copying() -> Result:
@@ -108,11 +113,10 @@ class PageMover:
 
     def _program(self, key: tuple[str, object], run: Callable[[], Result], given: list[torch.Tensor]) -> Compiled:
         if key not in self._programs:
+            for place in range(len(self._ids)):  # compiling may run the program
+                self._send(place, NO_IDS)
             traced = trace(run, given)
             self._programs[key] = self._lane.compile(traced.graph, given, traced.written)
-            for ids in self._ids:
-                ids.zero_()
-            self._programs[key](*given)
         return self._programs[key]
 
     # ---- arrays ------------------------------------------------------------------------------------------------
@@ -128,6 +132,7 @@ class PageMover:
         }
 
     def _send(self, place: int, ids: HostArray) -> None:
+        """Fill one of the arrays of ids; what is left names the null page."""
         padded = np.zeros(PAGES, np.int32)
         padded[: len(ids)] = ids
         self._ids[place].copy_(from_host(padded))
