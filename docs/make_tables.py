@@ -287,6 +287,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands, "mutants": mutants, "gpu_matrix": gpu_matrix,
     "cuda_options": partial(backend_options, "lineshaft_cuda.options:CudaOptions"),
     "rocm_options": partial(backend_options, "lineshaft_rocm.options:RocmOptions"),
+    "neuron_options": partial(backend_options, "lineshaft_neuron.options:NeuronOptions"),
 }  # fmt: skip
 
 

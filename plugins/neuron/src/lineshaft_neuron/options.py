@@ -6,39 +6,42 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+Size = Annotated[int, Field(ge=1)]
 
 
 class NeuronOptions(BaseModel):
-    """How the Neuron backend runs.
+    """How the Neuron backend runs."""
 
-    lane             "compile": torch.compile on the device "neuron"; "trace": torch_neuronx.trace, for torch-neuronx
-                     before 2.10; "auto": the one that the installed version has
-    stand_in         run on a strict imitation of the device on the CPU, for checks: the evidence is *interpreted*
-    prefill_buckets  lengths, in tokens, that a prefill is padded to; the longest is how much of a prompt a step takes
-    decode_buckets   numbers of sequences that a decode step is padded to
-    compiler_flags   for the vendor's compiler, put before those of NEURON_CC_FLAGS
-    cache_dir        folder of compiled programs; "auto": lineshaft/neuron in the user's cache, "off": none
-    attention_memory_mib  largest temporaries, in MiB, of one call of attention, which works in blocks to keep within
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     lane: Literal["auto", "compile", "trace"] = "auto"
+    """What compiles: "compile" is torch.compile on the device `neuron`, which torch-neuronx has from 2.10 on; "trace" is
+    torch_neuronx.trace, for 2.9; "auto" takes the one that the installed version has."""
     stand_in: bool = False
-    prefill_buckets: Sizes = (128, 256, 512, 1024, 2048, 4096)
-    decode_buckets: Sizes = (1, 2, 4, 8, 16, 32, 64)
+    """Run on a strict imitation of the device, on the CPU of any machine (slow, for checks)."""
+    prefill_buckets: tuple[Size, ...] = Field(default=(128, 256, 512, 1024, 2048, 4096), min_length=1)
+    """Lengths in tokens, ascending, that a prefill is padded to; a longer prompt goes in chunks of the last."""
+    decode_buckets: tuple[Size, ...] = Field(default=(1, 2, 4, 8, 16, 32, 64), min_length=1)
+    """Numbers of sequences, ascending, that a decode step is padded to; the last is the largest batch."""
     compiler_flags: str = ""
+    """Flags for the vendor's compiler, put before those of `NEURON_CC_FLAGS`."""
     cache_dir: str = Field(default="auto", min_length=1)
+    """Folder of compiled programs; "auto": `lineshaft/neuron` in the user's cache folder, "off": none. A variable of the
+    vendor's that names one wins."""
     attention_memory_mib: int = Field(default=1024, ge=1)
+    """Largest temporaries, in MiB, of one call of attention, which works in blocks to keep within."""
+
+    @field_validator("prefill_buckets", "decode_buckets", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """Text, as variables and the command line have it: "128,256" or "[128, 256]"."""
+        return [part for part in value.strip(" []").split(",") if part.strip()] if isinstance(value, str) else value
 
     @field_validator("prefill_buckets", "decode_buckets")
     @classmethod
     def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
         if list(sizes) != sorted(set(sizes)):
-            raise ValueError(
-                f"buckets have to ascend, each once, for example {sorted(set(sizes))}; given {list(sizes)}"
-            )
+            raise ValueError(f"sizes have to ascend, each once: {sorted(set(sizes))}, not {list(sizes)}")
         return sizes
 
     @model_validator(mode="after")
