@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from lineshaft_contract.backends import World
-from lineshaft_contract.errors import ContractViolation, LineshaftError, WorkerDied
+from lineshaft_contract.errors import ContractViolation, LayoutError, LineshaftError, WorkerDied
 from lineshaft_torch.arrays import accumulator
 from lineshaft_torch.collectives import members_of
 
@@ -25,8 +26,23 @@ NAMESPACE = "_c10d_functional"
 """Where torch has the operators."""
 
 
+@dataclass
+class ProcessWorld:
+    """torch's one world of process groups in this process: who uses it, how often it was opened, and its groups."""
+
+    users: int = 0
+    opened: int = 0
+    names: set[str] = field(default_factory=set)
+
+
+@cache
+def this_process() -> ProcessWorld:
+    """The one of this process, as torch has one."""
+    return ProcessWorld()
+
+
 class SharedWorld:
-    """The process groups of one process, which the sessions of a backend share: torch has one world a process.
+    """What sessions need to meet in torch's world: the first to enter opens it, the last to leave closes it.
 
     backend    what torch.distributed knows the transport by
     own_dtype  sums are made in the array's own dtype; else in float32
@@ -35,40 +51,47 @@ class SharedWorld:
     def __init__(self, backend: str, own_dtype: bool, timeout_s: float = 300.0) -> None:
         self.own_dtype = own_dtype
         self._backend, self._timeout = backend, timedelta(seconds=timeout_s)
-        self._users, self._opened = 0, 0
-        self._names: dict[tuple[str, ...], str] = {}
 
     def enter(self, world: World) -> None:
-        """Meet the other ranks, unless a session of this process has. Raises WorkerDied if they do not come."""
-        if not self._users:
+        """Meet the other ranks, unless a session of this process has. Raises WorkerDied if they do not come,
+        LayoutError if this process is another rank, or one of another number of ranks, already."""
+        process = this_process()
+        if not process.users:
             with peers("meeting all workers"):
                 file = dist.FileStore(world.rendezvous, world.size)  # type: ignore[attr-defined]
-                store = dist.PrefixStore(f"world {self._opened}", file)  # type: ignore[attr-defined]
+                store = dist.PrefixStore(f"world {process.opened}", file)  # type: ignore[attr-defined]
                 dist.init_process_group(
                     self._backend, store=store, rank=world.rank, world_size=world.size, timeout=self._timeout
                 )
-            self._opened += 1
-        self._users += 1
+            process.opened += 1
+        elif (dist.get_rank(), dist.get_world_size()) != (world.rank, world.size):
+            raise LayoutError(
+                f"this process is rank {dist.get_rank()} of {dist.get_world_size()} and cannot be rank {world.rank} of "
+                f"{world.size} too, since torch has one world a process; close the first engine, or use another process"
+            )
+        process.users += 1
 
     def leave(self) -> None:
-        """The last session to leave closes the world."""
-        self._users -= 1
-        if not self._users:
-            for name in self._names.values():
+        """Leave, once for each time that it was entered."""
+        process = this_process()
+        process.users -= 1
+        if not process.users:
+            for name in process.names:
                 _unregister_process_group(name)  # type: ignore[arg-type]
-            self._names.clear()
+            process.names.clear()
             dist.destroy_process_group()
 
     def name(self, world: World, axes: tuple[str, ...]) -> str:
         """The name of the group over some axes. Every rank of the world has to ask for the same groups in one order."""
-        if axes not in self._names:
+        process, mesh = this_process(), ",".join(f"{axis}={degree}" for axis, degree in world.axes if degree > 1)
+        name = f"lineshaft {'+'.join(axes)} of {mesh}"
+        if name not in process.names:
             everywhere = [tuple(members_of(replace(world, rank=rank), axes)) for rank in range(world.size)]
             with peers(f"meeting over {'+'.join(axes)}"):
                 made = {ranks: dist.new_group(list(ranks), self._timeout) for ranks in dict.fromkeys(everywhere)}
-            name = f"lineshaft {'+'.join(axes)}"
             _register_process_group(name, made[everywhere[world.rank]])  # type: ignore[arg-type]
-            self._names[axes] = name
-        return self._names[axes]
+            process.names.add(name)
+        return name
 
 
 class FunctionalGroups:

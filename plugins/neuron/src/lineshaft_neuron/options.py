@@ -15,8 +15,8 @@ class NeuronOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     lane: Literal["auto", "compile", "trace"] = "auto"
-    """What compiles: "compile" is torch.compile on the device `neuron`, which torch-neuronx has from 2.10 on; "trace" is
-    torch_neuronx.trace, for 2.9; "auto" takes the one that the installed version has."""
+    """What compiles: "compile" is torch.compile on the device `neuron`, which torch-neuronx has from 2.10 on; "trace"
+    is torch_neuronx.trace, for 2.9; "auto" takes the one that the installed version has."""
     stand_in: bool = False
     """Run on a strict imitation of the device, on the CPU of any machine (slow, for checks)."""
     prefill_buckets: tuple[Size, ...] = Field(default=(128, 256, 512, 1024, 2048, 4096), min_length=1)
@@ -26,8 +26,8 @@ class NeuronOptions(BaseModel):
     compiler_flags: str = ""
     """Flags for the vendor's compiler, put before those of `NEURON_CC_FLAGS`."""
     cache_dir: str = Field(default="auto", min_length=1)
-    """Folder of compiled programs; "auto": `lineshaft/neuron` in the user's cache folder, "off": none. A variable of the
-    vendor's that names one wins."""
+    """Folder of compiled programs; "auto": `lineshaft/neuron` in the user's cache folder, "off": none. A variable of
+    the vendor's that names one wins."""
     attention_memory_mib: int = Field(default=1024, ge=1)
     """Largest temporaries, in MiB, of one call of attention, which works in blocks to keep within."""
 
