@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.integration.conftest import Llama
+from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import config, drive, follow
-from tests.integration.oracle import check_float32
+from tests.integration.oracle import Oracle, check_bfloat16, check_float32
 from tests.integration.processes import lineshaft
 
 from lineshaft.config import EngineConfig
 from lineshaft.engine import Engine
 from lineshaft.errors import BackendUnavailable
 from lineshaft.sampling.params import SamplingParams
+from lineshaft.tokenizer import Tokenizer
 from lineshaft_neuron import stand_in
 
 LENGTHS = (1, 7, 16, 33)
@@ -48,6 +49,20 @@ def test_one_rank_agrees_with_the_oracle(llama: Llama) -> None:
         assert run.mixed_steps == 0
         alone = follow(engine, expected[-1:])
         assert alone.steps - TOKENS == 2  # 33 tokens: two chunks of 16 before the one that gives a token
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo_model_agrees_with_the_oracle(smollm2: Checkpoint, smollm2_bfloat16: Oracle, dtype: str) -> None:
+    ids = Tokenizer.from_checkpoint(smollm2.path).encode(", ".join(map(str, range(1, 60))))  # it is sure how to go on
+    expected = [smollm2.oracle.expect(ids[20 * n : 20 * n + length], 12) for n, length in enumerate((8, 47))]
+    few = {"max_model_len": 64, "cache.pages": 9, "cache.page_size": 16, "scheduler.max_rows": 2}
+    tables = {"backend_options.prefill_buckets": [32], "backend_options.decode_buckets": [2]}
+    with Engine(on_neuron(smollm2.path, dtype=dtype, **few, **tables)) as engine:
+        got = follow(engine, expected).logits
+    if dtype == "float32":
+        check_float32(expected, got)
+    else:
+        check_bfloat16(expected, got, smollm2_bfloat16, least_decided=0.9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
