@@ -142,9 +142,7 @@ def check_claims(backend: str, can: Capabilities, steps: Sequence[StepMessage]) 
         lengths = np.diff(step.forward["query_starts"])[np.diff(step.forward["query_starts"]) > 0]
         prefills, tokens = int(np.sum(lengths > 1)), live_tokens(step.forward)
         shape = step.shape
-        apart = (
-            shape.max_query > 1 and not can.mixed_steps
-        )  # then the bucket has rows for prompts, the table for decodes
+        apart = shape.max_query > 1 and not can.mixed_steps  # a bucket of prompts alone: the table is for decodes
         tables = (("tokens", shape.tokens, can.token_buckets), ("rows", shape.rows, None if apart else can.row_buckets))
         refused = [f"a bucket of {n} {what}" for what, n, table in tables if table is not None and n not in table]
         if can.max_query is not None and lengths.max(initial=0) > can.max_query:
