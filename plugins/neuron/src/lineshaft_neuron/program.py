@@ -32,7 +32,8 @@ class StaticProgram(ProgramBase):
         self._collectives = tuple(traced.calls(NAMESPACE))
         session.room.take(capture.shape, traced.workspace)
         before = session.lane.counts.cached
-        self._compiled = session.lane.compile(traced.graph, [*given, *traced.held], traced.written)
+        with peers("a first step", self._collectives):
+            self._compiled = session.lane.compile(traced.graph, [*given, *traced.held], traced.written)
         self._take_inputs(HostStep(capture.inputs))
         self._run(empty)
         self.report = CaptureReport(
@@ -63,6 +64,9 @@ class StaticProgram(ProgramBase):
             prepare(host)
 
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        given = list(arrays.values())
+        if len(set(map(id, given))) < len(given):  # it is compiled for tensors of which no two are one
+            given = [array.detach() for array in given]
         with peers("a step", self._collectives):
-            made = self._compiled(*self._packed.arrays.values(), *arrays.values(), *self._held)
+            made = self._compiled(*self._packed.arrays.values(), *given, *self._held)
         return dict(zip(self._outputs, made, strict=True))
