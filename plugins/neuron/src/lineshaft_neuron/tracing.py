@@ -148,7 +148,7 @@ class Tracer(TorchFunctionMode):
                 )
             return tensor
         if id(tensor) not in self._fakes:
-            with self._mode:
+            with self._mode, torch._C.DisableTorchFunction():  # the graph does not make it
                 made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             self._fakes[id(tensor)] = made
             self.real.append(tensor)
