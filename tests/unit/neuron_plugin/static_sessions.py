@@ -81,3 +81,10 @@ def const(name: str, values: Any) -> Param:
 def kv(**fields: Any) -> KVProblem:
     given = {"dtype": "float32", "kv_dtype": "float32", "kv_heads": 2, "qk_dim": 4, "v_dim": 4, "page_size": 4}
     return KVProblem(**{**given, **fields})
+
+
+def writing(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
+    """Puts x at the slots `rows`; gives the sum of the cache after that."""
+    k = caches[0].arrays["k"]
+    k.index_copy_(0, step.arrays["rows"].long(), step.arrays["x"].view(-1, 2, 4))
+    return {"sum": k.sum(0)}, caches

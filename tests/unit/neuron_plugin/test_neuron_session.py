@@ -19,6 +19,7 @@ from tests.unit.neuron_plugin.static_sessions import (
     layout,
     started,
     step,
+    writing,
 )
 from tests.unit.torch_kit.conftest import HandPlanned, KitTools
 from tests.unit.torch_kit.layer import layer_session, run_layer
@@ -141,15 +142,8 @@ def test_a_handle_that_does_not_fit_is_refused_and_harms_nothing(session: Any) -
 # ---- caches ----------------------------------------------------------------------------------------------------------
 
 
-def writing(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
-    """Puts x at the slots `rows`; gives the sum of the cache after that."""
-    k = caches[0].arrays["k"]
-    k.index_copy_(0, step.arrays["rows"].long(), step.arrays["x"].view(-1, 2, 4))
-    return {"sum": k.sum(0)}, caches
-
-
 def replacing(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
-    """The same, by a cache that is returned and not written in place."""
+    """As `writing`, by a cache that is returned and not written in place."""
     k = caches[0].arrays["k"].index_copy(0, step.arrays["rows"].long(), step.arrays["x"].view(-1, 2, 4))
     return {"sum": k.sum(0)}, [replace(caches[0], arrays={**caches[0].arrays, "k": k})]
 

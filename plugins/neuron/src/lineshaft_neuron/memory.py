@@ -20,7 +20,7 @@ class CoreMemory:
         """(total, free) bytes."""
         try:
             free, total = torch.accelerator.get_memory_info(self._device)
-        except (AttributeError, NotImplementedError, RuntimeError):
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError):
             return None
         return int(total), int(free)
 

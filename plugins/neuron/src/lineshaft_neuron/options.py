@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+Sizes = tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class NeuronOptions(BaseModel):
@@ -31,6 +31,15 @@ class NeuronOptions(BaseModel):
     compiler_flags: str = ""
     cache_dir: str = Field(default="auto", min_length=1)
     attention_memory_mib: int = Field(default=1024, ge=1)
+
+    @field_validator("prefill_buckets", "decode_buckets", mode="before")
+    @classmethod
+    def _listed(cls, sizes: object) -> object:
+        """A table may come as text, from the command line or the environment: "128,256"."""
+        listed = sizes.split(",") if isinstance(sizes, str) else sizes
+        if not isinstance(listed, list | tuple) or not listed:
+            raise ValueError("it should be a list of one whole number or more: [1, 2, 4], or as text 1,2,4")
+        return listed
 
     @field_validator("prefill_buckets", "decode_buckets")
     @classmethod
