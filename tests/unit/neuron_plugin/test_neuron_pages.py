@@ -78,7 +78,7 @@ def caches(session: Any) -> Callable[..., Model]:
     return make
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_pages_hold_what_the_model_says(session: Any, caches: Any, seed: int) -> None:
     """Random reads, writes and copies in several groups, frozen and not, of 0 to 50 pages: ids in any order, the null
     page several times, and copies whose pages overlap."""
@@ -159,9 +159,9 @@ def test_the_null_page_may_be_read_and_copied_and_written(session: Any, caches: 
 
 
 def test_no_ids_move_nothing(session: Any, caches: Any) -> None:
-    model = caches(PROBLEMS)
-    none = np.zeros(0, np.int32)
-    for cache, problem in enumerate(PROBLEMS):
+    problems = PROBLEMS[2:4]
+    model, none = caches(problems), np.zeros(0, np.int32)
+    for cache, problem in enumerate(problems):
         empty = drawn(problem, 0, None)
         assert session.write_pages(cache, none, empty).done()
         assert same(session.read_pages(cache, none), empty)
