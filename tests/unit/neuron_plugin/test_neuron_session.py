@@ -23,6 +23,7 @@ from tests.unit.neuron_plugin.static_sessions import (
 )
 from tests.unit.torch_kit.conftest import HandPlanned, KitTools
 from tests.unit.torch_kit.layer import layer_session, run_layer
+from torch import fx
 
 from lineshaft.errors import ContractViolation, LineshaftError, SessionClosed, SessionFrozen
 from lineshaft.plan import Resolver
@@ -298,6 +299,8 @@ def test_once_frozen_nothing_compiles_whatever_is_called(session: Any) -> None:
     ):
         with pytest.raises(SessionFrozen, match="call thaw first"):
             call()
+    with pytest.raises(ContractViolation, match="thaw the session first"):
+        session.lane.compile(fx.symbolic_trace(lambda x: (x,)), [session.caches[0].arrays["k"]], ())
     session.thaw()
     assert np.array_equal(capture(session, DOUBLE)(step(1)).result("y"), step(1)["x"] * 2)
     assert compiled() == before["compiled"] + 1
