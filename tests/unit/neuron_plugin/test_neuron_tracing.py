@@ -103,12 +103,16 @@ def test_an_update_by_itself_is_none() -> None:
     assert found.written == ()
 
 
-@pytest.mark.parametrize("run", [lambda: X, lambda: X.view(3, 2), lambda: W[1:]], ids=["input", "view", "held"])
+@pytest.mark.parametrize(
+    "run",
+    [lambda: X, lambda: X.view(3, 2), lambda: W, lambda: W[1:], lambda: X.t()],
+    ids=["input", "view", "held", "view of held", "turned"],
+)
 def test_an_output_never_lies_in_the_memory_of_an_input(run: Callable[[], torch.Tensor]) -> None:
     found = traced(lambda: {"out": run()}, X)
     got = found.graph(X, *found.held)[0]
     assert torch.equal(got, run())
-    assert got.untyped_storage().data_ptr() not in (X.data_ptr(), W.data_ptr())
+    assert got.is_contiguous() and got.untyped_storage().data_ptr() not in (X.data_ptr(), W.data_ptr())
 
 
 def test_graphs_of_equal_work_have_one_digest_whatever_the_values() -> None:

@@ -48,6 +48,8 @@ def lines(lengths: Lengths, choice: Choice) -> Iterator[str]:
     yield f"# ratio to powers of two: {choice.ratio:.3f}"
     yield "[backend_options]"
     yield f"prefill_buckets = {list(choice.table)}"
+    yield "[scheduler]"
+    yield f"token_budget = {choice.table[-1]}  # less would cut the table"
 
 
 def as_json(lengths: Lengths, choice: Choice) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch._dynamo
 from torch import fx
+from torch._dynamo import exc
 
-from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.errors import BackendUnavailable, ContractViolation, LineshaftError
 from lineshaft_neuron.caching import CompileCache, Lookup
-from lineshaft_neuron.lanes import Compiled, Counts
+from lineshaft_neuron.lanes import Compiled, Counts, shapes
 
 
 class CompileLane:
@@ -29,15 +29,14 @@ class CompileLane:
         self._cache, self._sealed = cache, False
 
     def compile(self, graph: fx.GraphModule, examples: Sequence[torch.Tensor], written: Sequence[int]) -> Compiled:
-        """As in `Lane`. Raises ContractViolation once sealed, and for what the device does not compile."""
+        """As in `Lane`. Raises ContractViolation once sealed, and for what the device does not compile;
+        BackendUnavailable where its compiler fails."""
         if self._sealed:
             raise ContractViolation("a program would be compiled after warm-up; thaw the session first")
         made = torch.compile(graph, fullgraph=True, dynamic=False, backend=self.device.type)
         with self._cache.counted() if self._cache else nullcontext(Lookup()) as lookup:
-            try:
+            with _refusals(examples):
                 made(*examples)
-            except torch._dynamo.exc.Unsupported as error:
-                raise ContractViolation(f"a program is no single graph: {' '.join(str(error).split())}") from error
             self.synchronize()  # what compiles in the background is in the cache then
         self.counts.compiled += 1
         self.counts.cached += lookup.hit
@@ -64,6 +63,26 @@ class CompileLane:
 
 
 @contextmanager
+def _refusals(examples: Sequence[torch.Tensor]) -> Iterator[None]:
+    """What Dynamo and the device's compiler raise, as errors of the contract."""
+    try:
+        yield
+    except LineshaftError:
+        raise
+    except exc.BackendCompilerFailed as error:
+        raise BackendUnavailable(
+            f"the device's compiler failed for {shapes(examples)} ({_line(error)}); set other compiler_flags, or "
+            "another bucket table"
+        ) from error
+    except exc.TorchDynamoException as error:
+        raise ContractViolation(f"a program is no single graph: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{' '.join(str(error).split()):.500}"
+
+
+@contextmanager
 def _refused_recompilation() -> Iterator[None]:
     """Dynamo's refusal to compile anew becomes a ContractViolation."""
     try:
@@ -71,6 +90,8 @@ def _refused_recompilation() -> Iterator[None]:
     except RuntimeError as error:
         if "fail_on_recompile" not in str(error):
             raise
+        reason = " ".join(str(error).partition("guard failure(s):")[2].split()) or "PyTorch does not say why"
         raise ContractViolation(
-            "a program was called with tensors that it was not compiled for; every step has to be one of the buckets"
+            f"a program would be compiled anew ({reason:.300}); every step has to be one of the buckets, and PyTorch's "
+            "threads, precision and modes have to stay what they were when it was compiled"
         ) from error

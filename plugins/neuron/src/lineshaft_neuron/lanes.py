@@ -49,3 +49,9 @@ class Lane(Protocol):
     def close(self) -> None:
         """Idempotent: free what the compiled programs hold."""
         ...
+
+
+def shapes(tensors: Sequence[torch.Tensor]) -> str:
+    """Dtypes and shapes, the first few of them."""
+    told = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors[:6]]
+    return ", ".join([*told, f"{len(tensors) - 6} more"] if len(tensors) > 6 else told)

@@ -20,7 +20,7 @@ class CoreMemory:
         """(total, free) bytes."""
         try:
             free, total = torch.accelerator.get_memory_info(self._device)
-        except (AttributeError, NotImplementedError, RuntimeError):
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError):
             return None
         return int(total), int(free)
 
@@ -44,14 +44,15 @@ class Room:
         """Count a program of `nbytes`. Raises OutOfMemory if those that are there leave too little."""
         if not self._taken and (found := self._memory.total_free()):
             self._free = found[1]
-        self._taken += nbytes
-        if self._free is not None and self._taken > self._free:
+        taken = self._taken + nbytes
+        if self._free is not None and taken > self._free:
             raise OutOfMemory(
                 f"the bucket tables do not fit: with the program of {shape.tokens} tokens and {shape.rows} rows the "
-                f"programs keep {_mib(self._taken)} for intermediate results, that one {_mib(nbytes)}, and "
+                f"programs keep {_mib(taken)} for intermediate results, that one {_mib(nbytes)}, and "
                 f"{_mib(self._free)} were free; leave large sizes out of prefill_buckets or decode_buckets under "
                 "[backend_options], or lower cache.pages or max_model_len"
             )
+        self._taken = taken
 
 
 def _mib(nbytes: int) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Size = Annotated[int, Field(ge=1)]
+Sizes = tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class NeuronOptions(BaseModel):
@@ -34,8 +35,11 @@ class NeuronOptions(BaseModel):
     @field_validator("prefill_buckets", "decode_buckets", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        """Text, as variables and the command line have it: "128,256" or "[128, 256]"."""
-        return [part for part in value.strip(" []").split(",") if part.strip()] if isinstance(value, str) else value
+        """A table may be text, as variables and the command line have it: "128,256" or "[128, 256]"."""
+        listed = [part for part in value.strip(" []").split(",") if part.strip()] if isinstance(value, str) else value
+        if not isinstance(listed, list | tuple) or not listed:
+            raise ValueError("it should be a list of one whole number or more: [1, 2, 4], or as text 1,2,4")
+        return listed
 
     @field_validator("prefill_buckets", "decode_buckets")
     @classmethod

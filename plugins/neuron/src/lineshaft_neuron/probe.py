@@ -20,8 +20,8 @@ FIRST_WITH_DEVICE = (2, 10)
 
 STAND_IN = {"stand_in": "true"}
 INSTEAD = (
-    "choose a backend that `lineshaft backends` shows as usable, or set stand_in = true under [backend_options], which "
-    "imitates the device on the CPU, for checks"
+    'for checks on a stand-in for it, on the CPU, set backend = "neuron", and stand_in = true under [backend_options] '
+    "or by --backend-option"
 )
 FROM_VENDOR = (
     "install torch-neuronx from the vendor's own package index, which its documentation calls the Neuron pip "

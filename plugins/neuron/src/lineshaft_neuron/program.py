@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from lineshaft_neuron.collectives import NAMESPACE, peers
 from lineshaft_neuron.inputs import PackedInputs
 from lineshaft_neuron.tracing import Result, trace
 from lineshaft_torch.program import ProgramBase
+
+log = logging.getLogger(__name__)
 
 
 class StaticProgram(ProgramBase):
@@ -32,7 +35,8 @@ class StaticProgram(ProgramBase):
         self._collectives = tuple(traced.calls(NAMESPACE))
         session.room.take(capture.shape, traced.workspace)
         before = session.lane.counts.cached
-        self._compiled = session.lane.compile(traced.graph, [*given, *traced.held], traced.written)
+        with peers("a first step", self._collectives):
+            self._compiled = session.lane.compile(traced.graph, [*given, *traced.held], traced.written)
         self._take_inputs(HostStep(capture.inputs))
         self._run(empty)
         self.report = CaptureReport(
@@ -43,6 +47,10 @@ class StaticProgram(ProgramBase):
             collectives=self._collectives,
             cached=session.lane.counts.cached > before,
         )
+        log.info(
+            "program of %d tokens, %d rows, %d rows of logits: %d calls, %.1f s%s", self.shape.tokens, self.shape.rows,
+            self.shape.logits, self.report.ops, self.report.seconds, ", from the cache" if self.report.cached else "",
+        )  # fmt: skip
 
     def _make_inputs(self) -> dict[str, torch.Tensor]:
         self._packed = PackedInputs(self.capture.inputs, self.session.device)
@@ -63,6 +71,9 @@ class StaticProgram(ProgramBase):
             prepare(host)
 
     def _run(self, arrays: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        given = list(arrays.values())
+        if len(set(map(id, given))) < len(given):  # it is compiled for tensors of which no two are one
+            given = [array.detach() for array in given]
         with peers("a step", self._collectives):
-            made = self._compiled(*self._packed.arrays.values(), *arrays.values(), *self._held)
+            made = self._compiled(*self._packed.arrays.values(), *given, *self._held)
         return dict(zip(self._outputs, made, strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,12 +32,17 @@ class NeuronSession(TorchSession):
         self.groups: Any = FunctionalGroups(world, shared, lane.device)
         self._mover = PageMover(lane, [])
 
-    def mode(self) -> AbstractContextManager[Any]:
-        return torch.no_grad()  # Dynamo tells tensors of the inference mode from others, and compiles for both
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Without gradients, and outside of the inference mode, which the caller may be in: Dynamo tells its tensors
+        from others, and would compile for both."""
+        with torch.inference_mode(False), torch.no_grad():
+            yield
 
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
         made = super().alloc_caches(problems, pages, layout)
-        self._mover = PageMover(self.lane, made)
+        with self.mode():
+            self._mover = PageMover(self.lane, made)
         return made
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:

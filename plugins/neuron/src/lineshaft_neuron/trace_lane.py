@@ -14,7 +14,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lineshaft_contract.errors import BackendUnavailable, ContractViolation, Unsupported
-from lineshaft_neuron.lanes import Compiled, Counts
+from lineshaft_neuron.lanes import Compiled, Counts, shapes
 
 log = logging.getLogger(__name__)
 COLLECTIVES = ("_c10d_functional", "c10d_functional", "c10d")
@@ -253,9 +253,3 @@ def refuse_collectives(graph: fx.GraphModule) -> None:
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape are the same memory."""
     return one.device == other.device and one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
-
-
-def shapes(tensors: Sequence[torch.Tensor]) -> str:
-    """Dtypes and shapes, the first few of them."""
-    told = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors[:6]]
-    return ", ".join([*told, f"{len(tensors) - 6} more"] if len(tensors) > 6 else told)

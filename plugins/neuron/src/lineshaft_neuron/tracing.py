@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -25,6 +31,8 @@ from lineshaft_torch.tensors import storage_key, storage_keys, tensors_in
 
 Updates = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(what holds a value, its new value)."""
+
+TO_NUMPY = ("numpy", "__array__")
 
 Result = tuple[Mapping[str, torch.Tensor], Updates]
 
@@ -140,7 +148,7 @@ class Tracer(TorchFunctionMode):
                 )
             return tensor
         if id(tensor) not in self._fakes:
-            with self._mode:
+            with self._mode, torch._C.DisableTorchFunction():  # the graph does not make it
                 made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             self._fakes[id(tensor)] = made
             self.real.append(tensor)
@@ -165,9 +173,11 @@ class Tracer(TorchFunctionMode):
         return self._nodes[id(tensor)][1]
 
     def fresh(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An output, or a copy of it where it lies in the memory of an input."""
+        """An output as a contiguous array, which is what programs are compiled for: a copy of it where it lies in the
+        memory of an input."""
         borrowed = storage_key(self.fake(tensor)) in storage_keys(self._inputs)
-        return self.fake(tensor.clone() if borrowed else tensor)
+        made = tensor.clone(memory_format=torch.contiguous_format) if borrowed else tensor.contiguous()
+        return self.fake(made)
 
     def written(self) -> tuple[int, ...]:
         """Numbers of the placeholders whose memory was written."""
@@ -175,7 +185,7 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self.fake, (args, kwargs or {}))
-        with self._mode:
+        with self._mode, _refusals(func, (args, kwargs)):
             result = func(*args, **kwargs)
         if any(id(item) not in self._nodes for item in tensors_in(result)) or _in_place(func, kwargs):
             self._record(func, args, kwargs, result)
@@ -196,6 +206,27 @@ class Tracer(TorchFunctionMode):
             return
         for number, item in enumerate(result or ()):
             self._note(item, self.graph.call_function(operator.getitem, (node, number)))
+
+
+@contextmanager
+def _refusals(func: Any, given: Any) -> Iterator[None]:
+    """What no tracing can do becomes a ContractViolation that says what to do; other errors stay as they are."""
+    name = getattr(func, "__name__", str(func))
+    try:
+        yield
+    except RuntimeError as error:
+        if name in TO_NUMPY or isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            raise ContractViolation(
+                f"a forward calls {name}, whose result, or the shape of it, depends on values; a program is traced "
+                "before there are any: keep to tensors of fixed shapes, by torch.where, masks and topk"
+            ) from error
+        devices = sorted({str(leaf.device) for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)})
+        if len(devices) > 1:
+            raise ContractViolation(
+                f"a forward calls {name} with tensors on {' and '.join(devices)}; make a tensor on the device of those "
+                "that the forward is given, or load it as a weight"
+            ) from error
+        raise
 
 
 def _in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
