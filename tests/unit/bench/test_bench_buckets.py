@@ -232,7 +232,8 @@ def test_what_it_prints_is_a_configuration(lineshaft: Any, write: Write) -> None
         "buckets", "--lengths", write(5, 5, 5, 17, "bad", 40), "--buckets", "2", "--multiple-of", "8", "--skip-bad"
     )
     assert status == 0 and "1 bad lines" in out
-    assert tomllib.loads(out) == {"backend_options": {"prefill_buckets": [8, 40]}}
+    table = {"prefill_buckets": [8, 40]}
+    assert tomllib.loads(out) == {"backend_options": table, "scheduler": {"token_budget": 40}}
 
 
 def test_json_has_tables_shares_and_ratio(lineshaft: Any) -> None:

@@ -36,7 +36,7 @@ class NeuronOptions(BaseModel):
     @classmethod
     def _listed(cls, value: object) -> object:
         """A table may be text, as variables and the command line have it: "128,256" or "[128, 256]"."""
-        listed = [part for part in value.strip(" []").split(",") if part.strip()] if isinstance(value, str) else value
+        listed = value.strip(" []").split(",") if isinstance(value, str) else value
         if not isinstance(listed, list | tuple) or not listed:
             raise ValueError("it should be a list of one whole number or more: [1, 2, 4], or as text 1,2,4")
         return listed
@@ -45,7 +45,8 @@ class NeuronOptions(BaseModel):
     @classmethod
     def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
         if list(sizes) != sorted(set(sizes)):
-            raise ValueError(f"sizes have to ascend, each once: {sorted(set(sizes))}, not {list(sizes)}")
+            example = sorted(set(sizes))
+            raise ValueError(f"buckets have to ascend, each once, for example {example}; given {list(sizes)}")
         return sizes
 
     @model_validator(mode="after")
