@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch._dynamo
 from torch import fx
 from torch._dynamo import exc
 
@@ -15,10 +17,11 @@ from lineshaft_neuron.lanes import Compiled, Counts, shapes
 
 
 class CompileLane:
-    """Implements `lanes.Lane` by `torch.compile(fullgraph=True, dynamic=False)`.
+    """Implements `lanes.Lane` by `torch.compile(fullgraph=True, dynamic=False)` with the backend of the device's name.
 
-    A graph is compiled when it is given, by a call over its examples; what Dynamo would compile after that is refused.
-    Arrays that a program writes are written in place.
+    A graph is compiled when it is given, by a call over its examples. Its guards are dropped: a flat graph depends on
+    its arguments alone, whose shapes and dtypes the lane looks at itself, and not on what else a user sets in torch.
+    What Dynamo would compile after the seal all the same is refused. What a program writes is written in place.
     """
 
     name = "compile"
@@ -31,22 +34,39 @@ class CompileLane:
     def compile(self, graph: fx.GraphModule, examples: Sequence[torch.Tensor], written: Sequence[int]) -> Compiled:
         """As in `Lane`. Raises ContractViolation once sealed, and for what the device does not compile;
         BackendUnavailable where its compiler fails."""
-        if self._sealed:
-            raise ContractViolation("a program would be compiled after warm-up; thaw the session first")
-        made = torch.compile(graph, fullgraph=True, dynamic=False, backend=self.device.type)
+        self._require_unsealed()
+        made = torch.compile(
+            graph, fullgraph=True, dynamic=False, backend=self._backend, options={"guard_filter_fn": without_guards}
+        )
         with self._cache.counted() if self._cache else nullcontext(Lookup()) as lookup:
             with _refusals(examples):
                 made(*examples)
             self.synchronize()  # what compiles in the background is in the cache then
         self.counts.compiled += 1
         self.counts.cached += lookup.hit
+        specs = [(tensor.shape, tensor.dtype) for tensor in examples]
 
         def run(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            with _refused_recompilation(), torch.compiler.set_stance("fail_on_recompile"):
+            if [(tensor.shape, tensor.dtype) for tensor in tensors] != specs:
+                raise ContractViolation(
+                    f"a program was called with {shapes(tensors)}, for which it was not compiled; every step has to be "
+                    "one of the buckets"
+                )
+            with _refusals(tensors):
                 outputs: Sequence[torch.Tensor] = made(*tensors)
                 return outputs
 
         return run
+
+    def _backend(self, graph: fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
+        """The device's backend of torch.compile, until the lane is sealed."""
+        self._require_unsealed()
+        found: Callable[..., Any] = torch._dynamo.lookup_backend(self.device.type)(graph, examples)
+        return found
+
+    def _require_unsealed(self) -> None:
+        if self._sealed:
+            raise ContractViolation("a program would be compiled after warm-up; thaw the session first")
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -62,16 +82,23 @@ class CompileLane:
         """Programs go with the last reference to them."""
 
 
+def without_guards(guards: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards to keep."""
+    return [False] * len(guards)
+
+
 @contextmanager
-def _refusals(examples: Sequence[torch.Tensor]) -> Iterator[None]:
+def _refusals(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """What Dynamo and the device's compiler raise, as errors of the contract."""
     try:
         yield
     except LineshaftError:
         raise
     except exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, LineshaftError):
+            raise error.inner_exception from error
         raise BackendUnavailable(
-            f"the device's compiler failed for {shapes(examples)} ({_line(error)}); set other compiler_flags, or "
+            f"the device's compiler failed for {shapes(tensors)} ({_line(error)}); set other compiler_flags, or "
             "another bucket table"
         ) from error
     except exc.TorchDynamoException as error:
@@ -80,18 +107,3 @@ def _refusals(examples: Sequence[torch.Tensor]) -> Iterator[None]:
 
 def _line(error: BaseException) -> str:
     return f"{' '.join(str(error).split()):.500}"
-
-
-@contextmanager
-def _refused_recompilation() -> Iterator[None]:
-    """Dynamo's refusal to compile anew becomes a ContractViolation."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "fail_on_recompile" not in str(error):
-            raise
-        reason = " ".join(str(error).partition("guard failure(s):")[2].split()) or "PyTorch does not say why"
-        raise ContractViolation(
-            f"a program would be compiled anew ({reason:.300}); every step has to be one of the buckets, and PyTorch's "
-            "threads, precision and modes have to stay what they were when it was compiled"
-        ) from error

@@ -79,7 +79,13 @@ def start_runtime(options: NeuronOptions, world: World, machine: Machine = MACHI
 
 def first_use() -> torch.device:
     """The only core that this process sees, which from now on is its own: the first tensor starts the runtime."""
-    device = torch.device("neuron", 0)
+    try:
+        device = torch.device("neuron", 0)
+    except RuntimeError as error:
+        raise BackendUnavailable(
+            f"torch-neuronx {version_of(PACKAGE)} is imported, and PyTorch knows no device 'neuron' ({_line(error)}); "
+            f"{FROM_VENDOR}, of the release that is made for this PyTorch"
+        ) from error
     torch.zeros(1).to(device).cpu()
     return device
 
@@ -130,7 +136,7 @@ def import_package() -> ModuleType:
     """torch_neuronx. Raises BackendUnavailable, with what was said, where it cannot be imported."""
     try:
         return importlib.import_module(PACKAGE)
-    except Exception as error:  # its libraries raise what they like
+    except (Exception, SystemExit) as error:  # its libraries raise what they like
         raise BackendUnavailable(
             f"torch-neuronx {version_of(PACKAGE)} cannot be imported ({type(error).__name__}: {_line(error)}); "
             f"{FROM_VENDOR}, with the compiler and the runtime of the same release"

@@ -98,7 +98,10 @@ class Program:
                 return item
             return given[id(item)] if id(item) in given else on_device(item)
 
-        return pytree.tree_map(returned, self._forward(*hosts))
+        with torch.autocast(
+            "cpu", enabled=False
+        ):  # dtypes are those of the compiled program
+            return pytree.tree_map(returned, self._forward(*hosts))
 
 
 def _for_host(graph: fx.GraphModule) -> fx.GraphModule:

@@ -67,14 +67,33 @@ def _relabelled(tensor: torch.Tensor, device_type: int) -> torch.Tensor:
 # ---- what the device runs by itself --------------------------------------------------------------------------------
 
 
-def _empty(size: Sequence[int], dtype: torch.dtype | None = None, *rest: Any, **more: Any) -> torch.Tensor:
-    return on_device(torch.empty(tuple(size), dtype=dtype))
+def _empty(
+    size: Sequence[int],
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> torch.Tensor:
+    _require_first(device)
+    return on_device(torch.empty(tuple(size), dtype=dtype, memory_format=memory_format or torch.contiguous_format))
 
 
 def _empty_strided(
-    size: Sequence[int], stride: Sequence[int], dtype: torch.dtype | None = None, *rest: Any, **more: Any
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
 ) -> torch.Tensor:
+    _require_first(device)
     return on_device(torch.empty_strided(tuple(size), tuple(stride), dtype=dtype))
+
+
+def _require_first(device: torch.device | None) -> None:
+    if device is not None and device.index:
+        raise ContractViolation(f"there is one device {NAME!r}, number 0; {device} was asked for")
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
