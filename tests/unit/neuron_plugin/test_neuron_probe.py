@@ -46,7 +46,7 @@ def test_a_machine_with_devices_and_the_package_is_usable(machine: Any, installe
 def test_a_machine_without_a_driver_says_what_was_looked_for_and_what_runs_all_the_same(machine: Any) -> None:
     found = probe(machine(devices=0, driver=False))
     assert not found.usable and found.unless == {"stand_in": "true"} and not found.devices
-    for told in ('no "neuron"', "lists no device", "aws-neuronx-dkms", "stand_in = true", "lineshaft backends"):
+    for told in ('no "neuron"', "lists no device", "aws-neuronx-dkms", "stand_in = true", "--backend-option"):
         assert told in found.reason
     assert found.runs_with({"stand_in": "yes"}) and not found.runs_with({}) and not found.runs_with({"stand_in": "no"})
 
