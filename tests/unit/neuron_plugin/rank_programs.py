@@ -131,7 +131,7 @@ def lost(rank: int, folder: Path) -> Any:
 
 def stuck(rank: int, folder: Path) -> Any:
     """Rank 1 lives on and answers nothing: what rank 0 is told."""
-    session = started(world=world(rank, folder, tp=2), shared=gloo(2.0))
+    session = started(world=world(rank, folder, tp=2), shared=gloo(8.0))
     program = summing(session)
     if rank == 1:
         signal.pause()
