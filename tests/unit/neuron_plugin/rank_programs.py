@@ -53,7 +53,7 @@ def program_of(session: Any, jobs: Any) -> Any:
     return session.capture(forward, StepShape(1, 1, (), 1, 1), INPUTS, Planned(bind))
 
 
-def doubling(session: Any) -> Any:
+def summing(session: Any) -> Any:
     """A program that sums x over tp."""
 
     def forward(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
@@ -93,17 +93,21 @@ def jobs(rank: int, folder: Path, degrees: dict[str, int]) -> Any:
 
 
 def again(rank: int, folder: Path) -> Any:
-    """Sessions one after another, and two at once of which the first goes: sums, and whether torch's world is open."""
+    """Sessions one after another, and two at once, as of two backends, of which the first goes: sums, whether torch's
+    world is open, and what a session of another world is told meanwhile."""
     shared, found = gloo(), []
     place = world(rank, folder, tp=2)
     for turn in range(2):
         session = started(world=place, shared=shared)
-        found.append(run(doubling(session), rank + 10.0 * turn))
+        found.append(run(summing(session), rank + 10.0 * turn))
         session.close()
         found.append(torch.distributed.is_initialized())
-    one, other = (started(world=place, shared=shared) for _ in range(2))
-    programs = [doubling(one), doubling(other)]
+    one, other = (started(world=place, shared=gloo()) for _ in range(2))
+    programs = [summing(one), summing(other)]
     found += [run(program, rank + 100.0) for program in programs]
+    stranger = started(world=world(rank, folder, tp=4), shared=gloo())
+    found += said(lambda: stranger.groups.group("tp"))
+    stranger.close()
     one.close()
     found += [run(programs[1], rank + 200.0), torch.distributed.is_initialized()]
     other.close()
@@ -114,12 +118,12 @@ def lost(rank: int, folder: Path) -> Any:
     """Rank 1 ends after the first step: what rank 0 is told at the next step, after it, and at another capture."""
     shared = gloo()
     session, other = (started(world=world(rank, folder, tp=2), shared=shared) for _ in range(2))
-    program = doubling(session)
+    program = summing(session)
     other.groups.group("tp")
     assert run(program, 1.0) == 2.0
     if rank == 1:
         os._exit(0)
-    found = [said(lambda: run(program, 1.0)), said(lambda: run(program, 1.0)), said(lambda: doubling(other))]
+    found = [said(lambda: run(program, 1.0)), said(lambda: run(program, 1.0)), said(lambda: summing(other))]
     session.close()
     other.close()
     return found
@@ -127,8 +131,8 @@ def lost(rank: int, folder: Path) -> Any:
 
 def stuck(rank: int, folder: Path) -> Any:
     """Rank 1 lives on and answers nothing: what rank 0 is told."""
-    session = started(world=world(rank, folder, tp=2), shared=gloo(2.0))
-    program = doubling(session)
+    session = started(world=world(rank, folder, tp=2), shared=gloo(8.0))
+    program = summing(session)
     if rank == 1:
         signal.pause()
     return said(lambda: run(program, 1.0))

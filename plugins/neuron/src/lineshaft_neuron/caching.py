@@ -172,7 +172,7 @@ def _place(cache_dir: str, flags: Sequence[str], lane: str, environment: Mapping
     ]
     if folders:
         if not folders[-1] or folders[-1].startswith("-"):
-            raise InvalidValue(f"{FLAGS}: --cache_dir names no folder; write --cache_dir=FOLDER, or --no_cache for none")
+            raise InvalidValue(f"{FLAGS}: --cache_dir names no folder; write --cache_dir=FOLDER, or --no_cache")
         return f"{FLAGS} --cache_dir", folders[-1]
     if environment.get(XLA_FOLDER):
         return XLA_FOLDER, environment[XLA_FOLDER]

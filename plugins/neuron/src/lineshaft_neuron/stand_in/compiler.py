@@ -98,9 +98,7 @@ class Program:
                 return item
             return given[id(item)] if id(item) in given else on_device(item)
 
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # dtypes are those of the compiled program
+        with torch.autocast("cpu", enabled=False):  # dtypes are those of the compiled program
             return pytree.tree_map(returned, self._forward(*hosts))
 
 
