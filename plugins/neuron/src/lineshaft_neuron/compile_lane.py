@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -36,24 +38,26 @@ class CompileLane:
         BackendUnavailable where its compiler fails."""
         self._require_unsealed()
         made = torch.compile(
-            graph, fullgraph=True, dynamic=False, backend=self._backend, options={"guard_filter_fn": without_guards}
-        )
+            function_of(graph), fullgraph=True, dynamic=False, backend=self._backend,
+            options={"guard_filter_fn": without_guards},
+        )  # fmt: skip
+        before = self.counts.compiled
         with self._cache.counted() if self._cache else nullcontext(Lookup()) as lookup:
             with _refusals(examples):
-                made(*examples)
+                made(None, *examples)
             self.synchronize()  # what compiles in the background is in the cache then
-        self.counts.compiled += 1
+        assert self.counts.compiled == before + 1, "Dynamo took another graph's program for this one"
         self.counts.cached += lookup.hit
-        specs = [(tensor.shape, tensor.dtype) for tensor in examples]
+        specs = _specs(examples)
 
         def run(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            if [(tensor.shape, tensor.dtype) for tensor in tensors] != specs:
+            if _specs(tensors) != specs:
                 raise ContractViolation(
-                    f"a program was called with {shapes(tensors)}, for which it was not compiled; every step has to be "
-                    "one of the buckets"
+                    f"a program was called with {shapes(tensors)}, or strides, for which it was not compiled; every "
+                    "step has to be one of the buckets"
                 )
             with _refusals(tensors):
-                outputs: Sequence[torch.Tensor] = made(*tensors)
+                outputs: Sequence[torch.Tensor] = made(None, *tensors)
                 return outputs
 
         return run
@@ -62,6 +66,7 @@ class CompileLane:
         """The device's backend of torch.compile, until the lane is sealed."""
         self._require_unsealed()
         found: Callable[..., Any] = torch._dynamo.lookup_backend(self.device.type)(graph, examples)
+        self.counts.compiled += 1
         return found
 
     def _require_unsealed(self) -> None:
@@ -80,6 +85,18 @@ class CompileLane:
 
     def close(self) -> None:
         """Programs go with the last reference to them."""
+
+
+def _specs(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    return [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+def function_of(graph: fx.GraphModule) -> FunctionType:
+    """What a graph computes, as a function of its own that takes None before its arguments: Dynamo keeps programs by
+    their code, and would trace a module's handling of errors in the place of an error."""
+    shared = type(graph).forward
+    linecache.getlines(shared.__code__.co_filename, shared.__globals__)  # Dynamo wraps a function without a source
+    return FunctionType(shared.__code__.replace(), shared.__globals__)
 
 
 def without_guards(guards: Sequence[Any]) -> list[bool]:

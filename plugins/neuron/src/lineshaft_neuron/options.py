@@ -36,7 +36,9 @@ class NeuronOptions(BaseModel):
     @classmethod
     def _listed(cls, value: object) -> object:
         """A table may be text, as variables and the command line have it: "128,256" or "[128, 256]"."""
-        listed = value.strip(" []").split(",") if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = value.strip(" []")
+        listed = value.split(",") if isinstance(value, str) and value else value
         if not isinstance(listed, list | tuple) or not listed:
             raise ValueError("it should be a list of one whole number or more: [1, 2, 4], or as text 1,2,4")
         return listed
@@ -45,8 +47,7 @@ class NeuronOptions(BaseModel):
     @classmethod
     def _ascending(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
         if list(sizes) != sorted(set(sizes)):
-            example = sorted(set(sizes))
-            raise ValueError(f"buckets have to ascend, each once, for example {example}; given {list(sizes)}")
+            raise ValueError(f"sizes have to ascend, each once: {sorted(set(sizes))}, not {list(sizes)}")
         return sizes
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ class NeuronSession(TorchSession):
 
     def __init__(self, lane: Lane, world: World, shared: SharedWorld, memory: Memory) -> None:
         super().__init__(lane.device, world)
-        self.lane, self.room = lane, Room(memory)
+        self.lane, self.room, self._memory = lane, Room(memory), memory
         self.groups: Any = FunctionalGroups(world, shared, lane.device)
         self._mover = PageMover(lane, [])
 
@@ -41,6 +41,7 @@ class NeuronSession(TorchSession):
 
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
         made = super().alloc_caches(problems, pages, layout)
+        self.room = Room(self._memory)  # programs over other caches do not run again
         with self.mode():
             self._mover = PageMover(self.lane, made)
         return made
