@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.integration.conftest import Checkpoint, Llama
 from tests.integration.driving import config, drive, follow
-from tests.integration.oracle import Oracle, check_bfloat16, check_float32
+from tests.integration.oracle import check_bfloat16, check_float32
 from tests.integration.processes import lineshaft
 
 from lineshaft.config import EngineConfig
@@ -29,10 +29,10 @@ STAND_IN: dict[str, Any] = {
     "backend_options.decode_buckets": [1, 4],
 }  # fmt: skip
 
-LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
-    "tp2-of-one-kv-head": ("lone-kv", {"layout.tp": 2}),
-    "dp2-tp2": ("even", {"layout.dp": 2, "layout.tp": 2}),
-}
+LAYOUTS = [
+    pytest.param("lone-kv", {"layout.tp": 2}, id="tp2-of-one-kv-head", marks=pytest.mark.full),
+    pytest.param("even", {"layout.dp": 2, "layout.tp": 2}, id="dp2-tp2"),
+]
 
 
 def on_neuron(model: Path, **more: Any) -> EngineConfig:
@@ -51,8 +51,8 @@ def test_one_rank_agrees_with_the_oracle(llama: Llama) -> None:
         assert alone.steps - TOKENS == 2  # 33 tokens: two chunks of 16 before the one that gives a token
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_demo_model_agrees_with_the_oracle(smollm2: Checkpoint, smollm2_bfloat16: Oracle, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
+def test_the_demo_model_agrees_with_the_oracle(smollm2: Checkpoint, dtype: str, request: pytest.FixtureRequest) -> None:
     ids = Tokenizer.from_checkpoint(smollm2.path).encode(", ".join(map(str, range(1, 60))))  # it is sure how to go on
     expected = [smollm2.oracle.expect(ids[20 * n : 20 * n + length], 12) for n, length in enumerate((8, 47))]
     few = {"max_model_len": 64, "cache.pages": 9, "cache.page_size": 16, "scheduler.max_rows": 2}
@@ -62,13 +62,12 @@ def test_the_demo_model_agrees_with_the_oracle(smollm2: Checkpoint, smollm2_bflo
     if dtype == "float32":
         check_float32(expected, got)
     else:
-        check_bfloat16(expected, got, smollm2_bfloat16, least_decided=0.9)
+        check_bfloat16(expected, got, request.getfixturevalue("smollm2_bfloat16"), least_decided=0.9)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_changes_nothing(llama: Llama, layout: str) -> None:
+@pytest.mark.parametrize(("variant", "degrees"), LAYOUTS)
+def test_a_layout_changes_nothing(llama: Llama, variant: str, degrees: dict[str, int]) -> None:
     """In dp x tp the ranks that meet are a part of all: a sum over all would be wrong."""
-    variant, degrees = LAYOUTS[layout]
     checkpoint = llama(variant)
     expected = [checkpoint.oracle.expect(prompt, TOKENS) for prompt in checkpoint.oracle.prompts(0, LENGTHS)]
     with Engine(on_neuron(checkpoint.path, **CRAMPED, **degrees)) as engine:
@@ -102,15 +101,14 @@ def some_params(rng: np.random.Generator) -> SamplingParams:
 
 
 def test_there_are_as_many_programs_as_the_plan_has_said(llama: Llama) -> None:
-    settings = {**CRAMPED, "max_logprobs": 2, "sampling_extras": True}
-    with Engine(on_neuron(llama("even").path, **settings)) as engine:
-        made = programs(engine)
-        assert f"programs {len(made)}" in engine.plan.notes
-        session = made[0].session
-        assert session.lane.counts.compiled == len(made) + 3  # that read, write and copy pages
+    with Engine(on_neuron(llama("even").path, **CRAMPED, max_logprobs=2)) as engine:
+        made, notes = programs(engine), engine.plan.notes
+        assert f"programs {len(made)}" in notes
+        assert made[0].session.lane.counts.compiled == len(made) + 3  # that read, write and copy pages
         forwards = [program for program in made if program.shape.tokens]
         assert {(p.shape.tokens, p.shape.rows) for p in forwards} >= {(8, 1), (16, 1), (1, 1), (4, 4)}
         assert {program.shape for program in made} == set(engine.plan.shapes)
+        assert any(note.startswith("lane compile: stand_in = true") for note in notes)
 
 
 def programs(engine: Engine) -> Sequence[Any]:
@@ -118,17 +116,12 @@ def programs(engine: Engine) -> Sequence[Any]:
     return list(worker._programs.values())
 
 
-def test_the_plan_tells_the_lane_and_why(llama: Llama) -> None:
-    with Engine(on_neuron(llama("even").path, **CRAMPED)) as engine:
-        assert any(note.startswith("lane compile: stand_in = true") for note in engine.plan.notes)
-
-
 def test_without_a_device_it_does_not_run_on_the_cpu_unasked(llama: Llama) -> None:
     with pytest.raises(BackendUnavailable, match="stand_in"):
         Engine(config(llama("even").path, backend="neuron"))
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_the_demo_answers_once_the_backend_is_changed(ranks: int) -> None:
     """Two settings change the backend; the others only keep it to a few programs."""
     few = {"max_model_len": 64, "scheduler.max_rows": 1, "sampling_extras": "false", "layout.tp": ranks}
