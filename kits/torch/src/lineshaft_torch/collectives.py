@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from lineshaft_contract.backends import World
-from lineshaft_contract.errors import ContractViolation, Unsupported, WorkerDied
+from lineshaft_contract.errors import ContractViolation, LineshaftError, Unsupported, WorkerDied
 from lineshaft_contract.weights import Coordinate, coordinate_at
 from lineshaft_torch.arrays import accumulator
 
@@ -103,7 +103,7 @@ class ProcessGroups:
         return self._made[axes]
 
     def _connect(self, axes: tuple[str, ...], ranks: list[int]) -> Any:
-        with _peers(f"meeting over {'+'.join(axes)}"):
+        with peers(f"meeting over {'+'.join(axes)}"):
             store, _ = self.meeting(axes)
             return self._transport.connect(store, ranks.index(self._world.rank), len(ranks), self._timeout)
 
@@ -170,7 +170,7 @@ class Group:
         """This member's tile, along `dim`, of the sum."""
         if self.size == 1:
             return x
-        share = self._share(x, dim, "reduce_scatter")
+        share = tile_size(x, dim, self, "reduce_scatter")
         if self.own_dtype:
             tiles = torch.stack(x.split(share, dim))
             got = torch.empty_like(tiles[0])
@@ -182,7 +182,7 @@ class Group:
         """Tile i of `split_dim` goes to member i; what arrives is joined along `concat_dim` in member order."""
         if self.size == 1:
             return x
-        tiles = x.split(self._share(x, split_dim, "all_to_all"), split_dim)
+        tiles = x.split(tile_size(x, split_dim, self, "all_to_all"), split_dim)
         sent = torch.stack([_as_bytes(tile) for tile in tiles])
         got = torch.empty_like(sent)
         self._wait("all_to_all", lambda b: b.alltoall_base(got, sent, [], []))
@@ -216,21 +216,30 @@ class Group:
     def close(self) -> None:
         self._backend = None
 
-    def _share(self, x: torch.Tensor, dim: int, op: str) -> int:
-        if x.shape[dim] % self.size:
-            raise ContractViolation(
-                f"{op} over {'+'.join(self.axes)}: the {self.size} members do not divide dim {dim} of {list(x.shape)}"
-            )
-        return int(x.shape[dim]) // self.size
-
     def _wait(self, op: str, submit: Callable[[Any], Any]) -> None:
         """Submit an operation of the transport and wait for it."""
 
         def run() -> None:
-            with _peers(f"{op} over {'+'.join(self.axes)}"):
+            with peers(f"{op} over {'+'.join(self.axes)}"):
                 submit(self._backend).wait()
 
         self._around(run)
+
+
+class Members(Protocol):
+    """What is asked of a group: the axes that it is over, and how many its members are."""
+
+    axes: tuple[str, ...]
+    size: int
+
+
+def tile_size(x: torch.Tensor, dim: int, group: Members, op: str) -> int:
+    """A member's share of a dim. Raises ContractViolation where the members do not divide it."""
+    if x.shape[dim] % group.size:
+        raise ContractViolation(
+            f"{op} over {'+'.join(group.axes)}: the {group.size} members do not divide dim {dim} of {list(x.shape)}"
+        )
+    return int(x.shape[dim]) // group.size
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -242,10 +251,12 @@ def _from_bytes(raw: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> 
 
 
 @contextmanager
-def _peers(what: str) -> Iterator[None]:
+def peers(what: str) -> Iterator[None]:
     """A failure of the transport means that a peer is gone or stuck."""
     try:
         yield
+    except LineshaftError:
+        raise
     except RuntimeError as error:
         text = " ".join(str(error).split())
         raise WorkerDied(f"{what}: another worker ended or does not answer ({text}); restart the run") from error

@@ -6,8 +6,8 @@ name the group that it is a member of. What depends on the rank is held in tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from lineshaft_contract.backends import World
-from lineshaft_contract.errors import ContractViolation, LayoutError, LineshaftError, WorkerDied
+from lineshaft_contract.errors import LayoutError
+from lineshaft_torch import collectives as kit
 from lineshaft_torch.arrays import accumulator
-from lineshaft_torch.collectives import members_of
+from lineshaft_torch.collectives import members_of, tile_size
 
 NAMESPACE = "_c10d_functional"
 """Where torch has the operators."""
@@ -153,14 +154,14 @@ class FunctionalGroup:
         """This member's tile, along `dim`, of the sum."""
         if self.size == 1:
             return x
-        tiles = torch.stack(x.to(self._wide(x)).split(self._share(x, dim, "reduce_scatter"), dim))
+        tiles = torch.stack(x.to(self._wide(x)).split(tile_size(x, dim, self, "reduce_scatter"), dim))
         return self._call("reduce_scatter_tensor", tiles, "sum", self.size)[0].to(x.dtype)
 
     def all_to_all(self, x: torch.Tensor, split_dim: int, concat_dim: int) -> torch.Tensor:
         """Tile i of `split_dim` goes to member i; what arrives is joined along `concat_dim` in member order."""
         if self.size == 1:
             return x
-        tiles = torch.stack(x.split(self._share(x, split_dim, "all_to_all"), split_dim))
+        tiles = torch.stack(x.split(tile_size(x, split_dim, self, "all_to_all"), split_dim))
         even = [1] * self.size
         return torch.cat(self._call("all_to_all_single", tiles, even, even).unbind(), concat_dim)
 
@@ -186,23 +187,7 @@ class FunctionalGroup:
     def _wide(self, x: torch.Tensor) -> torch.dtype:
         return accumulator(x.dtype) if x.is_floating_point() and not self._own_dtype else x.dtype
 
-    def _share(self, x: torch.Tensor, dim: int, op: str) -> int:
-        if x.shape[dim] % self.size:
-            raise ContractViolation(
-                f"{op} over {'+'.join(self.axes)}: the {self.size} members do not divide dim {dim} of {list(x.shape)}"
-            )
-        return int(x.shape[dim]) // self.size
 
-
-@contextmanager
-def peers(what: str, collectives: Sequence[str] = ("all",)) -> Iterator[None]:
-    """A failure of what makes `collectives` means that a peer is gone or stuck."""
-    try:
-        yield
-    except LineshaftError:
-        raise
-    except RuntimeError as error:
-        if not collectives:
-            raise
-        text = " ".join(str(error).split())
-        raise WorkerDied(f"{what}: another worker ended or does not answer ({text}); restart the run") from error
+def peers(what: str, collectives: Sequence[str] = ("all",)) -> AbstractContextManager[None]:
+    """A failure of what makes `collectives`, where there are any, means that a peer is gone or stuck."""
+    return kit.peers(what) if collectives else nullcontext()

@@ -19,6 +19,9 @@ NO_IDS = np.zeros(0, np.int32)
 PAGES = 16
 """Pages that one call moves."""
 
+Moving = tuple[Callable[[], Result], list[torch.Tensor]]
+"""What a program does, and the tensors that it is given."""
+
 
 class PageMover:
     """Moves pages of the caches of a session. Caches of one problem share their programs: one reads, one writes, and
@@ -77,47 +80,53 @@ class PageMover:
     # ---- programs ----------------------------------------------------------------------------------------------
 
     def _reader(self, cache: Cache) -> Compiled:
-        def reading() -> Result:
+        return self._program(("read", _problem(cache)), lambda: self._reading(cache))
+
+    def _writer(self, cache: Cache) -> Compiled:
+        return self._program(("write", _problem(cache)), lambda: self._writing(cache))
+
+    def _copier(self, group: int) -> Compiled:
+        return self._program(("copy", group), lambda: self._copying(group))
+
+    def _program(self, key: tuple[str, object], make: Callable[[], Moving]) -> Compiled:
+        if key not in self._programs:
+            for place in range(len(self._ids)):  # compiling may run the program
+                self._send(place, NO_IDS)
+            run, given = make()
+            traced = trace(run, given)
+            self._programs[key] = self._lane.compile(traced.graph, given, traced.written)
+        return self._programs[key]
+
+    def _reading(self, cache: Cache) -> Moving:
+        def run() -> Result:
             return {
                 name: movable(view).index_select(0, self._ids[0]).view(view.dtype)
                 for name, view in page_view(cache).items()
             }, []
 
-        return self._program(("read", _problem(cache)), reading, [self._ids[0], *cache.arrays.values()])
+        return run, [self._ids[0], *cache.arrays.values()]
 
-    def _writer(self, cache: Cache) -> Compiled:
-        pages = self._empty(cache)
+    def _writing(self, cache: Cache) -> Moving:
+        """Its first call puts back what the null page holds."""
+        held = self._reader(cache)(self._ids[0], *cache.arrays.values())
+        pages = dict(zip(cache.arrays, held, strict=True))
 
-        def writing() -> Result:
+        def run() -> Result:
             for name, view in page_view(cache).items():
                 movable(view).index_copy_(0, self._ids[0].long(), movable(pages[name]))
             return {}, []
 
-        if ("write", _problem(cache)) not in self._programs:  # the first call puts back what the null page holds
-            read = self._reader(cache)
-            self._send(0, NO_IDS)
-            pages = dict(zip(pages, read(self._ids[0], *cache.arrays.values()), strict=True))
-        return self._program(
-            ("write", _problem(cache)), writing, [self._ids[0], *pages.values(), *cache.arrays.values()]
-        )
+        return run, [self._ids[0], *pages.values(), *cache.arrays.values()]
 
-    def _copier(self, group: int) -> Compiled:
-        def copying() -> Result:
+    def _copying(self, group: int) -> Moving:
+        def run() -> Result:
             for cache in self._caches:
                 if _problem(cache).group == group:
                     for view in map(movable, page_view(cache).values()):
                         view.index_copy_(0, self._ids[1].long(), view.index_select(0, self._ids[0]))
             return {}, []
 
-        return self._program(("copy", group), copying, [*self._ids, *self._arrays(group)])
-
-    def _program(self, key: tuple[str, object], run: Callable[[], Result], given: list[torch.Tensor]) -> Compiled:
-        if key not in self._programs:
-            for place in range(len(self._ids)):  # compiling may run the program
-                self._send(place, NO_IDS)
-            traced = trace(run, given)
-            self._programs[key] = self._lane.compile(traced.graph, given, traced.written)
-        return self._programs[key]
+        return run, [*self._ids, *self._arrays(group)]
 
     # ---- arrays ------------------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ def grouped_mlp(
 ) -> torch.Tensor:
     """x [C, H], w13 [L, 2F, H], w2 [L, H, F], offsets int32[L + 1], biases [L, 2F] and [L, H] -> [C, H]; every expert
     is run on every row, and its result taken for its own rows, because shapes are static."""
-    row = torch.arange(x.shape[0], device=x.device)
+    row = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for e in range(problem.local):
         own = (row >= offsets[e]) & (row < offsets[e + 1])

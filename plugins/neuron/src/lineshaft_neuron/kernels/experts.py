@@ -10,7 +10,8 @@ from lineshaft_contract.problems import ExpertProblem, RouterProblem
 from lineshaft_neuron.kernels.bound import neuron_recipe
 from lineshaft_neuron.kernels.ranking import are_largest, iota, largest
 from lineshaft_torch.bound import DENSE, Recipe, dense, stateless, with_problem
-from lineshaft_torch.kernels.experts import EXPERT_FEATURES, activate, gated_mlp, of_expert
+from lineshaft_torch.kernels.experts import EXPERT_FEATURES, activate
+from lineshaft_torch.kernels.experts import grouped_mlp as by_expert
 from lineshaft_torch.kernels.experts import supports as supports_activation
 
 COPIED_MIB = 256
@@ -70,26 +71,16 @@ def grouped_mlp(
 
     Few rows each fetch their expert's weights; else every expert runs on every row, because shapes are static.
     """
-    run = by_row if fetches(problem) else by_expert
-    return run(problem, x, offsets, dense(w13), dense(w2), *(b if b is None else dense(b) for b in (w13_bias, w2_bias)))
+    if fetches(problem):
+        biases = (b if b is None else dense(b) for b in (w13_bias, w2_bias))
+        return by_row(problem, x, offsets, dense(w13), dense(w2), *biases)
+    return by_expert(problem, x, w13, w2, offsets, w13_bias=w13_bias, w2_bias=w2_bias)
 
 
 def fetches(problem: ExpertProblem) -> bool:
     """Whether there are fewer rows than experts, whose weights, copied in float32, stay within COPIED_MIB."""
     copied = 4 * 3 * problem.rows * problem.width * problem.hidden
     return problem.rows < problem.local and copied <= COPIED_MIB * 2**20
-
-
-def by_expert(
-    problem: ExpertProblem, x: torch.Tensor, offsets: torch.Tensor, w13: Any, w2: Any, *biases: Any
-) -> torch.Tensor:
-    """[C, H], as `grouped_mlp` takes them: every expert's result, taken for its own rows."""
-    row = iota(x.shape[0], x.device)
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    for e in range(problem.local):
-        own = (row >= offsets[e]) & (row < offsets[e + 1])
-        out = torch.where(own[:, None], gated_mlp(problem, x, w13[e], w2[e], of_expert(e, *biases)), out)
-    return out
 
 
 def by_row(
