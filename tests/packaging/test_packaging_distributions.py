@@ -299,7 +299,7 @@ def test_a_backend_on_plain_numpy_answers_and_is_certified(built: dict[str, Buil
     assert "plainnp is certified at L4" in run(python.parent / "lineshaft", *certify, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("kit", ["jax", "torch", "numpy"])
+@pytest.mark.parametrize("kit", ["jax", "torch", "numpy"])  # the longest first, beside the others
 def test_a_new_plugin_installs_and_passes_its_own_tests(kit: str, built: dict[str, Built], tmp_path: Path) -> None:
     """`new-plugin` and the suite come from wheels; the repository's tests run levels 0 and 1."""
     python = borrowing_environment(tmp_path / "author")

@@ -150,14 +150,14 @@ def each(kernel: Kernel, dtype: str = "") -> Iterator[Case]:
     yield from taken
 
 
-def of_size(kernel: Kernel) -> Any:
-    """Attention takes minutes to compile, and the stage of the TPU backend certifies it on the same cases."""
+def as_param(kernel: Kernel) -> Any:
+    """Attention takes most of a minute to compile in each dtype, and `tox run -e tpu` certifies it on its cases too."""
     marks = [pytest.mark.full] if kernel.op == "attend" else []
     return pytest.param(kernel, id=kernel.name, marks=marks)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kernel", [*map(of_size, KERNELS)])
+@pytest.mark.parametrize("kernel", [*map(as_param, KERNELS)])
 def test_kernel_computes_what_the_reference_does(kernel: Kernel, dtype: str) -> None:
     assert [text for case in each(kernel, dtype) for text in run_case(kernel, case, LANES[0])] == []
 

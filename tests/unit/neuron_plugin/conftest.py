@@ -9,14 +9,20 @@ import pytest
 import torch
 from tests.unit.neuron_plugin.static_sessions import started
 
+from lineshaft_neuron import stand_in
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The stand-in's device; what was compiled for it is forgotten after the test."""
+    yield stand_in.start()
+    torch._dynamo.reset()
+
 
 @pytest.fixture
 def session() -> Iterator[Any]:
-    """A session on the stand-in, over one thread: Dynamo compiles anew where their number changes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A session on the stand-in."""
     made = started()
     yield made
     made.close()
     torch._dynamo.reset()
-    torch.set_num_threads(before)

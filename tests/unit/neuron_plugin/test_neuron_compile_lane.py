@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,6 @@ from lineshaft_neuron import stand_in
 from lineshaft_neuron.caching import CompileCache
 from lineshaft_neuron.compile_lane import CompileLane
 from lineshaft_neuron.stand_in import StandInCompiler
-
-
-@pytest.fixture
-def device() -> Iterator[torch.device]:
-    yield stand_in.start()
-    torch._dynamo.reset()
 
 
 def graph(function: Callable[..., Any] = lambda x: (x * 2,)) -> fx.GraphModule:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +28,6 @@ from lineshaft_neuron import stand_in
 from lineshaft_neuron.stand_in import Rejected, StandInCompiler, on_device, on_host
 
 Program = Callable[..., Any]
-
-
-@pytest.fixture
-def device() -> Iterator[torch.device]:
-    yield stand_in.start()
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lineshaft.weights.checkpoint import FORMATS, CheckpointFormat, open_checkpo
 from lineshaft.weights.decoded import decode_with
 from lineshaft.weights.refs import resolve
 from lineshaft_contract.backends import Backend, BackendInfo, BackendKind, Capabilities, World
-from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.host import fair_share
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import all_ops
 from lineshaft_contract.ops.quantize import NONE
@@ -182,7 +182,7 @@ def threads_for(config: EngineConfig, info: BackendInfo, world: int) -> int:
     """CPU threads of one worker: as configured, else a fair share where workers compute on the host itself."""
     if config.threads or world == 1 or info.kind is BackendKind.ACCELERATOR:
         return config.threads
-    return max(1, usable_cpus() // world)
+    return fair_share(world)
 
 
 def choose_dtype(config: EngineConfig, backend: str, capabilities: Capabilities) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
-from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.host import fair_share
 from lineshaft_contract.kernels import Kernel
 from lineshaft_cpu import native
 from lineshaft_cpu.kernels import cpu_kernels
@@ -42,7 +42,7 @@ class CpuBackend:
 
     def session(self, rank: int) -> TorchSession:
         """A session for `rank`; sets the threads of this process's torch."""
-        torch.set_num_threads(self.world.threads or max(1, usable_cpus() // self.world.size))
+        torch.set_num_threads(self.world.threads or fair_share(self.world.size))
         options = SessionOptions(program=self.options.program, functional=self.options.functional)
         return TorchSession("cpu", replace(self.world, rank=rank), options)
 

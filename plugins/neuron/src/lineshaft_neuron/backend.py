@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
-from lineshaft_contract.host import usable_cpus
+from lineshaft_contract.host import fair_share
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.sessions import Memory
 from lineshaft_neuron import stand_in
@@ -77,7 +77,7 @@ def create(options: NeuronOptions, world: World) -> NeuronBackend:
     InvalidValue for options and variables that make no sense, LayoutError for more ranks than cores."""
     runtime = start_runtime(options, world)
     if runtime is None:
-        torch.set_num_threads(world.threads or max(1, usable_cpus() // world.size))  # the device is the CPU
+        torch.set_num_threads(world.threads or fair_share(world.size))  # the device is the CPU
         lane, shared = partial(CompileLane, stand_in.start()), SharedWorld("gloo", own_dtype=False)
         return NeuronBackend(options, world, lane, shared, HostMemory(), (STAND_IN,))
     return NeuronBackend(

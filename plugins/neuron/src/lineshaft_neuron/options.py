@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
-Sizes = tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class NeuronOptions(BaseModel):
