@@ -18,8 +18,19 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
-LEVELS = {"avx512": ["-march=x86-64-v4"], "avx2": ["-march=x86-64-v3"], "portable": []}
-"""Flags by level, best first; "portable" is the one that every machine has and that must compile."""
+_BF16 = ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"]
+LEVELS = {
+    "amx": [*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "avx512_bf16": _BF16,
+    "avx512": ["-march=x86-64-v4"],
+    "avx2": ["-march=x86-64-v3"],
+    "portable": [],
+    "amx_emulated": ["-DLINESHAFT_EMULATE_TILES"],
+}
+"""Flags by level, best first; "portable" is the one that every machine has and that must compile, "amx_emulated" the
+code for tiles with their primitives in plain C."""
+SHARED = ("support", "team")
+"""Sources that are compiled once, without any level's flags."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fPIC", "-fvisibility=hidden"]
@@ -83,7 +94,7 @@ def compiler() -> list[str]:
 
 def make(cc: list[str], native: Path, folder: Path) -> list[str]:
     """Compile every level, link them to `folder/_native.so`, and return "level: reason" for those left out."""
-    levels = list(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+    levels = list(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ["portable", "amx_emulated"]
 
     def attempt(level: str) -> str | None:
         try:
@@ -100,8 +111,10 @@ def make(cc: list[str], native: Path, folder: Path) -> list[str]:
     if "portable" in failed:
         raise BuildFailed(failed["portable"])
     made = [level for level in levels if level not in failed]
-    run([*cc, *FLAGS, "-I.", f'-DLEVELS="{" ".join(made)}"', "-c", "support.c", "-o", at("support")], native)
-    run([*cc, "-shared", *map(at, [*made, "support"]), "-lm", "-o", str(folder / "_native.so")], native)
+    for name in SHARED:
+        run([*cc, *FLAGS, "-I.", f'-DLEVELS="{" ".join(made)}"', "-c", f"{name}.c", "-o", at(name)], native)
+    objects = map(at, [*made, *SHARED])
+    run([*cc, "-shared", "-pthread", *objects, "-lm", "-o", str(folder / "_native.so")], native)
     return [f"{level}: {why}" for level, why in failed.items()]
 
 

@@ -32,6 +32,7 @@ typedef struct {
     int64_t queries;   /* of one tile, at most */
     int64_t key_heads; /* of one tile, at most */
     int64_t shares;    /* tiles that the key heads are cut into */
+    const int32_t *live; /* how many tokens of a tape's step count; NULL: all */
 } Attend;
 
 typedef struct {
@@ -287,9 +288,10 @@ static int taken(const Attend *a, int64_t row) {
 }
 
 /* Items count tokens backwards, as a row's last queries see most; a token starts a tile or belongs to one. */
-static void attend_item(const void *job, int64_t item) {
+static void attend_item(const void *job, int64_t item, void *scratch) {
     const Attend *a = job;
-    const int64_t per_token = a->shares * a->parts, token = a->tokens - 1 - item / per_token;
+    const int64_t per_token = a->shares * a->parts, tokens = a->live ? least(*a->live, a->tokens) : a->tokens;
+    const int64_t token = tokens - 1 - item / per_token;
     const int64_t share = item % per_token / a->parts, part = item % a->parts;
     if (token >= a->starts[a->rows]) {
         if (item % per_token == 0)

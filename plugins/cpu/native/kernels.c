@@ -1,6 +1,7 @@
 /* The CPU backend's kernels, compiled once per instruction set level. Arrays are bfloat16 (`narrow`) or float; sums are
    made in float; strides count elements. No kernel allocates, and none looks at anything but its arguments. */
 #include "team.h"
+#include "tiles.h"
 #include "vectors.h"
 
 #define PASTE(level, name) lineshaft_##level##_##name
@@ -16,6 +17,14 @@
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* How many rows a job of a tape has now: all of them, or those of the step's live tokens, `times` to a token. */
+typedef struct {
+    const int32_t *live; /* NULL: all */
+    int64_t rows, times;
+} Extent;
+
+INLINE int64_t live_rows(const Extent *e) { return e->live ? least(*e->live * e->times, e->rows) : e->rows; }
+
 /* body(job, row) for each of `rows` rows of `width` values. */
 static void run_rows(lineshaft_body body, const void *job, int64_t rows, int64_t width, int threads) {
     lineshaft_run(body, job, rows, rows * width < SMALL ? 1 : threads);
@@ -27,12 +36,13 @@ typedef struct {
     const void *x, *residual, *weight; /* [T, H], [T, H] or NULL, [H] */
     void *out, *total;                 /* [T, H], [T, H] or NULL */
     int64_t width, x_stride, residual_stride;
+    int64_t inner, inner_stride; /* rows that lie `inner_stride` apart before the next `x_stride`; x alone */
     float eps;
     int narrow;
 } Norm;
 
 INLINE void norm_row(const Norm *n, int64_t row, int narrow) {
-    const int64_t x = row * n->x_stride, residual = row * n->residual_stride, out = row * n->width;
+    const int64_t x = row / n->inner * n->x_stride + row % n->inner * n->inner_stride, residual = row * n->residual_stride, out = row * n->width;
     const int64_t whole = n->width - n->width % WIDTH;
     const void *from = n->x;
     int64_t at = x;
@@ -62,14 +72,14 @@ INLINE void norm_row(const Norm *n, int64_t row, int narrow) {
         store_one(n->out, out + i, load_one(from, at + i, narrow) * scale * load_one(n->weight, i, narrow), narrow);
 }
 
-static void norm_item(const void *job, int64_t row) {
+static void norm_item(const void *job, int64_t row, void *scratch) {
     const Norm *n = job;
     EITHER(norm_row, n->narrow, n, row);
 }
 
 EXPORT void NAME(norm)(const void *x, const void *residual, const void *weight, void *out, void *total, int64_t rows,
                        int64_t width, int64_t x_stride, int64_t residual_stride, float eps, int narrow, int threads) {
-    const Norm job = {x, residual, weight, out, total, width, x_stride, residual_stride, eps, narrow};
+    const Norm job = {x, residual, weight, out, total, width, x_stride, residual_stride, 1, 0, eps, narrow};
     run_rows(norm_item, &job, rows, width, threads);
 }
 
@@ -95,7 +105,7 @@ INLINE void gate_row(const Gate *g, int64_t row, int narrow) {
     }
 }
 
-static void gate_item(const void *job, int64_t row) {
+static void gate_item(const void *job, int64_t row, void *scratch) {
     const Gate *g = job;
     EITHER(gate_row, g->narrow, g, row);
 }
@@ -114,12 +124,13 @@ typedef struct {
     const float *cos, *sin;     /* [positions, dim / 2] */
     const int32_t *positions;   /* [T] */
     int64_t q_heads, k_heads, head_dim, dim, q_stride, k_stride;
-    int narrow;
+    int narrow, interleaved; /* whether value 2i turns with 2i + 1, not i with i + dim / 2 */
 } Rope;
 
 INLINE void turn_head(const void *x, int64_t from, void *out, int64_t to, const Rope *r, const float *cos,
                       const float *sin, int narrow) {
-    const int64_t half = r->dim / 2, whole = half - half % WIDTH;
+    const int64_t half = r->dim / 2, whole = r->interleaved ? 0 : half - half % WIDTH;
+    const int64_t step = r->interleaved ? 2 : 1, apart = r->interleaved ? 1 : half;
     for (int64_t i = 0; i < whole; i += WIDTH) {
         floats a = load(x, from + i, narrow), b = load(x, from + half + i, narrow);
         floats c = load(cos, i, 0), s = load(sin, i, 0);
@@ -127,9 +138,9 @@ INLINE void turn_head(const void *x, int64_t from, void *out, int64_t to, const 
         store(out, to + half + i, b * c + a * s, narrow);
     }
     for (int64_t i = whole; i < half; i++) {
-        float a = load_one(x, from + i, narrow), b = load_one(x, from + half + i, narrow);
-        store_one(out, to + i, a * cos[i] - b * sin[i], narrow);
-        store_one(out, to + half + i, b * cos[i] + a * sin[i], narrow);
+        float a = load_one(x, from + step * i, narrow), b = load_one(x, from + step * i + apart, narrow);
+        store_one(out, to + step * i, a * cos[i] - b * sin[i], narrow);
+        store_one(out, to + step * i + apart, b * cos[i] + a * sin[i], narrow);
     }
     for (int64_t i = r->dim; i < r->head_dim; i++)
         store_one(out, to + i, load_one(x, from + i, narrow), narrow);
@@ -145,7 +156,7 @@ INLINE void turn_token(const Rope *r, int64_t t, int narrow) {
                   narrow);
 }
 
-static void rope_item(const void *job, int64_t token) {
+static void rope_item(const void *job, int64_t token, void *scratch) {
     const Rope *r = job;
     EITHER(turn_token, r->narrow, r, token);
 }
@@ -154,7 +165,7 @@ EXPORT void NAME(rope)(const void *q, const void *k, void *q_out, void *k_out, c
                        const int32_t *positions, int64_t tokens, int64_t q_heads, int64_t k_heads, int64_t head_dim,
                        int64_t dim, int64_t q_stride, int64_t k_stride, int narrow, int threads) {
     const Rope job = {q, k, q_out, k_out, cos, sin, positions, q_heads, k_heads, head_dim, dim, q_stride, k_stride,
-                      narrow};
+                      narrow, 0};
     run_rows(rope_item, &job, tokens, (q_heads + k_heads) * head_dim, threads);
 }
 
@@ -204,7 +215,7 @@ INLINE int32_t argmax_row(const Argmax *a, int64_t row, int narrow) {
     return (int32_t)i;
 }
 
-static void argmax_item(const void *job, int64_t row) {
+static void argmax_item(const void *job, int64_t row, void *scratch) {
     const Argmax *a = job;
     a->out[row] = EITHER(argmax_row, a->narrow, a, row);
 }
@@ -217,3 +228,5 @@ EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t widt
 }
 
 #include "attend.h"
+#include "linear.h"
+#include "rows.h"

@@ -1,21 +1,18 @@
-"""The CPU backend: sessions of the torch kit on the host, with kernels made for it."""
+"""The CPU backend: sessions of its own engine, or of the torch kit with kernels made for the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from lineshaft_contract.backends import Capabilities, DeterminismClaims, World
+from lineshaft_contract.backends import Backend, Capabilities, DeterminismClaims, World
+from lineshaft_contract.errors import Unsupported
 from lineshaft_contract.host import fair_share
 from lineshaft_contract.kernels import Kernel
+from lineshaft_contract.sessions import Session
 from lineshaft_cpu import native
-from lineshaft_cpu.kernels import cpu_kernels
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_torch.host_memory import HostMemory
-from lineshaft_torch.kernels import portable_kernels
-from lineshaft_torch.session import SessionOptions, TorchSession
 
 CAPABILITIES = Capabilities(
     dtypes=("bfloat16", "float32", "float64"),
@@ -25,8 +22,31 @@ CAPABILITIES = Capabilities(
 
 
 @dataclass(frozen=True)
-class CpuBackend:
-    """Implements `lineshaft_contract.backends.Backend`."""
+class NativeBackend:
+    """Implements `lineshaft_contract.backends.Backend` by the native engine, for a worker that is alone."""
+
+    options: CpuOptions
+    world: World
+    library: native.Native
+    name: str = "cpu"
+    capabilities: Capabilities = CAPABILITIES
+    memory: HostMemory = field(default_factory=HostMemory)
+
+    def kernels(self) -> Sequence[Kernel]:
+        from lineshaft_cpu.engine.kernels import engine_kernels
+
+        return engine_kernels(self.name, self.library)
+
+    def session(self, rank: int) -> Session:
+        from lineshaft_cpu.engine.session import NativeSession
+        from lineshaft_cpu.engine.team import team_size
+
+        return NativeSession(self.library, team_size(self.world.threads))
+
+
+@dataclass(frozen=True)
+class TorchBackend:
+    """Implements `lineshaft_contract.backends.Backend` by the torch kit."""
 
     options: CpuOptions
     world: World
@@ -35,21 +55,44 @@ class CpuBackend:
     memory: HostMemory = field(default_factory=HostMemory)
 
     def kernels(self) -> Sequence[Kernel]:
+        from lineshaft_cpu.kernels import cpu_kernels
+        from lineshaft_torch.kernels import portable_kernels
+
         return [
             *portable_kernels(self.name, self.options.attention_memory_mib),
             *cpu_kernels(self.name, self.options.native),
         ]
 
-    def session(self, rank: int) -> TorchSession:
+    def session(self, rank: int) -> Session:
         """A session for `rank`; sets the threads of this process's torch."""
+        import torch
+
+        from lineshaft_torch.session import SessionOptions, TorchSession
+
         torch.set_num_threads(self.world.threads or fair_share(self.world.size))
         options = SessionOptions(program=self.options.program, functional=self.options.functional)
         return TorchSession("cpu", replace(self.world, rank=rank), options)
 
 
-def create(options: CpuOptions, world: World) -> CpuBackend:
-    """The factory that the plugin registers. Raises Unsupported for a level of native kernels that cannot run here: one
-    that was named is never replaced by another."""
-    if options.native not in ("auto", "off"):
+def create(options: CpuOptions, world: World) -> Backend:
+    """The factory that the plugin registers. Raises Unsupported for a level of native kernels that cannot run here, and
+    for the native engine where it cannot: what was named is never replaced by another."""
+    if options.engine == "native" or options.native not in ("auto", "off"):
         native.load(options.native)
-    return CpuBackend(options, world)
+    declined = reason(options, world)
+    if declined and options.engine == "native":
+        raise Unsupported(f'backend_options engine = "native": {declined}; use engine = "torch" or "auto"')
+    if declined or options.engine == "torch":
+        notes = (f"engine torch: {declined}",) if declined else ()
+        return TorchBackend(options, world, capabilities=replace(CAPABILITIES, notes=notes))
+    return NativeBackend(options, world, native.load(options.native))
+
+
+def reason(options: CpuOptions, world: World) -> str | None:
+    """Why the native engine does not run under these options, or None."""
+    if world.size > 1:
+        return f"the native engine runs one worker, not {world.size} that share work"
+    for name, usual in (("program", "tape"), ("functional", False)):
+        if getattr(options, name) != usual:
+            return f"{name} = {getattr(options, name)!r} is of the torch engine"
+    return native.reason(options.native)

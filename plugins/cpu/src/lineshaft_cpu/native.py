@@ -14,8 +14,8 @@ from typing import Any
 
 from lineshaft_contract.errors import Unsupported
 
-LEVELS = ("avx512", "avx2", "portable")
-"""Best first."""
+LEVELS = ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated")
+"""Best first; the last is the code for tiles with their primitives in plain C, for tests."""
 AGAIN = "install lineshaft-cpu again (from a checkout: `pip install --force-reinstall --no-deps ./plugins/cpu`)"
 FIX = f"to get them, have a C compiler, e.g. `apt install gcc`, and {AGAIN}"
 PACKAGE = Path(__file__).parent
@@ -30,13 +30,25 @@ class Native:
 
     def function(self, name: str, *argtypes: Any) -> Callable[..., Any]:
         """The kernel `name`, which takes `argtypes` and returns nothing; raises `Unsupported` if there is none."""
-        symbol = f"lineshaft_{self.level}_{name}"
-        try:
-            found = self.library[symbol]
-        except AttributeError:
-            raise Unsupported(f"{self.library._name} has no {symbol}: it is of an earlier build; {AGAIN}") from None
+        found = self._find(name)
         found.argtypes, found.restype = argtypes, None
         return found
+
+    def address(self, name: str) -> int:
+        """The address of the function `name`; raises `Unsupported` if there is none."""
+        return int(ctypes.cast(self._find(name), ctypes.c_void_p).value or 0)
+
+    def value(self, name: str, kind: Any) -> Any:
+        """The constant `name`, of a ctypes type; raises `Unsupported` if there is none."""
+        self._find(name)
+        return kind.in_dll(self.library, f"lineshaft_{self.level}_{name}").value
+
+    def _find(self, name: str) -> Any:
+        symbol = f"lineshaft_{self.level}_{name}"
+        try:
+            return self.library[symbol]
+        except AttributeError:
+            raise Unsupported(f"{self.library._name} has no {symbol}: it is of an earlier build; {AGAIN}") from None
 
 
 def load(wanted: str = "auto", package: Path = PACKAGE) -> Native:

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class CpuOptions(BaseModel):
     """How the CPU backend runs; the number of threads is the engine's `threads`.
 
-    program               "tape" replays what was recorded before the first step, "eager" runs the forward each step
+    engine                "native" runs tapes of C kernels on threads of its own, "torch" PyTorch's; "auto" takes
+                          "native" where the compiled kernels are and a worker is alone
+    program               of the engine "torch": "tape" replays what was recorded before the first step, "eager" runs the forward each step
     functional            keys and values are written into a copy of the cache: slow, for finding forwards that drop it
     attention_memory_mib  largest temporaries, in MiB, of one call of the portable attention
     native                compiled kernels: "auto" takes the best level that was built and runs here, "off" none
@@ -18,7 +20,8 @@ class CpuOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    engine: Literal["auto", "native", "torch"] = "auto"
     program: Literal["tape", "eager"] = "tape"
     functional: bool = False
     attention_memory_mib: int = Field(default=256, ge=1)
-    native: Literal["auto", "off", "avx512", "avx2", "portable"] = "auto"
+    native: Literal["auto", "off", "amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"] = "auto"

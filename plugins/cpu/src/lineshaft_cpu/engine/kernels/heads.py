@@ -1,0 +1,166 @@
+"""Kernels over heads: rotary embeddings, and keys and values into the pages of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lineshaft_contract.ops.rope import rope_frequencies
+from lineshaft_contract.ops.spec import HostArray
+from lineshaft_contract.problems import KVProblem, RopeProblem, RopeWriteProblem
+from lineshaft_contract.sessions import Cache
+from lineshaft_contract.steps import StepInputs
+from lineshaft_cpu.engine.caches import SLOTS
+from lineshaft_cpu.engine.kernels.common import (
+    EXTENT,
+    Job,
+    Recipe,
+    TapeArray,
+    c_int,
+    c_int64,
+    c_void_p,
+    copied,
+    dense,
+    extent,
+    floats_only,
+    grain,
+    live_of,
+    narrow,
+    recipe,
+    tail_of,
+)
+from lineshaft_cpu.native import Native
+
+ROPE = Job(
+    "rope",
+    (
+        *EXTENT, ("grain", c_int64),
+        *((name, c_void_p) for name in ("q", "k", "q_out", "k_out", "cos", "sin", "positions")),
+        *((name, c_int64) for name in ("q_heads", "k_heads", "head_dim", "dim", "q_stride", "k_stride")),
+        ("narrow", c_int), ("interleaved", c_int),
+        *((name, c_void_p) for name in ("k_pages", "v_pages", "v", "slots")),
+        *((name, c_int64) for name in ("v_bytes", "v_stride_bytes", "k_bytes")),
+    ),
+)  # fmt: skip
+WRITE = Job(
+    "write",
+    (
+        *EXTENT, ("grain", c_int64), ("x", c_void_p), ("pages", c_void_p), ("slots", c_void_p), ("bytes", c_int64),
+        ("stride", c_int64),
+    ),
+)  # fmt: skip
+TURNS = frozenset({"interleaved", "attention_factor"})
+
+
+def recipes(native: Native) -> Iterator[Recipe]:
+    yield recipe("rope", "rope", bind_rope, rope_supports, handles=TURNS)
+    yield recipe("write_kv", "write_kv", bind_write, same_pages, layout=SLOTS)
+    yield recipe("rope_write_kv", "rope_write_kv", bind_rope_write, rope_write_supports, layout=SLOTS, handles=TURNS)
+
+
+def rope_supports(problem: RopeProblem) -> str | None:
+    if problem.max_position < 1:
+        return "needs max_position, because it reads angles from a table"
+    if problem.scaling.kind not in ("none", "linear", "llama3", "yarn"):
+        return f"does not know rope scaling {problem.scaling.kind!r}"
+    return floats_only(problem)
+
+
+def same_pages(problem: Any) -> str | None:
+    if problem.kv_dtype != problem.dtype:
+        return f"works on pages of the executed dtype {problem.dtype}, not {problem.kv_dtype}"
+    return floats_only(problem)
+
+
+def rope_write_supports(problem: RopeWriteProblem) -> str | None:
+    return same_pages(problem) or rope_supports(problem)
+
+
+def tables(problem: RopeProblem, session: Any) -> tuple[HostArray, HostArray]:
+    """(cos, sin) float32 [max_position, dim / 2] times `attention_factor`, made once per session."""
+    key = "rope", problem.dim, problem.base, problem.scaling, problem.attention_factor, problem.max_position
+
+    def make() -> tuple[HostArray, HostArray]:
+        angles = np.arange(problem.max_position, dtype=np.float64)[:, None] * rope_frequencies(problem)
+        factor = problem.attention_factor
+        return (factor * np.cos(angles)).astype(np.float32), (factor * np.sin(angles)).astype(np.float32)
+
+    made: tuple[HostArray, HostArray] = session.constant(key, make)
+    return made
+
+
+def tokenwise(tape: Any, x: TapeArray) -> TapeArray:
+    """x [T, H, D] without gaps inside a token."""
+    return x if tail_of(x) >= x.shape[1] * x.shape[2] else copied(tape, x)
+
+
+def turn(
+    problem: RopeProblem, session: Any, q: TapeArray, k: TapeArray, positions: TapeArray
+) -> tuple[TapeArray, TapeArray, dict[str, Any]]:
+    """(q, k, the fields of a job) that turns them and writes nothing."""
+    tape, (cos, sin) = session.tape, tables(problem, session)
+    q, k, positions = tokenwise(tape, q), tokenwise(tape, k), dense(tape, positions)
+    live = live_of(positions, q)
+    outs = [tape.new(x.shape, x.dtype, live) for x in (q, k)]
+    heads = q.shape[1] + k.shape[1]
+    fields = {
+        **extent(outs[0], q.shape[0]), "grain": grain(heads * problem.head_dim), "q": q, "k": k, "q_out": outs[0],
+        "k_out": outs[1], "cos": cos, "sin": sin, "positions": positions, "q_heads": q.shape[1], "k_heads": k.shape[1],
+        "head_dim": problem.head_dim, "dim": problem.dim, "q_stride": q.strides[0], "k_stride": k.strides[0],
+        "narrow": narrow(q.dtype), "interleaved": int(problem.interleaved), "k_pages": None, "v_pages": None, "v": None,
+        "slots": None, "v_bytes": 0, "v_stride_bytes": 0, "k_bytes": 0,
+    }  # fmt: skip
+    return outs[0], outs[1], fields
+
+
+def bind_rope(problem: RopeProblem, session: Any) -> Any:
+    def rope(q: TapeArray, k: TapeArray, positions: TapeArray) -> tuple[TapeArray, TapeArray]:
+        """q [T, Hq, D], k [T, Hk, D], positions int32[T] -> both rotated."""
+        q_out, k_out, fields = turn(problem, session, q, k, positions)
+        session.tape.add(ROPE, "rope", arrays_of(fields, "q", "k", "positions"), (q_out, k_out), fields)
+        return q_out, k_out
+
+    return rope
+
+
+def bind_rope_write(problem: RopeWriteProblem, session: Any) -> Any:
+    def rope_write_kv(
+        cache: Cache, q: TapeArray, k: TapeArray, v: TapeArray | None, positions: TapeArray, step: StepInputs
+    ) -> tuple[TapeArray, Cache]:
+        """q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] or None -> q rotated, and the cache with k rotated and v."""
+        tape, slots = session.tape, dense(session.tape, step.groups[problem.group].slots)
+        q_out, k_out, fields = turn(problem, session, q, k, positions)
+        fields |= {"k_pages": cache.arrays["k"], "slots": slots, "k_bytes": k_out.row_bytes()}
+        if v is not None:
+            v = tokenwise(tape, v)
+            width = v.shape[1] * v.shape[2] * v.itemsize
+            fields |= {"v_pages": cache.arrays["v"], "v": v, "v_bytes": width, "v_stride_bytes": v.row_bytes()}
+        reads = arrays_of(fields, "q", "k", "v", "positions", "slots")
+        tape.add(ROPE, "rope_write_kv", reads, (q_out, k_out), fields)
+        return q_out, cache
+
+    return rope_write_kv
+
+
+def bind_write(problem: KVProblem, session: Any) -> Any:
+    def write_kv(cache: Cache, k: TapeArray, v: TapeArray | None, step: StepInputs) -> Cache:
+        """k [T, Hkv, D], v [T, Hkv, Dv] or None -> the cache with both at the group's slots."""
+        tape, slots = session.tape, dense(session.tape, step.groups[problem.group].slots)
+        for name, x in (("k", k), ("v", v)):
+            if x is not None:
+                x = tokenwise(tape, x)
+                nbytes = x.shape[1] * x.shape[2] * x.itemsize
+                fields = {
+                    **extent(x, x.shape[0]), "live": live_of(x, slots), "grain": grain(nbytes), "x": x,
+                    "pages": cache.arrays[name], "slots": slots, "bytes": nbytes, "stride": x.row_bytes(),
+                }  # fmt: skip
+                tape.add(WRITE, "write_kv", (x, slots), (), fields)
+        return cache
+
+    return write_kv
+
+
+def arrays_of(fields: dict[str, Any], *names: str) -> tuple[TapeArray, ...]:
+    return tuple(fields[name] for name in names if isinstance(fields[name], TapeArray))

@@ -1,0 +1,69 @@
+"""Memory of the engine: on huge pages where the system has them, and an error with a type where there is none."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lineshaft_contract.errors import OutOfMemory
+from lineshaft_contract.ops.spec import HostArray, numpy_dtype
+
+HUGE = 2 << 20
+"""Bytes of a huge page."""
+ALIGNMENT = 128
+BLOCK = 32 * HUGE
+
+
+@contextmanager
+def typed_memory(what: str) -> Iterator[None]:
+    """Turn a failed allocation into OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, OSError) as error:
+        raise OutOfMemory(
+            f"no memory for {what} ({error}); use fewer pages, fewer tokens a step, a smaller model or a narrower dtype"
+        ) from error
+
+
+class Region:
+    """Arrays out of large blocks, one after another. All of it is freed with the last array that lies in it."""
+
+    def __init__(self) -> None:
+        self._block: HostArray = np.empty(0, np.uint8)
+        self._used = 0
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> HostArray:
+        """A zeroed, aligned array. Raises MemoryError or OSError."""
+        kind = numpy_dtype(dtype)
+        nbytes = math.prod(shape) * kind.itemsize
+        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        if start + nbytes > self._block.nbytes:
+            self._block, start = pages(max(BLOCK, nbytes)), 0
+        self._used = start + nbytes
+        raw: Any = self._block[start : start + nbytes]
+        array: HostArray = raw.view(kind).reshape(tuple(shape))
+        return array
+
+    def copy(self, array: HostArray) -> HostArray:
+        """The array in this region."""
+        made = self.zeros(array.shape, array.dtype.name)
+        made[...] = array
+        return made
+
+
+def pages(nbytes: int) -> HostArray:
+    """Zeroed bytes, uint8[at least `nbytes`], from the start of a huge page where there are some."""
+    whole = -(-max(1, nbytes) // HUGE) * HUGE
+    if whole >= 1 << 62:
+        raise MemoryError(f"{nbytes} bytes")
+    mapped = mmap.mmap(-1, whole + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    found = np.frombuffer(mapped, np.uint8)
+    start = -found.ctypes.data % HUGE
+    return found[start : start + whole]

@@ -1,0 +1,216 @@
+"""Captured programs: a tape laid out in memory, replayed by one call of the team for every run of C kernels in it.
+
+Owns the static inputs, the outputs and the handles of one bucket. Programs of a session share its arena, so that one of
+them runs at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lineshaft_contract.errors import ContractViolation
+from lineshaft_contract.ops.spec import HostArray
+from lineshaft_contract.sessions import Capture, CaptureReport, Handle, Transfer, check_handles
+from lineshaft_contract.steps import ArraySpec, HostStep, StepInputs, StepShape
+from lineshaft_cpu.engine.arrays import Buffer, TapeArray
+from lineshaft_cpu.engine.checks import check_step
+from lineshaft_cpu.engine.fusion import fuse
+from lineshaft_cpu.engine.memory import pages
+from lineshaft_cpu.engine.tape import Call, HostCall, Linked, Tape
+from lineshaft_torch.arena import Lifetime, plan_offsets
+
+if TYPE_CHECKING:
+    from lineshaft_cpu.engine.session import NativeSession
+
+
+@dataclass(frozen=True)
+class NativeHandle:
+    """A Handle: an output as `program` left it in its run number `run`; the next run of `program` overwrites it."""
+
+    name: str
+    array: TapeArray
+    program: NativeProgram
+    run: int
+
+    @property
+    def spec(self) -> ArraySpec:
+        return self.array.spec
+
+    def current(self) -> TapeArray:
+        """The array. Raises ContractViolation once its program has run again."""
+        if self.run != self.program.runs:
+            raise ContractViolation(
+                f"handle {self.name!r} is stale: its program has run again since; use a handle before the next run of "
+                "the program that made it, or list the output in host_outputs"
+            )
+        return self.array
+
+
+class NativePending:
+    """A finished step; `result` reads host copies made at once, `handle` names what stays where it is."""
+
+    def __init__(
+        self, handles: Mapping[str, NativeHandle], host: Mapping[str, HostArray], kernel_seconds: float
+    ) -> None:
+        self._handles, self._host = handles, host
+        self.kernel_seconds = kernel_seconds
+
+    def result(self, name: str) -> HostArray:
+        """A private host copy. Raises ContractViolation for a stale or unknown output."""
+        found = self._host.get(name)
+        return self.handle(name).current().values().copy() if found is None else found.copy()
+
+    def handle(self, name: str) -> NativeHandle:
+        """Raises ContractViolation for an unknown output."""
+        if name not in self._handles:
+            raise ContractViolation(f"the program has no output {name!r}; it has {', '.join(self._handles) or 'none'}")
+        return self._handles[name]
+
+
+class NativeProgram:
+    """One bucket. Recorded once, when it is made; from then on its tape is replayed."""
+
+    def __init__(self, session: NativeSession, capture: Capture) -> None:
+        began = time.perf_counter()
+        self._session, self._capture = session, capture
+        self._generation = session.generation
+        self.runs = 0
+        self._inputs = pages(capture.inputs.nbytes)
+        self._given = {
+            name: TapeArray(Buffer(spec.nbytes, pages(spec.nbytes)), spec.shape, spec.dtype)
+            for name, spec in capture.arrays.items()
+        }
+        tape = Tape()
+        self._outputs = self._record(tape)
+        fused = fuse(tape, {id(array.buffer) for array in self._outputs.values()})
+        arena = self._place(tape)
+        self._parts = [
+            part if isinstance(part, HostCall) else Linked(session.native, part, session.team.threads)
+            for part in tape.parts()
+        ]
+        self._calls = tape.calls  # they hold the arrays that the jobs point to
+        self._pointers = {name: list(self._pointers_to(array.buffer)) for name, array in self._given.items()}
+        scratch = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
+        self._scratch_bytes = -(-scratch // 128) * 128
+        self._scratch = session.reserve_scratch(self._scratch_bytes)
+        self(HostStep(capture.inputs), {name: NativeHandle(name, a, self, 0) for name, a in self._given.items()})
+        self.runs = 0
+        self.report = CaptureReport(
+            time.perf_counter() - began, ops=len(tape.calls), arena=arena,
+            details={"fused": fused, "host_calls": sum(isinstance(part, HostCall) for part in self._parts)},
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> StepShape:
+        return self._capture.shape
+
+    # ---- capture -----------------------------------------------------------------------------------------------
+
+    def _record(self, tape: Tape) -> dict[str, TapeArray]:
+        """Run the forward over arrays without values; returns its outputs, which get memory of their own."""
+        session, capture = self._session, self._capture
+        step = StepInputs(self._input_arrays(), capture.shape)
+        caches = list(session.caches)
+        with session.recording(tape):
+            outputs, after = capture.fn(capture.ops.bind(session), session.weights, caches, step, dict(self._given))
+        if [cache.key for cache in after] != [cache.key for cache in caches]:
+            raise ContractViolation(f"the forward returns {len(after)} caches in its order, it was given {len(caches)}")
+        missing = capture.host_outputs - outputs.keys()
+        if missing:
+            raise ContractViolation(f"host_outputs {sorted(missing)} are no outputs of the forward: {sorted(outputs)}")
+        for array in outputs.values():
+            buffer = array.buffer
+            if buffer.held is None:
+                buffer.held = pages(buffer.nbytes)
+                buffer.address = buffer.held.ctypes.data
+        return outputs
+
+    def _input_arrays(self) -> dict[str, TapeArray]:
+        """The step's inputs. Tokens at or after the last of query_starts are padding, which later steps leave out."""
+        layout = self._capture.inputs
+        buffer = Buffer(layout.nbytes, self._inputs)
+        found = {f.name: TapeArray(buffer, f.shape, f.dtype, None, layout.offsets[f.name]) for f in layout.fields}
+        if "query_starts" in found:
+            rows = self._capture.shape.rows
+            live = found["query_starts"][rows : rows + 1]
+            for name, array in found.items():
+                if name in ("token_ids", "positions") or name.startswith("slots."):
+                    array.live = live
+        return found
+
+    def _place(self, tape: Tape) -> int:
+        """Put the arena's buffers at addresses; returns the arena's size in bytes."""
+        buffers = tape.lifetimes()
+        offsets, size = plan_offsets([Lifetime(b.nbytes, b.first, b.last) for b in buffers])
+        self._arena = self._session.reserve_arena(size)
+        for buffer, offset in zip(buffers, offsets, strict=True):
+            buffer.address = self._arena.ctypes.data + offset
+        return size
+
+    def _pointers_to(self, buffer: Buffer) -> Any:
+        """(job, field, offset) of everything that points into a buffer."""
+        jobs = [job for part in self._parts if isinstance(part, Linked) for job in part.jobs]
+        for call, job in zip((call for call in self._calls if isinstance(call, Call)), jobs, strict=True):
+            for name, value in call.fields.items():
+                if isinstance(value, TapeArray) and value.buffer is buffer:
+                    yield job, name, value.offset
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, host: HostStep, arrays: Mapping[str, Handle] | None = None, after: Sequence[Transfer] = ()
+    ) -> NativePending:
+        """Run one step. Raises ContractViolation for arrays that were not captured and for inputs out of range; a step
+        that fails otherwise poisons the session."""
+        session = self._session
+        session.require_usable()
+        if self._generation != session.generation:
+            raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
+        check_handles(self._capture.arrays, arrays or {})
+        check_step(host, self._capture.shape, session.pages)
+        for transfer in after:
+            transfer.wait()
+        with session.lock:
+            session.require_usable()
+            given = {name: handle.current() for name, handle in (arrays or {}).items()}  # type: ignore[attr-defined]
+            with session.poison_on_failure():
+                return self._run(host, given)
+
+    def _run(self, host: HostStep, given: Mapping[str, TapeArray]) -> NativePending:
+        nbytes = self._capture.inputs.nbytes
+        self._inputs[:nbytes] = host.buffer[:nbytes]
+        for name, array in given.items():
+            self._point(name, array)
+        began = time.perf_counter()
+        for part in self._parts:
+            if isinstance(part, Linked):
+                self._session.team.replay(part.address, part.count, self._scratch.ctypes.data, self._scratch_bytes)
+            else:
+                part.run()
+        seconds = time.perf_counter() - began
+        self.runs += 1
+        handles = {name: NativeHandle(name, array, self, self.runs) for name, array in self._outputs.items()}
+        copies = {name: self._outputs[name].values().copy() for name in self._capture.host_outputs}
+        return NativePending(handles, copies, seconds)
+
+    def _point(self, name: str, array: TapeArray) -> None:
+        """Let the tape read a handle's memory in the place of the array `name`; one with gaps, or one that this very
+        program writes to, is copied."""
+        own = self._given[name]
+        if array is own:
+            return
+        if not array.dense or any(array.buffer is output.buffer for output in self._outputs.values()) or self._hosted:
+            own.buffer.address = own.buffer.held.ctypes.data  # type: ignore[union-attr]
+            own.values()[...] = array.values()
+            start = own.buffer.address
+        else:
+            start = array.address
+        for job, field, offset in self._pointers[name]:
+            setattr(job, field, start + offset)
+
+    @property
+    def _hosted(self) -> bool:
+        return any(isinstance(part, HostCall) for part in self._parts)

@@ -1,0 +1,245 @@
+"""A session of the native engine: owns weights, caches, programs, the arena that programs share, and a team of threads."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lineshaft_contract.errors import ContractViolation, MisshapenTensor
+from lineshaft_contract.ops.spec import HostArray, numpy_dtype
+from lineshaft_contract.problems import KVProblem
+from lineshaft_contract.schemes import check_parts, dequantize
+from lineshaft_contract.sessions import (
+    Cache,
+    Capture,
+    DoneTransfer,
+    Packing,
+    PlannedOps,
+    SessionState,
+    StepFunction,
+    Tree,
+    map_tree,
+)
+from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
+from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
+from lineshaft_cpu.engine.arrays import Buffer, TapeArray
+from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
+from lineshaft_cpu.engine.memory import Region, pages, typed_memory
+from lineshaft_cpu.engine.program import NativePending, NativeProgram
+from lineshaft_cpu.engine.tape import Tape
+from lineshaft_cpu.engine.team import Team
+from lineshaft_cpu.native import Native
+
+
+class NativeSession(SessionState):
+    """Implements `lineshaft_contract.sessions.Session`; see there for what each method promises."""
+
+    def __init__(self, native: Native, threads: int) -> None:
+        """Raises OutOfMemory where the system gives fewer threads."""
+        self.native = native
+        self.lock = threading.RLock()  # one call at a time
+        self.team = Team(native, threads)
+        self.weights: Tree = {}
+        self.caches: list[Cache] = []
+        self.pages: dict[int, int] = {}  # of each cache group, with the null page
+        self.generation = 0  # of weights and caches: what was captured over others must not run again
+        self._tape: Tape | None = None
+        self._params: dict[str, tuple[Param, Weight | TapeArray]] = {}
+        self._shared: dict[tuple[Any, ...], tuple[Param, Packing, dict[str, HostArray]]] = {}
+        self._constants: dict[Hashable, Any] = {}
+        self._arena = self._scratch = pages(0)
+        self._coordinate = Coordinate()
+        close_at_exit(self)
+
+    # ---- weights -----------------------------------------------------------------------------------------------
+
+    def load(self, params: Tree, checkpoint: Checkpoint, packings: Mapping[str, Packing]) -> Tree:
+        """A `const` Param becomes a bare array. Params of equal `source_id` and packing share memory. Raises
+        MissingTensor, MisshapenTensor, OutOfMemory."""
+        self.require_changeable("load")
+        self._params, self._shared = {}, {}
+        self.generation += 1
+        region = Region()
+        self.weights = map_tree(lambda param: self._place(param, checkpoint, packings, region), params)
+        return self.weights
+
+    def _place(
+        self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing], region: Region
+    ) -> Weight | TapeArray:
+        if param.name not in self._params:
+            packing = packings.get(param.name, Packing())
+            same = (param.source_id, packing.layout, param.shape, param.dtype)
+            if same not in self._shared:
+                local = param.shard(checkpoint, self._coordinate)
+                with typed_memory(f"weight {param.name}"):
+                    leaves = {name: region.copy(leaf) for name, leaf in packed(param, local, packing).items()}
+                self._shared[same] = param, packing, leaves
+            self._params[param.name] = param, self._make(param, packing, self._shared[same][2])
+        return self._params[param.name][1]
+
+    def _make(self, param: Param, packing: Packing, leaves: dict[str, HostArray]) -> Weight | TapeArray:
+        if "const" in param.problems:
+            data = leaves["data"]
+            return TapeArray(Buffer(data.nbytes, data), data.shape, param.dtype)
+        return Weight(len(self._params), param.name, param.problems, packing.layout, leaves)
+
+    def update(self, weights: Mapping[str, HostArray]) -> NativePending:
+        """Raises MisshapenTensor for a name that was not loaded or another shape; then nothing has changed."""
+        self.require_usable()
+        made = [pair for name, array in weights.items() for pair in self._repacked(name, array)]
+        with self.lock:
+            for old, new in made:
+                for name, leaf in old.items():
+                    leaf[...] = new[name]
+        return NativePending({}, {}, 0.0)
+
+    def _repacked(self, name: str, array: HostArray) -> list[tuple[dict[str, HostArray], dict[str, HostArray]]]:
+        """The leaves held and the leaves to be held, of each packing of the parameter's source."""
+        if name not in self._params:
+            raise MisshapenTensor(f"update of {name!r}: no such parameter is loaded; load it first")
+        source = self._params[name][0].source_id
+        pairs = []
+        for param, packing, leaves in self._shared.values():
+            if param.source_id != source:
+                continue
+            if tuple(array.shape) != param.shape:
+                raise MisshapenTensor(
+                    f"update of {name!r}: shape {list(array.shape)}, not {list(param.shape)}; another shape needs load"
+                )
+            local = Local((Stored("none", param.shape, {"data": array}),))
+            pairs.append((leaves, packed(param, local, packing)))
+        return pairs
+
+    # ---- caches and pages --------------------------------------------------------------------------------------
+
+    def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
+        """Zeroed caches in a layout of this engine's kernels. Raises ContractViolation for another, OutOfMemory."""
+        self.require_changeable("alloc_caches")
+        layout = layout or next(iter(LAYOUTS))
+        if layout not in LAYOUTS:
+            raise ContractViolation(
+                f"cache layout {layout!r} is not known to this session; it has {', '.join(LAYOUTS)}"
+            )
+        self.generation += 1
+        region = Region()
+        with typed_memory("the KV caches"):
+            self.caches = [
+                Cache(key, problem, layout, LAYOUTS[layout].arrays(problem, pages[problem.group], region))
+                for key, problem in enumerate(problems)
+            ]
+        self.pages = {problem.group: pages[problem.group] for problem in problems}
+        return list(self.caches)
+
+    def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
+        self.require_usable()
+        with self.lock:
+            return self._layout(cache).read(self.caches[cache], np.asarray(ids, np.int64))
+
+    def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
+        self.require_usable()
+        with self.lock:
+            self._layout(cache).write(self.caches[cache], np.asarray(ids, np.int64), pages)
+        return DoneTransfer()
+
+    def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
+        self.require_usable()
+        source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
+        with self.lock:
+            for cache in self.caches:
+                if cache.problem.group == group:
+                    self._layout(cache.key).copy(cache, source, target)
+        return DoneTransfer()
+
+    def _layout(self, cache: int) -> CacheLayout:
+        return LAYOUTS[self.caches[cache].layout]
+
+    # ---- programs ----------------------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        fn: StepFunction,
+        shape: StepShape,
+        inputs: InputLayout,
+        ops: PlannedOps,
+        arrays: Mapping[str, ArraySpec] | None = None,
+        host_outputs: frozenset[str] = frozenset(),
+    ) -> NativeProgram:
+        self.require_changeable("capture")
+        capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
+        with typed_memory(f"the results of a step of {shape.tokens} tokens"):
+            return NativeProgram(self, capture)
+
+    @contextmanager
+    def recording(self, tape: Tape) -> Iterator[None]:
+        """Let every bound kernel of the session record its calls on `tape`."""
+        self._tape = tape
+        try:
+            yield
+        finally:
+            self._tape = None
+
+    @property
+    def tape(self) -> Tape:
+        """The tape that is being recorded. Raises ContractViolation for a kernel that is called at another time."""
+        if self._tape is None:
+            raise ContractViolation("a kernel of the native engine was called outside of a capture; call its program")
+        return self._tape
+
+    def reserve_arena(self, nbytes: int) -> HostArray:
+        """Memory of at least so many bytes that programs share; those of before keep what they were given."""
+        if nbytes > self._arena.nbytes:
+            self._arena = pages(nbytes)
+        return self._arena
+
+    def reserve_scratch(self, nbytes: int) -> HostArray:
+        """Memory of so many bytes for each thread, which programs share in the same way."""
+        if nbytes * self.team.threads > self._scratch.nbytes:
+            self._scratch = pages(nbytes * self.team.threads)
+        return self._scratch
+
+    def constant(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once per session: tables that bound kernels share."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
+
+    def close(self) -> None:
+        with self.lock:
+            if not self.closed:
+                self.closed = True
+                self.team.close()
+                self.weights, self.caches, self._params, self._shared = {}, [], {}, {}
+                self._constants = {}
+                self._arena = self._scratch = np.empty(0, np.uint8)
+
+
+def packed(param: Param, local: Local, packing: Packing) -> dict[str, HostArray]:
+    """A parameter's leaves: as the packing makes them, or dense in checkpoint order."""
+    if packing.pack is not None:
+        return packing.pack(param, local)
+    check_parts(param, local)
+    whole = np.empty(param.shape, numpy_dtype(param.dtype))
+    rows = whole.reshape(-1, *local.parts[0].shape[1:]) if local.parts else whole
+    first = 0
+    for part in local.parts:
+        rows[first : first + part.shape[0]] = dequantize(part, param.dtype)
+        first += part.shape[0]
+    return {"data": whole}
+
+
+def close_at_exit(session: NativeSession) -> None:
+    """Let the interpreter wait for a step under way before it takes the session's memory away."""
+    held = weakref.ref(session)
+
+    def close() -> None:
+        if (found := held()) is not None:
+            found.close()
+
+    atexit.register(close)
+    weakref.finalize(session, atexit.unregister, close)
