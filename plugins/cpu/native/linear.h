@@ -38,101 +38,168 @@ INLINE uint32_t two(const uint16_t *x, int64_t at, int64_t k) {
     return both;
 }
 
+/* What inner products work on: rows of x, and a panel whose pairs of k (or single k, if floats) are `line` numbers apart;
+   sums go to y, or are added to it. */
+typedef struct {
+    int64_t x_stride, line, k, y_stride;
+    int add;
+} Inner;
+
 /* y[i] = x[i] . panel for `rows` rows, in vectors of floats. */
-INLINE void multiply_wide(const Linear *l, const float *x, const float *w, const int rows, Sums y) {
+INLINE void multiply_wide(const Inner *p, const float *x, const float *w, const int rows, float *y) {
     floats sums[ABREAST][VECTORS] = {{{0}}};
-    for (int64_t k = 0; k < l->k; k++)
+    for (int64_t k = 0; k < p->k; k++)
         for (int v = 0; v < VECTORS; v++) {
-            const floats weight = load(w, k * PANEL + v * WIDTH, 0);
+            const floats weight = load(w, k * p->line + v * WIDTH, 0);
             for (int i = 0; i < rows; i++)
-                sums[i][v] += x[i * l->x_stride + k] * weight;
+                sums[i][v] += x[i * p->x_stride + k] * weight;
         }
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECTORS; v++)
-            store(y[i], v * WIDTH, sums[i][v], 0);
+        for (int v = 0; v < VECTORS; v++) {
+            float *to = y + i * p->y_stride + v * WIDTH;
+            store(to, 0, p->add ? load(to, 0, 0) + sums[i][v] : sums[i][v], 0);
+        }
 }
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 
-INLINE void multiply_narrow(const Linear *l, const uint16_t *x, const uint16_t *w, const int rows, Sums y) {
+INLINE __m512bh sixteen_pairs(const uint16_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+INLINE __m512bh pair_everywhere(uint32_t both) { return (__m512bh)_mm512_set1_epi32((int)both); }
+
+INLINE void put_sums(const Inner *p, float *y, __m512 low, __m512 high) {
+    if (p->add) {
+        low = _mm512_add_ps(low, _mm512_loadu_ps(y));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(y + 16));
+    }
+    _mm512_storeu_ps(y, low);
+    _mm512_storeu_ps(y + 16, high);
+}
+
+INLINE void multiply_narrow(const Inner *p, const uint16_t *x, const uint16_t *w, const int rows, float *y) {
     __m512 sums[12][2];
-    const int64_t whole = l->k / 2;
     for (int i = 0; i < rows; i++)
         sums[i][0] = sums[i][1] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < whole; p++, w += 2 * PANEL) {
-        const __m512bh low = (__m512bh)_mm512_loadu_si512(w), high = (__m512bh)_mm512_loadu_si512(w + PANEL);
+    int64_t k = 0;
+    for (; k + 2 <= p->k; k += 2, w += p->line) {
+        const __m512bh low = sixteen_pairs(w), high = sixteen_pairs(w + 32);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             uint32_t both;
-            memcpy(&both, x + i * l->x_stride + 2 * p, 4);
-            const __m512bh here = (__m512bh)_mm512_set1_epi32((int)both);
+            memcpy(&both, x + i * p->x_stride + k, 4);
+            const __m512bh here = pair_everywhere(both);
             sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, low);
             sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, high);
         }
     }
-    if (l->k % 2) {
-        const __m512bh low = (__m512bh)_mm512_loadu_si512(w), high = (__m512bh)_mm512_loadu_si512(w + PANEL);
+    if (k < p->k) {
+        const __m512bh low = sixteen_pairs(w), high = sixteen_pairs(w + 32);
         for (int i = 0; i < rows; i++) {
-            const __m512bh here = (__m512bh)_mm512_set1_epi32(x[i * l->x_stride + l->k - 1]);
+            const __m512bh here = pair_everywhere(x[i * p->x_stride + k]);
             sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, low);
             sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, high);
         }
     }
-    for (int i = 0; i < rows; i++) {
-        _mm512_storeu_ps(y[i], sums[i][0]);
-        _mm512_storeu_ps(y[i] + 16, sums[i][1]);
-    }
+    for (int i = 0; i < rows; i++)
+        put_sums(p, y + i * p->y_stride, sums[i][0], sums[i][1]);
 }
 
 /* One row, whose sums would wait for each other: four of each at a time. */
-INLINE void multiply_one(const Linear *l, const uint16_t *x, const uint16_t *w, Sums y) {
+INLINE void multiply_one(const Inner *p, const uint16_t *x, const uint16_t *w, float *y) {
     __m512 sums[4][2];
     for (int i = 0; i < 4; i++)
         sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     int64_t k = 0;
-    for (; k + 8 <= l->k; k += 8, w += 8 * PANEL)
+    for (; k + 8 <= p->k; k += 8, w += 4 * p->line)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             uint32_t both;
             memcpy(&both, x + k + 2 * i, 4);
-            const __m512bh here = (__m512bh)_mm512_set1_epi32((int)both);
-            sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, (__m512bh)_mm512_loadu_si512(w + 2 * i * PANEL));
-            sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, (__m512bh)_mm512_loadu_si512(w + 2 * i * PANEL + PANEL));
+            const __m512bh here = pair_everywhere(both);
+            sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, sixteen_pairs(w + i * p->line));
+            sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, sixteen_pairs(w + i * p->line + 32));
         }
-    for (; k < l->k; k += 2, w += 2 * PANEL) {
-        const __m512bh here = (__m512bh)_mm512_set1_epi32((int)two(x, k, l->k));
-        sums[0][0] = _mm512_dpbf16_ps(sums[0][0], here, (__m512bh)_mm512_loadu_si512(w));
-        sums[0][1] = _mm512_dpbf16_ps(sums[0][1], here, (__m512bh)_mm512_loadu_si512(w + PANEL));
+    for (; k < p->k; k += 2, w += p->line) {
+        const __m512bh here = pair_everywhere(two(x, k, p->k));
+        sums[0][0] = _mm512_dpbf16_ps(sums[0][0], here, sixteen_pairs(w));
+        sums[0][1] = _mm512_dpbf16_ps(sums[0][1], here, sixteen_pairs(w + 32));
     }
+    __m512 whole[2];
     for (int half = 0; half < 2; half++)
-        _mm512_storeu_ps(y[0] + 16 * half, _mm512_add_ps(_mm512_add_ps(sums[0][half], sums[1][half]),
-                                                         _mm512_add_ps(sums[2][half], sums[3][half])));
+        whole[half] = _mm512_add_ps(_mm512_add_ps(sums[0][half], sums[1][half]),
+                                    _mm512_add_ps(sums[2][half], sums[3][half]));
+    put_sums(p, y, whole[0], whole[1]);
 }
 #else
-INLINE void multiply_narrow(const Linear *l, const uint16_t *x, const uint16_t *w, const int rows, Sums y) {
+INLINE void multiply_narrow(const Inner *p, const uint16_t *x, const uint16_t *w, const int rows, float *y) {
     floats sums[ABREAST][VECTORS] = {{{0}}};
-    for (int64_t k = 0; k < l->k; k += 2)
+    for (int64_t k = 0; k < p->k; k += 2, w += p->line)
         for (int v = 0; v < VECTORS; v++) {
             words bits;
-            memcpy(&bits, w + k * PANEL + 2 * v * WIDTH, sizeof bits);
+            memcpy(&bits, w + 2 * v * WIDTH, sizeof bits);
             const floats even = (floats)(bits << 16), odd = (floats)(bits & 0xffff0000);
             for (int i = 0; i < rows; i++) {
-                const uint32_t both = two(x + i * l->x_stride, k, l->k);
-                const words pair = both - (words){0};
+                const words pair = two(x + i * p->x_stride, k, p->k) - (words){0};
                 sums[i][v] += (floats)(pair << 16) * even;
                 sums[i][v] += (floats)(pair & 0xffff0000) * odd;
             }
         }
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECTORS; v++)
-            store(y[i], v * WIDTH, sums[i][v], 0);
-}
-
-INLINE void multiply_one(const Linear *l, const uint16_t *x, const uint16_t *w, Sums y) {
-    multiply_narrow(l, x, w, 1, y);
+        for (int v = 0; v < VECTORS; v++) {
+            float *to = y + i * p->y_stride + v * WIDTH;
+            store(to, 0, p->add ? load(to, 0, 0) + sums[i][v] : sums[i][v], 0);
+        }
 }
 #endif
+
+/* `call(rows)` with a constant in the place of `rows`, which is 1 to 12. */
+#define CONSTANT_ROWS(rows, call) \
+    switch (rows) { \
+    case 1: call(1); break; \
+    case 2: call(2); break; \
+    case 3: call(3); break; \
+    case 4: call(4); break; \
+    case 5: call(5); break; \
+    case 6: call(6); break; \
+    case 7: call(7); break; \
+    case 8: call(8); break; \
+    case 9: call(9); break; \
+    case 10: call(10); break; \
+    case 11: call(11); break; \
+    default: call(12); \
+    }
+
+static void inner_narrow(const Inner *p, const uint16_t *x, const uint16_t *w, int64_t rows, float *y) {
+#if defined(__AVX512BF16__)
+#define CALL(count) multiply_narrow(p, x, w, count, y)
+    for (; rows > 1; rows -= 12, x += 12 * p->x_stride, y += 12 * p->y_stride)
+        CONSTANT_ROWS(rows, CALL)
+#undef CALL
+    if (rows == 1)
+        multiply_one(p, x, w, y);
+#else
+    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * p->x_stride, y += ABREAST * p->y_stride)
+        multiply_narrow(p, x, w, ABREAST, y);
+    for (; rows > 0; rows--, x += p->x_stride, y += p->y_stride)
+        multiply_narrow(p, x, w, 1, y);
+#endif
+}
+
+static void inner_wide(const Inner *p, const float *x, const float *w, int64_t rows, float *y) {
+    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * p->x_stride, y += ABREAST * p->y_stride)
+        multiply_wide(p, x, w, ABREAST, y);
+    for (; rows > 0; rows--, x += p->x_stride, y += p->y_stride)
+        multiply_wide(p, x, w, 1, y);
+}
+
+/* y[i] = x[i] . panel, or that added to it, for any number of rows. */
+INLINE void inner(const Inner *p, const void *x, const void *w, int64_t rows, float *y, int narrow) {
+    if (narrow)
+        inner_narrow(p, x, w, rows, y);
+    else
+        inner_wide(p, x, w, rows, y);
+}
 
 #if defined(TILES)
 /* Sums of 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, the panel in 6 and 7. */
@@ -181,62 +248,18 @@ INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const u
 }
 #endif
 
-/* `call(rows)` with a constant in the place of `rows`, which is 1 to 12. */
-#define CONSTANT_ROWS(rows, call) \
-    switch (rows) { \
-    case 1: call(1); break; \
-    case 2: call(2); break; \
-    case 3: call(3); break; \
-    case 4: call(4); break; \
-    case 5: call(5); break; \
-    case 6: call(6); break; \
-    case 7: call(7); break; \
-    case 8: call(8); break; \
-    case 9: call(9); break; \
-    case 10: call(10); break; \
-    case 11: call(11); break; \
-    default: call(12); \
-    }
-
-static void vectors_narrow(const Linear *l, const uint16_t *x, const uint16_t *w, int64_t rows, Sums y) {
-    if (rows == 1) {
-        multiply_one(l, x, w, y);
-        return;
-    }
-#if defined(__AVX512BF16__)
-#define CALL(count) multiply_narrow(l, x, w, count, y)
-    CONSTANT_ROWS(rows, CALL)
-#undef CALL
-#else
-    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * l->x_stride, y += ABREAST)
-        multiply_narrow(l, x, w, ABREAST, y);
-    for (; rows > 0; rows--, x += l->x_stride, y++)
-        multiply_narrow(l, x, w, 1, y);
-#endif
-}
-
-static void vectors_wide(const Linear *l, const float *x, const float *w, int64_t rows, Sums y) {
-    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * l->x_stride, y += ABREAST)
-        multiply_wide(l, x, w, ABREAST, y);
-    for (; rows > 0; rows--, x += l->x_stride, y++)
-        multiply_wide(l, x, w, 1, y);
-}
-
 /* y = x w^T for up to STEP rows from `row` on and the panel of that number. */
 INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y) {
     const char *w = (const char *)l->panels + panel * panel_bytes(l);
-    if (!l->narrow) {
-        vectors_wide(l, (const float *)l->x + row * l->x_stride, (const float *)w, rows, y);
-        return;
-    }
-    const uint16_t *x = (const uint16_t *)l->x + row * l->x_stride;
+    const char *x = (const char *)l->x + row * l->x_stride * (l->narrow ? 2 : 4);
 #if defined(TILES)
     if (tiles) {
-        multiply_tiles(tiles, l, x, (const uint16_t *)w, rows, y);
+        multiply_tiles(tiles, l, (const uint16_t *)x, (const uint16_t *)w, rows, y);
         return;
     }
 #endif
-    vectors_narrow(l, x, (const uint16_t *)w, rows, y);
+    const Inner p = {l->x_stride, l->narrow ? 2 * PANEL : PANEL, l->k, PANEL, 0};
+    inner(&p, x, w, rows, y[0], l->narrow);
 }
 
 INLINE floats silu(floats x) { return x / (1.0f + exponential(-x)); }

@@ -20,6 +20,9 @@ CAPABILITIES = Capabilities(
     determinism=DeterminismClaims(run=True),
 )
 
+PAGE_SIZE = 32
+"""Of the native engine: keys of a page make a panel."""
+
 
 @dataclass(frozen=True)
 class NativeBackend:
@@ -29,7 +32,7 @@ class NativeBackend:
     world: World
     library: native.Native
     name: str = "cpu"
-    capabilities: Capabilities = CAPABILITIES
+    capabilities: Capabilities = replace(CAPABILITIES, default_page_size=PAGE_SIZE)
     memory: HostMemory = field(default_factory=HostMemory)
 
     def kernels(self) -> Sequence[Kernel]:
