@@ -11,6 +11,7 @@
 #define MOST_PAGES 8   /* of a block: pages have PANEL keys or a multiple */
 #define MOST_VALUES 256
 #define LOG2_E 1.44269504f
+#define HIDDEN -1e30f /* the score of a key that a lane does not see: its weight is 2^-126, which no sum notices */
 
 typedef struct {
     int64_t q_heads, kv_heads, qk_dim, v_dim, page_size, window, causal, narrow;
@@ -48,10 +49,10 @@ INLINE int64_t value_bytes(const Flash *f) { return f->narrow ? 2 : 4; }
 
 /* 2^x for finite x of at most 0, to 5e-5 of itself: what is rounded to bfloat16 needs no more. */
 INLINE floats quick_power(floats x) {
-    const floats kept = larger(x, splat(-126.0f)), nan = x - x;
+    const floats kept = larger(splat(-126.0f), x);
     const floats shifted = kept + 12582912.0f, r = kept - (shifted - 12582912.0f);
     const floats p = (((0.00961813f * r + 0.05550411f) * r + 0.24022651f) * r + 0.69314718f) * r + 1.0f;
-    return (floats)((ints)p + ((ints)shifted << 23)) + nan;
+    return (floats)((ints)p + ((ints)shifted << 23));
 }
 
 /* The next pages of the row from page `at` on, those of page 0 left out; returns the page after them. */
@@ -89,58 +90,26 @@ INLINE void cut_tail(const Flash *f, Lanes *t, int64_t page, int narrow) {
 
 
 #if defined(TILES)
-INLINE void shape_lanes(Lanes *t) {
-    tiles_begin(&t->tiles);
-    for (int i = 0; i < 8; i++)
-        tile_shape(&t->tiles, i, 16, 64);
-    tiles_ready(&t->tiles);
-}
-
-INLINE void zero_sums(Lanes *t) {
-    tile_zero(&t->tiles, 0);
-    tile_zero(&t->tiles, 1);
-    tile_zero(&t->tiles, 2);
-    tile_zero(&t->tiles, 3);
-}
-
-/* The four sums += 32 rows of x, 16 of them `below` numbers after the others, times 32 columns of a panel. */
-INLINE void add_products(Lanes *t, const uint16_t *x, int64_t stride, const uint16_t *w, int64_t line) {
-    tile_load(&t->tiles, 4, x, stride);
-    tile_load(&t->tiles, 6, w, line);
-    tile_bf16(&t->tiles, 0, 4, 6);
-    tile_load(&t->tiles, 7, w + PANEL, line);
-    tile_bf16(&t->tiles, 1, 4, 7);
-    tile_load(&t->tiles, 5, x + 8 * stride, stride);
-    tile_bf16(&t->tiles, 2, 5, 6);
-    tile_bf16(&t->tiles, 3, 5, 7);
-}
-
-INLINE void put_products(Lanes *t, float *to, int64_t stride) {
-    tile_store(&t->tiles, 0, to, stride);
-    tile_store(&t->tiles, 1, to + 16, stride);
-    tile_store(&t->tiles, 2, to + 4 * stride, stride);
-    tile_store(&t->tiles, 3, to + 4 * stride + 16, stride);
-}
-
 INLINE void score_tiles(const Flash *f, Lanes *t, int64_t page, int64_t key) {
-    const uint16_t *k = (const uint16_t *)t->keys[page] + 2 * key;
-    for (int64_t lane = 0; lane < t->lanes; lane += 32) {
-        zero_sums(t);
+    const uint16_t *k = (const uint16_t *)t->keys[page] + 2 * key, *q = (const uint16_t *)t->q;
+    for (int64_t lane = 0; lane < t->lanes; lane += 32, q += 32 * f->qk_dim) {
+        zero_sums(&t->tiles);
         for (int64_t d = 0; d < f->qk_dim; d += 32)
-            add_products(t, (const uint16_t *)t->q + lane * f->qk_dim + d, f->qk_dim * 2, k + d * f->page_size,
-                         f->page_size * 4);
-        put_products(t, &t->scores[lane][page * f->page_size + key], KEYS * 4);
+            add_products(&t->tiles, q + d, q + 16 * f->qk_dim + d, f->qk_dim * 2, k + d * f->page_size, f->page_size * 4);
+        put_products(&t->tiles, &t->scores[lane][page * f->page_size + key], KEYS * 4);
     }
 }
 
 INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t d) {
     for (int64_t lane = 0; lane < t->lanes; lane += 32) {
-        zero_sums(t);
+        zero_sums(&t->tiles);
         for (int64_t page = 0; page < t->held; page++)
-            for (int64_t key = 0; key < f->page_size; key += 32)
-                add_products(t, &t->weights[lane][page * f->page_size + key], KEYS * 2,
+            for (int64_t key = 0; key < f->page_size; key += 32) {
+                const uint16_t *weights = &t->weights[lane][page * f->page_size + key];
+                add_products(&t->tiles, weights, weights + 16 * KEYS, KEYS * 2,
                              (const uint16_t *)t->values[page] + key * f->v_dim + 2 * d, f->v_dim * 4);
-        put_products(t, t->block[0], PANEL * 4);
+            }
+        put_products(&t->tiles, t->block[0], PANEL * 4);
         for (int64_t i = 0; i < 32; i++)
             for (int v = 0; v < PANEL; v += WIDTH)
                 store(t->sums[lane + i], d + v, load(t->sums[lane + i], d + v, 0) + load(t->block[i], v, 0), 0);
@@ -184,24 +153,25 @@ INLINE void weigh_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
     }
 }
 
-/* Scale a lane's scores, hide those that it does not see, and return the largest. */
+/* Hide the scores of keys that a lane does not see, apply the soft cap, and return the largest. */
 INLINE float see(const Flash *f, Lanes *t, int64_t lane) {
     const int64_t size = f->page_size, from = t->from[lane], to = t->to[lane];
-    float *scores = t->scores[lane];
-    floats top = splat(-INFINITY);
+    floats top = splat(HIDDEN);
     for (int64_t page = 0; page < t->held; page++) {
-        const int64_t first = t->position[page], begin = from - first, end = to - first;
-        const int whole = begin <= 0 && end >= size;
-        for (int64_t i = page * size; i < (page + 1) * size; i += WIDTH) {
-            floats score = load(scores, i, 0) * f->scale;
+        float *scores = t->scores[lane] + page * size;
+        const int64_t first = t->position[page];
+        const ints begin = (int32_t)most(from - first, 0) - (ints){0}, end = (int32_t)most(to - first, 0) - (ints){0};
+        const int whole = from <= first && to >= first + size;
+        for (int64_t i = 0; i < size; i += WIDTH) {
+            floats score = load(scores, i, 0);
             if (f->softcap)
-                score = f->softcap * hyperbolic_tangent(score / f->softcap);
+                score = f->softcap * hyperbolic_tangent(score * (f->scale / f->softcap));
             if (!whole) {
-                const ints place = COUNT + (int32_t)(i - page * size);
-                const ints seen = (place >= (int32_t)most(begin, 0)) & (place < (int32_t)most(end, 0));
-                score = choose(seen, score, splat(-INFINITY));
+                const ints place = COUNT + (int32_t)i;
+                score = choose((place >= begin) & (place < end), score, splat(HIDDEN));
             }
-            store(scores, i, score, 0);
+            if (f->softcap || !whole)
+                store(scores, i, score, 0);
             top = larger(score, top);
         }
     }
@@ -210,22 +180,27 @@ INLINE float see(const Flash *f, Lanes *t, int64_t lane) {
 
 /* A lane's scores to weights; what it has summed so far is scaled to the new top. */
 INLINE void weights_of(const Flash *f, Lanes *t, int64_t lane, int narrow) {
-    const float top = fmaxf(t->top[lane], see(f, t, lane));
-    const float scale = t->top[lane] == top || top == -INFINITY ? 1.0f : expf(t->top[lane] - top);
-    const float least_top = top == -INFINITY ? 0.0f : top;
+    const float largest = see(f, t, lane), unit = f->softcap ? 1.0f : f->scale, before = t->top[lane];
+    const float top = largest == HIDDEN ? before : fmaxf(before, largest * unit);
+    const int64_t keys = t->held * f->page_size;
+    if (top == -INFINITY) {
+        memset(narrow ? (void *)t->weights[lane] : t->scores[lane], 0, keys * value_bytes(f));
+        return;
+    }
     floats mass = {0};
-    for (int64_t i = 0; i < t->held * f->page_size; i += WIDTH) {
-        const floats score = load(t->scores[lane], i, 0) - least_top;
+    for (int64_t i = 0; i < keys; i += WIDTH) {
+        const floats score = load(t->scores[lane], i, 0);
         if (narrow) {
-            const floats weight = choose(score == -INFINITY, splat(0.0f), quick_power(score * LOG2_E));
+            const floats weight = quick_power(score * (unit * LOG2_E) - top * LOG2_E);
             mass += weight;
             store(t->weights[lane], i, weight, 1);
         } else {
-            const floats weight = exponential(score);
+            const floats weight = exponential(score * unit - top);
             mass += weight;
             store(t->scores[lane], i, weight, 0);
         }
     }
+    const float scale = before == top ? 1.0f : expf(before - top);
     t->mass[lane] = t->mass[lane] * scale + sum(mass);
     t->top[lane] = top;
     if (scale != 1.0f)
@@ -295,7 +270,7 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
     begin_lanes(f, t, queries, narrow);
 #if defined(TILES)
     if (tiled)
-        shape_lanes(t);
+        shape_tiles(&t->tiles);
 #endif
     const int64_t stop = most(0, t->to[t->lanes - 1]), first = t->from[0] / f->page_size;
     const int64_t end = (stop + f->page_size - 1) / f->page_size, share = (end - first + f->splits - 1) / f->splits;

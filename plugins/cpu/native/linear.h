@@ -5,15 +5,10 @@
 #define PANEL 32
 #define VECTORS (PANEL / WIDTH)
 
-#if defined(TILES)
-#define STEP 32 /* rows of x that meet a panel at once */
-#elif defined(__AVX512BF16__)
-#define STEP 12
-#else
-#define STEP 8
-#endif
+#define STEP 32 /* rows of x that meet a panel at once, at most */
 #define ABREAST (WIDTH == 16 ? 4 : WIDTH == 8 ? 2 : 1) /* rows whose sums fit the registers, where C keeps them */
 #define FEW 12 /* rows up to which vectors are as good as tiles */
+#define TILE 512 /* bfloat16 of a tile: 16 rows of 32 */
 
 typedef float Sums[STEP][PANEL];
 
@@ -26,6 +21,7 @@ typedef struct {
     int64_t block; /* rows of an item, at most */
     int64_t grain; /* panels of an item, or pairs of a gate's and its partner's */
     int64_t narrow;
+    int64_t tiled; /* x is in the order of tiles */
 } Linear;
 
 INLINE int64_t panel_bytes(const Linear *l) { return l->narrow ? (l->k + 1) / 2 * PANEL * 4 : l->k * PANEL * 4; }
@@ -62,8 +58,6 @@ INLINE void multiply_wide(const Inner *p, const float *x, const float *w, const 
 }
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
-
 INLINE __m512bh sixteen_pairs(const uint16_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
 
 INLINE __m512bh pair_everywhere(uint32_t both) { return (__m512bh)_mm512_set1_epi32((int)both); }
@@ -203,64 +197,41 @@ INLINE void inner(const Inner *p, const void *x, const void *w, int64_t rows, fl
 
 #if defined(TILES)
 /* Sums of 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, the panel in 6 and 7. */
-INLINE void shape_tiles(Tiles *t, int64_t rows) {
+INLINE void shape_tiles(Tiles *t) {
     tiles_begin(t);
-    for (int half = 0; half < 2; half++) {
-        const int64_t height = most(1, least(16, rows - 16 * half));
-        tile_shape(t, 2 * half, height, 64);
-        tile_shape(t, 2 * half + 1, height, 64);
-        tile_shape(t, 4 + half, height, 64);
-        tile_shape(t, 6 + half, 16, 64);
-    }
+    for (int i = 0; i < 8; i++)
+        tile_shape(t, i, 16, 64);
     tiles_ready(t);
 }
 
-INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const uint16_t *w, int64_t rows, Sums y) {
-    const int64_t stride = l->x_stride * 2, line = PANEL * 4, below = 16 * l->x_stride;
+INLINE void zero_sums(Tiles *t) {
     tile_zero(t, 0);
     tile_zero(t, 1);
-    if (rows > 16) {
-        tile_zero(t, 2);
-        tile_zero(t, 3);
-        for (int64_t k = 0; k < l->k; k += 32, w += 32 * PANEL) {
-            tile_load(t, 4, x + k, stride);
-            tile_load(t, 6, w, line);
-            tile_bf16(t, 0, 4, 6);
-            tile_load(t, 7, w + PANEL, line);
-            tile_bf16(t, 1, 4, 7);
-            tile_load(t, 5, x + below + k, stride);
-            tile_bf16(t, 2, 5, 6);
-            tile_bf16(t, 3, 5, 7);
-        }
-        tile_store(t, 2, y[16], line);
-        tile_store(t, 3, y[16] + 16, line);
-    } else {
-        for (int64_t k = 0; k < l->k; k += 32, w += 32 * PANEL) {
-            tile_load(t, 4, x + k, stride);
-            tile_load(t, 6, w, line);
-            tile_bf16(t, 0, 4, 6);
-            tile_load(t, 7, w + PANEL, line);
-            tile_bf16(t, 1, 4, 7);
-        }
-    }
-    tile_store(t, 0, y[0], line);
-    tile_store(t, 1, y[0] + 16, line);
+    tile_zero(t, 2);
+    tile_zero(t, 3);
 }
-#endif
 
-/* y = x w^T for up to STEP rows from `row` on and the panel of that number. */
-INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y) {
-    const char *w = (const char *)l->panels + panel * panel_bytes(l);
-    const char *x = (const char *)l->x + row * l->x_stride * (l->narrow ? 2 : 4);
-#if defined(TILES)
-    if (tiles) {
-        multiply_tiles(tiles, l, (const uint16_t *)x, (const uint16_t *)w, rows, y);
-        return;
-    }
-#endif
-    const Inner p = {l->x_stride, l->narrow ? 2 * PANEL : PANEL, l->k, PANEL, 0};
-    inner(&p, x, w, rows, y[0], l->narrow);
+/* The four sums += 32 rows of x, the second 16 of them at `below`, times 32 columns of a panel; strides in bytes. */
+INLINE void add_products(Tiles *t, const uint16_t *x, const uint16_t *below, int64_t stride, const uint16_t *w,
+                         int64_t line) {
+    tile_load(t, 4, x, stride);
+    tile_load(t, 6, w, line);
+    tile_bf16(t, 0, 4, 6);
+    tile_load(t, 7, w + PANEL, line);
+    tile_bf16(t, 1, 4, 7);
+    tile_load(t, 5, below, stride);
+    tile_bf16(t, 2, 5, 6);
+    tile_bf16(t, 3, 5, 7);
 }
+
+INLINE void put_products(Tiles *t, float *to, int64_t stride) {
+    tile_store(t, 0, to, stride);
+    tile_store(t, 1, to + 16, stride);
+    tile_store(t, 2, to + 4 * stride, stride);
+    tile_store(t, 3, to + 4 * stride + 16, stride);
+}
+
+#endif
 
 INLINE floats silu(floats x) { return x / (1.0f + exponential(-x)); }
 
@@ -287,6 +258,52 @@ INLINE void finish(const Linear *l, int64_t row, int64_t rows, int64_t panel, Su
     }
 }
 
+/* Sums that wait to be written, a row at a time while the next ones are made: vectors idle where tiles are busy. */
+typedef struct {
+    int64_t row, rows, panel, done;
+    float (*y)[PANEL], (*up)[PANEL];
+} Pending;
+
+INLINE void finish_some(const Linear *l, Pending *p, int64_t count) {
+    const int64_t here = least(count, p->rows - p->done);
+    finish(l, p->row + p->done, here, p->panel, p->y + p->done, p->up + p->done);
+    p->done += here;
+}
+
+#if defined(TILES)
+/* x in the order of tiles (`order_body`), from a multiple of 32 rows on. */
+INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const uint16_t *w, Sums y, Pending *pending) {
+    zero_sums(t);
+    for (int64_t k = 0; k < l->k; k += 32, x += 2 * TILE, w += 2 * TILE) {
+        add_products(t, x, x + TILE, 64, w, PANEL * 4);
+        finish_some(l, pending, 2);
+    }
+    put_products(t, y[0], PANEL * 4);
+}
+#endif
+
+/* y = x w^T for up to STEP rows from `row` on and the panel of that number. */
+INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y,
+                     Pending *pending) {
+    const char *w = (const char *)l->panels + panel * panel_bytes(l);
+    const char *x = (const char *)l->x + row * l->x_stride * (l->narrow ? 2 : 4);
+#if defined(TILES)
+    if (tiles) {
+        multiply_tiles(tiles, l, (const uint16_t *)l->x + row * l->k, (const uint16_t *)w, y, pending);
+        return;
+    }
+#endif
+    const Inner p = {l->x_stride, l->narrow ? 2 * PANEL : PANEL, l->k, PANEL, 0};
+    inner(&p, x, w, rows, y[0], l->narrow);
+}
+
+/* Ask for the lines that `finish` will write to: they come from far while the sums are made. */
+INLINE void expect_rows(const Linear *l, int64_t row, int64_t rows, int64_t panel) {
+    const int64_t size = l->narrow ? 2 : 4;
+    for (int64_t i = 0; i < rows; i++)
+        __builtin_prefetch((char *)l->out + ((row + i) * l->out_stride + panel * PANEL) * size, 1);
+}
+
 EXPORT const int64_t NAME(linear_bytes) = sizeof(Linear);
 EXPORT int64_t NAME(linear_items)(const void *job) {
     const Linear *l = job;
@@ -298,29 +315,58 @@ EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
     const int64_t chunks = (units(l) + l->grain - 1) / l->grain, first = item / chunks * l->block;
     const int64_t rows = least(l->block, live_rows(&l->e) - first), begin = item % chunks * l->grain;
     const int64_t end = least(units(l), begin + l->grain);
-    _Alignas(64) Sums y, up;
-    int64_t step = least(STEP, FEW);
+    const int64_t step = l->tiled ? 32 : FEW;
+    _Alignas(64) Sums y[2], up[2];
     void *tiles = NULL;
 #if defined(TILES)
     Tiles state;
-    if (l->narrow && rows > FEW && l->k % 32 == 0)
-        tiles = &state, step = STEP;
+    if (l->tiled) {
+        tiles = &state;
+        shape_tiles(tiles);
+    }
 #endif
-    for (int64_t i = 0; i < rows; i += step) {
-        const int64_t here = least(step, rows - i);
-#if defined(TILES)
-        if (tiles && (i == 0 || here < step))
-            shape_tiles(tiles, here);
-#endif
-        for (int64_t panel = begin; panel < end; panel++) {
-            multiply(l, tiles, first + i, here, panel, y);
+    Pending pending = {.y = y[1], .up = up[1]};
+    int turn = 0;
+    for (int64_t panel = begin; panel < end; panel++) { /* which stays in the nearest cache */
+        for (int64_t i = 0; i < rows; i += step, turn = !turn) {
+            const int64_t here = least(step, rows - i);
+            expect_rows(l, first + i, here, panel);
+            multiply(l, tiles, first + i, here, panel, y[turn], &pending);
             if (l->gate)
-                multiply(l, tiles, first + i, here, l->gate / PANEL + panel, up);
-            finish(l, first + i, here, panel, y, up);
+                multiply(l, tiles, first + i, here, l->gate / PANEL + panel, up[turn], &pending);
+            finish_some(l, &pending, STEP);
+            pending = (Pending){first + i, here, panel, 0, y[turn], up[turn]};
         }
     }
+    finish_some(l, &pending, STEP);
 #if defined(TILES)
     if (tiles)
         tiles_end(tiles);
 #endif
+}
+
+/* ---- rows in the order of tiles ------------------------------------------------------------------------------------ */
+
+typedef struct {
+    Extent e;
+    const uint16_t *x; /* [m, k], k a multiple of 32 */
+    uint16_t *out;     /* [m / 32, k / 32, 32, 32], zeros where x ends */
+    int64_t k, x_stride;
+} Order;
+
+EXPORT const int64_t NAME(order_bytes) = sizeof(Order);
+EXPORT int64_t NAME(order_items)(const void *job) {
+    const Order *o = job;
+    return (live_rows(&o->e) + 31) / 32;
+}
+
+EXPORT void NAME(order_body)(const void *job, int64_t item, void *scratch) {
+    const Order *o = job;
+    const int64_t first = 32 * item, rows = least(32, live_rows(&o->e) - first);
+    for (int64_t k = 0; k < o->k; k += 32) {
+        uint16_t *to = o->out + first * o->k + 32 * k;
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(to + 32 * i, o->x + (first + i) * o->x_stride + k, 64);
+        memset(to + 32 * rows, 0, (32 - rows) * 64);
+    }
 }

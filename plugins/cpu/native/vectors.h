@@ -6,6 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #pragma GCC diagnostic ignored "-Wpsabi" /* wide vectors cross no call: every helper is inlined */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -97,7 +101,11 @@ INLINE void store(void *to, int64_t at, floats value, int narrow) {
         memcpy((float *)to + at, &value, sizeof value);
         return;
     }
-    halves bits = __builtin_convertvector(NARROWED((words)value), halves);
+#if defined(__AVX512BF16__)
+    const __m256bh bits = _mm512_cvtneps_pbh((__m512)value); /* as NARROWED, but for denormal numbers, which become 0 */
+#else
+    const halves bits = __builtin_convertvector(NARROWED((words)value), halves);
+#endif
     memcpy((uint16_t *)to + at, &bits, sizeof bits);
 }
 
@@ -115,7 +123,14 @@ INLINE floats splat(float value) { return value - (floats){0}; }
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
-INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
+/* b where either is a NaN */
+INLINE floats larger(floats a, floats b) {
+#if WIDTH == 16
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 /* Lane i of the result sums the lanes i, i + 4, i + 8, ... of v. */
 INLINE floats4 fold(floats v) {
@@ -133,6 +148,9 @@ INLINE float sum(floats v) {
 }
 
 INLINE float maximum(floats v) {
+#if WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float best = v[0];
     for (int i = 1; i < WIDTH; i++)
         best = v[i] > best ? v[i] : best;

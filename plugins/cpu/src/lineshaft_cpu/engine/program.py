@@ -100,7 +100,7 @@ class NativeProgram:
         self.runs = 0
         self.report = CaptureReport(
             time.perf_counter() - began, ops=len(tape.calls), arena=arena,
-            details={"fused": fused, "host_calls": sum(isinstance(part, HostCall) for part in self._parts)},
+            details={**{f"fused {name}": count for name, count in fused.items()}, "host_calls": sum(isinstance(part, HostCall) for part in self._parts)},
         )  # fmt: skip
 
     @property
