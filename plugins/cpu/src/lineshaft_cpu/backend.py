@@ -32,7 +32,7 @@ class NativeBackend:
     world: World
     library: native.Native
     name: str = "cpu"
-    capabilities: Capabilities = replace(CAPABILITIES, default_page_size=PAGE_SIZE)
+    capabilities: Capabilities = replace(CAPABILITIES, default_page_size=PAGE_SIZE, collectives=False)
     memory: HostMemory = field(default_factory=HostMemory)
 
     def kernels(self) -> Sequence[Kernel]:
