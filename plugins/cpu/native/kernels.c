@@ -228,6 +228,7 @@ EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t widt
 }
 
 #include "attend.h"
+#include "heads.h"
 #include "linear.h"
 #include "flash.h"
 #include "rows.h"

@@ -22,6 +22,8 @@ typedef struct {
     int64_t grain; /* panels of an item, or pairs of a gate's and its partner's */
     int64_t narrow;
     int64_t tiled; /* x is in the order of tiles */
+    const NormStep *norm; /* what makes x of each item anew, in its scratch; NULL: x is there. Few rows are worth it */
+    const RopeStep *rope; /* what turns and stores the heads that the columns are, once they are written; NULL: nothing */
 } Linear;
 
 INLINE int64_t panel_bytes(const Linear *l) { return l->narrow ? (l->k + 1) / 2 * PANEL * 4 : l->k * PANEL * 4; }
@@ -310,12 +312,36 @@ EXPORT int64_t NAME(linear_items)(const void *job) {
     return (live_rows(&l->e) + l->block - 1) / l->block * ((units(l) + l->grain - 1) / l->grain);
 }
 
+/* Norm the rows from `first` on into scratch; one item in all leaves their sum with the residual for others. */
+INLINE const void *norm_rows(const Linear *l, int64_t first, int64_t rows, int leaves, void *scratch) {
+    Norm n = l->norm->n;
+    const int64_t bytes = n.width * (n.narrow ? 2 : 4);
+    n.out = (char *)scratch - first * bytes;
+    if (!leaves)
+        n.total = (char *)scratch + (rows - first) * bytes;
+    for (int64_t row = first; row < first + rows; row++)
+        EITHER(norm_row, n.narrow, &n, row);
+    return n.out;
+}
+
+INLINE void turn_columns(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t panels = l->rope->r.head_dim / PANEL;
+    for (int64_t token = first; token < first + rows; token++)
+        for (int64_t head = begin / panels; head < end / panels; head++)
+            EITHER(turn_one, l->rope->r.narrow, l->rope, token, head);
+}
+
 EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
-    const Linear *l = job;
+    Linear own = *(const Linear *)job;
+    const Linear *l = &own;
     const int64_t chunks = (units(l) + l->grain - 1) / l->grain, first = item / chunks * l->block;
     const int64_t rows = least(l->block, live_rows(&l->e) - first), begin = item % chunks * l->grain;
     const int64_t end = least(units(l), begin + l->grain);
     const int64_t step = l->tiled ? 32 : FEW;
+    if (l->norm) {
+        own.x = norm_rows(l, first, rows, begin == 0, scratch);
+        own.x_stride = l->k;
+    }
     _Alignas(64) Sums y[2], up[2];
     void *tiles = NULL;
 #if defined(TILES)
@@ -339,6 +365,8 @@ EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
         }
     }
     finish_some(l, &pending, STEP);
+    if (l->rope)
+        turn_columns(l, first, rows, begin, end);
 #if defined(TILES)
     if (tiles)
         tiles_end(tiles);

@@ -19,7 +19,7 @@ from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.engine.checks import check_step
 from lineshaft_cpu.engine.fusion import fuse
 from lineshaft_cpu.engine.memory import pages
-from lineshaft_cpu.engine.tape import Call, HostCall, Linked, Tape
+from lineshaft_cpu.engine.tape import HostCall, Linked, Tape
 from lineshaft_torch.arena import Lifetime, plan_offsets
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class NativeProgram:
 
     def _pointers_to(self, buffer: Buffer) -> Any:
         """(job, field, offset) of everything that points into a buffer."""
-        jobs = [job for part in self._parts if isinstance(part, Linked) for job in part.jobs]
-        for call, job in zip((call for call in self._calls if isinstance(call, Call)), jobs, strict=True):
+        jobs = (pair for part in self._parts if isinstance(part, Linked) for pair in part.jobs)
+        for call, job in jobs:
             for name, value in call.fields.items():
                 if isinstance(value, TapeArray) and value.buffer is buffer:
                     yield job, name, value.offset

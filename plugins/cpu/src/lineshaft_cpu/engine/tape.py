@@ -38,10 +38,11 @@ def _struct(job: Job) -> type[ctypes.Structure]:
 
 @dataclass
 class Call:
-    """One call of a C kernel: pointers are arrays of the tape or of the host until the tape is laid out."""
+    """One call of a C kernel: pointers are arrays of the tape or of the host, or a job within the job, until the tape is
+    laid out."""
 
     job: Job
-    fields: Mapping[str, Field]
+    fields: Mapping[str, Any]
     reads: tuple[TapeArray, ...]
     writes: tuple[TapeArray, ...]
     op: str
@@ -74,7 +75,7 @@ class Tape:
         op: str,
         reads: Sequence[TapeArray],
         writes: Sequence[TapeArray],
-        fields: Mapping[str, Field],
+        fields: Mapping[str, Any],
         scratch: int = 0,
     ) -> None:
         """Record a call of a C kernel."""
@@ -115,26 +116,30 @@ class Linked:
     """A run of C calls as the team replays it: jobs and steps in memory that stays where it is."""
 
     def __init__(self, native: Native, calls: Sequence[Call], threads: int) -> None:
-        self.jobs = [self._job(native, call, threads) for call in calls]
+        self.jobs: list[tuple[Call, ctypes.Structure]] = []  # those within others too
+        tops = [self._job(native, call, threads) for call in calls]
         self.count = len(calls)
         self.scratch = max((call.scratch for call in calls), default=0)
         self.steps = (c_void_p * (3 * len(calls)))()
-        for i, (call, job) in enumerate(zip(calls, self.jobs, strict=True)):
+        for i, (call, job) in enumerate(zip(calls, tops, strict=True)):
             body, items = functions(native, call.job)
             self.steps[3 * i], self.steps[3 * i + 1], self.steps[3 * i + 2] = body, items, ctypes.addressof(job)
         self.address = ctypes.addressof(self.steps)
 
-    @staticmethod
-    def _job(native: Native, call: Call, threads: int) -> ctypes.Structure:
+    def _job(self, native: Native, call: Call, threads: int) -> ctypes.Structure:
         job = call.job.struct()
         for name, value in call.fields.items():
-            setattr(job, name, pointer_of(value))
+            if isinstance(value, Call):
+                setattr(job, name, ctypes.addressof(self._job(native, value, threads)))
+            else:
+                setattr(job, name, pointer_of(value))
         if call.job.cut:
             native.function(f"{call.job.name}_cut", c_void_p, ctypes.c_int)(ctypes.addressof(job), threads)
+        self.jobs.append((call, job))
         return job
 
 
-def pointer_of(value: Field) -> int | float | None:
+def pointer_of(value: TapeArray | HostArray | int | float | None) -> int | float | None:
     """What a field of a job holds: of an array, its address."""
     if isinstance(value, TapeArray):
         return value.address

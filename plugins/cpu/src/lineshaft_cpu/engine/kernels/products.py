@@ -42,6 +42,7 @@ LINEAR = Job(
     (
         *EXTENT, *((name, c_void_p) for name in ("x", "panels", "bias", "out")),
         *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow", "tiled")),
+        ("norm", c_void_p), ("rope", c_void_p),
     ),
 )  # fmt: skip
 
@@ -88,7 +89,7 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
             **extent(x, x.shape[0]), "x": given, "panels": w.arrays["data"], "bias": added, "out": out, "n": problem.n,
             "k": problem.k, "x_stride": x.strides[0], "out_stride": problem.n, "gate": 0, "block": block,
             "grain": min(share, most), "narrow": narrow(x.dtype),
-            "tiled": int(given is not x),
+            "tiled": int(given is not x), "norm": None, "rope": None,
         }  # fmt: skip
         reads = (given, added) if isinstance(added, TapeArray) else (given,)
         tape.add(LINEAR, "linear", reads, (out,), fields)
