@@ -87,10 +87,11 @@ static void meet(Team *team) {
         syscall(SYS_futex, &team->epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
+/* What a tape is has to be read before the first meeting: after the last one, the caller may bring the next. */
 static void play(Team *team, uint32_t member) {
     char *scratch = team->scratch + member * team->scratch_bytes;
-    for (int64_t i = 0; i < team->count; i++) {
-        const lineshaft_step *step = team->steps + i;
+    const lineshaft_step *step = team->steps, *const end = step + team->count;
+    for (; step < end; step++) {
         const int64_t items = step->items(step->job);
         int64_t item;
         while ((item = atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed)) < items)
@@ -159,6 +160,8 @@ EXPORT void lineshaft_team_stop(void *argument) {
 EXPORT void lineshaft_replay(void *argument, const lineshaft_step *steps, int64_t count, char *scratch,
                              int64_t scratch_bytes) {
     Team *team = argument;
+    if (count == 0)
+        return;
     if (team->forks != atomic_load(&forks)) {
         for (int64_t i = 0; i < count; i++) {
             const int64_t items = steps[i].items(steps[i].job);
