@@ -49,6 +49,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     package.mkdir()
     for name in ("support.c", "team.h"):
         shutil.copy(SOURCES / name, sources)
+    for name in HOOK.SOURCES:
+        (sources / name).write_text("")
     (sources / "kernels.c").write_text(PING)
     return sources, package
 
