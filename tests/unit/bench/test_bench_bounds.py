@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from lineshaft.registry import discover
-from lineshaft_bench import bounds
-from lineshaft_bench.bounds import Bounds, Loops, gemm, loops, native_loops
+from lineshaft_bench.bounds import Bounds, Loops
 from lineshaft_bench.figures import Ran
 from lineshaft_bench.measure import BOUND, Comparison, Measured
+from lineshaft_bench.peers import machine
 from lineshaft_bench.peers.client import OURS
+from lineshaft_bench.peers.machine import gemm, loops, native_loops
 from lineshaft_bench.report import headlines, shown
 from lineshaft_bench.simulator.model import model_figures
 from lineshaft_bench.stats import Spread
@@ -24,10 +25,10 @@ SHAPE = "hidden=64,layers=2,heads=4,intermediate=128,vocab=256"
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "LEAST_BYTES", 1 << 20)
-    monkeypatch.setattr(bounds, "MOST_BYTES", 1 << 22)
-    monkeypatch.setattr(bounds, "GEMM", (16, 32, 32))
-    monkeypatch.setattr(bounds, "ARITHMETIC_S", 1e-4)
+    monkeypatch.setattr(machine, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "MOST_BYTES", 1 << 22)
+    monkeypatch.setattr(machine, "GEMM", (16, 32, 32))
+    monkeypatch.setattr(machine, "ARITHMETIC_S", 1e-4)
 
 
 @pytest.fixture

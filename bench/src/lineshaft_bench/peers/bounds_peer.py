@@ -7,7 +7,7 @@ from typing import Any
 
 from protocol import serve
 
-from lineshaft_bench.bounds import loops
+from lineshaft_bench.peers.machine import loops
 
 
 class Machine:
