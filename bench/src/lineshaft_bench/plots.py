@@ -59,7 +59,8 @@ class Bars:
                     [self.spans[name].get(group, (height,) * 2) for group, height in zip(groups, heights, strict=True)]
                 )
                 axes.errorbar(at, heights, np.abs(spans.T - heights), fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
-            axes.bar_label(bars, fmt="%.4g", fontsize=7, padding=1)
+            place = "center" if name in self.spans else "edge"  # where no whisker crosses it
+            axes.bar_label(bars, fmt="%.4g", fontsize=7, padding=1 if place == "edge" else 0, label_type=place)
         axes.set_xticks(range(len(groups)), groups)
         axes.set(title=self.title, ylabel=self.unit)
         axes.margins(y=0.15)

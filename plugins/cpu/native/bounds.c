@@ -9,10 +9,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_TILE__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #define PASTE(level, name) lineshaft_##level##_##name
 #define EXPAND(level, name) PASTE(level, name)
@@ -276,15 +272,6 @@ static double in_int8(void) {
 }
 #endif
 
-/* Leave to use tiles, which Linux gives a process that asks; 1 where none is needed. */
-static int may_use_tiles(void) {
-#if defined(__AMX_TILE__)
-    return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */);
-#else
-    return 1;
-#endif
-}
-
 typedef struct {
     double (*turns)(void);
     double seconds;
@@ -303,16 +290,13 @@ static double repeat_turns(const void *job, int number) {
 }
 
 /* Operations per second of all threads together in about `seconds`, with one `kind` of number, and at `how` the
-   instructions that did them, in at most 31 characters. -1: so many threads cannot be had; -2: the system refuses AMX. */
+   instructions that did them, in at most 31 characters. -1: so many threads cannot be had. A process may use tiles once
+   `lineshaft_supports` has said so. */
 EXPORT void NAME(bound_arithmetic)(int kind, int threads, double seconds, double *per_second, char *how) {
     static double (*const turns[KINDS])(void) = {in_float32, in_bfloat16, in_int8};
     static const char *const names[KINDS] = {FLOAT32_HOW, BFLOAT16_HOW, INT8_HOW};
     double passed;
     strcpy(how, names[kind]);
-    if (!may_use_tiles()) {
-        *per_second = -2;
-        return;
-    }
     const Arithmetic job = {turns[kind], seconds};
     *per_second = run_together(repeat_turns, &job, threads, &passed);
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import subprocess
 import sys
@@ -64,15 +63,6 @@ def test_threads_that_cannot_be_had_are_refused(threads: int) -> None:
 def test_a_dtype_without_a_loop_is_refused() -> None:
     with pytest.raises(Unsupported, match="only in float32, bfloat16, int8"):
         arithmetic(native.load(), "float16", 1, 1e-4)
-
-
-def test_a_system_that_refuses_amx_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(kind: int, threads: int, seconds: float, found: int, how: object) -> None:
-        ctypes.c_double.from_address(found).value = -2
-
-    monkeypatch.setattr(native.Native, "function", lambda self, name, *types: refuse)
-    with pytest.raises(Unsupported, match="the system refuses AMX"):
-        arithmetic(native.load(), "bfloat16", 1, 1e-4)
 
 
 def test_no_tensor_library_is_imported() -> None:

@@ -31,16 +31,14 @@ def arithmetic(native: Native, dtype: str, threads: int, seconds: float) -> tupl
     """Operations per second in registers, measured for about so many seconds, and the instructions that did them.
 
     A multiplication and an addition are two operations. `dtype` is one of KINDS: the type of the factors, or float32
-    where the level has no instruction for bfloat16. Raises `Unsupported` for another dtype, for threads that cannot be
-    had, and where the system refuses AMX.
+    where the level has no instruction for bfloat16. Raises `Unsupported` for another dtype, and for threads that cannot
+    be had.
     """
     if dtype not in KINDS:
         raise Unsupported(f"no loop measures arithmetic in {dtype}, only in {', '.join(KINDS)}")
     run = native.function("bound_arithmetic", c_int, c_int, c_double, c_void_p, ctypes.c_char_p)
     found, how = c_double(), ctypes.create_string_buffer(HOW_BYTES)
     run(KINDS[dtype], threads, seconds, ctypes.addressof(found), how)
-    if found.value == -2:
-        raise Unsupported(f"the system refuses AMX, which level {native.level} uses; take another level")
     if found.value < 0:
         raise Unsupported(f"{threads} threads cannot be had; give fewer, at least 1 (--threads)")
     return found.value, how.value.decode()
