@@ -91,6 +91,7 @@ class NativeProgram:
             part if isinstance(part, HostCall) else Linked(session.native, part, session.team.threads)
             for part in tape.parts()
         ]
+        self._wanted = {name: self._outputs[name].values() for name in capture.host_outputs}
         self._calls = tape.calls  # they hold the arrays that the jobs point to
         self._pointers = {name: list(self._pointers_to(array.buffer)) for name, array in self._given.items()}
         scratch = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
@@ -193,7 +194,7 @@ class NativeProgram:
         seconds = time.perf_counter() - began
         self.runs += 1
         handles = {name: NativeHandle(name, array, self, self.runs) for name, array in self._outputs.items()}
-        copies = {name: self._outputs[name].values().copy() for name in self._capture.host_outputs}
+        copies = {name: self._wanted[name].copy() for name in self._capture.host_outputs}
         return NativePending(handles, copies, seconds)
 
     def _point(self, name: str, array: TapeArray) -> None:
