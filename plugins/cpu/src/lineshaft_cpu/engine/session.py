@@ -56,6 +56,7 @@ class NativeSession(SessionState):
         self._params: dict[str, tuple[Param, Weight | TapeArray]] = {}
         self._shared: dict[Hashable, tuple[Param, Packing, dict[str, HostArray]]] = {}
         self._constants: dict[Hashable, Any] = {}
+        self.memory = Region()  # of inputs and outputs of programs: many of them are small, and huge pages are not
         self._arena = self._scratch = pages(0)
         self._coordinate = Coordinate()
         close_at_exit(self)

@@ -126,9 +126,7 @@ class Linked:
 
     @staticmethod
     def _job(native: Native, call: Call, threads: int) -> ctypes.Structure:
-        job = call.job.struct()
-        for name, value in call.fields.items():
-            setattr(job, name, pointer_of(value))
+        job = call.job.struct(*[pointer_of(call.fields.get(name, 0)) for name, _ in call.job.fields])
         if call.job.cut:
             native.function(f"{call.job.name}_cut", c_void_p, ctypes.c_int)(ctypes.addressof(job), threads)
         return job
