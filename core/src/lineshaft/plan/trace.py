@@ -189,14 +189,13 @@ class Tracer:
         check_optional(spec, problem, kwargs)
         self.trace.flow.append(f"{name} {problem} {label_of(args)} {label_of(kwargs)}")
         composite = spec.default is not None and not self._resolvable(spec.name, problem)
-        site = Site(
-            name, spec.name, dispatch_key(args, kwargs), problem,
-            weights=tuple(weight.key for weight in held),
-            cache=any(isinstance(item, Cache) for item in args), composite=composite,
-            operands=map_tree(lambda x: x.spec if isinstance(x, AbstractArray) else x, [[*args], {**kwargs}]),
-        )  # fmt: skip
-        seen = (name, site.key)
-        self.trace.sites.setdefault(seen, site)
+        seen = (name, dispatch_key(args, kwargs))
+        if seen not in self.trace.sites:
+            self.trace.sites[seen] = Site(
+                name, spec.name, seen[1], problem, weights=tuple(weight.key for weight in held),
+                cache=any(isinstance(item, Cache) for item in args), composite=composite,
+                operands=map_tree(lambda x: x.spec if isinstance(x, AbstractArray) else x, [[*args], {**kwargs}]),
+            )  # fmt: skip
         self.trace.calls[seen] = self.trace.calls.get(seen, 0) + 1
         if composite:
             assert spec.default is not None
@@ -220,7 +219,7 @@ class Tracer:
 
 def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) -> None:
     """An optional array is passed exactly when the problem's field of that name is set, else ContractViolation."""
-    used = problem.features()
+    used = problem.features() if spec.optional else frozenset()
     for keyword, feature in spec.optional.items():
         passed, wanted = kwargs.get(keyword) is not None, feature in used
         if passed != wanted:
