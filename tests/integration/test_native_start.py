@@ -23,8 +23,8 @@ SMALL = ("--set", "scheduler.token_budget=64", "--set", "scheduler.max_rows=2", 
 def test_no_torch_is_imported_to_generate(dtype: str) -> None:
     arguments = (
         "generate", "--model", SMOLLM2, "--backend", "cpu", "--backend-option", "engine=native", *SMALL,
-        "--set", f"dtype={dtype}", "--prompt", "What is the capital of France?", "--max-tokens", "3", "--temperature", "0",
-        "--quiet",
+        "--set", f"dtype={dtype}", "--prompt", "What is the capital of France?", "--max-tokens", "3",
+        "--temperature", "0", "--quiet",
     )  # fmt: skip
     command = [sys.executable, "-c", SCRIPT, *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)

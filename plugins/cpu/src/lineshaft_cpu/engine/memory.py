@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +82,13 @@ def room(shape: Sequence[int], dtype: str) -> HostArray:
     """Zeros for a packed weight to be written to: in the region that the calling thread fills, else by themselves."""
     region: Region | None = getattr(_filled, "region", None)
     return np.zeros(tuple(shape), numpy_dtype(dtype)) if region is None else region.zeros(shape, dtype)
+
+
+def touch(arrays: Iterable[HostArray], threads: int) -> None:
+    """Clear the first byte of each array: the system clears a huge page when it is first used, and a step should not
+    wait for that."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda array: ctypes.memset(array.ctypes.data, 0, min(1, array.nbytes)), arrays))
 
 
 def pages(nbytes: int) -> HostArray:

@@ -32,7 +32,7 @@ from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
-from lineshaft_cpu.engine.memory import Region, pages, typed_memory
+from lineshaft_cpu.engine.memory import Region, pages, touch, typed_memory
 from lineshaft_cpu.engine.program import NativePending, NativeProgram
 from lineshaft_cpu.engine.stored import dense
 from lineshaft_cpu.engine.tape import Tape
@@ -148,6 +148,7 @@ class NativeSession(SessionState):
                 Cache(key, problem, layout, LAYOUTS[layout].arrays(problem, pages[problem.group], region))
                 for key, problem in enumerate(problems)
             ]
+            touch((array for cache in self.caches for array in cache.arrays.values()), self.team.threads)
         self.pages = {problem.group: pages[problem.group] for problem in problems}
         return list(self.caches)
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 from lineshaft_contract.errors import Unsupported
 from lineshaft_contract.ops.spec import HostArray
-from lineshaft_contract.steps import ArraySpec
+from lineshaft_contract.problems import itemsize
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.native import AGAIN, Native
 
@@ -66,7 +67,7 @@ class Tape:
 
     def new(self, shape: Sequence[int], dtype: str, live: TapeArray | None = None) -> TapeArray:
         """An array in the arena, for a call to write to."""
-        return TapeArray(Buffer(max(1, ArraySpec(tuple(shape), dtype).nbytes)), shape, dtype, live=live)
+        return TapeArray(Buffer(max(1, prod(shape) * itemsize(dtype))), shape, dtype, live=live)
 
     def add(
         self,
@@ -134,11 +135,14 @@ class Linked:
 
 def pointer_of(value: Field) -> int | float | None:
     """What a field of a job holds: of an array, its address."""
-    if isinstance(value, TapeArray):
-        return value.address
-    if value is None or isinstance(value, int | float):
+    if value is None or isinstance(value, _NUMBERS):
         return value
+    if isinstance(value, TapeArray):
+        return value.buffer.address + value.offset
     return int(value.ctypes.data)
+
+
+_NUMBERS = (int, float)
 
 
 @cache
