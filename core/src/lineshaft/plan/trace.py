@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import finalize
 
 from lineshaft.errors import Unsupported
 from lineshaft_contract.ops.spec import Call, Inferred, OpSpec
@@ -52,7 +51,7 @@ class Workload:
 class AbstractArray(Restricted):
     """An array with a shape and no values; `base` is the one that it is a view of, `label` says where it comes from."""
 
-    __slots__ = ("__weakref__", "base", "label", "spec")
+    __slots__ = ("base", "label", "spec")
 
     def __init__(self, spec: ArraySpec, label: str, base: AbstractArray | None = None) -> None:
         self.spec, self.label, self.base = spec, label, base
@@ -99,12 +98,18 @@ class Workspace:
         """A result that counts until the forward and all its views have dropped it."""
         self.now += spec.nbytes
         self.most = max(self.most, self.now)
-        array = AbstractArray(spec, label)
-        finalize(array, self._drop, spec.nbytes).atexit = False
+        array = Held(spec, label)
+        array.workspace = self
         return array
 
-    def _drop(self, nbytes: int) -> None:
-        self.now -= nbytes
+
+class Held(AbstractArray):
+    """A result that its workspace counts until it is dropped."""
+
+    workspace: Workspace
+
+    def __del__(self) -> None:
+        self.workspace.now -= self.spec.nbytes
 
 
 @dataclass
