@@ -31,8 +31,8 @@ LEVELS = {
 code for tiles with their primitives in plain C."""
 SOURCES = ("kernels.c", "bounds.c")
 """Compiled for every level."""
-SHARED = ("support", "team")
-"""Sources that are compiled once, without any level's flags."""
+SHARED = ("support", "team", "pack")
+"""Sources that are compiled once, without any level's flags and with every product rounded before it is added to."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fPIC", "-fvisibility=hidden"]
@@ -118,7 +118,8 @@ def make(cc: list[str], native: Path, folder: Path) -> list[str]:
         raise BuildFailed(failed["portable"])
     made = [level for level in levels if level not in failed]
     for name in SHARED:
-        run([*cc, *FLAGS, "-I.", f'-DLEVELS="{" ".join(made)}"', "-c", f"{name}.c", "-o", at(name)], native)
+        exact = [*FLAGS, "-ffp-contract=off", "-I."]
+        run([*cc, *exact, f'-DLEVELS="{" ".join(made)}"', "-c", f"{name}.c", "-o", at(name)], native)
     linked = [*(name for level in made for name in objects(level)), *SHARED]
     run([*cc, "-shared", "-pthread", *map(at, linked), "-lm", "-o", str(folder / "_native.so")], native)
     return [f"{level}: {why}" for level, why in failed.items()]

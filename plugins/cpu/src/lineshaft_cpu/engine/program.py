@@ -18,7 +18,6 @@ from lineshaft_contract.steps import ArraySpec, HostStep, StepInputs, StepShape
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.engine.checks import check_step
 from lineshaft_cpu.engine.fusion import fuse
-from lineshaft_cpu.engine.memory import pages
 from lineshaft_cpu.engine.tape import HostCall, Linked, Tape
 from lineshaft_torch.arena import Lifetime, plan_offsets
 
@@ -78,9 +77,9 @@ class NativeProgram:
         self._session, self._capture = session, capture
         self._generation = session.generation
         self.runs = 0
-        self._inputs = pages(capture.inputs.nbytes)
+        self._inputs = session.memory.zeros((capture.inputs.nbytes,), "uint8")
         self._given = {
-            name: TapeArray(Buffer(spec.nbytes, pages(spec.nbytes)), spec.shape, spec.dtype)
+            name: TapeArray(Buffer(spec.nbytes, session.memory.zeros((spec.nbytes,), "uint8")), spec.shape, spec.dtype)
             for name, spec in capture.arrays.items()
         }
         tape = Tape()
@@ -125,7 +124,7 @@ class NativeProgram:
         for array in outputs.values():
             buffer = array.buffer
             if buffer.held is None:
-                buffer.held = pages(buffer.nbytes)
+                buffer.held = session.memory.zeros((buffer.nbytes,), "uint8")
                 buffer.address = buffer.held.ctypes.data
         return outputs
 

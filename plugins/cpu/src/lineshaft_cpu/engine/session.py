@@ -6,15 +6,16 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from lineshaft_contract.errors import ContractViolation, MisshapenTensor
-from lineshaft_contract.ops.spec import HostArray, numpy_dtype
+from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import KVProblem
-from lineshaft_contract.schemes import check_parts, dequantize
 from lineshaft_contract.sessions import (
     Cache,
     Capture,
@@ -24,14 +25,16 @@ from lineshaft_contract.sessions import (
     SessionState,
     StepFunction,
     Tree,
+    leaves,
     map_tree,
 )
 from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
-from lineshaft_cpu.engine.memory import Region, pages, typed_memory
+from lineshaft_cpu.engine.memory import Region, pages, touch, typed_memory
 from lineshaft_cpu.engine.program import NativePending, NativeProgram
+from lineshaft_cpu.engine.stored import dense
 from lineshaft_cpu.engine.tape import Tape
 from lineshaft_cpu.engine.team import Team
 from lineshaft_cpu.native import Native
@@ -51,8 +54,9 @@ class NativeSession(SessionState):
         self.generation = 0  # of weights and caches: what was captured over others must not run again
         self._tape: Tape | None = None
         self._params: dict[str, tuple[Param, Weight | TapeArray]] = {}
-        self._shared: dict[tuple[Any, ...], tuple[Param, Packing, dict[str, HostArray]]] = {}
+        self._shared: dict[Hashable, tuple[Param, Packing, dict[str, HostArray]]] = {}
         self._constants: dict[Hashable, Any] = {}
+        self.memory = Region()  # of inputs and outputs of programs: many of them are small, and huge pages are not
         self._arena, self._scratch = pages(0), pages(0)
         self._coordinate = Coordinate()
         close_at_exit(self)
@@ -66,22 +70,33 @@ class NativeSession(SessionState):
         self._params, self._shared = {}, {}
         self.generation += 1
         region = Region()
-        self.weights = map_tree(lambda param: self._place(param, checkpoint, packings, region), params)
+        wanted: dict[Hashable, tuple[Param, Packing]] = {}
+        for param in leaves(params):
+            packing = packings.get(param.name, Packing())
+            wanted.setdefault(identity(param, packing), (param, packing))
+
+        def read(pair: tuple[Param, Packing]) -> dict[str, HostArray]:
+            param, packing = pair
+            local = param.shard(checkpoint, self._coordinate)
+            with typed_memory(f"weight {param.name}"), region.filling():
+                return {name: region.keep(leaf) for name, leaf in self._packed(param, local, packing).items()}
+
+        largest = sorted(wanted, key=lambda same: -prod(wanted[same][0].shape))  # first, so that none is left for last
+        with ThreadPoolExecutor(self.team.threads) as pool:
+            found = dict(zip(largest, pool.map(read, [wanted[same] for same in largest]), strict=True))
+        self._shared = {same: (*pair, found[same]) for same, pair in wanted.items()}
+        self.weights = map_tree(lambda param: self._place(param, packings.get(param.name, Packing())), params)
         return self.weights
 
-    def _place(
-        self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing], region: Region
-    ) -> Weight | TapeArray:
+    def _place(self, param: Param, packing: Packing) -> Weight | TapeArray:
         if param.name not in self._params:
-            packing = packings.get(param.name, Packing())
-            same = (param.source_id, packing.layout, param.shape, param.dtype)
-            if same not in self._shared:
-                local = param.shard(checkpoint, self._coordinate)
-                with typed_memory(f"weight {param.name}"):
-                    leaves = {name: region.copy(leaf) for name, leaf in packed(param, local, packing).items()}
-                self._shared[same] = param, packing, leaves
-            self._params[param.name] = param, self._make(param, packing, self._shared[same][2])
+            made = self._make(param, packing, self._shared[identity(param, packing)][2])
+            self._params[param.name] = param, made
         return self._params[param.name][1]
+
+    def _packed(self, param: Param, local: Local, packing: Packing) -> dict[str, HostArray]:
+        """A parameter's leaves: as the packing makes them, or dense in checkpoint order."""
+        return packing.pack(param, local) if packing.pack else {"data": dense(self.native.library, param, local)}
 
     def _make(self, param: Param, packing: Packing, leaves: dict[str, HostArray]) -> Weight | TapeArray:
         if "const" in param.problems:
@@ -105,7 +120,7 @@ class NativeSession(SessionState):
             raise MisshapenTensor(f"update of {name!r}: no such parameter is loaded; load it first")
         source = self._params[name][0].source_id
         pairs = []
-        for param, packing, leaves in self._shared.values():
+        for param, packing, held in self._shared.values():
             if param.source_id != source:
                 continue
             if tuple(array.shape) != param.shape:
@@ -113,7 +128,7 @@ class NativeSession(SessionState):
                     f"update of {name!r}: shape {list(array.shape)}, not {list(param.shape)}; another shape needs load"
                 )
             local = Local((Stored("none", param.shape, {"data": array}),))
-            pairs.append((leaves, packed(param, local, packing)))
+            pairs.append((held, self._packed(param, local, packing)))
         return pairs
 
     # ---- caches and pages --------------------------------------------------------------------------------------
@@ -133,6 +148,7 @@ class NativeSession(SessionState):
                 Cache(key, problem, layout, LAYOUTS[layout].arrays(problem, pages[problem.group], region))
                 for key, problem in enumerate(problems)
             ]
+            touch((array for cache in self.caches for array in cache.arrays.values()), self.team.threads)
         self.pages = {problem.group: pages[problem.group] for problem in problems}
         return list(self.caches)
 
@@ -219,18 +235,9 @@ class NativeSession(SessionState):
                 self._arena = self._scratch = np.empty(0, np.uint8)
 
 
-def packed(param: Param, local: Local, packing: Packing) -> dict[str, HostArray]:
-    """A parameter's leaves: as the packing makes them, or dense in checkpoint order."""
-    if packing.pack is not None:
-        return packing.pack(param, local)
-    check_parts(param, local)
-    whole = np.empty(param.shape, numpy_dtype(param.dtype))
-    rows = whole.reshape(-1, *local.parts[0].shape[1:]) if local.parts else whole
-    first = 0
-    for part in local.parts:
-        rows[first : first + part.shape[0]] = dequantize(part, param.dtype)
-        first += part.shape[0]
-    return {"data": whole}
+def identity(param: Param, packing: Packing) -> Hashable:
+    """What parameters have in common that share memory."""
+    return param.source_id, packing.layout, param.shape, param.dtype
 
 
 def close_at_exit(session: NativeSession) -> None:

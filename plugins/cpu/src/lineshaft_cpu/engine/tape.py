@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 from lineshaft_contract.errors import Unsupported
 from lineshaft_contract.ops.spec import HostArray
-from lineshaft_contract.steps import ArraySpec
+from lineshaft_contract.problems import itemsize
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.native import AGAIN, Native
 
@@ -67,7 +68,7 @@ class Tape:
 
     def new(self, shape: Sequence[int], dtype: str, live: TapeArray | None = None) -> TapeArray:
         """An array in the arena, for a call to write to."""
-        return TapeArray(Buffer(max(1, ArraySpec(tuple(shape), dtype).nbytes)), shape, dtype, live=live)
+        return TapeArray(Buffer(max(1, prod(shape) * itemsize(dtype))), shape, dtype, live=live)
 
     def add(
         self,
@@ -127,25 +128,30 @@ class Linked:
         self.address = ctypes.addressof(self.steps)
 
     def _job(self, native: Native, call: Call, threads: int) -> ctypes.Structure:
-        job = call.job.struct()
-        for name, value in call.fields.items():
-            if isinstance(value, Call):
-                setattr(job, name, ctypes.addressof(self._job(native, value, threads)))
-            else:
-                setattr(job, name, pointer_of(value))
+        fields = call.fields
+        job = call.job.struct(*[self._field(native, fields.get(name, 0), threads) for name, _ in call.job.fields])
         if call.job.cut:
             native.function(f"{call.job.name}_cut", c_void_p, ctypes.c_int)(ctypes.addressof(job), threads)
         self.jobs.append((call, job))
         return job
 
+    def _field(self, native: Native, value: Any, threads: int) -> int | float | None:
+        """What a field holds: of a job within the job, its address."""
+        if isinstance(value, Call):
+            return ctypes.addressof(self._job(native, value, threads))
+        return pointer_of(value)
+
 
 def pointer_of(value: TapeArray | HostArray | int | float | None) -> int | float | None:
     """What a field of a job holds: of an array, its address."""
-    if isinstance(value, TapeArray):
-        return value.address
-    if value is None or isinstance(value, int | float):
+    if value is None or isinstance(value, _NUMBERS):
         return value
+    if isinstance(value, TapeArray):
+        return value.buffer.address + value.offset
     return int(value.ctypes.data)
+
+
+_NUMBERS = (int, float)
 
 
 @cache

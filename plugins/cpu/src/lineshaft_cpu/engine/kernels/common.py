@@ -119,6 +119,8 @@ def lookup(x: TapeArray | HostArray, to: TapeArray, rows: int, nbytes: int, to_s
 
 def tail_of(x: TapeArray) -> int:
     """How many values lie one after another, of the innermost dims."""
+    if x.dense:
+        return x.size
     found = 1
     for size, stride in zip(reversed(x.shape), reversed(x.strides), strict=True):
         if size != 1 and stride != found:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import LinearProblem, itemsize
-from lineshaft_contract.schemes import check_parts, dequantize
 from lineshaft_contract.weights import Local, Param, Weight
 from lineshaft_cpu.engine.kernels.common import (
     EXTENT,
@@ -27,10 +24,10 @@ from lineshaft_cpu.engine.kernels.common import (
     recipe,
     tail_of,
 )
+from lineshaft_cpu.engine.stored import PANEL, panels
 from lineshaft_cpu.native import Native
 
 PANELS = "cpu_panels"
-PANEL = 32
 BLOCK_BYTES = 768 << 10
 """Of rows of x in an item: they stay in a core's own cache while panels of weights pass, each of which is read once."""
 FEW = 12
@@ -51,21 +48,10 @@ TILED = ("amx", "amx_emulated")
 
 
 def recipes(native: Native) -> Iterator[Recipe]:
+    def pack(param: Param, local: Local) -> dict[str, HostArray]:
+        return {"data": panels(native.library, param, local)}
+
     yield recipe("linear", "linear", bind_linear, layout=PANELS, pack=pack, handles=frozenset({"bias"}))
-
-
-def pack(param: Param, local: Local) -> dict[str, HostArray]:
-    """{"data": a weight [n, k] in panels of 32 outputs}: bfloat16 [n / 32, k / 2, 32, 2], float32 [n / 32, k, 32], zeros
-    where it ends."""
-    check_parts(param, local)
-    n, k = param.shape
-    pair = 2 if param.dtype == "bfloat16" else 1
-    whole = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
-    if n % PANEL or k % pair:
-        whole = np.pad(whole, ((0, -n % PANEL), (0, -k % pair)))
-    bits = whole.view(np.uint16 if pair == 2 else np.uint32)
-    panels = bits.reshape(-1, PANEL, whole.shape[1] // pair, pair).transpose(0, 2, 1, 3)
-    return {"data": np.ascontiguousarray(panels).view(whole.dtype)}
 
 
 def bind_linear(problem: LinearProblem, session: Any) -> Any:
