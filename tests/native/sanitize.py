@@ -28,7 +28,7 @@ OPTIONS = {
     "address": {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
     "thread": {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0"},
 }
-RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
+RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
 def main() -> int:
@@ -40,11 +40,11 @@ def main() -> int:
     levels = args.levels.split(",")
     with TemporaryDirectory(prefix="lineshaft-sanitized-") as folder:
         compiler = build(args.sanitizer, levels, Path(folder))
-        found = subprocess.run([*compiler, f"-print-file-name={RUNTIME[args.sanitizer]}"], capture_output=True, text=True)
+        runtimes = " ".join(find(compiler, name) for name in RUNTIMES[args.sanitizer])
         for level in levels:
             fuzz = [sys.executable, ROOT / "tests" / "native" / "fuzz.py", "--level", level, "--library", folder]
             command = [*without_random_addresses(), *map(str, fuzz), "--seconds", str(args.seconds / len(levels))]
-            variables = {"LD_PRELOAD": found.stdout.strip(), **OPTIONS[args.sanitizer]}
+            variables = {"LD_PRELOAD": runtimes, **OPTIONS[args.sanitizer]}
             if status := subprocess.run(command, env={**os.environ, **variables}).returncode:
                 print(f"{args.sanitizer} sanitizer, level {level}: status {status}", file=sys.stderr)
                 return 1
@@ -60,6 +60,11 @@ def build(sanitizer: str, levels: list[str], folder: Path) -> list[str]:
         raise SystemExit(f"the library was not built for the {sanitizer} sanitizer: {'; '.join(notes)}")
     compiler: list[str] = hook.compiler()
     return compiler
+
+
+def find(compiler: list[str], library: str) -> str:
+    """Where the compiler has a library of its own."""
+    return subprocess.run([*compiler, f"-print-file-name={library}"], capture_output=True, text=True).stdout.strip()
 
 
 def load_hook() -> ModuleType:
