@@ -360,3 +360,44 @@ EXPORT void NAME(logprobs_body)(const void *job, int64_t item, void *scratch) {
     const LogprobsStep *l = job;
     EACH_ROW(row, l, item) logprobs_row(l, row, scratch);
 }
+
+/* ---- apply_logits -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Extent e;
+    int64_t grain;
+    const void *x; /* [R, V] */
+    void *out;     /* [R, V] */
+    const uint32_t *mask; /* [R, words], a bit for each token that is allowed, or NULL */
+    const int32_t *ids;   /* [R, edits], or NULL */
+    const float *scale, *bias;
+    int64_t width, stride, words, edits, narrow;
+} ApplyStep;
+
+INLINE int allowed(const uint32_t *mask, int64_t id) { return !mask || mask[id / 32] >> id % 32 & 1; }
+
+INLINE void apply_row(const ApplyStep *a, int64_t row, int narrow) {
+    const int64_t from = row * a->stride, to = row * a->width, size = narrow ? 2 : 4;
+    const uint32_t *mask = a->mask ? a->mask + row * a->words : NULL;
+    for (int64_t first = 0; first < a->width; first += 32) {
+        const int64_t end = least(first + 32, a->width);
+        if (!mask || mask[first / 32] == UINT32_MAX)
+            memcpy((char *)a->out + (to + first) * size, (const char *)a->x + (from + first) * size, (end - first) * size);
+        else
+            for (int64_t i = first; i < end; i++)
+                store_one(a->out, to + i, allowed(mask, i) ? load_one(a->x, from + i, narrow) : -INFINITY, narrow);
+    }
+    for (int64_t i = row * a->edits; i < (row + 1) * a->edits; i++) {
+        const int64_t id = a->ids[i];
+        if (id < 0 || id >= a->width || !allowed(mask, id))
+            continue;
+        const float x = load_one(a->x, from + id, narrow), scale = a->scale[i] == 0 ? 1 : a->scale[i];
+        store_one(a->out, to + id, (x > 0 ? x / scale : x * scale) + a->bias[i], narrow);
+    }
+}
+
+GRAINS(apply, ApplyStep)
+EXPORT void NAME(apply_body)(const void *job, int64_t item, void *scratch) {
+    const ApplyStep *a = job;
+    EACH_ROW(row, a, item) EITHER(apply_row, a->narrow, a, row);
+}

@@ -7,11 +7,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.unit.cpu_plugin.taped import LEVELS, run
 
 from lineshaft_contract.ops import logits as rules
 from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import SampleProblem
-from tests.unit.cpu_plugin.taped import LEVELS, run
 
 FILTERS = [  # temperature, top_k, top_p, min_p
     (1.0, 0, 0.0, 0.0), (1.0, 1, 0.0, 0.0), (0.7, 50, 0.0, 0.0), (1.0, 5000, 0.0, 0.0), (1.0, 0, 0.9, 0.0),
@@ -104,9 +104,9 @@ def test_the_last_kept_token_is_the_references(kind: str, filters: tuple[float, 
     u = np.full((4, 1), np.nextafter(np.float32(1), np.float32(0)))
     got = run("cpu_sample", problem(ordered), ordered, params, u)[0]
     for row in range(4):
-        _, top_k, top_p, min_p = filters
         scaled = ordered[row].astype(np.float64) / params["temperature"][row]
-        order, weights = rules.kept_tokens(scaled, top_k, float(params["top_p"][row]), float(params["min_p"][row]))
+        others = (float(params[key][row]) for key in ("top_p", "min_p"))
+        order, weights = rules.kept_tokens(scaled, filters[1], *others)
         gathered = np.cumsum(weights)
         low, high = np.searchsorted(gathered, gathered[-1] * np.array([1 - 4e-6, 1 + 4e-6]), side="right")
         assert order[min(low, len(order) - 1)] <= got[row] <= order[min(high, len(order) - 1)]
@@ -167,3 +167,31 @@ def test_logprobs_of_rows_without_a_distribution() -> None:
     assert np.array_equal(top_ids, wanted_ids)
     np.testing.assert_allclose(chosen, wanted, atol=1e-6)
     np.testing.assert_allclose(top, wanted_top, atol=1e-6)
+
+
+# ---- apply_logits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_edits", [False, True])
+def test_edits_and_masks_of_a_large_vocabulary(dtype: Any, with_mask: bool, with_edits: bool) -> None:
+    rng = np.random.default_rng(2)
+    rows, vocab = 5, 70_001
+    x = rng.standard_normal((rows, vocab)).astype(dtype)
+    kwargs: dict[str, HostArray] = {}
+    if with_mask:
+        kwargs["mask"] = rng.integers(0, 2**32, (rows, -(-vocab // 32)), dtype=np.uint32)
+        kwargs["mask"][1], kwargs["mask"][2] = 0, 0xFFFFFFFF
+    if with_edits:
+        ids = np.stack([rng.permutation(vocab)[:40] for _ in range(rows)]).astype(np.int32)
+        ids[:, 7], ids[0, 8] = vocab, vocab - 1
+        scale, bias = (rng.uniform(0.5, 2.0, ids.shape).astype(np.float32) for _ in range(2))
+        scale[:, 9], bias[:, 10], bias[ids == vocab] = 0.0, -np.inf, np.nan
+        kwargs |= {"edit_ids": ids, "edit_scale": scale, "edit_bias": bias}
+    used = problem(x, mask=with_mask, edits=40 * with_edits)
+    got = run("cpu_apply_logits", used, x, **kwargs)[0].astype(np.float64)
+    wanted = rules.apply_logits(used, x, **kwargs).astype(dtype).astype(np.float64)
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    np.testing.assert_allclose(got, wanted, rtol=eps, atol=eps)
+    assert np.array_equal(got == -np.inf, wanted == -np.inf)

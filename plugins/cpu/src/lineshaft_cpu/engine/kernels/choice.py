@@ -40,12 +40,20 @@ LOGPROBS = Job(
         *((name, c_int64) for name in ("width", "stride", "k", "band", "narrow")),
     ),
 )  # fmt: skip
+APPLY = Job(
+    "apply",
+    (
+        *EXTENT, ("grain", c_int64), *((name, c_void_p) for name in ("x", "out", "mask", "ids", "scale", "bias")),
+        *((name, c_int64) for name in ("width", "stride", "words", "edits", "narrow")),
+    ),
+)  # fmt: skip
 
 
 def recipes(native: Native) -> Iterator[Recipe]:
     yield recipe("argmax", "argmax", bind_argmax)
     yield recipe("sample", "sample", bind_sample)
     yield recipe("logprobs", "logprobs", bind_logprobs)
+    yield recipe("apply_logits", "apply_logits", bind_apply, handles=frozenset({"mask", "edits"}))
 
 
 def scratch(vocab: int, band: int) -> int:
@@ -81,8 +89,8 @@ def bind_argmax(problem: SampleProblem, session: Any) -> Any:
 
 def bind_sample(problem: SampleProblem, session: Any) -> Any:
     def sample(logits: TapeArray, params: Mapping[str, TapeArray], u: TapeArray) -> TapeArray:
-        """logits [R, V], {temperature, top_p, min_p: f32[R], top_k: int32[R]}, u f32[R, 1] -> int32[R]; -1 for a row with
-        a NaN or without a kept token."""
+        """logits [R, V], {temperature, top_p, min_p: f32[R], top_k: int32[R]}, u f32[R, 1] -> int32[R]; -1 for a row
+        with a NaN or without a kept token."""
         tape = session.tape
         x = rows_of(tape, logits)
         given = {name: dense(tape, u if name == "u" else params[name]) for name in _FILTERS}
@@ -97,8 +105,8 @@ def bind_sample(problem: SampleProblem, session: Any) -> Any:
 
 def bind_logprobs(problem: SampleProblem, session: Any) -> Any:
     def logprobs(logits: TapeArray, ids: TapeArray, k: int) -> tuple[TapeArray, TapeArray, TapeArray]:
-        """logits [R, V], ids int32[R] -> log-softmax (chosen f32[R], top_ids int32[R, k], top f32[R, k]), descending, ties
-        to the lowest id; an id of -1 is read as 0."""
+        """logits [R, V], ids int32[R] -> log-softmax (chosen f32[R], top_ids int32[R, k], top f32[R, k]), descending,
+        ties to the lowest id; an id of -1 is read as 0."""
         tape, band = session.tape, max(k, BAND)
         x, ids = rows_of(tape, logits), dense(tape, ids)
         rows = x.shape[0]
@@ -114,3 +122,29 @@ def bind_logprobs(problem: SampleProblem, session: Any) -> Any:
         return chosen, top_ids, top
 
     return logprobs
+
+
+def bind_apply(problem: SampleProblem, session: Any) -> Any:
+    def apply_logits(
+        logits: TapeArray,
+        *,
+        mask: TapeArray | None = None,
+        edit_ids: TapeArray | None = None,
+        edit_scale: TapeArray | None = None,
+        edit_bias: TapeArray | None = None,
+    ) -> TapeArray:
+        """logits [R, V] with edits (ids int32[R, K], scale and bias f32[R, K]), then -inf where the mask
+        uint32[R, ceil(V / 32)] is clear -> [R, V], rounded once."""
+        tape = session.tape
+        x = rows_of(tape, logits)
+        out = tape.new(x.shape, x.dtype, x.live)
+        named = {"mask": mask, "ids": edit_ids, "scale": edit_scale, "bias": edit_bias}
+        given = {name: None if array is None else dense(tape, array) for name, array in named.items()}
+        fields = {
+            **by_row(x, out), **given, "words": -(-problem.vocab // 32),
+            "edits": 0 if edit_ids is None else edit_ids.shape[1],
+        }  # fmt: skip
+        tape.add(APPLY, "apply_logits", [x, *(y for y in given.values() if y is not None)], (out,), fields)
+        return out
+
+    return apply_logits
