@@ -238,3 +238,4 @@ EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t widt
 #include "linear.h"
 #include "rows.h"
 #include "choice.h"
+#include "experts.h"

@@ -265,16 +265,20 @@ INLINE void finish(const Linear *l, int64_t row, int64_t rows, int64_t panel, Su
 }
 
 EXPORT const int64_t NAME(linear_bytes) = sizeof(Linear);
-EXPORT int64_t NAME(linear_items)(const void *job) {
-    const Linear *l = job;
-    return (live_rows(&l->e) + l->block - 1) / l->block * ((units(l) + l->grain - 1) / l->grain);
+/* How many items a product of `rows` rows is cut into. */
+INLINE int64_t multiply_items(const Linear *l, int64_t rows) {
+    return (rows + l->block - 1) / l->block * ((units(l) + l->grain - 1) / l->grain);
 }
 
-EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
+EXPORT int64_t NAME(linear_items)(const void *job) {
     const Linear *l = job;
-    const int64_t chunks = (units(l) + l->grain - 1) / l->grain, first = item / chunks * l->block;
-    const int64_t rows = least(l->block, live_rows(&l->e) - first), begin = item % chunks * l->grain;
-    const int64_t end = least(units(l), begin + l->grain);
+    return multiply_items(l, live_rows(&l->e));
+}
+
+typedef void (*Finish)(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up);
+
+/* The panels from `begin` to `end` of x w^T for `rows` rows from `first` on, each handed to `finish`. */
+static void multiply_block(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end, Finish finish) {
     _Alignas(64) Sums y, up;
     int64_t step = least(STEP, FEW);
     void *tiles = NULL;
@@ -292,7 +296,7 @@ EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
         for (int64_t panel = begin; panel < end; panel++) {
             multiply(l, tiles, first + i, here, panel, y);
             if (l->gate)
-                multiply(l, tiles, first + i, here, l->gate / PANEL + panel, up);
+                multiply(l, tiles, first + i, here, units(l) + panel, up);
             finish(l, first + i, here, panel, y, up);
         }
     }
@@ -300,4 +304,16 @@ EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
     if (tiles)
         tiles_end(tiles);
 #endif
+}
+
+/* One of the items into which a product of `rows` rows is cut. */
+static void multiply_item(const Linear *l, int64_t rows, int64_t item, Finish finish) {
+    const int64_t chunks = (units(l) + l->grain - 1) / l->grain, first = item / chunks * l->block;
+    const int64_t begin = item % chunks * l->grain, end = least(units(l), begin + l->grain);
+    multiply_block(l, first, least(l->block, rows - first), begin, end, finish);
+}
+
+EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
+    const Linear *l = job;
+    multiply_item(l, live_rows(&l->e), item, finish);
 }

@@ -48,17 +48,21 @@ def recipes(native: Native) -> Iterator[Recipe]:
 
 
 def pack(param: Param, local: Local) -> dict[str, HostArray]:
-    """{"data": a weight [n, k] in panels of 32 outputs}: bfloat16 [n / 32, k / 2, 32, 2], float32 [n / 32, k, 32], zeros
-    where it ends."""
+    """{"data": a weight [n, k] in panels, as of `panels_of`}."""
     check_parts(param, local)
-    n, k = param.shape
-    pair = 2 if param.dtype == "bfloat16" else 1
-    whole = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
+    return {"data": panels_of(np.concatenate([dequantize(part, param.dtype) for part in local.parts]))}
+
+
+def panels_of(whole: HostArray) -> HostArray:
+    """Weights [..., n, k] in panels of 32 outputs: bfloat16 [..., n / 32, k / 2, 32, 2], float32 [..., n / 32, k, 32, 1],
+    zeros where they end."""
+    *lead, n, k = whole.shape
+    pair = 2 if whole.dtype.itemsize == 2 else 1
     if n % PANEL or k % pair:
-        whole = np.pad(whole, ((0, -n % PANEL), (0, -k % pair)))
+        whole = np.pad(whole, (*((0, 0) for _ in lead), (0, -n % PANEL), (0, -k % pair)))
     bits = whole.view(np.uint16 if pair == 2 else np.uint32)
-    panels = bits.reshape(-1, PANEL, whole.shape[1] // pair, pair).transpose(0, 2, 1, 3)
-    return {"data": np.ascontiguousarray(panels).view(whole.dtype)}
+    panels = bits.reshape(*lead, -1, PANEL, whole.shape[-1] // pair, pair).swapaxes(-3, -2)
+    return np.ascontiguousarray(panels).view(whole.dtype)
 
 
 def bind_linear(problem: LinearProblem, session: Any) -> Any:
