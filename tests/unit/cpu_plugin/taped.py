@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lineshaft_conformance.harness.rig import Values
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import Problem
@@ -74,7 +75,7 @@ def argument(session: NativeSession, found: Kernel, problem: Problem, item: Any)
         array = item.array
         local = Local((Stored("none", array.shape, {"data": array}),))
         param = Param("w", "w", array.shape, array.dtype.name, {item.kind: problem}, lambda checkpoint, at: local)
-        return session.load(param, None, {"w": Packing(found.layout, found.pack)})
+        return session.load(param, Values({}), {"w": Packing(found.layout, found.pack)})
     if isinstance(item, Live):
         count = np.array([item.count], np.int32)
         return held(item.array, held(count))

@@ -179,7 +179,7 @@ def test_edits_and_masks_of_a_large_vocabulary(dtype: Any, with_mask: bool, with
     rng = np.random.default_rng(2)
     rows, vocab = 5, 70_001
     x = rng.standard_normal((rows, vocab)).astype(dtype)
-    kwargs: dict[str, HostArray] = {}
+    kwargs: dict[str, Any] = {}
     if with_mask:
         kwargs["mask"] = rng.integers(0, 2**32, (rows, -(-vocab // 32)), dtype=np.uint32)
         kwargs["mask"][1], kwargs["mask"][2] = 0, 0xFFFFFFFF
@@ -192,6 +192,6 @@ def test_edits_and_masks_of_a_large_vocabulary(dtype: Any, with_mask: bool, with
     used = problem(x, mask=with_mask, edits=40 * with_edits)
     got = run("cpu_apply_logits", used, x, **kwargs)[0].astype(np.float64)
     wanted = rules.apply_logits(used, x, **kwargs).astype(dtype).astype(np.float64)
-    eps = float(ml_dtypes.finfo(dtype).eps)
+    eps = float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
     np.testing.assert_allclose(got, wanted, rtol=eps, atol=eps)
     assert np.array_equal(got == -np.inf, wanted == -np.inf)

@@ -48,7 +48,7 @@ def test_heads_are_multiplied_apart(level: str, dtype: Any, tokens: int, live: i
     w = (rng.standard_normal((heads, n, k)) / k**0.5).astype(dtype)
     problem = LinearProblem(dtype=x.dtype.name, m=tokens, n=n, k=k, heads=heads)
     got = run("cpu_head_linear", problem, Live(x, live), Packed(w, "linear"), level=level)[0][:live]
-    exact, reference = (head_linear(problem, x[:live], w, num=num) for num in (Numerics(), numerics(dtype)))
+    exact, reference = (head_linear(problem, x[:live], w, num=num) for num in (EXACT, numerics(dtype)))
     close(got, exact, reference)
 
 
@@ -141,7 +141,7 @@ def test_each_expert_takes_its_rows(level: str, dtype: Any, activation: str, bia
     rng = np.random.default_rng(4)
     hidden, width, counts = 64, 80, [0, 1, 290, 0, 14, 0]
     offsets = np.cumsum([0, *counts]).astype(np.int32)
-    numbers = {"swiglu_alpha": 1.702, "swiglu_limit": 0.8} if activation == "swigluoai" else {}
+    numbers: dict[str, Any] = {"swiglu_alpha": 1.702, "swiglu_limit": 0.8} if activation == "swigluoai" else {}
     problem = ExpertProblem(
         dtype=np.dtype(dtype).name, experts=6, local=6, hidden=hidden, width=width, k=1, rows=400, bias=bias,
         activation=activation, **numbers,
@@ -151,7 +151,7 @@ def test_each_expert_takes_its_rows(level: str, dtype: Any, activation: str, bia
     w13 = (rng.standard_normal((6, 2 * width, hidden)) / hidden**0.5).astype(dtype)
     w2 = (rng.standard_normal((6, hidden, width)) / width**0.5).astype(dtype)
     sizes = {"w13_bias": 2 * width, "w2_bias": hidden} if bias else {}
-    biases = {name: rng.standard_normal((6, size)).astype(dtype) for name, size in sizes.items()}
+    biases: dict[str, Any] = {name: rng.standard_normal((6, size)).astype(dtype) for name, size in sizes.items()}
     got = run(
         "cpu_grouped_mlp", problem, x, Packed(w13, "experts"), Packed(w2, "experts"), offsets, level=level, **biases
     )[0]  # fmt: skip

@@ -9,9 +9,8 @@ from lineshaft_cpu.native import Native
 
 def engine_kernels(backend: str, native: Native) -> list[Kernel]:
     """The kernels of sessions at one level of the library."""
-    recipes = [
-        recipe for theme in (rows, products, heads, attention, choice, experts) for recipe in theme.recipes(native)
-    ]
+    themes = rows, products, heads, attention, choice, experts
+    recipes = (recipe for theme in themes for recipe in theme.recipes(native))
     return [*(make(backend) for make in recipes), *host.kernels(backend)]
 
 

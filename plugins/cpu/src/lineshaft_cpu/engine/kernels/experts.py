@@ -94,8 +94,8 @@ def mlp_supports(problem: ExpertProblem) -> str | None:
 
 
 def pack_stack(param: Param, local: Local) -> dict[str, HostArray]:
-    """{"data": each matrix of a stack [L, n, k] in panels, as of `panels_of`}. Of experts' w13 the gate has panels of its
-    own, and up has: [L, 2, n / 2, k]."""
+    """{"data": each matrix of a stack [L, n, k] in panels, as of `panels_of`}. Gate and up of experts' w13 have panels
+    each of their own: [L, 2, n / 2, k]."""
     check_parts(param, local)
     problem = param.problems.get("experts")
     halves = 1

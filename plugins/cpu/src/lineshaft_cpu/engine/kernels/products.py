@@ -54,8 +54,8 @@ def pack(param: Param, local: Local) -> dict[str, HostArray]:
 
 
 def panels_of(whole: HostArray) -> HostArray:
-    """Weights [..., n, k] in panels of 32 outputs: bfloat16 [..., n / 32, k / 2, 32, 2], float32 [..., n / 32, k, 32, 1],
-    zeros where they end."""
+    """Weights [..., n, k] in panels of 32 outputs: bfloat16 [..., n / 32, k / 2, 32, 2], float32
+    [..., n / 32, k, 32, 1], zeros where they end."""
     *lead, n, k = whole.shape
     pair = 2 if whole.dtype.itemsize == 2 else 1
     if n % PANEL or k % pair:
