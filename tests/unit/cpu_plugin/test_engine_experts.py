@@ -8,14 +8,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.unit.cpu_plugin.taped import LEVELS, Live, Packed, run
+from tests.unit.cpu_plugin.taped import LEVELS, Live, Packed, held, kernel, run
 
 from lineshaft_contract.ops import experts as rules
 from lineshaft_contract.ops.linear import head_linear
 from lineshaft_contract.ops.spec import EXACT, HostArray, Numerics
 from lineshaft_contract.problems import ExpertProblem, LinearProblem, RouterProblem
 from lineshaft_contract.weights import Local, Param, Stored
+from lineshaft_cpu import native
 from lineshaft_cpu.engine.kernels.experts import pack_stack
+from lineshaft_cpu.engine.session import NativeSession
+from lineshaft_cpu.engine.tape import Tape
 
 BF16: Any = ml_dtypes.bfloat16
 DTYPES = [np.float32, BF16]
@@ -113,6 +116,18 @@ def test_padding_tokens_are_dispatched_behind_all_others(mapping: str, k: int) -
     assert np.array_equal(got[:end], rows[:end])
     assert not got[end:].any()
     assert sorted(source) == list(range(70 * k))
+
+
+@pytest.mark.parametrize("name", ["cpu_moe_dispatch", "cpu_reference_moe_dispatch"])
+def test_sorted_rows_are_not_those_of_tokens_though_as_many(name: str) -> None:
+    problem, (x, ids, _, table) = routed("all", 10, 1, 33, np.float32)
+    session = NativeSession(native.load(LEVELS[0]), 1)
+    live = held(np.array([4], np.int32))
+    with session.recording(Tape()):
+        bound = kernel(name, LEVELS[0]).bind(problem, session)
+        made = bound(held(x, live), held(ids, live), held(table), problem.local)
+    session.close()
+    assert [array.live for array in made] == [None] * 3
 
 
 @pytest.mark.parametrize("level", LEVELS)

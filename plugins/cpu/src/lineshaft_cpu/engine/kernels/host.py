@@ -26,6 +26,8 @@ from lineshaft_cpu.engine.kernels.common import live_of
 
 PRIORITY = 1
 _CACHED: Final = frozenset({"write_kv", "read_pages", "write_pages", "copy_pages", "copy_slots", "attend"})
+_SORTED: Final = frozenset({"moe_dispatch"})
+"""Ops whose rows are in an order of their own: as many as tokens, at one expert a token, and yet not theirs."""
 _PAGES: Final = ("kv_scheme",)
 _HANDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -72,7 +74,7 @@ def binding(spec: OpSpec) -> Callable[[Any, Any], Callable[..., Any]]:
             inferred = spec.infer(problem, Call(args, kwargs, {}))
             items = inferred if isinstance(inferred, tuple) else (inferred,)
             reads = arrays_in([*args, *kwargs.values()])
-            live = live_of(*reads)
+            live = None if spec.name in _SORTED else live_of(*reads)
             made = [made_for(session.tape, item, args, reads, live) for item in items]
             outs = [item for item in made if isinstance(item, TapeArray)]
             compute = _IN_PLACE.get(spec.name, spec.reference)
