@@ -94,20 +94,20 @@ def mlp_supports(problem: ExpertProblem) -> str | None:
 
 
 def pack_stack(param: Param, local: Local) -> dict[str, HostArray]:
-    """{"data": each matrix of a stack [L, n, k] in panels, as of `panels_of`}. Gate and up of experts' w13 have panels
+    """{"data": each matrix of a stack [..., n, k] in panels, as of `panels_of`}. Gate and up of experts' w13 have panels
     each of their own: [L, 2, n / 2, k]."""
     check_parts(param, local)
+    *lead, n, k = param.shape
     problem = param.problems.get("experts")
-    halves = 1
-    if isinstance(problem, ExpertProblem) and param.shape[1:] == (2 * problem.width, problem.hidden):
-        halves = 2
-    _, n, k = param.shape
-    return {"data": np.stack([panels_of(matrix.reshape(halves, n // halves, k)) for matrix in matrices(param, local)])}
+    gated = isinstance(problem, ExpertProblem) and (n, k) == (2 * problem.width, problem.hidden)
+    parts = (2, n // 2, k) if gated else (1, n, k)
+    stack = np.stack([panels_of(matrix.reshape(parts)) for matrix in matrices(param, local)])
+    return {"data": stack.reshape(*lead, *stack.shape[1:])}
 
 
 def matrices(param: Param, local: Local) -> Iterator[HostArray]:
     """The matrices [n, k] of a stack, whose parts may be stacks, matrices, or parts of those."""
-    _, n, k = param.shape
+    n, k = param.shape[-2:]
     rows: HostArray | None = None
     for part in local.parts:
         more = dequantize(part, param.dtype).reshape(-1, k)
