@@ -94,7 +94,7 @@ def mlp_supports(problem: ExpertProblem) -> str | None:
 
 
 def pack_stack(param: Param, local: Local) -> dict[str, HostArray]:
-    """{"data": each matrix of a stack [..., n, k] in panels, as of `panels_of`}. Gate and up of experts' w13 have panels
+    """{"data": each matrix of a stack [..., n, k] in panels, as of `panels_of`}. Gate and up of w13 have panels
     each of their own: [L, 2, n / 2, k]."""
     check_parts(param, local)
     *lead, n, k = param.shape
