@@ -4,7 +4,7 @@
 
    One item is a block of one row's queries with the query heads of one key head; each pair of a query and a head is a
    *lane*. Keys come in blocks with an online softmax (Milakov and Gimelshein 2018). Where rows are few, the context is
-   split: each split leaves its sums, top and mass, which `merge` joins. */
+   split: each split leaves its sums, top and mass, which `join` joins. */
 
 #define MOST_LANES 64
 #define KEYS 256       /* of a block */
@@ -337,13 +337,13 @@ EXPORT void NAME(flash_body)(const void *job, int64_t item, void *scratch) {
 
 /* ---- the splits of a context, joined ------------------------------------------------------------------------------- */
 
-EXPORT const int64_t NAME(merge_bytes) = sizeof(Flash);
-EXPORT int64_t NAME(merge_items)(const void *job) {
+EXPORT const int64_t NAME(join_bytes) = sizeof(Flash);
+EXPORT int64_t NAME(join_items)(const void *job) {
     const Flash *f = job;
     return f->splits > 1 ? f->rows : 0;
 }
 
-EXPORT void NAME(merge_body)(const void *job, int64_t row, void *scratch) {
+EXPORT void NAME(join_body)(const void *job, int64_t row, void *scratch) {
     const Flash *f = job;
     const int64_t group = f->q_heads / f->kv_heads, width = f->v_dim + 2;
     if (f->starts[row + 1] == f->starts[row])

@@ -12,7 +12,7 @@ typedef struct {
 GRAINS(gate, GateStep)
 EXPORT void NAME(gate_body)(const void *job, int64_t item, void *scratch) {
     const GateStep *j = job;
-    EACH_ROW(row, j, item) EITHER(gate_row, j->g.narrow, &j->g, row);
+    EACH_ROW(row, j, item) gate_item(&j->g, row, scratch);
 }
 
 typedef struct {
@@ -69,6 +69,73 @@ EXPORT void NAME(lookup_body)(const void *job, int64_t item, void *scratch) {
         else
             memcpy(to, from, j->bytes);
     }
+}
+
+/* ---- merges -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Extent e;
+    int64_t grain;
+    const char *x, *others; /* rows; of those with a source, `others` has them */
+    char *out;
+    const int32_t *source; /* [rows]; -1: the row of x */
+    int64_t count;         /* rows of `others` */
+    int64_t bytes, x_stride, others_stride;
+} MergeStep;
+
+GRAINS(merge, MergeStep)
+EXPORT void NAME(merge_body)(const void *job, int64_t item, void *scratch) {
+    const MergeStep *j = job;
+    EACH_ROW(row, j, item) {
+        const int64_t at = j->source[row];
+        const int other = at >= 0 && at < j->count;
+        memcpy(j->out + row * j->bytes, other ? j->others + at * j->others_stride : j->x + row * j->x_stride, j->bytes);
+    }
+}
+
+typedef struct {
+    Extent e; /* heads of tokens */
+    int64_t grain;
+    const void *x;     /* [parts, rows, width] */
+    const float *lse;  /* [parts, rows] */
+    const void *sinks; /* [heads] or NULL */
+    void *out;         /* [rows, width] */
+    int64_t parts, heads, width, narrow, narrow_sinks;
+} StatesStep;
+
+/* Attention over disjoint keys, of each part's by their logsumexp; a part of -inf is not read. */
+INLINE void merge_head(const StatesStep *j, int64_t row, float *weights, int narrow) {
+    const int64_t whole = j->width - j->width % WIDTH, apart = j->e.rows * j->width;
+    const float sink = j->sinks ? load_one(j->sinks, row % j->heads, j->narrow_sinks) : -INFINITY;
+    float peak = sink, total = 0;
+    for (int64_t p = 0; p < j->parts; p++)
+        peak = fmaxf(peak, j->lse[p * j->e.rows + row]);
+    for (int64_t p = 0; p < j->parts; p++) {
+        const float lse = j->lse[p * j->e.rows + row];
+        weights[p] = lse == -INFINITY ? 0 : expf(lse - peak);
+        total += weights[p];
+    }
+    total += sink == -INFINITY ? 0 : expf(sink - peak);
+    for (int64_t p = 0; p < j->parts; p++)
+        weights[p] /= total == 0 ? 1 : total;
+    for (int64_t i = 0; i < j->width; i += i < whole ? WIDTH : 1) {
+        floats mixed = {0};
+        for (int64_t p = 0; p < j->parts; p++) {
+            const int64_t at = p * apart + row * j->width + i;
+            if (weights[p] != 0)
+                mixed += weights[p] * (i < whole ? load(j->x, at, narrow) : splat(load_one(j->x, at, narrow)));
+        }
+        if (i < whole)
+            store(j->out, row * j->width + i, mixed, narrow);
+        else
+            store_one(j->out, row * j->width + i, mixed[0], narrow);
+    }
+}
+
+GRAINS(states, StatesStep)
+EXPORT void NAME(states_body)(const void *job, int64_t item, void *scratch) {
+    const StatesStep *j = job;
+    EACH_ROW(row, j, item) EITHER(merge_head, j->narrow, j, row, scratch);
 }
 
 typedef struct {

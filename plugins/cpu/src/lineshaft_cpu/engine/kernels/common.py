@@ -32,8 +32,9 @@ LOOKUP = Job(
 )  # fmt: skip
 
 __all__ = [
-    "DENSE", "DTYPES", "EXTENT", "Job", "Recipe", "Tape", "TapeArray", "c_double", "c_float", "c_int", "c_int32",
-    "c_int64", "c_void_p", "copied", "dense", "extent", "floats_only", "grain", "live_of", "lookup", "narrow", "operand", "recipe",
+    "DENSE", "DTYPES", "EXTENT", "Field", "Job", "Recipe", "Tape", "TapeArray", "c_double", "c_float", "c_int",
+    "c_int32", "c_int64", "c_void_p", "copied", "dense", "extent", "floats_only", "grain", "live_of", "lookup",
+    "narrow", "operand", "recipe",
 ]  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
     units = -(-problem.n // PANEL)
     share = -(-units // (4 * threads))
     most = max(1, ITEM_BYTES // (PANEL * problem.k * itemsize(problem.dtype)))
-    block = max(PANEL, BLOCK_BYTES // (problem.k * itemsize(problem.dtype)) // PANEL * PANEL)
+    block = rows_of_item(problem.k, problem.dtype)
     tiled = session.native.level in TILED and problem.dtype == "bfloat16" and problem.k % PANEL == 0
 
     def linear(x: TapeArray, w: Weight, *, bias: Any = None) -> TapeArray:
@@ -82,6 +82,11 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
         return out
 
     return linear
+
+
+def rows_of_item(k: int, dtype: str) -> int:
+    """Rows of x [m, k] in an item, at most."""
+    return max(PANEL, BLOCK_BYTES // (k * itemsize(dtype)) // PANEL * PANEL)
 
 
 def in_tiles(tape: Tape, x: TapeArray) -> TapeArray:
