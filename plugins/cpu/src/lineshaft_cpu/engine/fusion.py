@@ -36,7 +36,7 @@ def fuse(tape: Tape, kept: Collection[int]) -> Counter[str]:
 
 def readers_of(tape: Tape) -> Counter[int]:
     """How many calls read each buffer, by id."""
-    return Counter(id(array.buffer) for call in tape.calls for array in call.reads)
+    return Counter(key for call in tape.calls for key in {id(array.buffer) for array in call.reads})
 
 
 def between(first: Call | HostCall | None, second: Call | HostCall) -> list[TapeArray]:
