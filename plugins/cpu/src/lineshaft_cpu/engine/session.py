@@ -59,7 +59,19 @@ class NativeSession(SessionState):
         self.memory = Region()  # of inputs and outputs of programs: many of them are small, and huge pages are not
         self._arena, self._scratch = pages(0), pages(0)
         self._coordinate = Coordinate()
+        self._under_way: tuple[NativePending, float] | None = None  # and the seconds that it took before its last part
         close_at_exit(self)
+
+    def submitted(self, pending: NativePending, seconds: float) -> None:
+        """The last part of a step is under way; the ones before took so many seconds."""
+        self._under_way = pending, seconds
+
+    def finish(self) -> None:
+        """Wait for the step under way, if there is one."""
+        with self.lock:
+            if self._under_way is not None:
+                (pending, seconds), self._under_way = self._under_way, None
+                pending.ended(seconds + self.team.wait())
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -67,6 +79,7 @@ class NativeSession(SessionState):
         """A `const` Param becomes a bare array. Params of equal `source_id` and packing share memory. Raises
         MissingTensor, MisshapenTensor, OutOfMemory."""
         self.require_changeable("load")
+        self.finish()
         self._params, self._shared = {}, {}
         self.generation += 1
         region = Region()
@@ -109,10 +122,11 @@ class NativeSession(SessionState):
         self.require_usable()
         made = [pair for name, array in weights.items() for pair in self._repacked(name, array)]
         with self.lock:
+            self.finish()
             for old, new in made:
                 for name, leaf in old.items():
                     leaf[...] = new[name]
-        return NativePending({}, {}, 0.0)
+        return NativePending(None, {}, {})
 
     def _repacked(self, name: str, array: HostArray) -> list[tuple[dict[str, HostArray], dict[str, HostArray]]]:
         """The leaves held and the leaves to be held, of each packing of the parameter's source."""
@@ -136,6 +150,7 @@ class NativeSession(SessionState):
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
         """Zeroed caches in a layout of this engine's kernels. Raises ContractViolation for another, OutOfMemory."""
         self.require_changeable("alloc_caches")
+        self.finish()
         layout = layout or next(iter(LAYOUTS))
         if layout not in LAYOUTS:
             raise ContractViolation(
@@ -155,11 +170,13 @@ class NativeSession(SessionState):
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
         self.require_usable()
         with self.lock:
+            self.finish()
             return self._layout(cache).read(self.caches[cache], np.asarray(ids, np.int64))
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
         with self.lock:
+            self.finish()
             self._layout(cache).write(self.caches[cache], np.asarray(ids, np.int64), pages)
         return DoneTransfer()
 
@@ -167,6 +184,7 @@ class NativeSession(SessionState):
         self.require_usable()
         source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
         with self.lock:
+            self.finish()
             for cache in self.caches:
                 if cache.problem.group == group:
                     self._layout(cache.key).copy(cache, source, target)
@@ -187,6 +205,7 @@ class NativeSession(SessionState):
         host_outputs: frozenset[str] = frozenset(),
     ) -> NativeProgram:
         self.require_changeable("capture")
+        self.finish()
         capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
         with typed_memory(f"the results of a step of {shape.tokens} tokens"):
             return NativeProgram(self, capture)
@@ -228,6 +247,7 @@ class NativeSession(SessionState):
     def close(self) -> None:
         with self.lock:
             if not self.closed:
+                self.finish()
                 self.closed = True
                 self.team.close()
                 self.weights, self.caches, self._params, self._shared = {}, [], {}, {}
