@@ -118,11 +118,20 @@ INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t d) {
 }
 #endif
 
+/* Ask for a page's keys or values of one head: they lie where no processor foresees. */
+INLINE void ask_for(const char *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(from + i);
+}
+
 /* Scores of all lanes against all keys of the block. */
 INLINE void score_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
     const int64_t pair = narrow ? 2 : 1;
-    const Inner p = {f->qk_dim, pair * f->page_size, f->qk_dim, KEYS, 0};
-    for (int64_t page = 0; page < t->held; page++)
+    const Inner p = {f->qk_dim, pair * f->page_size, f->qk_dim, KEYS, 0, 0};
+    for (int64_t page = 0; page < t->held; page++) {
+        if (page + 1 < t->held)
+            ask_for(t->keys[page + 1], f->page_size * f->qk_dim * value_bytes(f));
+        ask_for(t->values[page], f->page_size * f->v_dim * value_bytes(f));
         for (int64_t key = 0; key < f->page_size; key += PANEL) {
 #if defined(TILES)
             if (tiled) {
@@ -133,12 +142,13 @@ INLINE void score_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
             inner(&p, t->q, t->keys[page] + pair * key * value_bytes(f), t->lanes,
                   &t->scores[0][page * f->page_size + key], narrow);
         }
+    }
 }
 
 /* Each lane's sums += weights times values. */
 INLINE void weigh_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
     const int64_t pair = narrow ? 2 : 1;
-    const Inner p = {KEYS, pair * f->v_dim, f->page_size, MOST_VALUES, 1};
+    const Inner p = {KEYS, pair * f->v_dim, f->page_size, MOST_VALUES, 1, 0};
     for (int64_t d = 0; d < f->v_dim; d += PANEL) {
 #if defined(TILES)
         if (tiled) {
@@ -280,7 +290,7 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
     begin_lanes(f, t, queries, narrow);
 #if defined(TILES)
     if (tiled)
-        shape_tiles(&t->tiles);
+        shape_tiles(&t->tiles, 32);
 #endif
     const int64_t stop = most(0, t->to[t->lanes - 1]), first = t->from[0] / f->page_size;
     const int64_t end = (stop + f->page_size - 1) / f->page_size, share = (end - first + splits - 1) / splits;
