@@ -4,12 +4,13 @@
 
    One item is a block of one row's queries with the query heads of one key head; each pair of a query and a head is a
    *lane*. Keys come in blocks with an online softmax (Milakov and Gimelshein 2018). Where rows are few, the context is
-   split: each split leaves its sums, top and mass, which `merge` joins. */
+   split: each split leaves its sums, top and mass, which `join` joins. */
 
 #define MOST_LANES 64
 #define KEYS 256       /* of a block */
 #define MOST_PAGES 8   /* of a block: pages have PANEL keys or a multiple */
 #define MOST_VALUES 256
+#define SPLIT_PAGES 4  /* of a part of a context, at least */
 #define LOG2_E 1.44269504f
 #define HIDDEN -1e30f /* the score of a key that a lane does not see: its weight is 2^-126, which no sum notices */
 
@@ -248,6 +249,12 @@ INLINE void end_lane(const Flash *f, int64_t token, int64_t head, float *sums, f
         store(f->out, at * f->v_dim + d, load(sums, d, 0) * scale, narrow);
 }
 
+/* How many parts a row's context is cut into: no more than are worth joining. */
+INLINE int64_t splits_of(const Flash *f, int64_t row) {
+    const int64_t worth = f->lens[row] / (f->page_size * SPLIT_PAGES);
+    return most(1, least(f->splits, worth));
+}
+
 INLINE float *partial_of(const Flash *f, int64_t row, int64_t head, int64_t split) {
     const int64_t group = f->q_heads / f->kv_heads;
     return f->partial + ((row * f->kv_heads + head) * f->splits + split) * group * (f->v_dim + 2);
@@ -255,7 +262,7 @@ INLINE float *partial_of(const Flash *f, int64_t row, int64_t head, int64_t spli
 
 INLINE void end_lanes(const Flash *f, Lanes *t, int64_t split, int narrow) {
     for (int64_t lane = 0; lane < t->lanes; lane++) {
-        if (f->splits > 1) {
+        if (splits_of(f, t->row) > 1) {
             float *to = partial_of(f, t->row, t->head, split) + lane * (f->v_dim + 2);
             memcpy(to, t->sums[lane], f->v_dim * sizeof(float));
             to[f->v_dim] = t->top[lane], to[f->v_dim + 1] = t->mass[lane];
@@ -267,13 +274,16 @@ INLINE void end_lanes(const Flash *f, Lanes *t, int64_t split, int narrow) {
 
 INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t split, int narrow) {
     const int tiled = narrow && t->lanes > FEW;
+    const int64_t splits = splits_of(f, t->row);
+    if (split >= splits)
+        return;
     begin_lanes(f, t, queries, narrow);
 #if defined(TILES)
     if (tiled)
         shape_tiles(&t->tiles);
 #endif
     const int64_t stop = most(0, t->to[t->lanes - 1]), first = t->from[0] / f->page_size;
-    const int64_t end = (stop + f->page_size - 1) / f->page_size, share = (end - first + f->splits - 1) / f->splits;
+    const int64_t end = (stop + f->page_size - 1) / f->page_size, share = (end - first + splits - 1) / splits;
     int64_t at = first + split * share;
     for (const int64_t last = least(end, at + share); at < last;) {
         at = take_pages(f, t, at, last);
@@ -337,24 +347,24 @@ EXPORT void NAME(flash_body)(const void *job, int64_t item, void *scratch) {
 
 /* ---- the splits of a context, joined ------------------------------------------------------------------------------- */
 
-EXPORT const int64_t NAME(merge_bytes) = sizeof(Flash);
-EXPORT int64_t NAME(merge_items)(const void *job) {
+EXPORT const int64_t NAME(join_bytes) = sizeof(Flash);
+EXPORT int64_t NAME(join_items)(const void *job) {
     const Flash *f = job;
     return f->splits > 1 ? f->rows : 0;
 }
 
-EXPORT void NAME(merge_body)(const void *job, int64_t row, void *scratch) {
+EXPORT void NAME(join_body)(const void *job, int64_t row, void *scratch) {
     const Flash *f = job;
-    const int64_t group = f->q_heads / f->kv_heads, width = f->v_dim + 2;
-    if (f->starts[row + 1] == f->starts[row])
+    const int64_t group = f->q_heads / f->kv_heads, width = f->v_dim + 2, splits = splits_of(f, row);
+    if (f->starts[row + 1] == f->starts[row] || splits == 1)
         return;
     for (int64_t q_head = 0; q_head < f->q_heads; q_head++) {
         float *parts = partial_of(f, row, q_head / group, 0) + q_head % group * width;
         float top = -INFINITY, mass = 0;
-        for (int64_t i = 0; i < f->splits; i++)
+        for (int64_t i = 0; i < splits; i++)
             top = fmaxf(top, parts[i * group * width + f->v_dim]);
         floats sums[MOST_VALUES / WIDTH] = {{0}};
-        for (int64_t i = 0; i < f->splits; i++) {
+        for (int64_t i = 0; i < splits; i++) {
             const float *part = parts + i * group * width;
             if (part[f->v_dim] == -INFINITY)
                 continue;

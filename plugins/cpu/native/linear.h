@@ -22,6 +22,8 @@ typedef struct {
     int64_t grain; /* panels of an item, or pairs of a gate's and its partner's */
     int64_t narrow;
     int64_t tiled; /* x is in the order of tiles */
+    const NormStep *norm; /* what makes x of each item anew, in its scratch; NULL: x is there. Few rows are worth it */
+    const RopeStep *rope; /* what turns and stores the heads that the columns are, once they are written; NULL: nothing */
 } Linear;
 
 INLINE int64_t panel_bytes(const Linear *l) { return l->narrow ? (l->k + 1) / 2 * PANEL * 4 : l->k * PANEL * 4; }
@@ -264,7 +266,10 @@ typedef struct {
     float (*y)[PANEL], (*up)[PANEL];
 } Pending;
 
-INLINE void finish_some(const Linear *l, Pending *p, int64_t count) {
+/* How the sums of some rows and a panel become results. */
+typedef void (*Finish)(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up);
+
+INLINE void finish_some(const Linear *l, Pending *p, int64_t count, Finish finish) {
     const int64_t here = least(count, p->rows - p->done);
     finish(l, p->row + p->done, here, p->panel, p->y + p->done, p->up + p->done);
     p->done += here;
@@ -272,11 +277,12 @@ INLINE void finish_some(const Linear *l, Pending *p, int64_t count) {
 
 #if defined(TILES)
 /* x in the order of tiles (`order_body`), from a multiple of 32 rows on. */
-INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const uint16_t *w, Sums y, Pending *pending) {
+INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const uint16_t *w, Sums y, Pending *pending,
+                           Finish finish) {
     zero_sums(t);
     for (int64_t k = 0; k < l->k; k += 32, x += 2 * TILE, w += 2 * TILE) {
         add_products(t, x, x + TILE, 64, w, PANEL * 4);
-        finish_some(l, pending, 2);
+        finish_some(l, pending, 2, finish);
     }
     put_products(t, y[0], PANEL * 4);
 }
@@ -284,12 +290,12 @@ INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const u
 
 /* y = x w^T for up to STEP rows from `row` on and the panel of that number. */
 INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y,
-                     Pending *pending) {
+                     Pending *pending, Finish finish) {
     const char *w = (const char *)l->panels + panel * panel_bytes(l);
     const char *x = (const char *)l->x + row * l->x_stride * (l->narrow ? 2 : 4);
 #if defined(TILES)
     if (tiles) {
-        multiply_tiles(tiles, l, (const uint16_t *)l->x + row * l->k, (const uint16_t *)w, y, pending);
+        multiply_tiles(tiles, l, (const uint16_t *)l->x + row * l->k, (const uint16_t *)w, y, pending, finish);
         return;
     }
 #endif
@@ -304,17 +310,25 @@ INLINE void expect_rows(const Linear *l, int64_t row, int64_t rows, int64_t pane
         __builtin_prefetch((char *)l->out + ((row + i) * l->out_stride + panel * PANEL) * size, 1);
 }
 
-EXPORT const int64_t NAME(linear_bytes) = sizeof(Linear);
-EXPORT int64_t NAME(linear_items)(const void *job) {
-    const Linear *l = job;
-    return (live_rows(&l->e) + l->block - 1) / l->block * ((units(l) + l->grain - 1) / l->grain);
+/* How many items a product of `rows` rows is cut into. */
+INLINE int64_t multiply_items(const Linear *l, int64_t rows) {
+    return (rows + l->block - 1) / l->block * ((units(l) + l->grain - 1) / l->grain);
 }
 
-EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
-    const Linear *l = job;
-    const int64_t chunks = (units(l) + l->grain - 1) / l->grain, first = item / chunks * l->block;
-    const int64_t rows = least(l->block, live_rows(&l->e) - first), begin = item % chunks * l->grain;
-    const int64_t end = least(units(l), begin + l->grain);
+/* A part of a product: `rows` rows from `row` on, and the panels from `begin` to `end`. */
+typedef struct {
+    int64_t row, rows, begin, end;
+} Part;
+
+/* One of the items into which a product of `rows` rows is cut. */
+INLINE Part part_of(const Linear *l, int64_t rows, int64_t item) {
+    const int64_t chunks = (units(l) + l->grain - 1) / l->grain, row = item / chunks * l->block;
+    const int64_t begin = item % chunks * l->grain;
+    return (Part){row, least(l->block, rows - row), begin, least(units(l), begin + l->grain)};
+}
+
+/* The sums of a part, handed to `finish`. */
+INLINE void multiply_part(const Linear *l, const Part part, Finish finish) {
     const int64_t step = l->tiled ? 32 : FEW;
     _Alignas(64) Sums y[2], up[2];
     void *tiles = NULL;
@@ -327,22 +341,68 @@ EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
 #endif
     Pending pending = {.y = y[1], .up = up[1]};
     int turn = 0;
-    for (int64_t panel = begin; panel < end; panel++) { /* which stays in the nearest cache */
-        for (int64_t i = 0; i < rows; i += step, turn = !turn) {
-            const int64_t here = least(step, rows - i);
-            expect_rows(l, first + i, here, panel);
-            multiply(l, tiles, first + i, here, panel, y[turn], &pending);
+    for (int64_t panel = part.begin; panel < part.end; panel++) { /* which stays in the nearest cache */
+        for (int64_t i = 0; i < part.rows; i += step, turn = !turn) {
+            const int64_t here = least(step, part.rows - i);
+            expect_rows(l, part.row + i, here, panel);
+            multiply(l, tiles, part.row + i, here, panel, y[turn], &pending, finish);
             if (l->gate)
-                multiply(l, tiles, first + i, here, l->gate / PANEL + panel, up[turn], &pending);
-            finish_some(l, &pending, STEP);
-            pending = (Pending){first + i, here, panel, 0, y[turn], up[turn]};
+                multiply(l, tiles, part.row + i, here, units(l) + panel, up[turn], &pending, finish);
+            finish_some(l, &pending, STEP, finish);
+            pending = (Pending){part.row + i, here, panel, 0, y[turn], up[turn]};
         }
     }
-    finish_some(l, &pending, STEP);
+    finish_some(l, &pending, STEP, finish);
 #if defined(TILES)
     if (tiles)
         tiles_end(tiles);
 #endif
+}
+
+/* The panels from `begin` to `end` of x w^T for `rows` rows from `first` on, each handed to `finish`. */
+INLINE void multiply_block(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end, Finish finish) {
+    multiply_part(l, (Part){first, rows, begin, end}, finish);
+}
+
+INLINE void multiply_item(const Linear *l, int64_t rows, int64_t item, Finish finish) {
+    multiply_part(l, part_of(l, rows, item), finish);
+}
+
+/* Norm the rows from `first` on into scratch; one item in all leaves their sum with the residual for others. */
+INLINE const void *norm_rows(const Linear *l, int64_t first, int64_t rows, int leaves, void *scratch) {
+    Norm n = l->norm->n;
+    const int64_t bytes = n.width * (n.narrow ? 2 : 4);
+    n.out = (char *)scratch - first * bytes;
+    if (!leaves)
+        n.total = (char *)scratch + (rows - first) * bytes;
+    for (int64_t row = first; row < first + rows; row++)
+        EITHER(norm_row, n.narrow, &n, row);
+    return n.out;
+}
+
+INLINE void turn_columns(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t panels = l->rope->r.head_dim / PANEL;
+    for (int64_t token = first; token < first + rows; token++)
+        for (int64_t head = begin / panels; head < end / panels; head++)
+            EITHER(turn_one, l->rope->r.narrow, l->rope, token, head);
+}
+
+EXPORT const int64_t NAME(linear_bytes) = sizeof(Linear);
+EXPORT int64_t NAME(linear_items)(const void *job) {
+    const Linear *l = job;
+    return multiply_items(l, live_rows(&l->e));
+}
+
+EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
+    Linear l = *(const Linear *)job;
+    const Part part = part_of(&l, live_rows(&l.e), item);
+    if (l.norm) {
+        l.x = norm_rows(&l, part.row, part.rows, part.begin == 0, scratch);
+        l.x_stride = l.k;
+    }
+    multiply_part(&l, part, finish);
+    if (l.rope)
+        turn_columns(&l, part.row, part.rows, part.begin, part.end);
 }
 
 /* ---- rows in the order of tiles ------------------------------------------------------------------------------------ */

@@ -52,7 +52,7 @@ FLASH = Job(
         ("partial", c_void_p),
     ),
 )  # fmt: skip
-MERGE = Job("merge", FLASH.fields)
+JOIN = Job("join", FLASH.fields)
 
 
 def recipes(native: Native) -> Iterator[Recipe]:
@@ -104,7 +104,7 @@ def bind_panels(scratch: int, problem: AttendProblem, session: Any) -> Any:
             tape.add(FLASH, "attend", reads, outs, fields, scratch)
         else:
             tape.add(FLASH, "attend", reads, [*outs, partial_sums], fields, scratch)
-            tape.add(MERGE, "attend", [*reads, partial_sums], outs, fields)
+            tape.add(JOIN, "attend", [*reads, partial_sums], outs, fields)
         return out if lse is None else (out, lse)
 
     return attend
