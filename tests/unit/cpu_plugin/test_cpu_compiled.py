@@ -47,7 +47,9 @@ def threads_as_before() -> Iterator[None]:
 
 
 def kernel(op: str, level: str = "auto") -> Kernel:
-    (found,) = [k for k in create(CpuOptions(engine="torch", native=level), World()).kernels() if k.name == f"cpu_native_{op}"]  # type: ignore[arg-type]
+    (found,) = [
+        k for k in create(CpuOptions(engine="torch", native=level), World()).kernels() if k.name == f"cpu_native_{op}"
+    ]  # type: ignore[arg-type]
     return found
 
 
