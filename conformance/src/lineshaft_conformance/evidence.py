@@ -67,12 +67,14 @@ def interpreting(info: BackendInfo, options: Mapping[str, Any], environment: Map
         yield f"the option platform = {options['platform']!r}"
     yield from _option("interpret", options)
     yield from _option("stand_in", options)
+    yield from _emulated(options)
 
 
 def interpreters(options: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[str]:
     """Those of them by which an interpreter runs kernels."""
     yield from _variable("TRITON_INTERPRET", environment)
     yield from _option("interpret", options)
+    yield from _emulated(options)
 
 
 def _variable(name: str, environment: Mapping[str, str]) -> Iterator[str]:
@@ -83,3 +85,10 @@ def _variable(name: str, environment: Mapping[str, str]) -> Iterator[str]:
 def _option(name: str, options: Mapping[str, Any]) -> Iterator[str]:
     if switched_on(options.get(name)):
         yield f"the option {name} = {options[name]!r}"
+
+
+def _emulated(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options that name code whose instructions are emulated, such as a level `amx_emulated`."""
+    for name, value in options.items():
+        if isinstance(value, str) and value.strip().lower().endswith("emulated"):
+            yield f"the option {name} = {value!r}"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lineshaft_conformance.harness import world
 from lineshaft_conformance.harness.world import Collective, Exchange, Mesh, mesh_axes
 from lineshaft_conformance.levels.collectives import FOUR, checks, groups_of
 from lineshaft_conformance.mutants import collectives as mutants
+from lineshaft_conformance.mutants.kill import TARGET
 from lineshaft_conformance.subject import Subject, Target
 from lineshaft_contract.ops import all_ops
 from lineshaft_contract.ops.spec import Size
@@ -74,7 +76,7 @@ def test_a_backend_of_one_worker_passes_at_world_1_and_claims_no_more() -> None:
 
 
 def test_a_backend_with_collectives_passes() -> None:
-    said = ran(Target("cpu"), "all_[rg]*-small-*f32") | ran(Target("cpu"), "minimum/*")
+    said = ran(TARGET, "all_[rg]*-small-*f32") | ran(TARGET, "minimum/*")
     assert len(said) > 12
     assert {id: reason for id, reason in said.items() if reason} == {}
 
@@ -86,7 +88,7 @@ KILLED = ("collective_ends_its_rank", "alone_receives_nothing", "collectives_tha
 @pytest.mark.parametrize("name", KILLED)
 def test_a_mutant_is_killed(name: str) -> None:
     (mutant,) = (mutant for mutant in mutants.MUTANTS if mutant.name == name)
-    said = ran(Target("cpu", mutant=name), mutant.checks.removeprefix("L3/collectives/"))
+    said = ran(replace(TARGET, mutant=name), mutant.checks.removeprefix("L3/collectives/"))
     assert said and all(reason.startswith("Failure: ") for reason in said.values()), said
 
 

@@ -23,6 +23,7 @@ from lineshaft_conformance.harness.watched import Step
 from lineshaft_conformance.levels import determinism, engine, speed
 from lineshaft_conformance.levels.engine import SCENARIOS, Scenario, make_check
 from lineshaft_conformance.mutants.engine import MUTANTS
+from lineshaft_conformance.mutants.kill import TARGET
 from lineshaft_conformance.mutants.mutant import changed
 from lineshaft_conformance.subject import Subject, Target
 from lineshaft_contract.backends import World
@@ -159,7 +160,7 @@ def test_what_no_step_may_read_holds_nan(cpu: Subject) -> None:
 
 @pytest.mark.parametrize("name", IN_A_SECOND)
 def test_a_wrong_engine_dies_at_level_4(name: str) -> None:
-    broken = Subject(Target("cpu", mutant=name))
+    broken = Subject(replace(TARGET, mutant=name))
     with pytest.raises(Failure):
         run_all(broken, KILLS[name].checks)
     broken.close()
@@ -233,7 +234,7 @@ def test_what_is_not_claimed_is_told_apart_from_what_does_not_hold(cpu: Subject)
     "name", ["determinism-noise", "determinism-none", "determinism-boasts-chunk", "determinism-boasts-device"]
 )
 def test_a_false_claim_of_determinism_dies(name: str) -> None:
-    broken = Subject(Target("cpu", mutant=name))
+    broken = Subject(replace(TARGET, mutant=name))
     with pytest.raises(Failure, match=r"Capabilities\.determinism"):
         run_all(broken, KILLS[name].checks)
     broken.close()
@@ -255,7 +256,7 @@ def test_a_worker_in_a_process_gives_the_same_bits(cpu: Subject) -> None:
 def test_unused_capacity_costs_no_time(cpu: Subject) -> None:
     (found,) = run_all(cpu, "L5/speed/unused/vocabulary")
     assert "eight times the size" in found.notes[0]
-    broken = Subject(Target("cpu", mutant="speed-whole-vocabulary"))
+    broken = Subject(replace(TARGET, mutant="speed-whole-vocabulary"))
     with pytest.raises(Failure, match="times as long"):
         run_all(broken, "L5/speed/unused/vocabulary")
     broken.close()

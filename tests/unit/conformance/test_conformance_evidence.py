@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lineshaft_conformance.evidence import boasts, evidence_of, os_devices
+from lineshaft_conformance.evidence import boasts, evidence_of, interpreters, os_devices
 from lineshaft_conformance.results import Evidence
 from lineshaft_contract.backends import BackendInfo, BackendKind, Probe
 
@@ -62,6 +62,13 @@ def test_a_switch_that_is_off_is_off(value: str) -> None:
 def test_interpreting_switches_hold_on_the_host_too() -> None:
     assert word(BackendKind.HOST, {"interpret": 1})[0] is Evidence.INTERPRETED
     assert word(BackendKind.HOST, {}, {"TRITON_INTERPRET": "1"})[0] is Evidence.INTERPRETED
+
+
+def test_code_whose_instructions_are_emulated_is_interpreted() -> None:
+    evidence, why = word(BackendKind.HOST, {"native": "amx_emulated"})
+    assert evidence is Evidence.INTERPRETED and why == "the option native = 'amx_emulated' is set"
+    assert word(BackendKind.HOST, {"native": "amx"})[0] is Evidence.EXECUTED
+    assert list(interpreters({"native": "amx_emulated"}, {})), "its times say nothing of a roofline"
 
 
 @pytest.mark.parametrize("name", ["nvidia0", "accel0", "accel/accel3", "vfio/12", "neuron1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,10 +16,10 @@ pytest.importorskip("lineshaft_cpu")
 from lineshaft_conformance.checks import Check, Failure, Found
 from lineshaft_conformance.levels import collect
 from lineshaft_conformance.mutants import attention, gallery, kill, ops, schemes, whole
-from lineshaft_conformance.mutants.kill import Kill, Suite, kill_all, kill_table
+from lineshaft_conformance.mutants.kill import TARGET, Kill, Suite, kill_all, kill_table
 from lineshaft_conformance.mutants.mutant import Mutant, changed, with_call
 from lineshaft_conformance.mutants.plain import attend_with
-from lineshaft_conformance.subject import Subject, Target
+from lineshaft_conformance.subject import Subject
 
 LANDED = (0, 1, 2)
 """Levels whose checks this file runs, on mutants that a smoke check kills: the others take too long here, and
@@ -31,7 +32,7 @@ RAISE = {"add-raises-in-replay", "boasting-features", "tie", "supports-raises", 
 
 @pytest.fixture(scope="module")
 def suite() -> Suite:
-    return Suite(Subject(Target("cpu")))
+    return Suite(Subject(TARGET))
 
 
 def verdict(found: Found) -> tuple[str, str]:
@@ -89,7 +90,7 @@ def test_a_plain_attention_and_a_wrapped_kernel_survive(suite: Suite, monkeypatc
 
 def test_the_kernels_for_quantized_caches_are_right_until_they_are_broken(suite: Suite, monkeypatch: Any) -> None:
     as_named(monkeypatch, Mutant("schemes", "none", 2, "L2/*", schemes.kernels()))
-    subject = Subject(Target("cpu", mutant="schemes"))
+    subject = Subject(replace(TARGET, mutant="schemes"))
     checks = [c for c in suite.checks("smoke", 2, suite.subject) if fnmatchcase(c.id, "L2/*/kv_*-f32")]
     ran = {name for check in checks for name in check.run(subject, 0).kernels}
     assert ran == {"scheme_attend", "scheme_write_kv"}
@@ -100,7 +101,7 @@ def test_a_check_that_the_backend_fails_itself_kills_nothing(monkeypatch: pytest
         raise Failure("no backend passes this")
 
     monkeypatch.setattr(kill, "collect_checks", lambda subject, size, level: [Check("L1/add/never", never)])
-    by, reason = verdict(Suite(Subject(Target("cpu"))).kill(gallery()["add-subtracts"], 0))
+    by, reason = verdict(Suite(Subject(TARGET)).kill(gallery()["add-subtracts"], 0))
     assert not by
     assert "fails the backend itself: no backend passes this" in reason
 

@@ -100,7 +100,8 @@ def play(session: NativeSession, tape: Tape) -> None:
     scratch = session.reserve_scratch(room)
     for _ in range(2):
         scratch[:] = GARBAGE
-        session.team.replay(linked.address, linked.count, scratch.ctypes.data, room)
+        session.team.submit(linked.address, linked.count, scratch.ctypes.data, room)
+        session.team.wait()
 
 
 def calls_of(tape: Tape) -> Iterator[Call]:

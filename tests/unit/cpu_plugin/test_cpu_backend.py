@@ -35,7 +35,7 @@ def test_options_refuse_what_they_do_not_know() -> None:
 
 
 def test_kernels_have_unique_names_and_the_memory_budget_of_the_options() -> None:
-    kernels = create(CpuOptions(attention_memory_mib=1), World()).kernels()
+    kernels = create(CpuOptions(engine="torch", attention_memory_mib=1), World()).kernels()
     assert len({kernel.name for kernel in kernels}) == len(kernels)
     from lineshaft_contract.problems import AttendProblem
 

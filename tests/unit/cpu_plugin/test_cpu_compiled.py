@@ -47,7 +47,9 @@ def threads_as_before() -> Iterator[None]:
 
 
 def kernel(op: str, level: str = "auto") -> Kernel:
-    (found,) = [k for k in create(CpuOptions(native=level), World()).kernels() if k.name == f"cpu_native_{op}"]  # type: ignore[arg-type]
+    (found,) = [
+        k for k in create(CpuOptions(engine="torch", native=level), World()).kernels() if k.name == f"cpu_native_{op}"
+    ]  # type: ignore[arg-type]
     return found
 
 
@@ -203,8 +205,8 @@ def test_keys_of_pages_that_are_gone_are_not_seen(dtype: str, level: str) -> Non
 def test_a_level_that_was_named_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_find", lambda wanted, package: "there are no native kernels: no C compiler was found")
     with pytest.raises(Unsupported, match=r"no C compiler was found; .*pip install"):
-        create(CpuOptions(native="portable"), World())
-    assert create(CpuOptions(), World()).kernels()  # "auto" goes on with torch's
+        create(CpuOptions(engine="torch", native="portable"), World())
+    assert create(CpuOptions(engine="torch"), World()).kernels()  # "auto" goes on with torch's
 
 
 def test_what_is_declined_says_why() -> None:

@@ -28,14 +28,14 @@ from lineshaft_torch.pages import page_view
 from lineshaft_torch.tensors import map_tensors, tensors_in
 
 OPS = {name: spec for name, spec in all_ops().items() if not spec.collective}
-BACKEND = create(CpuOptions(), World(threads=1))
+BACKEND = create(CpuOptions(engine="torch"), World(threads=1))
 KERNELS = [kernel for kernel in BACKEND.kernels() if kernel.op in OPS]
 LEVELS = [level for level in native.LEVELS if native.reason(level) is None]
 """Instruction set levels of the compiled kernels that this processor runs: each is tested, not only the best."""
 BY_ID = {kernel.name: kernel for kernel in KERNELS if "native" not in kernel.name} | {
     f"{kernel.name}-{level}": kernel
     for level in LEVELS
-    for kernel in create(CpuOptions(native=level), World(threads=2)).kernels()
+    for kernel in create(CpuOptions(engine="torch", native=level), World(threads=2)).kernels()
     if "native" in kernel.name
 }
 ALLOCATING = {

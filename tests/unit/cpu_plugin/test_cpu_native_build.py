@@ -85,21 +85,21 @@ def test_the_plugins_own_sources_compile_at_every_level(
     assert {note.partition(":")[0] for note in notes} == refused()
 
 
-def test_another_machine_gets_the_portable_level_alone(
+def test_another_machine_gets_the_levels_in_plain_c_alone(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources, package = folders
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert HOOK.build(sources, package) == []
     assert native.load("auto", package).level == "portable"
-    assert "'avx2' were not built, only portable" in str(native.reason("avx2", package))
+    assert "'avx2' were not built, only portable, amx_emulated" in str(native.reason("avx2", package))
 
 
 def test_each_level_that_the_processor_runs_answers(folders: tuple[Path, Path]) -> None:
     sources, package = folders
     HOOK.build(sources, package)
     runs = [level for level in native.LEVELS if native.reason(level, package) is None]
-    assert runs[-1] == "portable"
+    assert runs[-2:] == ["portable", "amx_emulated"]
     assert native.load("auto", package).level == runs[0]
     for level in runs:
         ping = native.load(level, package).function("ping")
@@ -196,11 +196,18 @@ def test_headers_lie_beside_the_sources_and_a_good_build_drops_the_reason_before
     assert native.reason("portable", package) is None
 
 
+def test_auto_never_takes_emulated_tiles(folders: tuple[Path, Path]) -> None:
+    sources, package = folders
+    HOOK.build(sources, package)
+    assert native.load("amx_emulated", package).level == "amx_emulated"
+    assert native.load("auto", package).level != "amx_emulated"
+
+
 def test_switched_off_and_unknown_are_refused(tmp_path: Path) -> None:
     assert native.reason("off") == 'native kernels are switched off (backend_options native = "off")'
     with pytest.raises(Unsupported, match="switched off"):
         native.load("off")
-    assert "allowed are auto, off, avx512, avx2, portable" in str(native.reason("sse"))
+    assert f"allowed are auto, off, {', '.join(native.LEVELS)}" in str(native.reason("sse"))
     assert "no build has made" in str(native.reason("auto", tmp_path))
 
 

@@ -73,7 +73,7 @@ def test_a_tied_head_is_packed_and_its_lookup_dense() -> None:
         "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 40,
         "num_hidden_layers": 1, "tie_word_embeddings": True,
     }  # fmt: skip
-    backend = create(CpuOptions(), World())
+    backend = create(CpuOptions(engine="torch"), World())
     model = llama.FAMILY.build(config, BuildContext("bfloat16", "bfloat16", 16, Degrees()))
     programs = all_programs(model, [StepShape(2, 2, (1,), 2, 1)], "bfloat16", 0)
     work = Workload(model.params(), model.caches(), model.uses(), programs, {})
@@ -83,7 +83,7 @@ def test_a_tied_head_is_packed_and_its_lookup_dense() -> None:
 
 
 def test_the_packing_of_one_parameter_is_chosen_jointly() -> None:
-    resolver = Resolver("cpu", create(CpuOptions(), World()).kernels(), {})
+    resolver = Resolver("cpu", create(CpuOptions(engine="torch"), World()).kernels(), {})
     products = [resolver.candidates("linear", LinearProblem(dtype="bfloat16", n=48, k=32, m=m)) for m in (1, 8, 512)]
     assert joint_layout(products, "w") == BLOCKED
     lookup = resolver.candidates("embed", EmbedProblem(dtype="bfloat16", vocab=48, width=32, rows=8))

@@ -28,6 +28,8 @@ from lineshaft_contract.ops.spec import Size
 
 COLLECT = "lineshaft_conformance.mutants.kill:collect"
 COLLECT_THOROUGH = "lineshaft_conformance.mutants.kill:collect_thorough"
+TARGET = Target("cpu", {"engine": "torch"})
+"""What mutants are made of: they wrap kernels and sessions of PyTorch."""
 LIMIT = 120.0
 FATAL_LIMIT = 8.0
 """Seconds for a mutant, and for one that is expected to crash or to hang."""
@@ -71,7 +73,7 @@ def kill_all(
     that no mutant has, ImportError where `lineshaft-cpu` is not installed.
     """
     wanted, kills = chosen(names), {}
-    with Pool(Target("cpu"), jobs=jobs, collect=COLLECT_THOROUGH if thorough else COLLECT) as pool:
+    with Pool(TARGET, jobs=jobs, collect=COLLECT_THOROUGH if thorough else COLLECT) as pool:
         listed = {check.id: check for check in pool.checks}
         for task, result in pool.run([Task(listed[id], seed) for id in wanted]):
             kill = _outcome(wanted[task.check.id], result)

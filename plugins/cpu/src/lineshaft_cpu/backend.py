@@ -27,6 +27,7 @@ CAPABILITIES = Capabilities(
 
 PAGE_SIZE = 32
 """Of the native engine: keys of a page make a panel."""
+NATIVE = replace(CAPABILITIES, default_page_size=PAGE_SIZE, collectives=False, asynchronous=True)
 
 
 class NativeMemory(HostMemory):
@@ -50,9 +51,7 @@ class NativeBackend:
     world: World
     library: native.Native
     name: str = "cpu"
-    capabilities: Capabilities = replace(
-        CAPABILITIES, default_page_size=PAGE_SIZE, collectives=False, asynchronous=True
-    )
+    capabilities: Capabilities = NATIVE
     memory: NativeMemory = field(default_factory=NativeMemory)
 
     def kernels(self) -> Sequence[Kernel]:
@@ -110,7 +109,16 @@ def create(options: CpuOptions, world: World) -> Backend:
     if declined or options.engine == "torch":
         notes = (f"engine torch: {declined}",) if declined else ()
         return TorchBackend(options, world, capabilities=replace(CAPABILITIES, notes=notes))
-    return NativeBackend(options, world, native.load(options.native))
+    library = native.load(options.native)
+    return NativeBackend(
+        options, world, library, capabilities=replace(NATIVE, notes=(note(library.level, native.idle()),))
+    )
+
+
+def note(level: str, idle: Sequence[str]) -> str:
+    """What a plan says of the level that runs, and of those that only another processor would."""
+    rest = f"; compiled, not executed here: {', '.join(idle)}" if idle else ""
+    return f"engine native, level {level}{rest}"
 
 
 def reason(options: CpuOptions, world: World) -> str | None:

@@ -68,30 +68,54 @@ def reason(wanted: str = "auto", package: Path = PACKAGE) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def idle(package: Path = PACKAGE) -> tuple[str, ...]:
+    """The levels that were compiled and that this processor does not run, best first."""
+    found = _levels(package)
+    return () if isinstance(found, str) else tuple(level for level in found.built if level not in found.runs)
+
+
 @cache
 def _find(wanted: str, package: Path) -> Native | str:
     if wanted == "off":
         return 'native kernels are switched off (backend_options native = "off")'
     if wanted not in ("auto", *LEVELS):
         return f"native = {wanted!r} is not known; allowed are {', '.join(('auto', 'off', *LEVELS))}"
+    found = _levels(package)
+    if isinstance(found, str):
+        return found
+    if wanted == "auto":
+        return Native(found.runs[0], found.library)
+    if wanted not in found.built:
+        why = _notes(package) or "it is of other machines"
+        return f"native kernels of level {wanted!r} were not built, only {', '.join(found.built)} ({why})"
+    if wanted not in found.runs:
+        return f"this processor does not run native kernels of level {wanted!r}, only {', '.join(found.runs)}"
+    return Native(wanted, found.library)
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Of a library: what it has and what of it this processor runs, best first."""
+
+    library: ctypes.CDLL
+    built: tuple[str, ...]
+    runs: tuple[str, ...]
+
+
+@cache
+def _levels(package: Path) -> _Levels | str:
+    """What the library of an install has, or why there is none."""
     file, notes = package / "_native.so", _notes(package)
     if not file.exists():
         return f"there are no native kernels: {notes or f'no build has made {file}'}"
     try:
         library = ctypes.CDLL(str(file))
         library.lineshaft_levels.restype = ctypes.c_char_p
-        built = library.lineshaft_levels().decode().split()
-        runs = [level for level in LEVELS if level in built and library.lineshaft_supports(level.encode())]
+        built = tuple(library.lineshaft_levels().decode().split())
+        runs = tuple(level for level in LEVELS if level in built and library.lineshaft_supports(level.encode()))
     except (OSError, AttributeError) as error:
         return f"the native kernels cannot be loaded: {error}"
-    if wanted == "auto":
-        return Native(runs[0], library)
-    if wanted not in built:
-        why = notes or "it is of other machines"
-        return f"native kernels of level {wanted!r} were not built, only {', '.join(built)} ({why})"
-    if wanted not in runs:
-        return f"this processor does not run native kernels of level {wanted!r}, only {', '.join(runs)}"
-    return Native(wanted, library)
+    return _Levels(library, built, runs)
 
 
 def _notes(package: Path) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from lineshaft_contract.errors import ContractViolation
 from lineshaft_contract.ops.spec import HostArray, numpy_dtype
 from lineshaft_contract.problems import itemsize
 from lineshaft_contract.restricted import Restricted, violate
 from lineshaft_contract.steps import ArraySpec
+
+FOREIGN = 'a kernel that works on PyTorch\'s tensors needs backend_options engine = "torch"'
 
 
 class Buffer:
@@ -88,6 +91,12 @@ class TapeArray(Restricted):
     def row_bytes(self) -> int:
         """Bytes from one index of the first dim to the next."""
         return self.strides[0] * self.itemsize
+
+    def __getattr__(self, name: str) -> NoReturn:
+        try:
+            super().__getattr__(name)
+        except ContractViolation as error:
+            raise ContractViolation(f"{error}; {FOREIGN}") from None
 
     def _reshaped(self, shape: tuple[int, ...]) -> TapeArray:
         strides = packed_strides(shape) if self.dense else restrided(self._shape, self.strides, shape)

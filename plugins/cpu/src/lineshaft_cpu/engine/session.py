@@ -30,7 +30,7 @@ from lineshaft_contract.sessions import (
 )
 from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
-from lineshaft_cpu.engine.arrays import Buffer, TapeArray
+from lineshaft_cpu.engine.arrays import FOREIGN, Buffer, TapeArray
 from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
 from lineshaft_cpu.engine.memory import Region, pages, touch, typed_memory
 from lineshaft_cpu.engine.program import NativePending, NativeProgram
@@ -212,10 +212,15 @@ class NativeSession(SessionState):
 
     @contextmanager
     def recording(self, tape: Tape) -> Iterator[None]:
-        """Let every bound kernel of the session record its calls on `tape`."""
+        """Let every bound kernel of the session record its calls on `tape`. Raises ContractViolation for a kernel of
+        another engine."""
         self._tape = tape
         try:
             yield
+        except (AttributeError, TypeError) as error:
+            raise ContractViolation(
+                f"the forward or a kernel that it calls fails on arrays of the native engine: {error}; {FOREIGN}"
+            ) from error
         finally:
             self._tape = None
 
