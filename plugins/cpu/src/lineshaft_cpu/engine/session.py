@@ -53,7 +53,7 @@ class NativeSession(SessionState):
         self._params: dict[str, tuple[Param, Weight | TapeArray]] = {}
         self._shared: dict[tuple[Any, ...], tuple[Param, Packing, dict[str, HostArray]]] = {}
         self._constants: dict[Hashable, Any] = {}
-        self._arena = self._scratch = pages(0)
+        self._arena, self._scratch = pages(0), pages(0)  # both in use at once
         self._coordinate = Coordinate()
         close_at_exit(self)
 
