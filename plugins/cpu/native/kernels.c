@@ -229,4 +229,5 @@ EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t widt
 
 #include "attend.h"
 #include "linear.h"
+#include "codes.h"
 #include "rows.h"
