@@ -242,16 +242,103 @@ static void multiply_codes(const Codes *c, int64_t row, int64_t rows, int64_t pa
     }
 }
 
+#if defined(__AVX512F__)
+/* One row, whose numbers are floats here: codes become floats in registers, and are read once and as fast as memory gives
+   them. A group is of whole eights. */
+INLINE void group_of_four(const uint8_t *codes, int64_t group, const float *x, __m512 numbers, __m512 *sums) {
+    __m512 apart[2][2] = {{_mm512_setzero_ps(), _mm512_setzero_ps()}, {_mm512_setzero_ps(), _mm512_setzero_ps()}};
+    for (int64_t k = 0; k < group; k += 8, codes += 4 * PANEL)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const __m512i eight = _mm512_loadu_si512(codes + 64 * half);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, 4 * j), numbers);
+                const __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, 16 + 4 * j), numbers);
+                apart[half][0] = _mm512_fmadd_ps(even, _mm512_set1_ps(x[k + 2 * j]), apart[half][0]);
+                apart[half][1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(x[k + 2 * j + 1]), apart[half][1]);
+            }
+        }
+    sums[0] = apart[0][0] + apart[0][1], sums[1] = apart[1][0] + apart[1][1];
+}
+
+/* Eight outputs' codes of a pair; e4m3 as 1/256 of itself, which it is to 16 bits once its sign is out of its way. */
+INLINE __m512 pairs_of_eight(const uint8_t *codes, const int kind) {
+    const __m128i some = _mm_loadu_si128((const void *)codes);
+    if (kind == INTEGERS)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some));
+    const __m256i placed = _mm256_slli_epi16(_mm256_cvtepi8_epi16(some), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(placed, _mm256_set1_epi16((int16_t)0xbfff)));
+}
+
+/* Sums of eight outputs and both numbers of a pair lie side by side until the group ends. */
+INLINE void group_of_eight(const uint8_t *codes, int64_t group, const float *x, const int kind, __m512 *sums) {
+    const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    __m512 apart[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t k = 0; k < group; k += 2, codes += 2 * PANEL) {
+        double both;
+        memcpy(&both, x + k, sizeof both);
+        const __m512 here = _mm512_castpd_ps(_mm512_set1_pd(both));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            apart[i] = _mm512_fmadd_ps(pairs_of_eight(codes + 16 * i, kind), here, apart[i]);
+    }
+    for (int half = 0; half < 2; half++) {
+        const __m512 low = apart[2 * half], high = apart[2 * half + 1];
+        const __m512 whole = _mm512_permutex2var_ps(low, evens, high) + _mm512_permutex2var_ps(low, odds, high);
+        sums[half] = whole * (kind == INTEGERS ? 1.0f : 256.0f);
+    }
+}
+
+/* y = x w^T of a row and a panel. */
+INLINE void multiply_row(const Codes *c, const float *x, int64_t panel, const float *totals, const int kind, float *y) {
+    const int64_t groups = c->l.k / c->group, bytes = record_bytes(c);
+    const char *record = (const char *)c->l.panels + panel * groups * bytes;
+    const __m512 numbers =
+        _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) - (float)c->zero;
+    __m512 all[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, sums[2];
+    for (int64_t g = 0; g < groups; g++, record += bytes, x += c->group) {
+        if (kind == FOUR)
+            group_of_four((const uint8_t *)record, c->group, x, numbers, sums);
+        else
+            group_of_eight((const uint8_t *)record, c->group, x, kind, sums);
+        for (int half = 0; half < 2; half++) {
+            const Step s = step_at(c, record, half);
+            all[half] += (__m512)s.scale * sums[half];
+            if (c->offset)
+                all[half] += (__m512)s.offset * totals[g];
+        }
+    }
+    _mm512_storeu_ps(y, all[0]);
+    _mm512_storeu_ps(y + 16, all[1]);
+}
+
+INLINE int in_registers(const Codes *c, int64_t rows) { return rows == 1 && c->group % (c->kind == FOUR ? 8 : 2) == 0; }
+
+static void multiply_alone(const Codes *c, const float *x, int64_t panel, const float *totals, float *y) {
+    if (c->kind == FOUR)
+        multiply_row(c, x, panel, totals, FOUR, y);
+    else if (c->kind == INTEGERS)
+        multiply_row(c, x, panel, totals, INTEGERS, y);
+    else
+        multiply_row(c, x, panel, totals, FLOATS, y);
+}
+#endif
+
 /* Sums of each group of `rows` rows of x. */
 static void total(const Codes *c, int64_t row, int64_t rows, float *totals) {
     const int64_t groups = c->l.k / c->group;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t g = 0; g < groups; g++) {
-            const int64_t at = (row + i) * c->l.x_stride + g * c->group;
-            float found = 0;
-            for (int64_t k = 0; k < c->group; k++)
-                found += load_one(c->l.x, at + k, c->l.narrow);
-            totals[i * groups + g] = found;
+            const int64_t at = (row + i) * c->l.x_stride + g * c->group, whole = c->group - c->group % WIDTH;
+            floats found = {0};
+            float rest = 0;
+            for (int64_t k = 0; k < whole; k += WIDTH)
+                found += load(c->l.x, at + k, c->l.narrow);
+            for (int64_t k = whole; k < c->group; k++)
+                rest += load_one(c->l.x, at + k, c->l.narrow);
+            totals[i * groups + g] = sum(found) + rest;
         }
 }
 
@@ -292,19 +379,32 @@ INLINE Share share_of(const Linear *l, int64_t item) {
     return (Share){first, least(l->block, live_rows(&l->e) - first), begin, least(units(l), begin + l->grain)};
 }
 
-static void few_rows(const Codes *c, Share s, float *totals) {
+/* y = x w^T of up to FEW rows and a panel; `scratch` is that of few_rows. */
+INLINE void multiply_few(const Codes *c, Share s, int64_t panel, const float *scratch, Sums y) {
+#if defined(__AVX512F__)
+    if (in_registers(c, s.rows))
+        multiply_alone(c, scratch + c->l.k / c->group, panel, scratch, y[0]);
+    else
+#endif
+        multiply_codes(c, s.first, s.rows, panel, scratch, y);
+    if (c->tokens)
+        settle(c, s.first, s.rows, panel, 1, y);
+}
+
+/* `scratch` takes the sums of each group of x and, of a row alone, its numbers as floats. */
+static void few_rows(const Codes *c, Share s, float *scratch) {
     _Alignas(64) Sums y, up;
     if (c->offset)
-        total(c, s.first, s.rows, totals);
+        total(c, s.first, s.rows, scratch);
+#if defined(__AVX512F__)
+    if (in_registers(c, s.rows))
+        for (int64_t k = 0; k < c->l.k; k++)
+            scratch[c->l.k / c->group + k] = load_one(c->l.x, s.first * c->l.x_stride + k, narrow_x(c));
+#endif
     for (int64_t panel = s.begin; panel < s.end; panel++) {
-        multiply_codes(c, s.first, s.rows, panel, totals, y);
-        if (c->tokens)
-            settle(c, s.first, s.rows, panel, 1, y);
-        if (c->l.gate) {
-            multiply_codes(c, s.first, s.rows, c->l.gate / PANEL + panel, totals, up);
-            if (c->tokens)
-                settle(c, s.first, s.rows, c->l.gate / PANEL + panel, 1, up);
-        }
+        multiply_few(c, s, panel, scratch, y);
+        if (c->l.gate)
+            multiply_few(c, s, c->l.gate / PANEL + panel, scratch, up);
         finish(&c->l, s.first, s.rows, panel, y, up);
     }
 }

@@ -216,7 +216,7 @@ def bind_codes(problem: LinearProblem, session: Any) -> Callable[..., TapeArray]
     groups = problem.k // group
     share = panels_of_an_item(problem, session.team.threads, groups * codes.record_bytes(group))
     numbers = 2 * (problem.k + 8) * PANEL * (2 if problem.scheme in ACTIVATION_SCHEMES else itemsize(problem.dtype))
-    scratch = max(numbers, FEW * groups * 4)
+    scratch = max(numbers, (FEW * groups + problem.k) * 4)
 
     def linear(x: TapeArray, w: Weight, *, bias: Any = None) -> TapeArray:
         """x [T, I], w [O, I] in records, bias [O] -> x w^T + bias [T, O], summed in float32 and rounded once."""
