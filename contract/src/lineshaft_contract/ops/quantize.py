@@ -75,7 +75,9 @@ def check_scheme(op: str, problem: LinearProblem) -> None:
     if problem.scheme not in known:
         refuse(op, f"scheme {problem.scheme!r}", f"one of {', '.join(known)}")
     if problem.scheme in BLOCK_SCHEMES and problem.k % BLOCK:
-        refuse(op, f"k = {problem.k} under scheme {problem.scheme!r}", f"a multiple of {BLOCK}: it has blocks of as many")
+        refuse(
+            op, f"k = {problem.k} under scheme {problem.scheme!r}", f"a multiple of {BLOCK}: it has blocks of as many"
+        )
     size = problem.group_size
     if problem.scheme != INT4 and size:
         refuse(op, f"group_size {size} under scheme {problem.scheme!r}", f"0: only {INT4} has groups")

@@ -9,7 +9,9 @@ from lineshaft_cpu.native import Native
 
 def engine_kernels(backend: str, native: Native) -> list[Kernel]:
     """The kernels of sessions at one level of the library."""
-    recipes = [recipe for theme in (rows, products, codes, heads, attention, choice) for recipe in theme.recipes(native)]
+    recipes = [
+        recipe for theme in (rows, products, codes, heads, attention, choice) for recipe in theme.recipes(native)
+    ]
     return [*(make(backend) for make in recipes), *host.kernels(backend)]
 
 

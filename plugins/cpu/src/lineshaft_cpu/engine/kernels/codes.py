@@ -98,9 +98,8 @@ SCHEMES: Final = MappingProxyType(
 def recipes(native: Native) -> Iterator[Recipe]:
     for scheme in (*LINEAR_SCHEMES, *BLOCK_SCHEMES):
         rule = ACTIVATION_SCHEMES.get(scheme, scheme)
-        bind, pack, layout = bind_codes, partial(pack_codes, scheme), f"cpu_{rule}_records"
-        if scheme not in SCHEMES:
-            bind, pack, layout = bind_matched, pack_matched, f"cpu_{rule}_panels"
+        bind, pack = (bind_codes, partial(pack_codes, scheme)) if scheme in SCHEMES else (bind_matched, pack_matched)
+        layout = f"cpu_{rule}_{'records' if scheme in SCHEMES else 'panels'}"
         yield recipe(
             f"linear_{scheme}", "linear", bind, partial(only, scheme), layout=layout, pack=pack,
             handles=frozenset({"bias", "scheme"}),
