@@ -42,8 +42,8 @@ BLOCK: Final = 32
 
 @dataclass(frozen=True)
 class BlockScheme:
-    """Blocks of GGUF files: a number is (code - zero) * scale, plus the `offset` of its block if there is one; codes have
-    `bits`, scale and offset are float16."""
+    """Blocks of GGUF files: a number is (code - zero) * scale, plus the `offset` of its block if there is one; codes
+    have `bits`, scale and offset are float16."""
 
     bits: int
     zero: int
@@ -162,8 +162,8 @@ def block_parts(data: HostArray, scheme: str) -> tuple[HostArray, ...]:
     """Blocks uint8[n, bytes] -> codes int8[n, k] less their zero, scale f16[n, k / 32], and offset f16[n, k / 32] where
     the scheme has one.
 
-    A block is its scale, its offset, and its codes: int8, or of 4 bits those of the first 16 numbers in the low halves of
-    16 bytes and those of the others in the high ones.
+    A block is its scale, its offset, and its codes: int8, or of 4 bits those of the first 16 numbers in the low halves
+    of 16 bytes and those of the others in the high ones.
     """
     rule = BLOCK_SCHEMES[scheme]
     blocks = np.ascontiguousarray(data).reshape(len(data), -1, rule.nbytes)

@@ -27,7 +27,7 @@ STORED: Final = "stored"
 @dataclass(frozen=True)
 class BuildContext:
     """What a model is built for: executed dtype, cache dtype, page size in tokens, parallel degrees, the scheme by
-    which the weights of its linear layers are quantized (`LinearProblem.scheme`, or STORED, of what is in `checkpoint`),
+    which the weights of its linear layers are quantized (`LinearProblem.scheme`, or STORED, of what `checkpoint` has),
     and the longest text in tokens that the run allows (None: the model's own limit)."""
 
     dtype: str

@@ -1,4 +1,4 @@
-"""Products with weights in codes (`native/codes.h`): quantized when they are loaded, or in the blocks of a GGUF file."""
+"""Products with weights in codes (`native/codes.h`): quantized when they are loaded, or in a GGUF file's own blocks."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def tiled(k: int) -> int:
 def fields_of(
     tape: Tape, problem: LinearProblem, x: TapeArray, w: Weight, bias: Any, share: int
 ) -> tuple[TapeArray, list[TapeArray], dict[str, Field]]:
-    """The result [T, n], what else than x is read, and the fields that all products have; `share`: panels of an item."""
+    """The result [T, n], what else than x is read, and the fields of all products; `share`: panels of an item."""
     out = tape.new((x.shape[0], problem.n), problem.dtype, x.live)
     added = None if bias is None else operand(bias)
     if isinstance(added, TapeArray):
