@@ -15,6 +15,7 @@
 
 enum { INTEGERS, FLOATS, FOUR }; /* codes of 8 bits: int8, e4m3; or of 4 bits, raised by `zero` */
 
+#define AHEAD 6144 /* bytes that are asked for before one row needs them: the processor alone looks less far */
 #define STRETCH 128 /* numbers along k that are expanded at once for few rows: they stay in the first cache */
 
 typedef struct {
@@ -251,6 +252,7 @@ INLINE void group_of_four(const uint8_t *codes, int64_t group, const float *x, _
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const __m512i eight = _mm512_loadu_si512(codes + 64 * half);
+            __builtin_prefetch(codes + AHEAD + 64 * half);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
                 const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, 4 * j), numbers);
@@ -280,6 +282,7 @@ INLINE void group_of_eight(const uint8_t *codes, int64_t group, const float *x, 
         double both;
         memcpy(&both, x + k, sizeof both);
         const __m512 here = _mm512_castpd_ps(_mm512_set1_pd(both));
+        __builtin_prefetch(codes + AHEAD);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
             apart[i] = _mm512_fmadd_ps(pairs_of_eight(codes + 16 * i, kind), here, apart[i]);
@@ -588,6 +591,8 @@ static void count_one(const Linear *l, const int8_t *x, const int8_t *w, int32_t
             int32_t four;
             memcpy(&four, x + k + 4 * i, 4);
             const __m512i here = _mm512_set1_epi32(four ^ (int32_t)0x80808080);
+            __builtin_prefetch(w + AHEAD + 4 * i * PANEL);
+            __builtin_prefetch(w + AHEAD + 4 * i * PANEL + 64);
             sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], here, _mm512_loadu_si512(w + 4 * i * PANEL));
             sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], here, _mm512_loadu_si512(w + 4 * i * PANEL + 64));
         }
