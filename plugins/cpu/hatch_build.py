@@ -29,8 +29,10 @@ LEVELS = {
 }
 """Flags by level, best first; "portable" is the one that every machine has and that must compile, "amx_emulated" the
 code for tiles with their primitives in plain C."""
-SHARED = ("support", "team")
-"""Sources that are compiled once, without any level's flags."""
+SOURCES = ("kernels.c", "bounds.c")
+"""Compiled for every level."""
+SHARED = ("support", "team", "pack")
+"""Sources that are compiled once, without any level's flags and with every product rounded before it is added to."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fPIC", "-fvisibility=hidden"]
@@ -98,7 +100,8 @@ def make(cc: list[str], native: Path, folder: Path) -> list[str]:
 
     def attempt(level: str) -> str | None:
         try:
-            run([*cc, *FLAGS, *LEVELS[level], "-I.", f"-DLEVEL={level}", "-c", "kernels.c", "-o", at(level)], native)
+            for name, source in objects(level).items():
+                run([*cc, *FLAGS, *LEVELS[level], "-I.", f"-DLEVEL={level}", "-c", source, "-o", at(name)], native)
         except BuildFailed as error:
             return str(error)
         return None
@@ -106,15 +109,19 @@ def make(cc: list[str], native: Path, folder: Path) -> list[str]:
     def at(name: str) -> str:
         return str(folder / f"{name}.o")
 
+    def objects(level: str) -> dict[str, str]:
+        return {f"{level}.{source}": source for source in SOURCES}
+
     with ThreadPoolExecutor() as pool:
         failed = {level: why for level, why in zip(levels, pool.map(attempt, levels), strict=True) if why}
     if "portable" in failed:
         raise BuildFailed(failed["portable"])
     made = [level for level in levels if level not in failed]
     for name in SHARED:
-        run([*cc, *FLAGS, "-I.", f'-DLEVELS="{" ".join(made)}"', "-c", f"{name}.c", "-o", at(name)], native)
-    objects = map(at, [*made, *SHARED])
-    run([*cc, "-shared", "-pthread", *objects, "-lm", "-o", str(folder / "_native.so")], native)
+        exact = [*FLAGS, "-ffp-contract=off", "-I."]
+        run([*cc, *exact, f'-DLEVELS="{" ".join(made)}"', "-c", f"{name}.c", "-o", at(name)], native)
+    linked = [*(name for level in made for name in objects(level)), *SHARED]
+    run([*cc, "-shared", "-pthread", *map(at, linked), "-lm", "-o", str(folder / "_native.so")], native)
     return [f"{level}: {why}" for level, why in failed.items()]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,28 @@ class Curves:
 
 @dataclass(frozen=True)
 class Bars:
-    """A panel of groups of bars: a group for each name of a run's values, a bar for each run."""
+    """A panel of groups of bars: a group for each name of a run's values, a bar for each run. `spans` are the lowest
+    and the highest of a value, where a run has them."""
 
     title: str
     unit: str
     values: Mapping[str, Mapping[str, float]]
+    spans: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
     def draw(self, axes: Any) -> None:
         groups = list(dict.fromkeys(group for found in self.values.values() for group in found))
         width = 0.8 / max(len(self.values), 1)
         for number, (name, found) in enumerate(self.values.items()):
             at = np.arange(len(groups)) + (number - (len(self.values) - 1) / 2) * width
-            bars = axes.bar(at, [found.get(group, 0.0) for group in groups], width, label=name)
-            axes.bar_label(bars, fmt="%.4g", fontsize=7, padding=1)
+            heights = np.array([found.get(group, 0.0) for group in groups])
+            bars = axes.bar(at, heights, width, label=name)
+            if name in self.spans:
+                spans = np.array(
+                    [self.spans[name].get(group, (height,) * 2) for group, height in zip(groups, heights, strict=True)]
+                )
+                axes.errorbar(at, heights, np.abs(spans.T - heights), fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
+            place = "center" if name in self.spans else "edge"  # where no whisker crosses it
+            axes.bar_label(bars, fmt="%.4g", fontsize=7, padding=1 if place == "edge" else 0, label_type=place)
         axes.set_xticks(range(len(groups)), groups)
         axes.set(title=self.title, ylabel=self.unit)
         axes.margins(y=0.15)

@@ -56,11 +56,11 @@ class Ids:
         return ids if self._vocab > LAST_ID else [id % self._vocab for id in ids]
 
 
-def workload(name: str, vocab: int, repeat: int = 1, seed: int = SEED) -> Workload:
-    """One of WORKLOADS, with `repeat` times its number of rounds."""
+def workload(name: str, vocab: int, rounds: int | None = None, seed: int = SEED) -> Workload:
+    """One of WORKLOADS, with so many rounds, or as many as ROUNDS says."""
     ids = Ids(seed, vocab)
     made = WORKLOADS[name](ids)
-    return Workload(name, next(made), list(islice(made, ROUNDS[name] * repeat)))
+    return Workload(name, next(made), list(islice(made, rounds or ROUNDS[name])))
 
 
 def single(ids: Ids) -> Iterator[Round]:

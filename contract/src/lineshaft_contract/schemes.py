@@ -61,6 +61,13 @@ BLOCKS: Final[Mapping[str, Block]] = MappingProxyType(
     }
 )
 
+GGUF_TYPES: Final = (
+    "F32", "F16", "Q4_0", "Q4_1", "4", "5", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+    "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16",
+    "I32", "I64", "F64", "IQ1_M", "BF16", "31", "32", "33", "TQ1_0", "TQ2_0", "36", "37", "38", "MXFP4",
+)  # fmt: skip
+"""What GGUF files call the type of a tensor, by its number; a number that is not in use is its own name."""
+
 
 def as_dtype(dtype: str | np.dtype[Any]) -> np.dtype[Any]:
     """The NumPy dtype of a name such as "float32", "bfloat16" or "float8_e4m3fn" (the last two from ml_dtypes).

@@ -15,7 +15,7 @@
 
 enum { INTEGERS, FLOATS, FOUR }; /* codes of 8 bits: int8, e4m3; or of 4 bits, raised by `zero` */
 
-#define AHEAD 6144 /* bytes that are asked for before one row needs them: the processor alone looks less far */
+#define SOON 6144 /* bytes that are asked for before one row needs them: the processor alone looks less far */
 #define STRETCH 128 /* numbers along k that are expanded at once for few rows: they stay in the first cache */
 
 typedef struct {
@@ -208,27 +208,26 @@ static void rescale(const Codes *c, const char *record, int64_t count, void *num
 
 /* ---- products of numbers with codes ----------------------------------------------------------------------------- */
 
-/* What a panel of numbers is to linear.h. */
-INLINE Linear as_numbers(const Codes *c, const void *numbers) {
-    Linear l = c->l;
-    l.panels = numbers, l.narrow = narrow_x(c);
-    return l;
+/* y = x w^T of `rows` rows from `row` on, from number `from` of each on, and `count` numbers of a panel. */
+INLINE void multiply_numbers(const Codes *c, int64_t row, int64_t rows, int64_t from, int64_t count,
+                             const void *numbers, Sums y) {
+    const int narrow = narrow_x(c);
+    const Inner p = {c->l.x_stride, narrow ? 2 * PANEL : PANEL, count, PANEL, 0};
+    inner(&p, (const char *)c->l.x + (row * c->l.x_stride + from) * (narrow ? 2 : 4), numbers, rows, y[0], narrow);
 }
 
 /* y = x w^T of up to FEW rows and a panel, groups scaled one by one; `totals` holds the sum of each group of each x. */
 static void multiply_codes(const Codes *c, int64_t row, int64_t rows, int64_t panel, const float *totals, Sums y) {
-    const int64_t groups = c->l.k / c->group, size = narrow_x(c) ? 2 : 4;
+    const int64_t groups = c->l.k / c->group;
     const char *record = (const char *)c->l.panels + panel * groups * record_bytes(c);
     _Alignas(64) float numbers[STRETCH * PANEL];
     _Alignas(64) Sums part;
-    Linear l = as_numbers(c, numbers);
     memset(y, 0, rows * sizeof *y);
     for (int64_t g = 0; g < groups; g++, record += record_bytes(c)) {
         for (int64_t from = 0; from < c->group; from += STRETCH) {
-            l.k = least(STRETCH, c->group - from);
-            l.x = (const char *)c->l.x + (g * c->group + from) * size;
-            expand(c, codes_from(c, record, from), l.k, numbers);
-            multiply(&l, NULL, row, rows, 0, part);
+            const int64_t some = least(STRETCH, c->group - from);
+            expand(c, codes_from(c, record, from), some, numbers);
+            multiply_numbers(c, row, rows, g * c->group + from, some, numbers, part);
             for (int v = 0; v < VECTORS; v++) {
                 const floats scale = step_at(c, record, v).scale;
                 for (int64_t i = 0; i < rows; i++)
@@ -252,7 +251,7 @@ INLINE void group_of_four(const uint8_t *codes, int64_t group, const float *x, _
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const __m512i eight = _mm512_loadu_si512(codes + 64 * half);
-            __builtin_prefetch(codes + AHEAD + 64 * half);
+            __builtin_prefetch(codes + SOON + 64 * half);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
                 const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, 4 * j), numbers);
@@ -282,7 +281,7 @@ INLINE void group_of_eight(const uint8_t *codes, int64_t group, const float *x, 
         double both;
         memcpy(&both, x + k, sizeof both);
         const __m512 here = _mm512_castpd_ps(_mm512_set1_pd(both));
-        __builtin_prefetch(codes + AHEAD);
+        __builtin_prefetch(codes + SOON);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
             apart[i] = _mm512_fmadd_ps(pairs_of_eight(codes + 16 * i, kind), here, apart[i]);
@@ -412,11 +411,66 @@ static void few_rows(const Codes *c, Share s, float *scratch) {
     }
 }
 
+#if defined(TILES)
+/* Sums of up to 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, as it lies, the panel in 6 and 7. */
+INLINE void shape_rows(Tiles *t, int64_t rows) {
+    tiles_begin(t);
+    for (int half = 0; half < 2; half++) {
+        const int64_t height = most(1, least(16, rows - 16 * half));
+        tile_shape(t, 2 * half, height, 64);
+        tile_shape(t, 2 * half + 1, height, 64);
+        tile_shape(t, 4 + half, height, 64);
+        tile_shape(t, 6 + half, 16, 64);
+    }
+    tiles_ready(t);
+}
+
+/* y = x w^T of up to 32 rows of `bytes` bytes, `stride` apart: of int8 (`whole`), or of bfloat16; y int32 or float. */
+INLINE void multiply_rows(Tiles *t, const char *x, int64_t stride, int64_t bytes, const char *w, int64_t rows,
+                          const int whole, void *y) {
+    const int64_t line = PANEL * 4;
+    const int two = rows > 16;
+    tile_zero(t, 0);
+    tile_zero(t, 1);
+    tile_zero(t, 2);
+    tile_zero(t, 3);
+#define MULTIPLY(c, a, b) \
+    if (whole) \
+        tile_int8(t, c, a, b); \
+    else \
+        tile_bf16(t, c, a, b)
+    for (int64_t k = 0; k < bytes; k += 64, w += 64 * PANEL) {
+        tile_load(t, 4, x + k, stride);
+        tile_load(t, 6, w, line);
+        MULTIPLY(0, 4, 6);
+        tile_load(t, 7, w + 64, line);
+        MULTIPLY(1, 4, 7);
+        if (two) {
+            tile_load(t, 5, x + 16 * stride + k, stride);
+            MULTIPLY(2, 5, 6);
+            MULTIPLY(3, 5, 7);
+        }
+    }
+#undef MULTIPLY
+    tile_store(t, 0, y, line);
+    tile_store(t, 1, (char *)y + 64, line);
+    if (two) {
+        tile_store(t, 2, (char *)y + 16 * line, line);
+        tile_store(t, 3, (char *)y + 16 * line + 64, line);
+    }
+}
+#endif
+
 /* y = x w^T of up to STEP rows and a panel that was expanded. */
 INLINE void multiply_expanded(const Codes *c, void *tiles, const char *numbers, int64_t row, int64_t rows,
                               int64_t panel, Sums y) {
-    const Linear l = as_numbers(c, numbers);
-    multiply(&l, tiles, row, rows, 0, y);
+#if defined(TILES)
+    if (tiles)
+        multiply_rows(tiles, (const char *)c->l.x + row * c->l.x_stride * 2, c->l.x_stride * 2, c->l.k * 2, numbers,
+                      rows, 0, y);
+    else
+#endif
+        multiply_numbers(c, row, rows, 0, c->l.k, numbers, y);
     settle(c, row, rows, panel, !one_scale(c), y);
 }
 
@@ -438,7 +492,7 @@ static void many_rows(const Codes *c, Share s, char *numbers) {
             const int64_t here = least(step, s.rows - i);
 #if defined(TILES)
             if (tiles && (i == 0 || here < step))
-                shape_tiles(tiles, here);
+                shape_rows(tiles, here);
 #endif
             multiply_expanded(c, tiles, numbers, s.first + i, here, panel, y);
             if (c->l.gate)
@@ -591,8 +645,8 @@ static void count_one(const Linear *l, const int8_t *x, const int8_t *w, int32_t
             int32_t four;
             memcpy(&four, x + k + 4 * i, 4);
             const __m512i here = _mm512_set1_epi32(four ^ (int32_t)0x80808080);
-            __builtin_prefetch(w + AHEAD + 4 * i * PANEL);
-            __builtin_prefetch(w + AHEAD + 4 * i * PANEL + 64);
+            __builtin_prefetch(w + SOON + 4 * i * PANEL);
+            __builtin_prefetch(w + SOON + 4 * i * PANEL + 64);
             sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], here, _mm512_loadu_si512(w + 4 * i * PANEL));
             sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], here, _mm512_loadu_si512(w + 4 * i * PANEL + 64));
         }
@@ -631,36 +685,6 @@ static void count(const Linear *l, const int8_t *x, const int8_t *w, int64_t row
 }
 #endif
 
-#if defined(TILES)
-/* As linear.h's, of codes: sums of 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, the panel in 6 and 7. */
-static void count_tiles(Tiles *t, const Linear *l, const int8_t *x, const int8_t *w, int64_t rows, int32_t *y) {
-    const int64_t stride = l->x_stride, line = PANEL * 4;
-    const int two = rows > 16;
-    tile_zero(t, 0);
-    tile_zero(t, 1);
-    tile_zero(t, 2);
-    tile_zero(t, 3);
-    for (int64_t k = 0; k < stride; k += 64, w += 64 * PANEL) {
-        tile_load(t, 4, x + k, stride);
-        tile_load(t, 6, w, line);
-        tile_int8(t, 0, 4, 6);
-        tile_load(t, 7, w + 64, line);
-        tile_int8(t, 1, 4, 7);
-        if (two) {
-            tile_load(t, 5, x + 16 * stride + k, stride);
-            tile_int8(t, 2, 5, 6);
-            tile_int8(t, 3, 5, 7);
-        }
-    }
-    tile_store(t, 0, y, line);
-    tile_store(t, 1, y + 16, line);
-    if (two) {
-        tile_store(t, 2, y + 16 * PANEL, line);
-        tile_store(t, 3, y + 16 * PANEL + 16, line);
-    }
-}
-#endif
-
 /* y = x w^T of up to STEP rows and a panel. */
 INLINE void match(const Matched *c, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y) {
     const int8_t *w = (const int8_t *)c->l.panels + panel * matched_bytes(&c->l);
@@ -668,7 +692,7 @@ INLINE void match(const Matched *c, void *tiles, int64_t row, int64_t rows, int6
     _Alignas(64) Counts counts;
 #if defined(TILES)
     if (tiles)
-        count_tiles(tiles, &c->l, x, w, rows, counts[0]);
+        multiply_rows(tiles, (const char *)x, c->l.x_stride, c->l.x_stride, (const char *)w, rows, 1, counts);
     else
 #endif
         count(&c->l, x, w, rows, counts[0]);
@@ -700,7 +724,7 @@ EXPORT void NAME(matched_body)(const void *job, int64_t item, void *scratch) {
         const int64_t here = least(step, s.rows - i);
 #if defined(TILES)
         if (tiles && (i == 0 || here < step))
-            shape_tiles(tiles, here);
+            shape_rows(tiles, here);
 #endif
         for (int64_t panel = s.begin; panel < s.end; panel++) {
             match(c, tiles, s.first + i, here, panel, y);

@@ -83,36 +83,43 @@ EXPORT void NAME(norm)(const void *x, const void *residual, const void *weight, 
     run_rows(norm_item, &job, rows, width, threads);
 }
 
-/* ---- silu_mul --------------------------------------------------------------------------------------------------- */
+/* ---- silu_mul, gelu_mul ----------------------------------------------------------------------------------------- */
 
 typedef struct {
     const void *x; /* [T, 2F], gate first */
     void *out;     /* [T, F] */
     int64_t width, stride;
-    int narrow;
+    int narrow, gelu; /* gelu: in the place of silu */
 } Gate;
 
-INLINE void gate_row(const Gate *g, int64_t row, int narrow) {
+/* x / (1 + exp(-z)): of z = x it is silu; of this z gelu, whose 1 + tanh(z / 2) is 2 / (1 + exp(-z)). */
+INLINE floats activate(floats x, int gelu) {
+    const floats z = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
+    return x / (1.0f + exponential(-z));
+}
+
+INLINE void gate_row(const Gate *g, int64_t row, int gelu, int narrow) {
     const int64_t gate = row * g->stride, up = gate + g->width, out = row * g->width;
     const int64_t whole = g->width - g->width % WIDTH;
-    for (int64_t i = 0; i < whole; i += WIDTH) {
-        floats x = load(g->x, gate + i, narrow);
-        store(g->out, out + i, x / (1.0f + exponential(-x)) * load(g->x, up + i, narrow), narrow);
-    }
+    for (int64_t i = 0; i < whole; i += WIDTH)
+        store(g->out, out + i, activate(load(g->x, gate + i, narrow), gelu) * load(g->x, up + i, narrow), narrow);
     for (int64_t i = whole; i < g->width; i++) {
-        float x = load_one(g->x, gate + i, narrow);
-        store_one(g->out, out + i, x / (1.0f + expf(-x)) * load_one(g->x, up + i, narrow), narrow);
+        const float active = activate(splat(load_one(g->x, gate + i, narrow)), gelu)[0];
+        store_one(g->out, out + i, active * load_one(g->x, up + i, narrow), narrow);
     }
 }
 
 static void gate_item(const void *job, int64_t row, void *scratch) {
     const Gate *g = job;
-    EITHER(gate_row, g->narrow, g, row);
+    if (g->gelu)
+        EITHER(gate_row, g->narrow, g, row, 1);
+    else
+        EITHER(gate_row, g->narrow, g, row, 0);
 }
 
 EXPORT void NAME(silu_mul)(const void *x, void *out, int64_t rows, int64_t width, int64_t stride, int narrow,
                            int threads) {
-    const Gate job = {x, out, width, stride, narrow};
+    const Gate job = {x, out, width, stride, narrow, 0};
     run_rows(gate_item, &job, rows, width, threads);
 }
 
@@ -228,6 +235,10 @@ EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t widt
 }
 
 #include "attend.h"
+#include "heads.h"
 #include "linear.h"
 #include "codes.h"
+#include "flash.h"
 #include "rows.h"
+#include "choice.h"
+#include "experts.h"

@@ -5,15 +5,10 @@
 #define PANEL 32
 #define VECTORS (PANEL / WIDTH)
 
-#if defined(TILES)
-#define STEP 32 /* rows of x that meet a panel at once */
-#elif defined(__AVX512BF16__)
-#define STEP 12
-#else
-#define STEP 8
-#endif
+#define STEP 32 /* rows of x that meet a panel at once, at most */
 #define ABREAST (WIDTH == 16 ? 4 : WIDTH == 8 ? 2 : 1) /* rows whose sums fit the registers, where C keeps them */
 #define FEW 12 /* rows up to which vectors are as good as tiles */
+#define TILE 512 /* bfloat16 of a tile: 16 rows of 32 */
 
 typedef float Sums[STEP][PANEL];
 
@@ -26,6 +21,9 @@ typedef struct {
     int64_t block; /* rows of an item, at most */
     int64_t grain; /* panels of an item, or pairs of a gate's and its partner's */
     int64_t narrow;
+    int64_t tiled; /* x is in the order of tiles */
+    const NormStep *norm; /* what makes x of each item anew, in its scratch; NULL: x is there. Few rows are worth it */
+    const RopeStep *rope; /* what turns and stores the heads that the columns are, once they are written; NULL: nothing */
 } Linear;
 
 INLINE int64_t panel_bytes(const Linear *l) { return l->narrow ? (l->k + 1) / 2 * PANEL * 4 : l->k * PANEL * 4; }
@@ -38,146 +36,116 @@ INLINE uint32_t two(const uint16_t *x, int64_t at, int64_t k) {
     return both;
 }
 
+/* What inner products work on: rows of x, and a panel whose pairs of k (or single k, if floats) are `line` numbers apart;
+   sums go to y, or are added to it. */
+typedef struct {
+    int64_t x_stride, line, k, y_stride;
+    int add;
+} Inner;
+
 /* y[i] = x[i] . panel for `rows` rows, in vectors of floats. */
-INLINE void multiply_wide(const Linear *l, const float *x, const float *w, const int rows, Sums y) {
+INLINE void multiply_wide(const Inner *p, const float *x, const float *w, const int rows, float *y) {
     floats sums[ABREAST][VECTORS] = {{{0}}};
-    for (int64_t k = 0; k < l->k; k++)
+    for (int64_t k = 0; k < p->k; k++)
         for (int v = 0; v < VECTORS; v++) {
-            const floats weight = load(w, k * PANEL + v * WIDTH, 0);
+            const floats weight = load(w, k * p->line + v * WIDTH, 0);
             for (int i = 0; i < rows; i++)
-                sums[i][v] += x[i * l->x_stride + k] * weight;
+                sums[i][v] += x[i * p->x_stride + k] * weight;
         }
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECTORS; v++)
-            store(y[i], v * WIDTH, sums[i][v], 0);
+        for (int v = 0; v < VECTORS; v++) {
+            float *to = y + i * p->y_stride + v * WIDTH;
+            store(to, 0, p->add ? load(to, 0, 0) + sums[i][v] : sums[i][v], 0);
+        }
 }
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
+INLINE __m512bh sixteen_pairs(const uint16_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
 
-INLINE void multiply_narrow(const Linear *l, const uint16_t *x, const uint16_t *w, const int rows, Sums y) {
+INLINE __m512bh pair_everywhere(uint32_t both) { return (__m512bh)_mm512_set1_epi32((int)both); }
+
+INLINE void put_sums(const Inner *p, float *y, __m512 low, __m512 high) {
+    if (p->add) {
+        low = _mm512_add_ps(low, _mm512_loadu_ps(y));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(y + 16));
+    }
+    _mm512_storeu_ps(y, low);
+    _mm512_storeu_ps(y + 16, high);
+}
+
+INLINE void multiply_narrow(const Inner *p, const uint16_t *x, const uint16_t *w, const int rows, float *y) {
     __m512 sums[12][2];
-    const int64_t whole = l->k / 2;
     for (int i = 0; i < rows; i++)
         sums[i][0] = sums[i][1] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < whole; p++, w += 2 * PANEL) {
-        const __m512bh low = (__m512bh)_mm512_loadu_si512(w), high = (__m512bh)_mm512_loadu_si512(w + PANEL);
+    int64_t k = 0;
+    for (; k + 2 <= p->k; k += 2, w += p->line) {
+        const __m512bh low = sixteen_pairs(w), high = sixteen_pairs(w + 32);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             uint32_t both;
-            memcpy(&both, x + i * l->x_stride + 2 * p, 4);
-            const __m512bh here = (__m512bh)_mm512_set1_epi32((int)both);
+            memcpy(&both, x + i * p->x_stride + k, 4);
+            const __m512bh here = pair_everywhere(both);
             sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, low);
             sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, high);
         }
     }
-    if (l->k % 2) {
-        const __m512bh low = (__m512bh)_mm512_loadu_si512(w), high = (__m512bh)_mm512_loadu_si512(w + PANEL);
+    if (k < p->k) {
+        const __m512bh low = sixteen_pairs(w), high = sixteen_pairs(w + 32);
         for (int i = 0; i < rows; i++) {
-            const __m512bh here = (__m512bh)_mm512_set1_epi32(x[i * l->x_stride + l->k - 1]);
+            const __m512bh here = pair_everywhere(x[i * p->x_stride + k]);
             sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, low);
             sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, high);
         }
     }
-    for (int i = 0; i < rows; i++) {
-        _mm512_storeu_ps(y[i], sums[i][0]);
-        _mm512_storeu_ps(y[i] + 16, sums[i][1]);
-    }
+    for (int i = 0; i < rows; i++)
+        put_sums(p, y + i * p->y_stride, sums[i][0], sums[i][1]);
 }
 
 /* One row, whose sums would wait for each other: four of each at a time. */
-INLINE void multiply_one(const Linear *l, const uint16_t *x, const uint16_t *w, Sums y) {
+INLINE void multiply_one(const Inner *p, const uint16_t *x, const uint16_t *w, float *y) {
     __m512 sums[4][2];
     for (int i = 0; i < 4; i++)
         sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     int64_t k = 0;
-    for (; k + 8 <= l->k; k += 8, w += 8 * PANEL)
+    for (; k + 8 <= p->k; k += 8, w += 4 * p->line)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             uint32_t both;
             memcpy(&both, x + k + 2 * i, 4);
-            const __m512bh here = (__m512bh)_mm512_set1_epi32((int)both);
-            sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, (__m512bh)_mm512_loadu_si512(w + 2 * i * PANEL));
-            sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, (__m512bh)_mm512_loadu_si512(w + 2 * i * PANEL + PANEL));
+            const __m512bh here = pair_everywhere(both);
+            sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, sixteen_pairs(w + i * p->line));
+            sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, sixteen_pairs(w + i * p->line + 32));
         }
-    for (; k < l->k; k += 2, w += 2 * PANEL) {
-        const __m512bh here = (__m512bh)_mm512_set1_epi32((int)two(x, k, l->k));
-        sums[0][0] = _mm512_dpbf16_ps(sums[0][0], here, (__m512bh)_mm512_loadu_si512(w));
-        sums[0][1] = _mm512_dpbf16_ps(sums[0][1], here, (__m512bh)_mm512_loadu_si512(w + PANEL));
+    for (; k < p->k; k += 2, w += p->line) {
+        const __m512bh here = pair_everywhere(two(x, k, p->k));
+        sums[0][0] = _mm512_dpbf16_ps(sums[0][0], here, sixteen_pairs(w));
+        sums[0][1] = _mm512_dpbf16_ps(sums[0][1], here, sixteen_pairs(w + 32));
     }
+    __m512 whole[2];
     for (int half = 0; half < 2; half++)
-        _mm512_storeu_ps(y[0] + 16 * half, _mm512_add_ps(_mm512_add_ps(sums[0][half], sums[1][half]),
-                                                         _mm512_add_ps(sums[2][half], sums[3][half])));
+        whole[half] = _mm512_add_ps(_mm512_add_ps(sums[0][half], sums[1][half]),
+                                    _mm512_add_ps(sums[2][half], sums[3][half]));
+    put_sums(p, y, whole[0], whole[1]);
 }
 #else
-INLINE void multiply_narrow(const Linear *l, const uint16_t *x, const uint16_t *w, const int rows, Sums y) {
+INLINE void multiply_narrow(const Inner *p, const uint16_t *x, const uint16_t *w, const int rows, float *y) {
     floats sums[ABREAST][VECTORS] = {{{0}}};
-    for (int64_t k = 0; k < l->k; k += 2)
+    for (int64_t k = 0; k < p->k; k += 2, w += p->line)
         for (int v = 0; v < VECTORS; v++) {
             words bits;
-            memcpy(&bits, w + k * PANEL + 2 * v * WIDTH, sizeof bits);
+            memcpy(&bits, w + 2 * v * WIDTH, sizeof bits);
             const floats even = (floats)(bits << 16), odd = (floats)(bits & 0xffff0000);
             for (int i = 0; i < rows; i++) {
-                const uint32_t both = two(x + i * l->x_stride, k, l->k);
-                const words pair = both - (words){0};
+                const words pair = two(x + i * p->x_stride, k, p->k) - (words){0};
                 sums[i][v] += (floats)(pair << 16) * even;
                 sums[i][v] += (floats)(pair & 0xffff0000) * odd;
             }
         }
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECTORS; v++)
-            store(y[i], v * WIDTH, sums[i][v], 0);
-}
-
-INLINE void multiply_one(const Linear *l, const uint16_t *x, const uint16_t *w, Sums y) {
-    multiply_narrow(l, x, w, 1, y);
-}
-#endif
-
-#if defined(TILES)
-/* Sums of 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, the panel in 6 and 7. */
-INLINE void shape_tiles(Tiles *t, int64_t rows) {
-    tiles_begin(t);
-    for (int half = 0; half < 2; half++) {
-        const int64_t height = most(1, least(16, rows - 16 * half));
-        tile_shape(t, 2 * half, height, 64);
-        tile_shape(t, 2 * half + 1, height, 64);
-        tile_shape(t, 4 + half, height, 64);
-        tile_shape(t, 6 + half, 16, 64);
-    }
-    tiles_ready(t);
-}
-
-INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const uint16_t *w, int64_t rows, Sums y) {
-    const int64_t stride = l->x_stride * 2, line = PANEL * 4, below = 16 * l->x_stride;
-    tile_zero(t, 0);
-    tile_zero(t, 1);
-    if (rows > 16) {
-        tile_zero(t, 2);
-        tile_zero(t, 3);
-        for (int64_t k = 0; k < l->k; k += 32, w += 32 * PANEL) {
-            tile_load(t, 4, x + k, stride);
-            tile_load(t, 6, w, line);
-            tile_bf16(t, 0, 4, 6);
-            tile_load(t, 7, w + PANEL, line);
-            tile_bf16(t, 1, 4, 7);
-            tile_load(t, 5, x + below + k, stride);
-            tile_bf16(t, 2, 5, 6);
-            tile_bf16(t, 3, 5, 7);
+        for (int v = 0; v < VECTORS; v++) {
+            float *to = y + i * p->y_stride + v * WIDTH;
+            store(to, 0, p->add ? load(to, 0, 0) + sums[i][v] : sums[i][v], 0);
         }
-        tile_store(t, 2, y[16], line);
-        tile_store(t, 3, y[16] + 16, line);
-    } else {
-        for (int64_t k = 0; k < l->k; k += 32, w += 32 * PANEL) {
-            tile_load(t, 4, x + k, stride);
-            tile_load(t, 6, w, line);
-            tile_bf16(t, 0, 4, 6);
-            tile_load(t, 7, w + PANEL, line);
-            tile_bf16(t, 1, 4, 7);
-        }
-    }
-    tile_store(t, 0, y[0], line);
-    tile_store(t, 1, y[0] + 16, line);
 }
 #endif
 
@@ -198,46 +166,74 @@ INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const u
     default: call(12); \
     }
 
-static void vectors_narrow(const Linear *l, const uint16_t *x, const uint16_t *w, int64_t rows, Sums y) {
-    if (rows == 1) {
-        multiply_one(l, x, w, y);
-        return;
-    }
+static void inner_narrow(const Inner *p, const uint16_t *x, const uint16_t *w, int64_t rows, float *y) {
 #if defined(__AVX512BF16__)
-#define CALL(count) multiply_narrow(l, x, w, count, y)
-    CONSTANT_ROWS(rows, CALL)
+#define CALL(count) multiply_narrow(p, x, w, count, y)
+    for (; rows > 1; rows -= 12, x += 12 * p->x_stride, y += 12 * p->y_stride)
+        CONSTANT_ROWS(rows, CALL)
 #undef CALL
+    if (rows == 1)
+        multiply_one(p, x, w, y);
 #else
-    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * l->x_stride, y += ABREAST)
-        multiply_narrow(l, x, w, ABREAST, y);
-    for (; rows > 0; rows--, x += l->x_stride, y++)
-        multiply_narrow(l, x, w, 1, y);
+    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * p->x_stride, y += ABREAST * p->y_stride)
+        multiply_narrow(p, x, w, ABREAST, y);
+    for (; rows > 0; rows--, x += p->x_stride, y += p->y_stride)
+        multiply_narrow(p, x, w, 1, y);
 #endif
 }
 
-static void vectors_wide(const Linear *l, const float *x, const float *w, int64_t rows, Sums y) {
-    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * l->x_stride, y += ABREAST)
-        multiply_wide(l, x, w, ABREAST, y);
-    for (; rows > 0; rows--, x += l->x_stride, y++)
-        multiply_wide(l, x, w, 1, y);
+static void inner_wide(const Inner *p, const float *x, const float *w, int64_t rows, float *y) {
+    for (; rows >= ABREAST; rows -= ABREAST, x += ABREAST * p->x_stride, y += ABREAST * p->y_stride)
+        multiply_wide(p, x, w, ABREAST, y);
+    for (; rows > 0; rows--, x += p->x_stride, y += p->y_stride)
+        multiply_wide(p, x, w, 1, y);
 }
 
-/* y = x w^T for up to STEP rows from `row` on and the panel of that number. */
-INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y) {
-    const char *w = (const char *)l->panels + panel * panel_bytes(l);
-    if (!l->narrow) {
-        vectors_wide(l, (const float *)l->x + row * l->x_stride, (const float *)w, rows, y);
-        return;
-    }
-    const uint16_t *x = (const uint16_t *)l->x + row * l->x_stride;
+/* y[i] = x[i] . panel, or that added to it, for any number of rows. */
+INLINE void inner(const Inner *p, const void *x, const void *w, int64_t rows, float *y, int narrow) {
+    if (narrow)
+        inner_narrow(p, x, w, rows, y);
+    else
+        inner_wide(p, x, w, rows, y);
+}
+
 #if defined(TILES)
-    if (tiles) {
-        multiply_tiles(tiles, l, x, (const uint16_t *)w, rows, y);
-        return;
-    }
-#endif
-    vectors_narrow(l, x, (const uint16_t *)w, rows, y);
+/* Sums of 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, the panel in 6 and 7. */
+INLINE void shape_tiles(Tiles *t) {
+    tiles_begin(t);
+    for (int i = 0; i < 8; i++)
+        tile_shape(t, i, 16, 64);
+    tiles_ready(t);
 }
+
+INLINE void zero_sums(Tiles *t) {
+    tile_zero(t, 0);
+    tile_zero(t, 1);
+    tile_zero(t, 2);
+    tile_zero(t, 3);
+}
+
+/* The four sums += 32 rows of x, the second 16 of them at `below`, times 32 columns of a panel; strides in bytes. */
+INLINE void add_products(Tiles *t, const uint16_t *x, const uint16_t *below, int64_t stride, const uint16_t *w,
+                         int64_t line) {
+    tile_load(t, 4, x, stride);
+    tile_load(t, 6, w, line);
+    tile_bf16(t, 0, 4, 6);
+    tile_load(t, 7, w + PANEL, line);
+    tile_bf16(t, 1, 4, 7);
+    tile_load(t, 5, below, stride);
+    tile_bf16(t, 2, 5, 6);
+    tile_bf16(t, 3, 5, 7);
+}
+
+INLINE void put_products(Tiles *t, float *to, int64_t stride) {
+    tile_store(t, 0, to, stride);
+    tile_store(t, 1, to + 16, stride);
+    tile_store(t, 2, to + 4 * stride, stride);
+    tile_store(t, 3, to + 4 * stride + 16, stride);
+}
+
+#endif
 
 INLINE floats silu(floats x) { return x / (1.0f + exponential(-x)); }
 
@@ -264,40 +260,173 @@ INLINE void finish(const Linear *l, int64_t row, int64_t rows, int64_t panel, Su
     }
 }
 
-EXPORT const int64_t NAME(linear_bytes) = sizeof(Linear);
-EXPORT int64_t NAME(linear_items)(const void *job) {
-    const Linear *l = job;
-    return (live_rows(&l->e) + l->block - 1) / l->block * ((units(l) + l->grain - 1) / l->grain);
+/* Sums that wait to be written, a row at a time while the next ones are made: vectors idle where tiles are busy. */
+typedef struct {
+    int64_t row, rows, panel, done;
+    float (*y)[PANEL], (*up)[PANEL];
+} Pending;
+
+/* How the sums of some rows and a panel become results. */
+typedef void (*Finish)(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up);
+
+INLINE void finish_some(const Linear *l, Pending *p, int64_t count, Finish finish) {
+    const int64_t here = least(count, p->rows - p->done);
+    finish(l, p->row + p->done, here, p->panel, p->y + p->done, p->up + p->done);
+    p->done += here;
 }
 
-EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
-    const Linear *l = job;
-    const int64_t chunks = (units(l) + l->grain - 1) / l->grain, first = item / chunks * l->block;
-    const int64_t rows = least(l->block, live_rows(&l->e) - first), begin = item % chunks * l->grain;
-    const int64_t end = least(units(l), begin + l->grain);
-    _Alignas(64) Sums y, up;
-    int64_t step = least(STEP, FEW);
+#if defined(TILES)
+/* x in the order of tiles (`order_body`), from a multiple of 32 rows on. */
+INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const uint16_t *w, Sums y, Pending *pending,
+                           Finish finish) {
+    zero_sums(t);
+    for (int64_t k = 0; k < l->k; k += 32, x += 2 * TILE, w += 2 * TILE) {
+        add_products(t, x, x + TILE, 64, w, PANEL * 4);
+        finish_some(l, pending, 2, finish);
+    }
+    put_products(t, y[0], PANEL * 4);
+}
+#endif
+
+/* y = x w^T for up to STEP rows from `row` on and the panel of that number. */
+INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y,
+                     Pending *pending, Finish finish) {
+    const char *w = (const char *)l->panels + panel * panel_bytes(l);
+    const char *x = (const char *)l->x + row * l->x_stride * (l->narrow ? 2 : 4);
+#if defined(TILES)
+    if (tiles) {
+        multiply_tiles(tiles, l, (const uint16_t *)l->x + row * l->k, (const uint16_t *)w, y, pending, finish);
+        return;
+    }
+#endif
+    const Inner p = {l->x_stride, l->narrow ? 2 * PANEL : PANEL, l->k, PANEL, 0};
+    inner(&p, x, w, rows, y[0], l->narrow);
+}
+
+/* Ask for the lines that `finish` will write to: they come from far while the sums are made. */
+INLINE void expect_rows(const Linear *l, int64_t row, int64_t rows, int64_t panel) {
+    const int64_t size = l->narrow ? 2 : 4;
+    for (int64_t i = 0; i < rows; i++)
+        __builtin_prefetch((char *)l->out + ((row + i) * l->out_stride + panel * PANEL) * size, 1);
+}
+
+/* How many items a product of `rows` rows is cut into. */
+INLINE int64_t multiply_items(const Linear *l, int64_t rows) {
+    return (rows + l->block - 1) / l->block * ((units(l) + l->grain - 1) / l->grain);
+}
+
+/* A part of a product: `rows` rows from `row` on, and the panels from `begin` to `end`. */
+typedef struct {
+    int64_t row, rows, begin, end;
+} Part;
+
+/* One of the items into which a product of `rows` rows is cut. */
+INLINE Part part_of(const Linear *l, int64_t rows, int64_t item) {
+    const int64_t chunks = (units(l) + l->grain - 1) / l->grain, row = item / chunks * l->block;
+    const int64_t begin = item % chunks * l->grain;
+    return (Part){row, least(l->block, rows - row), begin, least(units(l), begin + l->grain)};
+}
+
+/* The sums of a part, handed to `finish`. */
+INLINE void multiply_part(const Linear *l, const Part part, Finish finish) {
+    const int64_t step = l->tiled ? 32 : FEW;
+    _Alignas(64) Sums y[2], up[2];
     void *tiles = NULL;
 #if defined(TILES)
     Tiles state;
-    if (l->narrow && rows > FEW && l->k % 32 == 0)
-        tiles = &state, step = STEP;
+    if (l->tiled) {
+        tiles = &state;
+        shape_tiles(tiles);
+    }
 #endif
-    for (int64_t i = 0; i < rows; i += step) {
-        const int64_t here = least(step, rows - i);
-#if defined(TILES)
-        if (tiles && (i == 0 || here < step))
-            shape_tiles(tiles, here);
-#endif
-        for (int64_t panel = begin; panel < end; panel++) {
-            multiply(l, tiles, first + i, here, panel, y);
+    Pending pending = {.y = y[1], .up = up[1]};
+    int turn = 0;
+    for (int64_t panel = part.begin; panel < part.end; panel++) { /* which stays in the nearest cache */
+        for (int64_t i = 0; i < part.rows; i += step, turn = !turn) {
+            const int64_t here = least(step, part.rows - i);
+            expect_rows(l, part.row + i, here, panel);
+            multiply(l, tiles, part.row + i, here, panel, y[turn], &pending, finish);
             if (l->gate)
-                multiply(l, tiles, first + i, here, l->gate / PANEL + panel, up);
-            finish(l, first + i, here, panel, y, up);
+                multiply(l, tiles, part.row + i, here, units(l) + panel, up[turn], &pending, finish);
+            finish_some(l, &pending, STEP, finish);
+            pending = (Pending){part.row + i, here, panel, 0, y[turn], up[turn]};
         }
     }
+    finish_some(l, &pending, STEP, finish);
 #if defined(TILES)
     if (tiles)
         tiles_end(tiles);
 #endif
+}
+
+/* The panels from `begin` to `end` of x w^T for `rows` rows from `first` on, each handed to `finish`. */
+INLINE void multiply_block(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end, Finish finish) {
+    multiply_part(l, (Part){first, rows, begin, end}, finish);
+}
+
+INLINE void multiply_item(const Linear *l, int64_t rows, int64_t item, Finish finish) {
+    multiply_part(l, part_of(l, rows, item), finish);
+}
+
+/* Norm the rows from `first` on into scratch; one item in all leaves their sum with the residual for others. */
+INLINE const void *norm_rows(const Linear *l, int64_t first, int64_t rows, int leaves, void *scratch) {
+    Norm n = l->norm->n;
+    const int64_t bytes = n.width * (n.narrow ? 2 : 4);
+    n.out = (char *)scratch - first * bytes;
+    if (!leaves)
+        n.total = (char *)scratch + (rows - first) * bytes;
+    for (int64_t row = first; row < first + rows; row++)
+        EITHER(norm_row, n.narrow, &n, row);
+    return n.out;
+}
+
+INLINE void turn_columns(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t panels = l->rope->r.head_dim / PANEL;
+    for (int64_t token = first; token < first + rows; token++)
+        for (int64_t head = begin / panels; head < end / panels; head++)
+            EITHER(turn_one, l->rope->r.narrow, l->rope, token, head);
+}
+
+EXPORT const int64_t NAME(linear_bytes) = sizeof(Linear);
+EXPORT int64_t NAME(linear_items)(const void *job) {
+    const Linear *l = job;
+    return multiply_items(l, live_rows(&l->e));
+}
+
+EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
+    Linear l = *(const Linear *)job;
+    const Part part = part_of(&l, live_rows(&l.e), item);
+    if (l.norm) {
+        l.x = norm_rows(&l, part.row, part.rows, part.begin == 0, scratch);
+        l.x_stride = l.k;
+    }
+    multiply_part(&l, part, finish);
+    if (l.rope)
+        turn_columns(&l, part.row, part.rows, part.begin, part.end);
+}
+
+/* ---- rows in the order of tiles ------------------------------------------------------------------------------------ */
+
+typedef struct {
+    Extent e;
+    const uint16_t *x; /* [m, k], k a multiple of 32 */
+    uint16_t *out;     /* [m / 32, k / 32, 32, 32], zeros where x ends */
+    int64_t k, x_stride;
+} Order;
+
+EXPORT const int64_t NAME(order_bytes) = sizeof(Order);
+EXPORT int64_t NAME(order_items)(const void *job) {
+    const Order *o = job;
+    return (live_rows(&o->e) + 31) / 32;
+}
+
+EXPORT void NAME(order_body)(const void *job, int64_t item, void *scratch) {
+    const Order *o = job;
+    const int64_t first = 32 * item, rows = least(32, live_rows(&o->e) - first);
+    for (int64_t k = 0; k < o->k; k += 32) {
+        uint16_t *to = o->out + first * o->k + 32 * k;
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(to + 32 * i, o->x + (first + i) * o->x_stride + k, 64);
+        memset(to + 32 * rows, 0, (32 - rows) * 64);
+    }
 }

@@ -3,29 +3,6 @@
 
 /* ---- rows apart ---------------------------------------------------------------------------------------------------- */
 
-/* Of `rows` rows, `grain` to an item. */
-#define GRAINS(name, Job) \
-    EXPORT const int64_t NAME(name##_bytes) = sizeof(Job); \
-    EXPORT int64_t NAME(name##_items)(const void *job) { \
-        const Job *j = job; \
-        return (live_rows(&j->e) + j->grain - 1) / j->grain; \
-    }
-
-#define EACH_ROW(row, j, item) \
-    for (int64_t row = (item) * (j)->grain, row##_end = least(row + (j)->grain, live_rows(&(j)->e)); row < row##_end; row++)
-
-typedef struct {
-    Extent e;
-    int64_t grain;
-    Norm n;
-} NormStep;
-
-GRAINS(norm, NormStep)
-EXPORT void NAME(norm_body)(const void *job, int64_t item, void *scratch) {
-    const NormStep *j = job;
-    EACH_ROW(row, j, item) EITHER(norm_row, j->n.narrow, &j->n, row);
-}
-
 typedef struct {
     Extent e;
     int64_t grain;
@@ -35,7 +12,7 @@ typedef struct {
 GRAINS(gate, GateStep)
 EXPORT void NAME(gate_body)(const void *job, int64_t item, void *scratch) {
     const GateStep *j = job;
-    EACH_ROW(row, j, item) EITHER(gate_row, j->g.narrow, &j->g, row);
+    EACH_ROW(row, j, item) gate_item(&j->g, row, scratch);
 }
 
 typedef struct {
@@ -94,6 +71,73 @@ EXPORT void NAME(lookup_body)(const void *job, int64_t item, void *scratch) {
     }
 }
 
+/* ---- merges -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Extent e;
+    int64_t grain;
+    const char *x, *others; /* rows; of those with a source, `others` has them */
+    char *out;
+    const int32_t *source; /* [rows]; -1: the row of x */
+    int64_t count;         /* rows of `others` */
+    int64_t bytes, x_stride, others_stride;
+} MergeStep;
+
+GRAINS(merge, MergeStep)
+EXPORT void NAME(merge_body)(const void *job, int64_t item, void *scratch) {
+    const MergeStep *j = job;
+    EACH_ROW(row, j, item) {
+        const int64_t at = j->source[row];
+        const int other = at >= 0 && at < j->count;
+        memcpy(j->out + row * j->bytes, other ? j->others + at * j->others_stride : j->x + row * j->x_stride, j->bytes);
+    }
+}
+
+typedef struct {
+    Extent e; /* heads of tokens */
+    int64_t grain;
+    const void *x;     /* [parts, rows, width] */
+    const float *lse;  /* [parts, rows] */
+    const void *sinks; /* [heads] or NULL */
+    void *out;         /* [rows, width] */
+    int64_t parts, heads, width, narrow, narrow_sinks;
+} StatesStep;
+
+/* Attention over disjoint keys, of each part's by their logsumexp; a part of -inf is not read. */
+INLINE void merge_head(const StatesStep *j, int64_t row, float *weights, int narrow) {
+    const int64_t whole = j->width - j->width % WIDTH, apart = j->e.rows * j->width;
+    const float sink = j->sinks ? load_one(j->sinks, row % j->heads, j->narrow_sinks) : -INFINITY;
+    float peak = sink, total = 0;
+    for (int64_t p = 0; p < j->parts; p++)
+        peak = fmaxf(peak, j->lse[p * j->e.rows + row]);
+    for (int64_t p = 0; p < j->parts; p++) {
+        const float lse = j->lse[p * j->e.rows + row];
+        weights[p] = lse == -INFINITY ? 0 : expf(lse - peak);
+        total += weights[p];
+    }
+    total += sink == -INFINITY ? 0 : expf(sink - peak);
+    for (int64_t p = 0; p < j->parts; p++)
+        weights[p] /= total == 0 ? 1 : total;
+    for (int64_t i = 0; i < j->width; i += i < whole ? WIDTH : 1) {
+        floats mixed = {0};
+        for (int64_t p = 0; p < j->parts; p++) {
+            const int64_t at = p * apart + row * j->width + i;
+            if (weights[p] != 0)
+                mixed += weights[p] * (i < whole ? load(j->x, at, narrow) : splat(load_one(j->x, at, narrow)));
+        }
+        if (i < whole)
+            store(j->out, row * j->width + i, mixed, narrow);
+        else
+            store_one(j->out, row * j->width + i, mixed[0], narrow);
+    }
+}
+
+GRAINS(states, StatesStep)
+EXPORT void NAME(states_body)(const void *job, int64_t item, void *scratch) {
+    const StatesStep *j = job;
+    EACH_ROW(row, j, item) EITHER(merge_head, j->narrow, j, row, scratch);
+}
+
 typedef struct {
     Extent e;
     int64_t grain;
@@ -104,46 +148,6 @@ GRAINS(argmax, ArgmaxStep)
 EXPORT void NAME(argmax_body)(const void *job, int64_t item, void *scratch) {
     const ArgmaxStep *j = job;
     EACH_ROW(row, j, item) argmax_item(&j->a, row, scratch);
-}
-
-/* ---- heads --------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    Extent e; /* tokens */
-    int64_t grain;
-    Rope r;
-    void *k_pages, *v_pages; /* [slots, Hk, D] and [slots, Hk, Dv]; NULL: nothing is written */
-    const void *v;
-    const int32_t *slots; /* [T] */
-    int64_t v_bytes, v_stride_bytes, k_bytes; /* of a token */
-} RopeStep;
-
-GRAINS(rope, RopeStep)
-EXPORT void NAME(rope_body)(const void *job, int64_t item, void *scratch) {
-    const RopeStep *j = job;
-    EACH_ROW(token, j, item) {
-        EITHER(turn_token, j->r.narrow, &j->r, token);
-        if (j->k_pages)
-            memcpy((char *)j->k_pages + j->slots[token] * j->k_bytes, (char *)j->r.k_out + token * j->k_bytes, j->k_bytes);
-        if (j->v_pages)
-            memcpy((char *)j->v_pages + j->slots[token] * j->v_bytes, (const char *)j->v + token * j->v_stride_bytes,
-                   j->v_bytes);
-    }
-}
-
-typedef struct {
-    Extent e; /* tokens */
-    int64_t grain;
-    const char *x; /* [T, bytes] */
-    char *pages;   /* [slots, bytes] */
-    const int32_t *slots;
-    int64_t bytes, stride;
-} WriteStep;
-
-GRAINS(write, WriteStep)
-EXPORT void NAME(write_body)(const void *job, int64_t item, void *scratch) {
-    const WriteStep *j = job;
-    EACH_ROW(token, j, item) memcpy(j->pages + j->slots[token] * j->bytes, j->x + token * j->stride, j->bytes);
 }
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */

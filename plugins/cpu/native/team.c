@@ -1,7 +1,7 @@
-/* A team of threads that replays tapes. Whoever calls is its first member and is never pinned; the others wait for the
-   next tape as they wait for each other between steps: they spin for some microseconds, then sleep in the kernel, so that
-   a thread which the system has interrupted finds a processor to go on. Items are handed out one by one: a member that
-   comes late takes fewer. */
+/* A team of threads that replays tapes. Whoever submits one goes on with its own work while the threads begin; when it
+   waits for the end, it joins them for what is left and is never pinned. Between steps the members meet: those that wait
+   spin for some microseconds, then sleep in the kernel, so that a thread which the system has interrupted finds a processor
+   to go on. Items are handed out one by one: a member that comes late takes fewer. */
 #define _GNU_SOURCE
 #include "team.h"
 
@@ -18,19 +18,23 @@
 #define LINE 128 /* bytes that processors fetch together */
 
 typedef struct {
-    _Alignas(LINE) _Atomic uint32_t epoch; /* counts meetings; sleepers wait for it to change */
+    _Alignas(LINE) _Atomic uint32_t epoch; /* counts meetings and tapes; sleepers wait for it to change */
     _Alignas(LINE) _Atomic uint32_t arrived;
     _Atomic uint32_t sleepers;
+    _Atomic uint32_t joining; /* the submitter would like to be a member from the next step on */
+    _Atomic uint32_t joined;  /* it is one, from the step `at` on */
+    _Atomic uint32_t done;    /* the tape is */
+    _Atomic uint32_t begun;   /* counts tapes */
     _Alignas(LINE) _Atomic int64_t next; /* the next item of the step */
-    _Alignas(LINE) uint32_t members;
-    uint32_t forks; /* that this process was the child of, when the team began */
-    int64_t spin_ns;
+    _Alignas(LINE) uint32_t members;     /* who have to come to a meeting */
+    uint32_t threads, forks;             /* the team's own; forks of the process when the team began */
+    int64_t spin_ns, at, started_ns, ended_ns;
     int stop;
     const lineshaft_step *steps; /* the tape under way */
     int64_t count;
     char *scratch;
     int64_t scratch_bytes; /* of each member */
-    pthread_t threads[];
+    pthread_t ids[];
 } Team;
 
 typedef struct {
@@ -58,6 +62,13 @@ static void pause_briefly(void) {
 #endif
 }
 
+static void wake(Team *team) {
+    atomic_fetch_add(&team->epoch, 1);
+    if (atomic_load(&team->sleepers))
+        syscall(SYS_futex, &team->epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+/* Until the epoch is another than `epoch`. */
 static void await(Team *team, uint32_t epoch) {
     const int64_t deadline = now_ns() + team->spin_ns;
     do {
@@ -73,71 +84,92 @@ static void await(Team *team, uint32_t epoch) {
     atomic_fetch_sub(&team->sleepers, 1);
 }
 
-/* Wait until every member is here. The last one makes the counters ready for the next step. */
-static void meet(Team *team) {
+/* Wait until every member is here, before step `step`. The last one makes the counters ready for it, lets the submitter
+   join, and says so if there is no such step. */
+static void meet(Team *team, int64_t step, int64_t count) {
     const uint32_t epoch = atomic_load_explicit(&team->epoch, memory_order_acquire);
-    if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 < team->members) {
+    if (atomic_fetch_add(&team->arrived, 1) + 1 < team->members) {
         await(team, epoch);
         return;
     }
-    atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
-    atomic_store_explicit(&team->next, 0, memory_order_relaxed);
-    atomic_store(&team->epoch, epoch + 1);
-    if (atomic_load(&team->sleepers))
-        syscall(SYS_futex, &team->epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    atomic_store(&team->arrived, 0);
+    atomic_store(&team->next, 0);
+    if (step == count) {
+        team->ended_ns = now_ns();
+        atomic_store(&team->done, 1);
+    } else if (atomic_exchange(&team->joining, 0)) {
+        team->members++;
+        team->at = step;
+        atomic_store(&team->joined, 1);
+    }
+    wake(team);
 }
 
-static void play(Team *team, uint32_t member) {
+/* Go through a tape from step `at` on. What it is has to be read before: after the last meeting the next one may come. */
+static void play(Team *team, uint32_t member, int64_t at) {
     char *scratch = team->scratch + member * team->scratch_bytes;
-    for (int64_t i = 0; i < team->count; i++) {
-        const lineshaft_step *step = team->steps + i;
+    const lineshaft_step *steps = team->steps;
+    for (const int64_t count = team->count; at < count; at++) {
+        const lineshaft_step *step = steps + at;
         const int64_t items = step->items(step->job);
         int64_t item;
         while ((item = atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed)) < items)
             step->body(step->job, item, scratch);
-        meet(team);
+        meet(team, at + 1, count);
     }
 }
 
 static void *live(void *argument) {
     const Member member = *(Member *)argument;
+    Team *team = member.team;
     free(argument);
-    for (;;) {
-        meet(member.team);
-        if (member.team->stop)
+    for (uint32_t seen = 0;; seen++) {
+        for (;;) {
+            const uint32_t epoch = atomic_load(&team->epoch);
+            if (atomic_load(&team->begun) != seen)
+                break;
+            await(team, epoch);
+        }
+        if (team->stop)
             return NULL;
-        play(member.team, member.index);
+        play(team, member.index, 0);
     }
 }
 
-/* End a team of which `begun` members run, the caller among them. */
-static void end(Team *team, uint32_t begun) {
+static void begin(Team *team) {
+    team->members = team->threads;
+    atomic_store(&team->joining, 0);
+    atomic_store(&team->joined, 0);
+    atomic_store(&team->done, 0);
+    atomic_fetch_add(&team->begun, 1);
+    wake(team);
+}
+
+/* End a team of which so many threads run. */
+static void end(Team *team, uint32_t running) {
     team->stop = 1;
-    meet(team);
-    for (uint32_t i = 1; i < begun; i++)
-        pthread_join(team->threads[i], NULL);
+    begin(team);
+    for (uint32_t i = 0; i < running; i++)
+        pthread_join(team->ids[i], NULL);
     free(team);
 }
 
-/* A team of so many threads, the caller's among them, each of which spins for `spin_ns` before it sleeps; NULL if the
-   system gives no memory or not all of the threads. */
-EXPORT void *lineshaft_team_start(int threads, int64_t spin_ns) {
+/* A team of so many members, the caller among them, each of which spins for `spin_ns` before it sleeps; NULL if the system
+   gives no memory or not all of the threads. */
+EXPORT void *lineshaft_team_start(int members, int64_t spin_ns) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, listen_for_forks);
-    const size_t bytes = sizeof(Team) + threads * sizeof(pthread_t);
+    const size_t bytes = sizeof(Team) + members * sizeof(pthread_t);
     Team *team = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
     if (!team)
         return NULL;
-    *team = (Team){.forks = atomic_load(&forks), .spin_ns = spin_ns, .members = threads};
-    for (int i = 1; i < threads; i++) {
+    *team = (Team){.forks = atomic_load(&forks), .spin_ns = spin_ns, .threads = members - 1, .done = 1};
+    for (uint32_t i = 0; i < team->threads; i++) {
         Member *member = malloc(sizeof *member);
         if (member)
-            *member = (Member){team, i};
-        if (!member || pthread_create(team->threads + i, NULL, live, member)) {
+            *member = (Member){team, i + 1};
+        if (!member || pthread_create(team->ids + i, NULL, live, member)) {
             free(member);
-            /* Those that run wait for `threads` members: stand in for the ones that never began. */
-            team->stop = 1;
-            atomic_fetch_add(&team->arrived, threads - i);
             end(team, i);
             return NULL;
         }
@@ -145,29 +177,54 @@ EXPORT void *lineshaft_team_start(int threads, int64_t spin_ns) {
     return team;
 }
 
-/* End the threads and free the team. In a child of the process that began it there are no threads to end. */
+/* End the threads, which have no tape, and free the team. In a child of the process that began it there are none. */
 EXPORT void lineshaft_team_stop(void *argument) {
     Team *team = argument;
     if (team->forks != atomic_load(&forks))
         free(team);
     else
-        end(team, team->members);
+        end(team, team->threads);
 }
 
-/* Run a tape. `scratch` has `scratch_bytes` for each member. In a child of the process that began the team, which has none
-   of its threads, the caller runs everything alone. */
-EXPORT void lineshaft_replay(void *argument, const lineshaft_step *steps, int64_t count, char *scratch,
+static int alone(const Team *team) { return team->threads == 0 || team->forks != atomic_load(&forks); }
+
+/* Begin a tape; `lineshaft_wait` comes before the next. `scratch` has `scratch_bytes` for each member. */
+EXPORT void lineshaft_submit(void *argument, const lineshaft_step *steps, int64_t count, char *scratch,
                              int64_t scratch_bytes) {
     Team *team = argument;
-    if (team->forks != atomic_load(&forks)) {
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t items = steps[i].items(steps[i].job);
-            for (int64_t item = 0; item < items; item++)
-                steps[i].body(steps[i].job, item, scratch);
-        }
-        return;
-    }
     team->steps = steps, team->count = count, team->scratch = scratch, team->scratch_bytes = scratch_bytes;
-    meet(team);
-    play(team, 0);
+    team->started_ns = team->ended_ns = now_ns();
+    if (count && !alone(team))
+        begin(team);
+    else
+        atomic_store(&team->done, count == 0);
+}
+
+/* Help with the tape until it is done, and return how many nanoseconds it took. A team of one, or one whose threads stayed
+   behind in another process, runs it here. */
+EXPORT int64_t lineshaft_wait(void *argument) {
+    Team *team = argument;
+    if (alone(team)) {
+        for (int64_t i = 0; i < team->count && !atomic_load(&team->done); i++) {
+            const lineshaft_step *step = team->steps + i;
+            const int64_t items = step->items(step->job);
+            for (int64_t item = 0; item < items; item++)
+                step->body(step->job, item, team->scratch);
+        }
+        if (!atomic_exchange(&team->done, 1))
+            team->ended_ns = now_ns();
+        return team->ended_ns - team->started_ns;
+    }
+    atomic_store(&team->joining, 1);
+    for (;;) {
+        const uint32_t epoch = atomic_load(&team->epoch);
+        if (atomic_load(&team->done))
+            break;
+        if (atomic_load(&team->joined)) {
+            play(team, 0, team->at);
+            break;
+        }
+        await(team, epoch);
+    }
+    return team->ended_ns - team->started_ns;
 }

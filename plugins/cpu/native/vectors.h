@@ -6,28 +6,36 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #pragma GCC diagnostic ignored "-Wpsabi" /* wide vectors cross no call: every helper is inlined */
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* WIDTH floats make a vector. Of two vectors, the pairs and the quads of each that `sums` adds up. */
+/* WIDTH floats make a vector. Of two vectors, the pairs and the quads of each that `sums` adds up. COUNT
+   numbers the places of one. */
 #if defined(__AVX512F__)
 #define WIDTH 16
 #define EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
 #define ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 #define FORE 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define COUNT ((ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
 #define REAR 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
 #elif defined(__AVX2__)
 #define WIDTH 8
 #define EVEN 0, 8, 2, 10, 4, 12, 6, 14
 #define ODD 1, 9, 3, 11, 5, 13, 7, 15
 #define FORE 0, 1, 8, 9, 4, 5, 12, 13
+#define COUNT ((ints){0, 1, 2, 3, 4, 5, 6, 7})
 #define REAR 2, 3, 10, 11, 6, 7, 14, 15
 #else
 #define WIDTH 4
 #define EVEN 0, 4, 2, 6
 #define ODD 1, 5, 3, 7
 #define FORE 0, 1, 4, 5
+#define COUNT ((ints){0, 1, 2, 3})
 #define REAR 2, 3, 6, 7
 #endif
 
@@ -93,7 +101,11 @@ INLINE void store(void *to, int64_t at, floats value, int narrow) {
         memcpy((float *)to + at, &value, sizeof value);
         return;
     }
-    halves bits = __builtin_convertvector(NARROWED((words)value), halves);
+#if defined(__AVX512BF16__)
+    const __m256bh bits = _mm512_cvtneps_pbh((__m512)value); /* as NARROWED, but for denormal numbers, which become 0 */
+#else
+    const halves bits = __builtin_convertvector(NARROWED((words)value), halves);
+#endif
     memcpy((uint16_t *)to + at, &bits, sizeof bits);
 }
 
@@ -111,7 +123,14 @@ INLINE floats splat(float value) { return value - (floats){0}; }
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
-INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
+/* b where either is a NaN */
+INLINE floats larger(floats a, floats b) {
+#if WIDTH == 16
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 /* Lane i of the result sums the lanes i, i + 4, i + 8, ... of v. */
 INLINE floats4 fold(floats v) {
@@ -129,6 +148,9 @@ INLINE float sum(floats v) {
 }
 
 INLINE float maximum(floats v) {
+#if WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float best = v[0];
     for (int i = 1; i < WIDTH; i++)
         best = v[i] > best ? v[i] : best;

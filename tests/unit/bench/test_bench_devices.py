@@ -54,6 +54,26 @@ def test_a_rank_holds_its_share() -> None:
     assert share.token_flops == whole.token_flops / 4
 
 
+def test_quantized_weights_are_read_in_their_codes() -> None:
+    """All linear layers but the head: 1 byte a weight and a float32 for each row, or half a byte and one a group."""
+    plain, int8, int4 = (model_figures(LLAMA_8B, discover([]), quantization=name) for name in ("none", "int8", "int4"))
+    head = 2 * 128256 * 4096
+    weights = (plain.dense_bytes - head) / 2
+    assert plain.dense_bytes > int8.dense_bytes > int4.dense_bytes > head
+    assert int8.dense_bytes == pytest.approx(head + weights, rel=1e-2)
+    assert int4.dense_bytes == pytest.approx(head + weights * (0.5 + 4 / 128), rel=1e-2)
+    assert int8.token_flops == plain.token_flops
+
+
+@pytest.mark.parametrize("window", [0, 3, 9])
+def test_a_prompts_operations_are_those_of_its_tokens_and_pairs(window: int) -> None:
+    plain = model_figures(LLAMA_8B, discover([]))
+    model = replace(plain, groups=(replace(plain.groups[0], window=window),))
+    pairs = sum(min(place + 1, window or 7) for place in range(7))
+    expected = 7 * model.token_flops + model.logit_flops + pairs * model.groups[0].pair_flops
+    assert model.prompt_flops(7) == pytest.approx(expected)
+
+
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

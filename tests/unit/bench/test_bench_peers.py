@@ -19,7 +19,7 @@ from lineshaft_bench.errors import PeerError
 from lineshaft_bench.figures import Ran
 from lineshaft_bench.measure import BOUND, Bench
 from lineshaft_bench.peers import client
-from lineshaft_bench.peers.client import OURS, PEERS, Peer, environments
+from lineshaft_bench.peers.client import BOUNDS, OURS, PEERS, Peer, environments
 from lineshaft_bench.workloads import WORKLOADS, Ids, Job, Round
 
 FAKE = """
@@ -140,16 +140,19 @@ def test_engines_are_measured_in_turns_beside_the_bound(
     told: list[str] = []
     bench = Bench(config, ["fake"], {}, {}, fake, timeline="")
     (found,) = bench.run(["single"], told.append)
-    assert "loading lineshaft" in told and "single: round 5 of 5" in told
+    assert BOUNDS not in PEERS and "loading lineshaft" in told and "single: round 5 of 5" in told
     ours, theirs = found.engines[OURS], found.engines["fake"]
     assert len(ours.rounds) == len(theirs.rounds) == 5
     assert theirs.figures["tpot_ms"].median == pytest.approx(100)
     assert ours.figures["tpot_ms"].median == pytest.approx(float(np.median([each["tpot_ms"] for each in ours.rounds])))
-    assert found.ratio("tpot_ms", "fake") == pytest.approx(ours.figures["tpot_ms"].median / 100)
-    assert found.ratio("tpot_ms", BOUND) > 1  # type: ignore[operator]
+    ratio, over_bound = found.ratio("tpot_ms", "fake"), found.ratio("tpot_ms", BOUND)
+    assert ratio and over_bound and over_bound.low > 1
+    assert ratio.median == pytest.approx(ours.figures["tpot_ms"].median / 100)
+    assert len(found.bounds) == len(found.bound) == 5 and {each.threads for each in found.bounds} == {1}
+    assert found.over_bounds("fake")["tpot_over_read"].median > 1
     assert ours.facts["steps"] >= 6 * 6 and 0 < ours.facts["kv_most"] <= 1
     assert ours.peak_bytes > 1 << 20
-    assert json.loads(json.dumps(found.to_json()))["ratios"]["fake"]["tpot_ms"] > 0
+    assert json.loads(json.dumps(found.to_json()))["ratios"]["fake"]["tpot_ms"]["low"] > 0
 
 
 # ---- a model as peers read it ----------------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     sources, package = tmp_path / "native", tmp_path / "package"
     sources.mkdir()
     package.mkdir()
-    for name in ("support.c", "team.h"):
+    for name in ("team.h", *(f"{shared}.c" for shared in HOOK.SHARED)):
         shutil.copy(SOURCES / name, sources)
+    for name in HOOK.SOURCES:
+        (sources / name).write_text("")
     (sources / "kernels.c").write_text(PING)
     return sources, package
 

@@ -117,7 +117,8 @@ class Product:
             buffer.address = memory.ctypes.data
         linked = Linked(library, [call for call in tape.calls if isinstance(call, Call)], self.threads)
         each = -(-linked.scratch // 128) * 128
-        session.team.replay(linked.address, linked.count, session.reserve_scratch(each).ctypes.data, each)
+        session.team.submit(linked.address, linked.count, session.reserve_scratch(each).ctypes.data, each)
+        session.team.wait()
         return np.asarray(out.values().astype(np.float64))
 
 

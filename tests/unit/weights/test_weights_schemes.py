@@ -13,7 +13,7 @@ from gguf.quants import dequantize as decoded
 
 from lineshaft.errors import LayoutError
 from lineshaft.weights.checkpoint import open_checkpoint
-from lineshaft_contract.schemes import BLOCKS, dequantize
+from lineshaft_contract.schemes import BLOCKS, GGUF_TYPES, dequantize
 
 ROWS, BLOCKS_A_ROW = 48, 3
 NAME = "model.layers.0.mlp.gate_proj.weight"
@@ -42,3 +42,10 @@ def test_a_scheme(scheme: str, write_gguf: Callable[..., Path], plain_tensors: d
     half = dequantize(checkpoint.rows(NAME, 0, ROWS), "bfloat16").astype(np.float32)
     finite = np.isfinite(expected) & np.isfinite(half)
     np.testing.assert_allclose(half[finite], expected[finite], rtol=2**-8)
+
+
+def test_types_have_the_numbers_of_the_format() -> None:
+    known = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+    assert {*map(str.upper, BLOCKS)} <= {*GGUF_TYPES}
+    for number, name in enumerate(GGUF_TYPES):
+        assert name == known.get(number, str(number))

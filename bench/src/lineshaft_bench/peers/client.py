@@ -15,8 +15,10 @@ from lineshaft_bench.figures import Ran
 from lineshaft_bench.workloads import Job
 
 OURS = "lineshaft"
+BOUNDS = "bounds"
+"""The driver that measures the machine; no peer."""
 FOLDER = Path(__file__).parent
-PEERS = tuple(sorted(path.stem.removesuffix("_peer") for path in FOLDER.glob("*_peer.py")))
+PEERS = tuple(sorted({path.stem.removesuffix("_peer") for path in FOLDER.glob("*_peer.py")} - {BOUNDS}))
 
 
 class Peer:
@@ -24,7 +26,7 @@ class Peer:
 
     def __init__(self, name: str, environment: Path | None, threads: int, log: Path) -> None:
         """`environment`: a virtual environment, or its interpreter; None: this one. `log` gets what it prints."""
-        if name not in PEERS:
+        if name not in (*PEERS, BOUNDS):
             raise PeerError(f"peer {name!r}: known are {', '.join(PEERS)}")
         self.name, self._log = name, log
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from lineshaft.flight import Token
 from lineshaft.meter import now
 from lineshaft.tokenizer import Detokenizer, Tokenizer
 from lineshaft.weights.refs import resolve
-from lineshaft_bench.bounds import measure
 from lineshaft_bench.drive import drive
 from lineshaft_bench.timeline import Recorder
 from lineshaft_bench.workloads import Job
 
+LIBRARIES = ("torch", "jax")
+"""What backends compute with."""
+
 
 class Lineshaft:
-    """`facts` and `bounds` are answered beside what every driver answers."""
+    """`facts` is answered beside what every driver answers."""
 
     def load(self, config: dict[str, Any], timeline: str = "") -> dict[str, Any]:
         self.engine = Engine(make_config(**config))
@@ -36,7 +38,12 @@ class Lineshaft:
         self.pages: list[int] = []
         from lineshaft import __version__
 
-        return {"version": f"lineshaft {__version__}", "precision": config["dtype"], "vocab": self.engine.vocab}
+        scheme = config.get("quantization", "none")
+        return {
+            "version": f"lineshaft {__version__}", "vocab": self.engine.vocab,
+            "precision": config["dtype"] if scheme == "none" else f"{config['dtype']}, {scheme}",
+            "library": next((name for name in LIBRARIES if name in sys.modules), ""),
+        }  # fmt: skip
 
     def run(self, jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         self.texts: dict[int, Detokenizer] = {}
@@ -73,9 +80,6 @@ class Lineshaft:
             "kv_most": max(self.pages, default=0) / total, "kv_mean": statistics.fmean(self.pages or [0]) / total,
             "load_s": run.load_s, "capture_s": run.capture_s,
         }  # fmt: skip
-
-    def bounds(self, threads: int, dtype: str) -> dict[str, Any]:
-        return asdict(measure(threads, dtype))
 
 
 if __name__ == "__main__":

@@ -66,13 +66,24 @@ class ModelFigures:
             return self.dense_bytes
         return self.dense_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
 
+    def prompt_flops(self, tokens: int) -> float:
+        """Operations of a prompt of so many tokens, of which the last is sampled."""
+        found = tokens * self.token_flops + self.logit_flops
+        for group in self.groups:
+            seen = min(group.window or tokens, tokens)
+            found += group.pair_flops * (seen * (seen + 1) / 2 + (tokens - seen) * seen)
+        return found
 
-def model_figures(shape: str, registry: Registry, dtype: str = "bfloat16", tp: int = 1) -> ModelFigures:
+
+def model_figures(
+    shape: str, registry: Registry, dtype: str = "bfloat16", tp: int = 1, quantization: str = "none"
+) -> ModelFigures:
     """The figures of a model reference, of a folder with config.json alone, or of a Llama written as
-    `hidden=4096,layers=32,...` (see INLINE). Raises ModelError, LayoutError, InvalidValue."""
+    `hidden=4096,layers=32,...` (see INLINE), with weights as `quantization` leaves them. Raises ModelError,
+    LayoutError, InvalidValue."""
     config = inline(shape) if "=" in shape else config_of(shape, registry)
     family = find_family(config, (*registry.models(), *builtin_families()))
-    model = family.build(config, BuildContext(dtype, dtype, 1, Degrees(tp=tp)))
+    model = family.build(config, BuildContext(dtype, dtype, 1, Degrees(tp=tp), quantization))
     return count(model, dtype)
 
 
@@ -101,11 +112,12 @@ def count(model: Model, dtype: str) -> ModelFigures:
     read = [param for param in params if param.kinds != {"embed"} and "experts" not in param.kinds]
     logits = sum(2 * prod(param.shape) for param in linear if param.name == HEAD)
     share = expert_share(model)
+    packed = dict.fromkeys((param.name for param in params), "as it is read")
     token = sum(2 * prod(param.shape) for param in linear) - logits
     return ModelFigures(
-        weight_bytes=local_bytes(params, {}),
-        dense_bytes=local_bytes(read, {}),
-        expert_bytes=local_bytes(experts, {}),
+        weight_bytes=local_bytes(params, packed),
+        dense_bytes=local_bytes(read, packed),
+        expert_bytes=local_bytes(experts, packed),
         expert_share=share,
         groups=tuple(cache_groups(model)),
         token_flops=token + share * sum(2 * prod(param.shape) for param in experts),

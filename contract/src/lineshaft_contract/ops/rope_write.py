@@ -109,6 +109,9 @@ _VARIANTS: dict[str, tuple[Paging, dict[str, Any], str]] = {
     "decode/mha-d64-page16": (
         Paging(((1, 3), (1, 17), (1, 16))), {"q_heads": 3, "kv_heads": 3, "dim": 64, "qk_dim": 64, "v_dim": 64}, "",
     ),
+    "mixed/gqa3-d64-page32": (
+        replace(_MIXED, page_size=32), {"q_heads": 6, "dim": 64, "qk_dim": 64, "v_dim": 64}, "pages of whole vectors",
+    ),
     "decode/gqa8-page24": (
         Paging(((1, 25), (1, 24), (1, 1)), page_size=24), {"q_heads": 8, "kv_heads": 1},
         "pages that 32 does not divide",

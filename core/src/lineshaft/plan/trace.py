@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import finalize
 
 from lineshaft.errors import Unsupported
 from lineshaft_contract.ops.spec import Call, Inferred, OpSpec
@@ -52,7 +51,7 @@ class Workload:
 class AbstractArray(Restricted):
     """An array with a shape and no values; `base` is the one that it is a view of, `label` says where it comes from."""
 
-    __slots__ = ("__weakref__", "base", "label", "spec")
+    __slots__ = ("base", "label", "spec")
 
     def __init__(self, spec: ArraySpec, label: str, base: AbstractArray | None = None) -> None:
         self.spec, self.label, self.base = spec, label, base
@@ -99,12 +98,18 @@ class Workspace:
         """A result that counts until the forward and all its views have dropped it."""
         self.now += spec.nbytes
         self.most = max(self.most, self.now)
-        array = AbstractArray(spec, label)
-        finalize(array, self._drop, spec.nbytes).atexit = False
+        array = Held(spec, label)
+        array.workspace = self
         return array
 
-    def _drop(self, nbytes: int) -> None:
-        self.now -= nbytes
+
+class Held(AbstractArray):
+    """A result that its workspace counts until it is dropped."""
+
+    workspace: Workspace
+
+    def __del__(self) -> None:
+        self.workspace.now -= self.spec.nbytes
 
 
 @dataclass
@@ -189,14 +194,13 @@ class Tracer:
         check_optional(spec, problem, kwargs)
         self.trace.flow.append(f"{name} {problem} {label_of(args)} {label_of(kwargs)}")
         composite = spec.default is not None and not self._resolvable(spec.name, problem)
-        site = Site(
-            name, spec.name, dispatch_key(args, kwargs), problem,
-            weights=tuple(weight.key for weight in held),
-            cache=any(isinstance(item, Cache) for item in args), composite=composite,
-            operands=map_tree(lambda x: x.spec if isinstance(x, AbstractArray) else x, [[*args], {**kwargs}]),
-        )  # fmt: skip
-        seen = (name, site.key)
-        self.trace.sites.setdefault(seen, site)
+        seen = (name, dispatch_key(args, kwargs))
+        if seen not in self.trace.sites:
+            self.trace.sites[seen] = Site(
+                name, spec.name, seen[1], problem, weights=tuple(weight.key for weight in held),
+                cache=any(isinstance(item, Cache) for item in args), composite=composite,
+                operands=map_tree(lambda x: x.spec if isinstance(x, AbstractArray) else x, [[*args], {**kwargs}]),
+            )  # fmt: skip
         self.trace.calls[seen] = self.trace.calls.get(seen, 0) + 1
         if composite:
             assert spec.default is not None
@@ -220,7 +224,7 @@ class Tracer:
 
 def check_optional(spec: OpSpec, problem: Problem, kwargs: Mapping[str, Any]) -> None:
     """An optional array is passed exactly when the problem's field of that name is set, else ContractViolation."""
-    used = problem.features()
+    used = problem.features() if spec.optional else frozenset()
     for keyword, feature in spec.optional.items():
         passed, wanted = kwargs.get(keyword) is not None, feature in used
         if passed != wanted:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +16,7 @@ import numpy as np
 
 from lineshaft.errors import CorruptCheckpoint
 from lineshaft.weights.mapped import DTYPES, TensorView, map_file
-from lineshaft_contract.schemes import BLOCKS, PLAIN, as_dtype
+from lineshaft_contract.schemes import BLOCKS, GGUF_TYPES, PLAIN, as_dtype
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -72,12 +71,19 @@ class _Cursor:
     def number(self, code: str, what: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
 
-    def text(self, what: str) -> str:
-        length = int.from_bytes(self.take(8, what), "little")
+    def texts(self, count: int, what: str) -> list[str]:
+        """In one loop: a vocabulary and its merges have a hundred thousand."""
+        buffer, end, length, found = self.buffer, len(self.buffer), struct.Struct("<Q").unpack_from, list[str]()
         try:
-            return str(self.take(length, what), "utf-8")
+            while len(found) < count:
+                start = self.at + 8
+                if start > end or (stop := start + length(buffer, self.at)[0]) > end:
+                    raise self.corrupt(f"ends inside {what}: it has {end} bytes")
+                found.append(str(buffer[start:stop], "utf-8"))
+                self.at = stop
         except UnicodeDecodeError as error:
             raise self.corrupt(f"has text that is no UTF-8 in {what}") from error
+        return found
 
     def corrupt(self, what: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self.path} {what}; the file is truncated or damaged: download it again")
@@ -98,7 +104,7 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
 def _read_pairs(cursor: _Cursor, count: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for index in range(count):
-        key = cursor.text(f"key {index}")
+        key = cursor.texts(1, f"key {index}")[0]
         metadata[key] = _read_value(cursor, cursor.number("I", key), key)
     return metadata
 
@@ -107,7 +113,7 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind in _SCALARS:
         return cursor.number(_SCALARS[kind], key)
     if kind == _STRING:
-        return cursor.text(key)
+        return cursor.texts(1, key)[0]
     if kind == _ARRAY:
         return _read_array(cursor, key)
     raise cursor.corrupt(f"has a value of unknown type {kind} in {key}")
@@ -116,19 +122,18 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
 def _read_array(cursor: _Cursor, key: str) -> list[Any]:
     kind, count = cursor.number("I", key), cursor.number("Q", key)
     if kind == _STRING:
-        return [cursor.text(key) for _ in range(count)]
+        return cursor.texts(count, key)
     if kind not in _SCALARS:
         raise cursor.corrupt(f"has an array of unknown type {kind} in {key}")
     dtype = np.dtype(f"<{_SCALARS[kind]}")
-    values: list[Any] = np.frombuffer(cursor.take(count * dtype.itemsize, key), dtype).tolist()
-    return values
+    return list(np.frombuffer(cursor.take(count * dtype.itemsize, key), dtype).tolist())
 
 
 def _read_table(cursor: _Cursor, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
     """Name -> (shape `[out, in]`, type, offset into the data)."""
     table = {}
     for index in range(count):
-        name = cursor.text(f"the name of tensor {index}")
+        name = cursor.texts(1, f"the name of tensor {index}")[0]
         dims = cursor.number("I", name)
         if name in table or not 1 <= dims <= _MAX_DIMS:
             raise cursor.corrupt(f"has tensor {name!r} twice, or of {dims} dims")
@@ -159,7 +164,7 @@ def _map_tensor(cursor: _Cursor, start: int, name: str, shape: tuple[int, ...], 
 
 def _row_format(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int) -> tuple[str, np.dtype[Any], int]:
     """Scheme, stored dtype, and length of a stored row in items of that dtype."""
-    word = _type_names().get(kind, str(kind))
+    word = GGUF_TYPES[kind] if kind < len(GGUF_TYPES) else str(kind)
     if word in DTYPES:
         return PLAIN, as_dtype(DTYPES[word]), shape[-1]
     scheme = word.lower()
@@ -168,11 +173,3 @@ def _row_format(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int) -
     if len(shape) < 2 or shape[-1] % BLOCKS[scheme].size:
         raise cursor.corrupt(f"has tensor {name} of shape {shape} in {scheme} blocks of {BLOCKS[scheme].size}")
     return scheme, np.dtype(np.uint8), BLOCKS[scheme].row_bytes(shape[-1])
-
-
-@cache
-def _type_names() -> Mapping[int, str]:
-    """What GGUF calls the type of tensors that has a number: "F32", "Q4_1", ..."""
-    from gguf.constants import GGMLQuantizationType  # lazily: the whole package comes with it
-
-    return {int(kind): kind.name for kind in GGMLQuantizationType}

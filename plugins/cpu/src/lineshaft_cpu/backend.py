@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from lineshaft_contract.backends import Backend, Capabilities, DeterminismClaims, World
 from lineshaft_contract.errors import Unsupported
@@ -14,11 +16,30 @@ from lineshaft_cpu import native
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_torch.host_memory import HostMemory
 
+if TYPE_CHECKING:
+    from lineshaft_cpu.engine.session import NativeSession
+
 CAPABILITIES = Capabilities(
     dtypes=("bfloat16", "float32", "float64"),
     collectives=True,
     determinism=DeterminismClaims(run=True),
 )
+
+PAGE_SIZE = 32
+"""Of the native engine: keys of a page make a panel."""
+
+
+class NativeMemory(HostMemory):
+    """The host's memory, beside sessions whose steps run while their caller goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions: WeakSet[NativeSession] = WeakSet()
+
+    def synchronize(self) -> None:
+        """Wait for the step of every session."""
+        for session in list(self.sessions):
+            session.finish()
 
 
 @dataclass(frozen=True)
@@ -29,8 +50,10 @@ class NativeBackend:
     world: World
     library: native.Native
     name: str = "cpu"
-    capabilities: Capabilities = CAPABILITIES
-    memory: HostMemory = field(default_factory=HostMemory)
+    capabilities: Capabilities = replace(
+        CAPABILITIES, default_page_size=PAGE_SIZE, collectives=False, asynchronous=True
+    )
+    memory: NativeMemory = field(default_factory=NativeMemory)
 
     def kernels(self) -> Sequence[Kernel]:
         from lineshaft_cpu.engine.kernels import engine_kernels
@@ -41,7 +64,9 @@ class NativeBackend:
         from lineshaft_cpu.engine.session import NativeSession
         from lineshaft_cpu.engine.team import team_size
 
-        return NativeSession(self.library, team_size(self.world.threads))
+        session = NativeSession(self.library, team_size(self.world.threads))
+        self.memory.sessions.add(session)
+        return session
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,9 @@ class TapeArray(Restricted):
     @property
     def dense(self) -> bool:
         """Whether the values lie one after another."""
-        return all(
-            n == 1 or own == packed
-            for n, own, packed in zip(self._shape, self.strides, packed_strides(self._shape), strict=True)
+        packed = packed_strides(self._shape)
+        return self.strides == packed or all(
+            n == 1 or own == step for n, own, step in zip(self._shape, self.strides, packed, strict=True)
         )
 
     @property
@@ -102,7 +103,8 @@ class TapeArray(Restricted):
         return TapeArray(self.buffer, shape, self.dtype, self.strides, self.offset + offset, live)
 
 
-def packed_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache
+def packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in values, of an array whose values lie one after another."""
     strides, step = [], 1
     for size in reversed(shape):
@@ -141,7 +143,7 @@ def restrided(old: Sequence[int], strides: Sequence[int], shape: Sequence[int]) 
 def view_at(address: int, shape: Sequence[int], dtype: str, strides: Sequence[int] | None = None) -> HostArray:
     """The values at an address as an array, strides in values; whoever owns the memory has to outlive it."""
     kind = numpy_dtype(dtype)
-    steps = packed_strides(shape) if strides is None else strides
+    steps = packed_strides(tuple(shape)) if strides is None else strides
     if math.prod(shape) == 0:
         return np.zeros(tuple(shape), kind)
     extent = (sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1) * kind.itemsize

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
+import numpy as np
+
 from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import KVProblem
 from lineshaft_contract.sessions import Cache
 from lineshaft_cpu.engine.memory import Region
 
 SLOTS: Final = "slots"
+PANELS: Final = "cpu_pages"
 
 
 class CacheLayout(Protocol):
@@ -48,4 +51,45 @@ class Slots:
             array[dst] = array[src]
 
 
-LAYOUTS: Final[Mapping[str, CacheLayout]] = MappingProxyType({SLOTS: Slots()})
+class Panels:
+    """Panels of `native/linear.h` for each head of a page, over the keys and over the values: k [N, Hkv, D / 2, page, 2]
+    and v [N, Hkv, page / 2, Dv, 2] in bfloat16, without the pairs in float32."""
+
+    def arrays(self, problem: KVProblem, pages: int, region: Region) -> dict[str, HostArray]:
+        pair, heads, size = pair_of(problem), problem.kv_heads, problem.page_size
+        shapes = {
+            "k": (pages, heads, problem.qk_dim // pair, size, pair), "v": (pages, heads, size // pair, problem.v_dim, pair),
+        }  # fmt: skip
+        return {name: region.zeros(shapes[name], problem.kv_dtype) for name in problem.page_arrays}
+
+    def read(self, cache: Cache, ids: HostArray) -> dict[str, HostArray]:
+        """k from [n, H, D / 2, page, 2], v from [n, H, page / 2, Dv, 2]."""
+        problem, out = cache.problem, {}
+        assert isinstance(problem, KVProblem)
+        for name, (shape, _) in problem.page_arrays.items():
+            axes = (0, 3, 1, 2, 4) if name == "k" else (0, 2, 4, 1, 3)
+            out[name] = np.ascontiguousarray(cache.arrays[name][ids].transpose(axes)).reshape(len(ids), *shape)
+        return out
+
+    def write(self, cache: Cache, ids: HostArray, pages: Mapping[str, HostArray]) -> None:
+        """k from [n, page, H, D], v from [n, page, H, Dv]."""
+        for name, values in pages.items():
+            held = cache.arrays[name]
+            n, size, heads, dim = values.shape
+            pair = held.shape[-1]
+            if name == "k":
+                held[ids] = values.reshape(n, size, heads, dim // pair, pair).transpose(0, 2, 3, 1, 4)
+            else:
+                held[ids] = values.reshape(n, size // pair, pair, heads, dim).transpose(0, 3, 1, 4, 2)
+
+    def copy(self, cache: Cache, src: HostArray, dst: HostArray) -> None:
+        for array in cache.arrays.values():
+            array[dst] = array[src]
+
+
+def pair_of(problem: KVProblem) -> int:
+    """Numbers that lie together in a panel."""
+    return 2 if problem.kv_dtype == "bfloat16" else 1
+
+
+LAYOUTS: Final[Mapping[str, CacheLayout]] = MappingProxyType({SLOTS: Slots(), PANELS: Panels()})

@@ -2,9 +2,104 @@
 
 from __future__ import annotations
 
-from lineshaft_cpu.engine.tape import Tape
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from lineshaft_cpu.engine.arrays import TapeArray
+from lineshaft_cpu.engine.tape import Call, HostCall, Tape
+
+PANEL = 32
 
 
-def fuse(tape: Tape, outputs: set[int]) -> str:
-    """Replace patterns on the tape; `outputs` are the ids of buffers that leave the program. Returns what was fused."""
-    return ""
+def fuse(tape: Tape, kept: Collection[int]) -> Counter[str]:
+    """Replace what can be fused on the tape; `kept` are the ids of buffers that leave the program.
+
+    Returns how often each pattern was found.
+    """
+    found: Counter[str] = Counter()
+    for name, pattern in PATTERNS.items():
+        readers = readers_of(tape)
+        calls: list[Call | HostCall] = []
+        for call in tape.calls:
+            before = calls[-1] if calls else None
+            made = pattern(before, call, readers) if isinstance(before, Call) and isinstance(call, Call) else None
+            if made is None or any(id(array.buffer) in kept for array in between(before, call)):
+                calls.append(call)
+                continue
+            calls[-1] = made
+            found[name] += 1
+        tape.calls = calls
+    return found
+
+
+def readers_of(tape: Tape) -> Counter[int]:
+    """How many calls read each buffer, by id."""
+    return Counter(key for call in tape.calls for key in {id(array.buffer) for array in call.reads})
+
+
+def between(first: Call | HostCall | None, second: Call | HostCall) -> list[TapeArray]:
+    """What the first call writes and the second reads: it is there no more once they are one."""
+    read = {id(array.buffer) for array in second.reads}
+    return [array for array in (first.writes if first else ()) if id(array.buffer) in read]
+
+
+def handed_on(first: Call, second: Call, field: str, readers: Mapping[int, int]) -> bool:
+    """Whether `first` writes the whole of what `second`, and no other call, reads as its `field`."""
+    given = second.fields.get(field)
+    if not isinstance(given, TapeArray) or readers[id(given.buffer)] != 1:
+        return False
+    return given.dense and any(given.buffer is out.buffer and given.size == out.size for out in first.writes)
+
+
+def gated_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
+    """A product whose halves of columns are gate and up, and silu(gate) * up of them."""
+    if "gate" not in first.fields or first.fields["gate"] or second.op != "silu_mul":
+        return None
+    width = second.fields["width"]
+    if width % PANEL or not handed_on(first, second, "x", readers):
+        return None
+    fields = {**first.fields, "out": second.fields["out"], "out_stride": width, "gate": width}
+    return Call(first.job, fields, first.reads, second.writes, "linear+silu_mul", first.scratch)
+
+
+def turned_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
+    """A product whose columns are heads of queries, keys and values, and the rotation that writes them to pages."""
+    if first.op != "linear" or "rope" not in first.fields or second.op != "rope_write_kv":
+        return None
+    made, job = first.writes[0], second.fields
+    heads, dim, size = (job["q_heads"], job["k_heads"], job["k_heads"]), job["head_dim"], made.itemsize
+    places = [sum(heads[:i]) * dim * size for i in range(3)]
+    parts = [job[name] for name in ("q", "k", "v")]
+    if dim % PANEL or sum(heads) * dim != first.fields["n"] or readers[id(made.buffer)] != 1:
+        return None
+    if any(part is None or part.buffer is not made.buffer for part in parts) or [x.offset for x in parts] != places:
+        return None
+    panels = dim // PANEL
+    grain = -(-first.fields["grain"] // panels) * panels
+    fields = {**first.fields, "rope": second, "grain": grain}
+    reads = (*first.reads, *(x for x in second.reads if x.buffer is not made.buffer))
+    return Call(first.job, fields, reads, (*first.writes, *second.writes), "linear+rope_write_kv", first.scratch)
+
+
+def normed_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
+    """A norm of few rows, and the product of them: each item norms them anew, which costs less than to wait."""
+    if first.op not in ("rms_norm", "add_rms_norm") or "norm" not in second.fields or first.fields["inner"] != 1:
+        return None
+    if first.fields["rows"] > FEW_ROWS or not handed_on(first, second, "x", readers):
+        return None
+    x = second.fields["x"]
+    rest = tuple(array for array in first.writes if array.buffer is not x.buffer)
+    scratch = max(second.scratch, 2 * x.size * x.itemsize)
+    fields = {**second.fields, "norm": first, "x": None}
+    reads = (*first.reads, *(array for array in second.reads if array.buffer is not x.buffer))
+    return Call(second.job, fields, reads, (*second.writes, *rest), f"{first.op}+{second.op}", scratch)
+
+
+FEW_ROWS = 4
+Pattern = Callable[[Call, Call, Mapping[int, int]], Call | None]
+PATTERNS: Final[Mapping[str, Pattern]] = MappingProxyType(
+    {"linear+silu_mul": gated_product, "linear+rope_write_kv": turned_product, "norm+linear": normed_product}
+)
+"""Each looks at two calls that follow one another, and gives the one that stands for both, or None."""

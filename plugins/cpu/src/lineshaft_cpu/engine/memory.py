@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,29 +34,61 @@ def typed_memory(what: str) -> Iterator[None]:
 
 
 class Region:
-    """Arrays out of large blocks, one after another. All of it is freed with the last array that lies in it."""
+    """Arrays out of large blocks, one after another; several threads may take some. A block is freed with the last
+    array that lies in it."""
 
     def __init__(self) -> None:
         self._block: HostArray = np.empty(0, np.uint8)
         self._used = 0
+        self._blocks: list[range] = []  # the addresses of each
+        self._lock = threading.Lock()
 
     def zeros(self, shape: Sequence[int], dtype: str) -> HostArray:
         """A zeroed, aligned array. Raises MemoryError or OSError."""
         kind = numpy_dtype(dtype)
         nbytes = math.prod(shape) * kind.itemsize
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
-        if start + nbytes > self._block.nbytes:
-            self._block, start = pages(max(BLOCK, nbytes)), 0
-        self._used = start + nbytes
-        raw: Any = self._block[start : start + nbytes]
+        with self._lock:
+            start = -(-self._used // ALIGNMENT) * ALIGNMENT
+            if start + nbytes > self._block.nbytes:
+                self._block, start = pages(max(BLOCK, nbytes)), 0
+                self._blocks.append(range(self._block.ctypes.data, self._block.ctypes.data + self._block.nbytes))
+            self._used = start + nbytes
+            raw: Any = self._block[start : start + nbytes]
         array: HostArray = raw.view(kind).reshape(tuple(shape))
         return array
 
-    def copy(self, array: HostArray) -> HostArray:
-        """The array in this region."""
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Let `room` give the calling thread arrays of this region."""
+        _filled.region = self
+        try:
+            yield
+        finally:
+            _filled.region = None
+
+    def keep(self, array: HostArray) -> HostArray:
+        """The array, copied unless it lies in this region."""
+        if any(array.ctypes.data in block for block in self._blocks):
+            return array
         made = self.zeros(array.shape, array.dtype.name)
         made[...] = array
         return made
+
+
+_filled = threading.local()
+
+
+def room(shape: Sequence[int], dtype: str) -> HostArray:
+    """Zeros for a packed weight to be written to: in the region that the calling thread fills, else by themselves."""
+    region: Region | None = getattr(_filled, "region", None)
+    return np.zeros(tuple(shape), numpy_dtype(dtype)) if region is None else region.zeros(shape, dtype)
+
+
+def touch(arrays: Iterable[HostArray], threads: int) -> None:
+    """Clear the first byte of each array: the system clears a huge page when it is first used, and a step should not
+    wait for that."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda array: ctypes.memset(array.ctypes.data, 0, min(1, array.nbytes)), arrays))
 
 
 def pages(nbytes: int) -> HostArray:

@@ -18,8 +18,7 @@ from lineshaft_contract.steps import ArraySpec, HostStep, StepInputs, StepShape
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.engine.checks import check_step
 from lineshaft_cpu.engine.fusion import fuse
-from lineshaft_cpu.engine.memory import pages
-from lineshaft_cpu.engine.tape import Call, HostCall, Linked, Tape
+from lineshaft_cpu.engine.tape import HostCall, Linked, Tape
 from lineshaft_torch.arena import Lifetime, plan_offsets
 
 if TYPE_CHECKING:
@@ -50,16 +49,24 @@ class NativeHandle:
 
 
 class NativePending:
-    """A finished step; `result` reads host copies made at once, `handle` names what stays where it is."""
+    """A step, which may be under way: `result` waits for it and reads host copies made when it ended, `handle` names what
+    stays where it is."""
 
     def __init__(
-        self, handles: Mapping[str, NativeHandle], host: Mapping[str, HostArray], kernel_seconds: float
+        self, session: NativeSession | None, handles: Mapping[str, NativeHandle], wanted: Mapping[str, HostArray]
     ) -> None:
-        self._handles, self._host = handles, host
-        self.kernel_seconds = kernel_seconds
+        self._session, self._handles, self._wanted = session, handles, wanted
+        self._host: dict[str, HostArray] = {}
+        self._seconds = 0.0
+
+    @property
+    def kernel_seconds(self) -> float:
+        self._finish()
+        return self._seconds
 
     def result(self, name: str) -> HostArray:
         """A private host copy. Raises ContractViolation for a stale or unknown output."""
+        self._finish()
         found = self._host.get(name)
         return self.handle(name).current().values().copy() if found is None else found.copy()
 
@@ -68,6 +75,15 @@ class NativePending:
         if name not in self._handles:
             raise ContractViolation(f"the program has no output {name!r}; it has {', '.join(self._handles) or 'none'}")
         return self._handles[name]
+
+    def ended(self, seconds: float) -> None:
+        """The step is done: copy what the host wants before another overwrites it."""
+        self._seconds, self._session = seconds, None
+        self._host = {name: values.copy() for name, values in self._wanted.items()}
+
+    def _finish(self) -> None:
+        if self._session is not None:
+            self._session.finish()
 
 
 class NativeProgram:
@@ -78,9 +94,9 @@ class NativeProgram:
         self._session, self._capture = session, capture
         self._generation = session.generation
         self.runs = 0
-        self._inputs = pages(capture.inputs.nbytes)
+        self._inputs = session.memory.zeros((capture.inputs.nbytes,), "uint8")
         self._given = {
-            name: TapeArray(Buffer(spec.nbytes, pages(spec.nbytes)), spec.shape, spec.dtype)
+            name: TapeArray(Buffer(spec.nbytes, session.memory.zeros((spec.nbytes,), "uint8")), spec.shape, spec.dtype)
             for name, spec in capture.arrays.items()
         }
         tape = Tape()
@@ -91,16 +107,18 @@ class NativeProgram:
             part if isinstance(part, HostCall) else Linked(session.native, part, session.team.threads)
             for part in tape.parts()
         ]
+        self._wanted = {name: self._outputs[name].values() for name in capture.host_outputs}
         self._calls = tape.calls  # they hold the arrays that the jobs point to
         self._pointers = {name: list(self._pointers_to(array.buffer)) for name, array in self._given.items()}
         scratch = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
         self._scratch_bytes = -(-scratch // 128) * 128
         self._scratch = session.reserve_scratch(self._scratch_bytes)
+        self._scratch_at = self._scratch.ctypes.data
         self(HostStep(capture.inputs), {name: NativeHandle(name, a, self, 0) for name, a in self._given.items()})
         self.runs = 0
         self.report = CaptureReport(
             time.perf_counter() - began, ops=len(tape.calls), arena=arena,
-            details={"fused": fused, "host_calls": sum(isinstance(part, HostCall) for part in self._parts)},
+            details={**{f"fused {name}": count for name, count in fused.items()}, "host_calls": sum(isinstance(part, HostCall) for part in self._parts)},
         )  # fmt: skip
 
     @property
@@ -124,7 +142,7 @@ class NativeProgram:
         for array in outputs.values():
             buffer = array.buffer
             if buffer.held is None:
-                buffer.held = pages(buffer.nbytes)
+                buffer.held = session.memory.zeros((buffer.nbytes,), "uint8")
                 buffer.address = buffer.held.ctypes.data
         return outputs
 
@@ -152,8 +170,8 @@ class NativeProgram:
 
     def _pointers_to(self, buffer: Buffer) -> Any:
         """(job, field, offset) of everything that points into a buffer."""
-        jobs = [job for part in self._parts if isinstance(part, Linked) for job in part.jobs]
-        for call, job in zip((call for call in self._calls if isinstance(call, Call)), jobs, strict=True):
+        jobs = (pair for part in self._parts if isinstance(part, Linked) for pair in part.jobs)
+        for call, job in jobs:
             for name, value in call.fields.items():
                 if isinstance(value, TapeArray) and value.buffer is buffer:
                     yield job, name, value.offset
@@ -174,6 +192,7 @@ class NativeProgram:
         for transfer in after:
             transfer.wait()
         with session.lock:
+            session.finish()
             session.require_usable()
             given = {name: handle.current() for name, handle in (arrays or {}).items()}  # type: ignore[attr-defined]
             with session.poison_on_failure():
@@ -184,17 +203,22 @@ class NativeProgram:
         self._inputs[:nbytes] = host.buffer[:nbytes]
         for name, array in given.items():
             self._point(name, array)
-        began = time.perf_counter()
-        for part in self._parts:
-            if isinstance(part, Linked):
-                self._session.team.replay(part.address, part.count, self._scratch.ctypes.data, self._scratch_bytes)
-            else:
-                part.run()
-        seconds = time.perf_counter() - began
+        team, began = self._session.team, time.perf_counter()
         self.runs += 1
         handles = {name: NativeHandle(name, array, self, self.runs) for name, array in self._outputs.items()}
-        copies = {name: self._outputs[name].values().copy() for name in self._capture.host_outputs}
-        return NativePending(handles, copies, seconds)
+        pending = NativePending(self._session, handles, self._wanted)
+        last = self._parts[-1] if self._parts else None
+        for part in self._parts:
+            if isinstance(part, HostCall):
+                part.run()
+                continue
+            team.submit(part.address, part.count, self._scratch_at, self._scratch_bytes)
+            if part is last:
+                self._session.submitted(pending, time.perf_counter() - began)
+                return pending
+            team.wait()
+        pending.ended(time.perf_counter() - began)
+        return pending
 
     def _point(self, name: str, array: TapeArray) -> None:
         """Let the tape read a handle's memory in the place of the array `name`; one with gaps, or one that this very

@@ -6,15 +6,16 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from lineshaft_contract.errors import ContractViolation, MisshapenTensor
-from lineshaft_contract.ops.spec import HostArray, numpy_dtype
+from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import KVProblem
-from lineshaft_contract.schemes import check_parts, dequantize
 from lineshaft_contract.sessions import (
     Cache,
     Capture,
@@ -24,14 +25,16 @@ from lineshaft_contract.sessions import (
     SessionState,
     StepFunction,
     Tree,
+    leaves,
     map_tree,
 )
 from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
-from lineshaft_cpu.engine.memory import Region, pages, typed_memory
+from lineshaft_cpu.engine.memory import Region, pages, touch, typed_memory
 from lineshaft_cpu.engine.program import NativePending, NativeProgram
+from lineshaft_cpu.engine.stored import dense
 from lineshaft_cpu.engine.tape import Tape
 from lineshaft_cpu.engine.team import Team
 from lineshaft_cpu.native import Native
@@ -51,11 +54,24 @@ class NativeSession(SessionState):
         self.generation = 0  # of weights and caches: what was captured over others must not run again
         self._tape: Tape | None = None
         self._params: dict[str, tuple[Param, Weight | TapeArray]] = {}
-        self._shared: dict[tuple[Any, ...], tuple[Param, Packing, dict[str, HostArray]]] = {}
+        self._shared: dict[Hashable, tuple[Param, Packing, dict[str, HostArray]]] = {}
         self._constants: dict[Hashable, Any] = {}
-        self._arena, self._scratch = pages(0), pages(0)  # both in use at once
+        self.memory = Region()  # of inputs and outputs of programs: many of them are small, and huge pages are not
+        self._arena, self._scratch = pages(0), pages(0)
         self._coordinate = Coordinate()
+        self._under_way: tuple[NativePending, float] | None = None  # and the seconds that it took before its last part
         close_at_exit(self)
+
+    def submitted(self, pending: NativePending, seconds: float) -> None:
+        """The last part of a step is under way; the ones before took so many seconds."""
+        self._under_way = pending, seconds
+
+    def finish(self) -> None:
+        """Wait for the step under way, if there is one."""
+        with self.lock:
+            if self._under_way is not None:
+                (pending, seconds), self._under_way = self._under_way, None
+                pending.ended(seconds + self.team.wait())
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -63,25 +79,37 @@ class NativeSession(SessionState):
         """A `const` Param becomes a bare array. Params of equal `source_id` and packing share memory. Raises
         MissingTensor, MisshapenTensor, OutOfMemory."""
         self.require_changeable("load")
+        self.finish()
         self._params, self._shared = {}, {}
         self.generation += 1
         region = Region()
-        self.weights = map_tree(lambda param: self._place(param, checkpoint, packings, region), params)
+        wanted: dict[Hashable, tuple[Param, Packing]] = {}
+        for param in leaves(params):
+            packing = packings.get(param.name, Packing())
+            wanted.setdefault(identity(param, packing), (param, packing))
+
+        def read(pair: tuple[Param, Packing]) -> dict[str, HostArray]:
+            param, packing = pair
+            local = param.shard(checkpoint, self._coordinate)
+            with typed_memory(f"weight {param.name}"), region.filling():
+                return {name: region.keep(leaf) for name, leaf in self._packed(param, local, packing).items()}
+
+        largest = sorted(wanted, key=lambda same: -prod(wanted[same][0].shape))  # first, so that none is left for last
+        with ThreadPoolExecutor(self.team.threads) as pool:
+            found = dict(zip(largest, pool.map(read, [wanted[same] for same in largest]), strict=True))
+        self._shared = {same: (*pair, found[same]) for same, pair in wanted.items()}
+        self.weights = map_tree(lambda param: self._place(param, packings.get(param.name, Packing())), params)
         return self.weights
 
-    def _place(
-        self, param: Param, checkpoint: Checkpoint, packings: Mapping[str, Packing], region: Region
-    ) -> Weight | TapeArray:
+    def _place(self, param: Param, packing: Packing) -> Weight | TapeArray:
         if param.name not in self._params:
-            packing = packings.get(param.name, Packing())
-            same = (param.source_id, packing.layout, param.shape, param.dtype)
-            if same not in self._shared:
-                local = param.shard(checkpoint, self._coordinate)
-                with typed_memory(f"weight {param.name}"):
-                    leaves = {name: region.copy(leaf) for name, leaf in packed(param, local, packing).items()}
-                self._shared[same] = param, packing, leaves
-            self._params[param.name] = param, self._make(param, packing, self._shared[same][2])
+            made = self._make(param, packing, self._shared[identity(param, packing)][2])
+            self._params[param.name] = param, made
         return self._params[param.name][1]
+
+    def _packed(self, param: Param, local: Local, packing: Packing) -> dict[str, HostArray]:
+        """A parameter's leaves: as the packing makes them, or dense in checkpoint order."""
+        return packing.pack(param, local) if packing.pack else {"data": dense(self.native.library, param, local)}
 
     def _make(self, param: Param, packing: Packing, leaves: dict[str, HostArray]) -> Weight | TapeArray:
         if "const" in param.problems:
@@ -94,10 +122,11 @@ class NativeSession(SessionState):
         self.require_usable()
         made = [pair for name, array in weights.items() for pair in self._repacked(name, array)]
         with self.lock:
+            self.finish()
             for old, new in made:
                 for name, leaf in old.items():
                     leaf[...] = new[name]
-        return NativePending({}, {}, 0.0)
+        return NativePending(None, {}, {})
 
     def _repacked(self, name: str, array: HostArray) -> list[tuple[dict[str, HostArray], dict[str, HostArray]]]:
         """The leaves held and the leaves to be held, of each packing of the parameter's source."""
@@ -105,7 +134,7 @@ class NativeSession(SessionState):
             raise MisshapenTensor(f"update of {name!r}: no such parameter is loaded; load it first")
         source = self._params[name][0].source_id
         pairs = []
-        for param, packing, leaves in self._shared.values():
+        for param, packing, held in self._shared.values():
             if param.source_id != source:
                 continue
             if tuple(array.shape) != param.shape:
@@ -113,7 +142,7 @@ class NativeSession(SessionState):
                     f"update of {name!r}: shape {list(array.shape)}, not {list(param.shape)}; another shape needs load"
                 )
             local = Local((Stored("none", param.shape, {"data": array}),))
-            pairs.append((leaves, packed(param, local, packing)))
+            pairs.append((held, self._packed(param, local, packing)))
         return pairs
 
     # ---- caches and pages --------------------------------------------------------------------------------------
@@ -121,6 +150,7 @@ class NativeSession(SessionState):
     def alloc_caches(self, problems: Sequence[KVProblem], pages: Sequence[int], layout: str) -> list[Cache]:
         """Zeroed caches in a layout of this engine's kernels. Raises ContractViolation for another, OutOfMemory."""
         self.require_changeable("alloc_caches")
+        self.finish()
         layout = layout or next(iter(LAYOUTS))
         if layout not in LAYOUTS:
             raise ContractViolation(
@@ -133,17 +163,20 @@ class NativeSession(SessionState):
                 Cache(key, problem, layout, LAYOUTS[layout].arrays(problem, pages[problem.group], region))
                 for key, problem in enumerate(problems)
             ]
+            touch((array for cache in self.caches for array in cache.arrays.values()), self.team.threads)
         self.pages = {problem.group: pages[problem.group] for problem in problems}
         return list(self.caches)
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
         self.require_usable()
         with self.lock:
+            self.finish()
             return self._layout(cache).read(self.caches[cache], np.asarray(ids, np.int64))
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
         with self.lock:
+            self.finish()
             self._layout(cache).write(self.caches[cache], np.asarray(ids, np.int64), pages)
         return DoneTransfer()
 
@@ -151,6 +184,7 @@ class NativeSession(SessionState):
         self.require_usable()
         source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
         with self.lock:
+            self.finish()
             for cache in self.caches:
                 if cache.problem.group == group:
                     self._layout(cache.key).copy(cache, source, target)
@@ -171,6 +205,7 @@ class NativeSession(SessionState):
         host_outputs: frozenset[str] = frozenset(),
     ) -> NativeProgram:
         self.require_changeable("capture")
+        self.finish()
         capture = Capture(fn, shape, inputs, ops, dict(arrays or {}), host_outputs)
         with typed_memory(f"the results of a step of {shape.tokens} tokens"):
             return NativeProgram(self, capture)
@@ -212,6 +247,7 @@ class NativeSession(SessionState):
     def close(self) -> None:
         with self.lock:
             if not self.closed:
+                self.finish()
                 self.closed = True
                 self.team.close()
                 self.weights, self.caches, self._params, self._shared = {}, [], {}, {}
@@ -219,18 +255,9 @@ class NativeSession(SessionState):
                 self._arena = self._scratch = np.empty(0, np.uint8)
 
 
-def packed(param: Param, local: Local, packing: Packing) -> dict[str, HostArray]:
-    """A parameter's leaves: as the packing makes them, or dense in checkpoint order."""
-    if packing.pack is not None:
-        return packing.pack(param, local)
-    check_parts(param, local)
-    whole = np.empty(param.shape, numpy_dtype(param.dtype))
-    rows = whole.reshape(-1, *local.parts[0].shape[1:]) if local.parts else whole
-    first = 0
-    for part in local.parts:
-        rows[first : first + part.shape[0]] = dequantize(part, param.dtype)
-        first += part.shape[0]
-    return {"data": whole}
+def identity(param: Param, packing: Packing) -> Hashable:
+    """What parameters have in common that share memory."""
+    return param.source_id, packing.layout, param.shape, param.dtype
 
 
 def close_at_exit(session: NativeSession) -> None:

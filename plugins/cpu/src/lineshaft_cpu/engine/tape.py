@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 from lineshaft_contract.errors import Unsupported
 from lineshaft_contract.ops.spec import HostArray
-from lineshaft_contract.steps import ArraySpec
+from lineshaft_contract.problems import itemsize
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
 from lineshaft_cpu.native import AGAIN, Native
 
@@ -38,10 +39,11 @@ def _struct(job: Job) -> type[ctypes.Structure]:
 
 @dataclass
 class Call:
-    """One call of a C kernel: pointers are arrays of the tape or of the host until the tape is laid out."""
+    """One call of a C kernel: pointers are arrays of the tape or of the host, or a job within the job, until the tape is
+    laid out."""
 
     job: Job
-    fields: Mapping[str, Field]
+    fields: Mapping[str, Any]
     reads: tuple[TapeArray, ...]
     writes: tuple[TapeArray, ...]
     op: str
@@ -66,7 +68,7 @@ class Tape:
 
     def new(self, shape: Sequence[int], dtype: str, live: TapeArray | None = None) -> TapeArray:
         """An array in the arena, for a call to write to."""
-        return TapeArray(Buffer(max(1, ArraySpec(tuple(shape), dtype).nbytes)), shape, dtype, live=live)
+        return TapeArray(Buffer(max(1, prod(shape) * itemsize(dtype))), shape, dtype, live=live)
 
     def add(
         self,
@@ -74,7 +76,7 @@ class Tape:
         op: str,
         reads: Sequence[TapeArray],
         writes: Sequence[TapeArray],
-        fields: Mapping[str, Field],
+        fields: Mapping[str, Any],
         scratch: int = 0,
     ) -> None:
         """Record a call of a C kernel."""
@@ -115,32 +117,41 @@ class Linked:
     """A run of C calls as the team replays it: jobs and steps in memory that stays where it is."""
 
     def __init__(self, native: Native, calls: Sequence[Call], threads: int) -> None:
-        self.jobs = [self._job(native, call, threads) for call in calls]
+        self.jobs: list[tuple[Call, ctypes.Structure]] = []  # those within others too
+        tops = [self._job(native, call, threads) for call in calls]
         self.count = len(calls)
         self.scratch = max((call.scratch for call in calls), default=0)
         self.steps = (c_void_p * (3 * len(calls)))()
-        for i, (call, job) in enumerate(zip(calls, self.jobs, strict=True)):
+        for i, (call, job) in enumerate(zip(calls, tops, strict=True)):
             body, items = functions(native, call.job)
             self.steps[3 * i], self.steps[3 * i + 1], self.steps[3 * i + 2] = body, items, ctypes.addressof(job)
         self.address = ctypes.addressof(self.steps)
 
-    @staticmethod
-    def _job(native: Native, call: Call, threads: int) -> ctypes.Structure:
-        job = call.job.struct()
-        for name, value in call.fields.items():
-            setattr(job, name, pointer_of(value))
+    def _job(self, native: Native, call: Call, threads: int) -> ctypes.Structure:
+        fields = call.fields
+        job = call.job.struct(*[self._field(native, fields.get(name, 0), threads) for name, _ in call.job.fields])
         if call.job.cut:
             native.function(f"{call.job.name}_cut", c_void_p, ctypes.c_int)(ctypes.addressof(job), threads)
+        self.jobs.append((call, job))
         return job
 
+    def _field(self, native: Native, value: Any, threads: int) -> int | float | None:
+        """What a field holds: of a job within the job, its address."""
+        if isinstance(value, Call):
+            return ctypes.addressof(self._job(native, value, threads))
+        return pointer_of(value)
 
-def pointer_of(value: Field) -> int | float | None:
+
+def pointer_of(value: TapeArray | HostArray | int | float | None) -> int | float | None:
     """What a field of a job holds: of an array, its address."""
-    if isinstance(value, TapeArray):
-        return value.address
-    if value is None or isinstance(value, int | float):
+    if value is None or isinstance(value, _NUMBERS):
         return value
+    if isinstance(value, TapeArray):
+        return value.buffer.address + value.offset
     return int(value.ctypes.data)
+
+
+_NUMBERS = (int, float)
 
 
 @cache

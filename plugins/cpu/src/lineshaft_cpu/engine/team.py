@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
@@ -44,35 +43,37 @@ def quota(cgroup: Path = CGROUP) -> float | None:
 
 
 class Team:
-    """Threads of the library's own, the caller among them. `close` ends the others."""
+    """Threads of the library's own, which the caller joins while it waits. `close` ends them."""
 
     def __init__(self, native: Native, threads: int, spin_ns: int = SPIN_NS) -> None:
-        """Raises OutOfMemory where the system gives no further thread."""
+        """So many threads, the caller's among them. Raises OutOfMemory where the system gives no further thread."""
         library = native.library
-        start, self._replay, self._stop = (
-            library.lineshaft_team_start, library.lineshaft_replay, library.lineshaft_team_stop,
-        )  # fmt: skip
+        start, self._submit = library.lineshaft_team_start, library.lineshaft_submit
+        self._wait, self._stop = library.lineshaft_wait, library.lineshaft_team_stop
         start.restype, start.argtypes = c_void_p, (c_int, c_int64)
-        self._replay.restype, self._replay.argtypes = None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
+        self._submit.restype, self._submit.argtypes = None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
+        self._wait.restype, self._wait.argtypes = c_int64, (c_void_p,)
         self._stop.restype, self._stop.argtypes = None, (c_void_p,)
         self.threads = threads
         self._team = start(threads, spin_ns)
         if not self._team:
             raise OutOfMemory(
-                f"the system gives no team of {threads} threads (process {os.getpid()}); set threads to fewer, or raise "
-                "the limit of processes (`ulimit -u`)"
+                f"the system gives no team of {threads} threads (process {os.getpid()}); set threads to fewer, or "
+                "raise the limit of processes (`ulimit -u`)"
             )
 
-    def replay(self, steps: int, count: int, scratch: int, scratch_bytes: int) -> None:
-        """Run a tape: `steps` is the address of `count` of them, `scratch` that of `scratch_bytes` for each thread."""
-        self._replay(self._team, steps, count, scratch, scratch_bytes)
+    def submit(self, steps: int, count: int, scratch: int, scratch_bytes: int) -> None:
+        """Begin a tape: `steps` is the address of `count` of them, `scratch` that of `scratch_bytes` for each thread.
+        `wait` follows, before the next."""
+        self._submit(self._team, steps, count, scratch, scratch_bytes)
+
+    def wait(self) -> float:
+        """Help with the tape until it is done; returns the seconds that it took."""
+        took: int = self._wait(self._team)
+        return took / 1e9
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent; nothing may be under way."""
         team, self._team = self._team, None
         if team:
             self._stop(team)
-
-
-STEP_BYTES = 3 * ctypes.sizeof(c_void_p)
-"""Of `lineshaft_step` in `native/team.h`: the addresses of body, count and job."""

@@ -40,7 +40,8 @@ from lineshaft_cpu.engine.kernels.common import (
     recipe,
     tail_of,
 )
-from lineshaft_cpu.engine.kernels.products import ITEM_BYTES, LINEAR, PANEL
+from lineshaft_cpu.engine.kernels.products import ITEM_BYTES, LINEAR
+from lineshaft_cpu.engine.stored import PANEL
 from lineshaft_cpu.engine.tape import Field, Tape
 from lineshaft_cpu.native import Native
 
@@ -206,7 +207,8 @@ def fields_of(
 
 
 def panels_of_an_item(problem: LinearProblem, threads: int, panel_bytes: int) -> int:
-    share = -(-(-(-problem.n // PANEL)) // (4 * threads))
+    units = -(-problem.n // PANEL)
+    share = -(-units // (4 * threads))
     return min(share, max(1, ITEM_BYTES // panel_bytes))
 
 

@@ -32,8 +32,9 @@ LOOKUP = Job(
 )  # fmt: skip
 
 __all__ = [
-    "DENSE", "DTYPES", "EXTENT", "Job", "Recipe", "Tape", "TapeArray", "c_double", "c_float", "c_int", "c_int32",
-    "c_int64", "c_void_p", "copied", "dense", "extent", "floats_only", "grain", "live_of", "lookup", "narrow", "operand", "recipe",
+    "DENSE", "DTYPES", "EXTENT", "Field", "Job", "Recipe", "Tape", "TapeArray", "c_double", "c_float", "c_int",
+    "c_int32", "c_int64", "c_void_p", "copied", "dense", "extent", "floats_only", "grain", "live_of", "lookup",
+    "narrow", "operand", "recipe",
 ]  # fmt: skip
 
 
@@ -119,6 +120,8 @@ def lookup(x: TapeArray | HostArray, to: TapeArray, rows: int, nbytes: int, to_s
 
 def tail_of(x: TapeArray) -> int:
     """How many values lie one after another, of the innermost dims."""
+    if x.dense:
+        return x.size
     found = 1
     for size, stride in zip(reversed(x.shape), reversed(x.strides), strict=True):
         if size != 1 and stride != found:

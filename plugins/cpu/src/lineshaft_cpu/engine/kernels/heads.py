@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import KVProblem, RopeProblem, RopeWriteProblem
 from lineshaft_contract.sessions import Cache
 from lineshaft_contract.steps import StepInputs
-from lineshaft_cpu.engine.caches import SLOTS
+from lineshaft_cpu.engine.caches import PANELS, SLOTS
 from lineshaft_cpu.engine.kernels.common import (
     EXTENT,
     Job,
@@ -32,7 +32,13 @@ from lineshaft_cpu.engine.kernels.common import (
     tail_of,
 )
 from lineshaft_cpu.native import Native
+from lineshaft_cpu.priority import NATIVE
 
+PANEL, MOST_KEYS, PANELLED = 32, 256, NATIVE + 1
+PAGES = (
+    ("keys", c_void_p), ("values", c_void_p),
+    *((name, c_int64) for name in ("page_size", "heads", "k_dim", "page_v_dim", "page_narrow")),
+)  # fmt: skip
 ROPE = Job(
     "rope",
     (
@@ -41,7 +47,7 @@ ROPE = Job(
         *((name, c_int64) for name in ("q_heads", "k_heads", "head_dim", "dim", "q_stride", "k_stride")),
         ("narrow", c_int), ("interleaved", c_int),
         *((name, c_void_p) for name in ("k_pages", "v_pages", "v", "slots")),
-        *((name, c_int64) for name in ("v_bytes", "v_stride_bytes", "k_bytes")),
+        *((name, c_int64) for name in ("v_bytes", "v_stride_bytes", "k_bytes")), *PAGES,
     ),
 )  # fmt: skip
 WRITE = Job(
@@ -51,12 +57,24 @@ WRITE = Job(
         ("stride", c_int64),
     ),
 )  # fmt: skip
+PUT = Job(
+    "put",
+    (
+        *EXTENT, ("grain", c_int64), *PAGES, ("k", c_void_p), ("v", c_void_p), ("slots", c_void_p), ("k_stride", c_int64),
+        ("v_stride", c_int64),
+    ),
+)  # fmt: skip
 TURNS = frozenset({"interleaved", "attention_factor"})
 
 
 def recipes(native: Native) -> Iterator[Recipe]:
     yield recipe("rope", "rope", bind_rope, rope_supports, handles=TURNS)
     yield recipe("write_kv", "write_kv", bind_write, same_pages, layout=SLOTS)
+    yield recipe("write_kv_panels", "write_kv", bind_put, panels_support, PANELLED, layout=PANELS)
+    yield recipe(
+        "rope_write_kv_panels", "rope_write_kv", bind_rope_write, rope_panels_support, PANELLED, layout=PANELS,
+        handles=TURNS,
+    )  # fmt: skip
     yield recipe("rope_write_kv", "rope_write_kv", bind_rope_write, rope_write_supports, layout=SLOTS, handles=TURNS)
 
 
@@ -76,6 +94,51 @@ def same_pages(problem: Any) -> str | None:
 
 def rope_write_supports(problem: RopeWriteProblem) -> str | None:
     return same_pages(problem) or rope_supports(problem)
+
+
+def pages_in_panels(problem: Any) -> str | None:
+    if problem.page_size % PANEL or problem.page_size > MOST_KEYS:
+        return f"holds pages of a multiple of {PANEL} keys up to {MOST_KEYS}, not of {problem.page_size}"
+    return same_pages(problem)
+
+
+def panels_support(problem: KVProblem) -> str | None:
+    if problem.v_dim == 0 or problem.qk_dim % PANEL or problem.v_dim % PANEL:
+        return f"holds keys and values of a multiple of {PANEL}, not of {problem.qk_dim} and {problem.v_dim}"
+    return pages_in_panels(problem)
+
+
+def rope_panels_support(problem: RopeWriteProblem) -> str | None:
+    return panels_support(problem) or rope_supports(problem)
+
+
+def panels_of(problem: KVProblem, cache: Cache) -> dict[str, Any]:
+    """The fields of `Panels` in `native/rows.h`."""
+    return {
+        "keys": cache.arrays["k"], "values": cache.arrays.get("v"), "page_size": problem.page_size,
+        "heads": problem.kv_heads, "k_dim": problem.qk_dim, "page_v_dim": problem.v_dim,
+        "page_narrow": narrow(problem.kv_dtype),
+    }  # fmt: skip
+
+
+NO_PANELS: Final = dict.fromkeys(("page_size", "heads", "k_dim", "page_v_dim", "page_narrow"), 0)
+
+
+def bind_put(problem: KVProblem, session: Any) -> Any:
+    def write_kv(cache: Cache, k: TapeArray, v: TapeArray | None, step: StepInputs) -> Cache:
+        """k [T, Hkv, D], v [T, Hkv, Dv] -> the cache with both at the group's slots."""
+        assert v is not None
+        tape, slots = session.tape, dense(session.tape, step.groups[problem.group].slots)
+        k, v = tokenwise(tape, k), tokenwise(tape, v)
+        fields = {
+            **extent(k, k.shape[0]), "live": live_of(k, slots), "grain": grain(2 * k.shape[1] * k.shape[2]),
+            **panels_of(problem, cache), "k": k, "v": v, "slots": slots, "k_stride": k.strides[0],
+            "v_stride": v.strides[0],
+        }  # fmt: skip
+        tape.add(PUT, "write_kv", (k, v, slots), (), fields)
+        return cache
+
+    return write_kv
 
 
 def tables(problem: RopeProblem, session: Any) -> tuple[HostArray, HostArray]:
@@ -110,7 +173,7 @@ def turn(
         "k_out": outs[1], "cos": cos, "sin": sin, "positions": positions, "q_heads": q.shape[1], "k_heads": k.shape[1],
         "head_dim": problem.head_dim, "dim": problem.dim, "q_stride": q.strides[0], "k_stride": k.strides[0],
         "narrow": narrow(q.dtype), "interleaved": int(problem.interleaved), "k_pages": None, "v_pages": None, "v": None,
-        "slots": None, "v_bytes": 0, "v_stride_bytes": 0, "k_bytes": 0,
+        "slots": None, "v_bytes": 0, "v_stride_bytes": 0, "k_bytes": 0, "keys": None, "values": None, **NO_PANELS,
     }  # fmt: skip
     return outs[0], outs[1], fields
 
@@ -132,11 +195,13 @@ def bind_rope_write(problem: RopeWriteProblem, session: Any) -> Any:
         """q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] or None -> q rotated, and the cache with k rotated and v."""
         tape, slots = session.tape, dense(session.tape, step.groups[problem.group].slots)
         q_out, k_out, fields = turn(problem, session, q, k, positions)
-        fields |= {"k_pages": cache.arrays["k"], "slots": slots, "k_bytes": k_out.row_bytes()}
+        fields |= {"slots": slots, "k_bytes": k_out.row_bytes()}
+        fields |= panels_of(problem, cache) if cache.layout == PANELS else {"k_pages": cache.arrays["k"]}
         if v is not None:
             v = tokenwise(tape, v)
             width = v.shape[1] * v.shape[2] * v.itemsize
-            fields |= {"v_pages": cache.arrays["v"], "v": v, "v_bytes": width, "v_stride_bytes": v.row_bytes()}
+            fields |= {"v": v, "v_bytes": width, "v_stride_bytes": v.row_bytes()}
+            fields |= {} if cache.layout == PANELS else {"v_pages": cache.arrays["v"]}
         reads = arrays_of(fields, "q", "k", "v", "positions", "slots")
         tape.add(ROPE, "rope_write_kv", reads, (q_out, k_out), fields)
         return q_out, cache

@@ -24,10 +24,18 @@ from lineshaft_contract.weights import Weight
 from lineshaft_cpu.engine.arrays import TapeArray
 from lineshaft_cpu.engine.caches import SLOTS
 from lineshaft_cpu.engine.kernels.common import live_of
+from lineshaft_cpu.engine.tape import Tape
 
 PRIORITY = 1
 _CACHED: Final = frozenset({"write_kv", "read_pages", "write_pages", "copy_pages", "copy_slots", "attend"})
 _PAGES: Final = ("kv_scheme",)
+_TOKENWISE: Final = frozenset(
+    {
+        "embed", "linear", "head_linear", "add", "silu_mul", "gelu_mul", "merge_rows", "rms_norm", "rope", "attend",
+        "router_topk", "moe_combine",
+    }
+)  # fmt: skip
+"""Ops whose results have a row for each token that they are given."""
 _HANDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "linear": ("bias", "scheme"), "head_linear": ("heads",), "embed": ("scale",), "merge_states": ("sinks",),
@@ -75,8 +83,8 @@ def binding(spec: OpSpec) -> Callable[[Any, Any], Callable[..., Any]]:
             inferred = spec.infer(problem, Call(args, kwargs, {}))
             items = inferred if isinstance(inferred, tuple) else (inferred,)
             reads = arrays_in([*args, *kwargs.values()])
-            live = live_of(*reads)
-            made = [made_for(session.tape, item, args, reads, live) for item in items]
+            live = live_of(*reads) if spec.name in _TOKENWISE else None
+            made = [made_for(session.tape, item, args, live) for item in items]
             outs = [item for item in made if isinstance(item, TapeArray)]
             compute = _IN_PLACE.get(spec.name, spec.reference)
 
@@ -96,12 +104,10 @@ def binding(spec: OpSpec) -> Callable[[Any, Any], Callable[..., Any]]:
     return bind
 
 
-def made_for(tape: Any, item: Any, args: Any, reads: Any, live: TapeArray | None) -> TapeArray | Cache:
+def made_for(tape: Tape, item: Any, args: Any, live: TapeArray | None) -> TapeArray | Cache:
     """What an op returns: an array to be written to, or the cache that it consumed."""
     if isinstance(item, ArraySpec):
-        tokens = any(x.live is not None and x.shape[:1] == item.shape[:1] for x in reads)
-        made: TapeArray = tape.new(item.shape, item.dtype, live if tokens else None)
-        return made
+        return tape.new(item.shape, item.dtype, live)
     found: Cache = next(arg for arg in args if isinstance(arg, Cache))
     return found
 

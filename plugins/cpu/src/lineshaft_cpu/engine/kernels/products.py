@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import LinearProblem, itemsize
-from lineshaft_contract.schemes import check_parts, dequantize
 from lineshaft_contract.weights import Local, Param, Weight
 from lineshaft_cpu.engine.kernels.common import (
     EXTENT,
     Job,
     Recipe,
+    Tape,
     TapeArray,
     c_int64,
     c_void_p,
@@ -26,39 +24,34 @@ from lineshaft_cpu.engine.kernels.common import (
     recipe,
     tail_of,
 )
+from lineshaft_cpu.engine.stored import PANEL, panels
 from lineshaft_cpu.native import Native
 
 PANELS = "cpu_panels"
-PANEL = 32
-BLOCK = 256
-"""Rows of an item: they stay in a core's cache while panels of weights pass."""
+BLOCK_BYTES = 768 << 10
+"""Of rows of x in an item: they stay in a core's own cache while panels of weights pass, each of which is read once."""
+FEW = 12
+"""Rows up to which vectors are as good as tiles."""
 ITEM_BYTES = 96 << 10
 """Of weights in an item, about: less costs more to hand out than it evens out between threads."""
 LINEAR = Job(
     "linear",
     (
         *EXTENT, *((name, c_void_p) for name in ("x", "panels", "bias", "out")),
-        *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow")),
+        *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow", "tiled")),
+        ("norm", c_void_p), ("rope", c_void_p),
     ),
 )  # fmt: skip
 
+ORDER = Job("order", (*EXTENT, ("x", c_void_p), ("out", c_void_p), ("k", c_int64), ("x_stride", c_int64)))
+TILED = ("amx", "amx_emulated")
+
 
 def recipes(native: Native) -> Iterator[Recipe]:
+    def pack(param: Param, local: Local) -> dict[str, HostArray]:
+        return {"data": panels(native.library, param, local)}
+
     yield recipe("linear", "linear", bind_linear, layout=PANELS, pack=pack, handles=frozenset({"bias"}))
-
-
-def pack(param: Param, local: Local) -> dict[str, HostArray]:
-    """{"data": a weight [n, k] in panels of 32 outputs}: bfloat16 [n / 32, k / 2, 32, 2], float32 [n / 32, k, 32], zeros
-    where it ends."""
-    check_parts(param, local)
-    n, k = param.shape
-    pair = 2 if param.dtype == "bfloat16" else 1
-    whole = np.concatenate([dequantize(part, param.dtype) for part in local.parts])
-    if n % PANEL or k % pair:
-        whole = np.pad(whole, ((0, -n % PANEL), (0, -k % pair)))
-    bits = whole.view(np.uint16 if pair == 2 else np.uint32)
-    panels = bits.reshape(-1, PANEL, whole.shape[1] // pair, pair).transpose(0, 2, 1, 3)
-    return {"data": np.ascontiguousarray(panels).view(whole.dtype)}
 
 
 def bind_linear(problem: LinearProblem, session: Any) -> Any:
@@ -66,22 +59,39 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
     units = -(-problem.n // PANEL)
     share = -(-units // (4 * threads))
     most = max(1, ITEM_BYTES // (PANEL * problem.k * itemsize(problem.dtype)))
+    block = rows_of_item(problem.k, problem.dtype)
+    tiled = session.native.level in TILED and problem.dtype == "bfloat16" and problem.k % PANEL == 0
 
     def linear(x: TapeArray, w: Weight, *, bias: Any = None) -> TapeArray:
         """x [T, I], w [O, I] in panels, bias [O] -> x w^T + bias [T, O], summed in float32 and rounded once."""
         tape = session.tape
         x = x if tail_of(x) >= problem.k else copied(tape, x)
+        given = in_tiles(tape, x) if tiled and x.shape[0] > FEW else x
         out = tape.new((x.shape[0], problem.n), x.dtype, x.live)
         added = None if bias is None else operand(bias)
         if isinstance(added, TapeArray):
             added = dense(tape, added)
         fields = {
-            **extent(x, x.shape[0]), "x": x, "panels": w.arrays["data"], "bias": added, "out": out, "n": problem.n,
-            "k": problem.k, "x_stride": x.strides[0], "out_stride": problem.n, "gate": 0, "block": BLOCK,
+            **extent(x, x.shape[0]), "x": given, "panels": w.arrays["data"], "bias": added, "out": out, "n": problem.n,
+            "k": problem.k, "x_stride": x.strides[0], "out_stride": problem.n, "gate": 0, "block": block,
             "grain": min(share, most), "narrow": narrow(x.dtype),
+            "tiled": int(given is not x), "norm": None, "rope": None,
         }  # fmt: skip
-        reads = (x, added) if isinstance(added, TapeArray) else (x,)
+        reads = (given, added) if isinstance(added, TapeArray) else (given,)
         tape.add(LINEAR, "linear", reads, (out,), fields)
         return out
 
     return linear
+
+
+def rows_of_item(k: int, dtype: str) -> int:
+    """Rows of x [m, k] in an item, at most."""
+    return max(PANEL, BLOCK_BYTES // (k * itemsize(dtype)) // PANEL * PANEL)
+
+
+def in_tiles(tape: Tape, x: TapeArray) -> TapeArray:
+    """Record a copy of x [m, k] in the order of tiles, [m / 32, k / 32, 32, 32], zeros where it ends."""
+    rows, k = x.shape
+    out = tape.new((-(-rows // PANEL) * PANEL, k), x.dtype, x.live)
+    tape.add(ORDER, "order", (x,), (out,), {**extent(x, rows), "x": x, "out": out, "k": k, "x_stride": x.strides[0]})
+    return out

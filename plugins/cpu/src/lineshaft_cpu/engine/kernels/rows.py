@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from lineshaft_contract.problems import EmbedProblem, NormProblem, PointwiseProblem
+from lineshaft_contract.problems import EmbedProblem, MergeProblem, NormProblem, PointwiseProblem
 from lineshaft_contract.weights import Weight
 from lineshaft_cpu.engine.kernels.common import (
     DENSE,
@@ -44,8 +45,25 @@ NORM = Job(
 )  # fmt: skip
 GATE = Job(
     "gate",
-    (*_ROWS, ("x", c_void_p), ("out", c_void_p), ("width", c_int64), ("stride", c_int64), ("narrow", c_int)),
-)
+    (
+        *_ROWS, ("x", c_void_p), ("out", c_void_p), ("width", c_int64), ("stride", c_int64), ("narrow", c_int),
+        ("gelu", c_int),
+    ),
+)  # fmt: skip
+MERGE = Job(
+    "merge",
+    (
+        *_ROWS, *((name, c_void_p) for name in ("x", "others", "out", "source")),
+        *((name, c_int64) for name in ("count", "bytes", "x_stride", "others_stride")),
+    ),
+)  # fmt: skip
+STATES = Job(
+    "states",
+    (
+        *_ROWS, *((name, c_void_p) for name in ("x", "lse", "sinks", "out")),
+        *((name, c_int64) for name in ("parts", "heads", "width", "narrow", "narrow_sinks")),
+    ),
+)  # fmt: skip
 ADD = Job(
     "add",
     (*_ROWS, ("x", c_void_p), ("y", c_void_p), ("out", c_void_p), ("width", c_int64), ("narrow", c_int64)),
@@ -55,10 +73,13 @@ ADD = Job(
 def recipes(native: Native) -> Iterator[Recipe]:
     yield recipe("rms_norm", "rms_norm", bind_norm, layout=DENSE)
     yield recipe("add_rms_norm", "add_rms_norm", bind_add_norm, layout=DENSE)
-    yield recipe("silu_mul", "silu_mul", bind_gate)
+    yield recipe("silu_mul", "silu_mul", partial(bind_gate, "silu_mul"))
+    yield recipe("gelu_mul", "gelu_mul", partial(bind_gate, "gelu_mul"))
     yield recipe("add", "add", bind_add)
     yield recipe("concat", "concat", bind_concat, supports=lambda problem: None)
     yield recipe("gather_rows", "gather_rows", bind_gather, supports=lambda problem: None)
+    yield recipe("merge_rows", "merge_rows", bind_merge, supports=lambda problem: None)
+    yield recipe("merge_states", "merge_states", bind_states, handles=frozenset({"sinks"}))
     yield recipe("embed", "embed", bind_embed, layout=DENSE, handles=frozenset({"scale"}))
 
 
@@ -100,20 +121,20 @@ def bind_add_norm(problem: NormProblem, session: Any) -> Any:
     return add_rms_norm
 
 
-def bind_gate(problem: PointwiseProblem, session: Any) -> Any:
-    def silu_mul(x: TapeArray) -> TapeArray:
-        """x [T, 2F], gate first -> silu(gate) * up [T, F]."""
+def bind_gate(op: str, problem: PointwiseProblem, session: Any) -> Any:
+    def gate(x: TapeArray) -> TapeArray:
+        """x [T, 2F], gate first -> silu(gate) * up [T, F], or gelu(gate) * up."""
         tape, (rows, both) = session.tape, x.shape
         x = x if tail_of(x) >= both else copied(tape, x)
         out = tape.new((rows, both // 2), x.dtype, x.live)
         fields = {
             **extent(x, rows), "grain": grain(both), "x": x, "out": out, "width": both // 2, "stride": x.strides[0],
-            "narrow": narrow(x.dtype),
+            "narrow": narrow(x.dtype), "gelu": int(op == "gelu_mul"),
         }  # fmt: skip
-        tape.add(GATE, "silu_mul", (x,), (out,), fields)
+        tape.add(GATE, op, (x,), (out,), fields)
         return out
 
-    return silu_mul
+    return gate
 
 
 def bind_add(problem: PointwiseProblem, session: Any) -> Any:
@@ -156,6 +177,45 @@ def bind_gather(problem: PointwiseProblem, session: Any) -> Any:
         return look_up(session.tape, "gather_rows", x, rows, x.row_bytes() if len_of(x) > 1 else 0)
 
     return gather_rows
+
+
+def bind_merge(problem: PointwiseProblem, session: Any) -> Any:
+    def merge_rows(x: TapeArray, embeds: TapeArray, source: TapeArray) -> TapeArray:
+        """x [T, H], embeds [M, H], source int32[T] -> embeds[source[t]] where that is 0 or more, else x[t]."""
+        tape, width = session.tape, x.shape[1]
+        x, others = (y if tail_of(y) >= width else copied(tape, y) for y in (x, embeds))
+        source = dense(tape, source)
+        out = tape.new(x.shape, x.dtype, live_of(x, source))
+        fields = {
+            **extent(out, x.shape[0]), "grain": grain(width), "x": x, "others": others, "out": out, "source": source,
+            "count": others.shape[0], "bytes": width * x.itemsize, "x_stride": x.row_bytes(),
+            "others_stride": others.row_bytes(),
+        }  # fmt: skip
+        tape.add(MERGE, "merge_rows", (x, others, source), (out,), fields)
+        return out
+
+    return merge_rows
+
+
+def bind_states(problem: MergeProblem, session: Any) -> Any:
+    def merge_states(out: TapeArray, lse: TapeArray, *, sinks: Any = None) -> TapeArray:
+        """out [n, T, H, D], lse f32[n, T, H], sinks [H] -> attention over all keys [T, H, D]."""
+        tape, (parts, *shape) = session.tape, out.shape
+        x, lse = dense(tape, out), dense(tape, lse)
+        given = None if sinks is None else operand(sinks)
+        if isinstance(given, TapeArray):
+            given = dense(tape, given)
+        merged = tape.new(shape, x.dtype)
+        fields = {
+            "live": None, "rows": shape[0] * shape[1], "times": 1, "grain": grain(parts * shape[2]), "x": x, "lse": lse,
+            "sinks": given, "out": merged, "parts": parts, "heads": shape[1], "width": shape[2],
+            "narrow": narrow(x.dtype), "narrow_sinks": narrow(str(given.dtype)) if given is not None else 0,
+        }  # fmt: skip
+        reads = [y for y in (x, lse, given) if isinstance(y, TapeArray)]
+        tape.add(STATES, "merge_states", reads, (merged,), fields, 4 * parts)
+        return merged
+
+    return merge_states
 
 
 def bind_embed(problem: EmbedProblem, session: Any) -> Any:

@@ -1,0 +1,142 @@
+/* Norms, rotations and writes to pages as steps of a tape, included by kernels.c: what a product may begin or end with. */
+
+/* Of `rows` rows, `grain` to an item. */
+#define GRAINS(name, Job) \
+    EXPORT const int64_t NAME(name##_bytes) = sizeof(Job); \
+    EXPORT int64_t NAME(name##_items)(const void *job) { \
+        const Job *j = job; \
+        return (live_rows(&j->e) + j->grain - 1) / j->grain; \
+    }
+
+#define EACH_ROW(row, j, item) \
+    for (int64_t row = (item) * (j)->grain, row##_end = least(row + (j)->grain, live_rows(&(j)->e)); row < row##_end; row++)
+
+typedef struct {
+    Extent e;
+    int64_t grain;
+    Norm n;
+} NormStep;
+
+GRAINS(norm, NormStep)
+EXPORT void NAME(norm_body)(const void *job, int64_t item, void *scratch) {
+    const NormStep *j = job;
+    EACH_ROW(row, j, item) EITHER(norm_row, j->n.narrow, &j->n, row);
+}
+
+/* ---- pages in panels (flash.h) ---------------------------------------------------------------------------------------- */
+
+typedef struct {
+    void *keys, *values; /* pages in panels; NULL: none */
+    int64_t page_size, heads, k_dim, v_dim, narrow;
+} Panels;
+
+/* Put one head's key [D] into its slot. */
+INLINE void put_key(const Panels *p, int64_t slot, int64_t head, const void *x) {
+    const int64_t size = p->page_size, page = slot / size, at = slot % size;
+    const int64_t to = (page * p->heads + head) * p->k_dim * size;
+    if (p->narrow)
+        for (int64_t d = 0; d < p->k_dim; d += 2)
+            memcpy((uint16_t *)p->keys + to + d * size + 2 * at, (const uint16_t *)x + d, 4);
+    else
+        for (int64_t d = 0; d < p->k_dim; d++)
+            ((float *)p->keys)[to + d * size + at] = ((const float *)x)[d];
+}
+
+/* Put one head's value [Dv] into its slot. */
+INLINE void put_value(const Panels *p, int64_t slot, int64_t head, const void *x) {
+    const int64_t size = p->page_size, page = slot / size, at = slot % size;
+    const int64_t to = (page * p->heads + head) * p->v_dim * size;
+    if (p->narrow) {
+        uint16_t *row = (uint16_t *)p->values + to + at / 2 * 2 * p->v_dim + at % 2;
+        for (int64_t d = 0; d < p->v_dim; d++)
+            row[2 * d] = ((const uint16_t *)x)[d];
+    } else
+        memcpy((float *)p->values + to + at * p->v_dim, x, p->v_dim * sizeof(float));
+}
+
+typedef struct {
+    Extent e; /* tokens */
+    int64_t grain;
+    Panels p;
+    const void *k, *v; /* [T, Hk, D], [T, Hk, Dv] */
+    const int32_t *slots;
+    int64_t k_stride, v_stride;
+} PutStep;
+
+GRAINS(put, PutStep)
+EXPORT void NAME(put_body)(const void *job, int64_t item, void *scratch) {
+    const PutStep *j = job;
+    const int64_t size = j->p.narrow ? 2 : 4;
+    EACH_ROW(token, j, item)
+        for (int64_t head = 0; head < j->p.heads; head++) {
+            put_key(&j->p, j->slots[token], head, (const char *)j->k + (token * j->k_stride + head * j->p.k_dim) * size);
+            put_value(&j->p, j->slots[token], head, (const char *)j->v + (token * j->v_stride + head * j->p.v_dim) * size);
+        }
+}
+
+/* ---- heads --------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Extent e; /* tokens */
+    int64_t grain;
+    Rope r;
+    void *k_pages, *v_pages; /* [slots, Hk, D] and [slots, Hk, Dv]; NULL: nothing is written */
+    const void *v;
+    const int32_t *slots; /* [T] */
+    int64_t v_bytes, v_stride_bytes, k_bytes; /* of a token */
+    Panels p; /* page_size 0: pages are rows of slots */
+} RopeStep;
+
+/* Turn one head of a token, or write a value: heads count queries, then keys, then values. */
+INLINE void turn_one(const RopeStep *j, int64_t token, int64_t head, int narrow) {
+    const Rope *r = &j->r;
+    const int64_t size = narrow ? 2 : 4, half = r->dim / 2, dim = r->head_dim, slot = j->slots ? j->slots[token] : 0;
+    const float *cos = r->cos + r->positions[token] * half, *sin = r->sin + r->positions[token] * half;
+    if (head < r->q_heads) {
+        turn_head(r->q, token * r->q_stride + head * dim, r->q_out, (token * r->q_heads + head) * dim, r, cos, sin, narrow);
+        return;
+    }
+    head -= r->q_heads;
+    if (head < r->k_heads) {
+        const int64_t to = (token * r->k_heads + head) * dim;
+        turn_head(r->k, token * r->k_stride + head * dim, r->k_out, to, r, cos, sin, narrow);
+        if (j->p.page_size)
+            put_key(&j->p, slot, head, (const char *)r->k_out + to * size);
+        else if (j->k_pages)
+            memcpy((char *)j->k_pages + (slot * r->k_heads + head) * dim * size, (char *)r->k_out + to * size, dim * size);
+        return;
+    }
+    head -= r->k_heads;
+    const int64_t bytes = j->v_bytes / r->k_heads;
+    const char *value = (const char *)j->v + token * j->v_stride_bytes + head * bytes;
+    if (j->p.page_size)
+        put_value(&j->p, slot, head, value);
+    else
+        memcpy((char *)j->v_pages + slot * j->v_bytes + head * bytes, value, bytes);
+}
+
+INLINE int64_t heads_of(const RopeStep *j) { return j->r.q_heads + (j->v ? 2 : 1) * j->r.k_heads; }
+
+GRAINS(rope, RopeStep)
+EXPORT void NAME(rope_body)(const void *job, int64_t item, void *scratch) {
+    const RopeStep *j = job;
+    EACH_ROW(token, j, item)
+        for (int64_t head = 0; head < heads_of(j); head++)
+            EITHER(turn_one, j->r.narrow, j, token, head);
+}
+
+typedef struct {
+    Extent e; /* tokens */
+    int64_t grain;
+    const char *x; /* [T, bytes] */
+    char *pages;   /* [slots, bytes] */
+    const int32_t *slots;
+    int64_t bytes, stride;
+} WriteStep;
+
+GRAINS(write, WriteStep)
+EXPORT void NAME(write_body)(const void *job, int64_t item, void *scratch) {
+    const WriteStep *j = job;
+    EACH_ROW(token, j, item) memcpy(j->pages + j->slots[token] * j->bytes, j->x + token * j->stride, j->bytes);
+}
+
