@@ -1,4 +1,4 @@
-"""A session of the native engine: owns weights, caches, programs, the arena that programs share, and a team of threads."""
+"""A session of the native engine: owns weights, caches, programs, the arena that they share, and a team of threads."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ LINEAR = Job(
     "linear",
     (
         *EXTENT, *((name, c_void_p) for name in ("x", "panels", "bias", "out")),
-        *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow", "tiled")),
-        ("norm", c_void_p), ("rope", c_void_p),
+        *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow")),
+        ("tiled", c_int64), ("norm", c_void_p), ("rope", c_void_p),
     ),
 )  # fmt: skip
 
