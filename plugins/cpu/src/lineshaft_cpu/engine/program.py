@@ -110,6 +110,8 @@ class NativeProgram:
         self._wanted = {name: self._outputs[name].values() for name in capture.host_outputs}
         self._calls = tape.calls  # they hold the arrays that the jobs point to
         self._pointers = {name: list(self._pointers_to(array.buffer)) for name, array in self._given.items()}
+        calls = [call for part in self._parts if isinstance(part, Linked) for call, _ in part.jobs]
+        self._positions = min((len(call.fields["cos"]) for call in calls if "cos" in call.fields), default=None)
         scratch = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
         self._scratch_bytes = -(-scratch // 128) * 128
         self._scratch = session.reserve_scratch(self._scratch_bytes)
@@ -188,7 +190,7 @@ class NativeProgram:
         if self._generation != session.generation:
             raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
         check_handles(self._capture.arrays, arrays or {})
-        check_step(host, self._capture.shape, session.pages)
+        check_step(host, self._capture.shape, session.paging, self._positions)
         for transfer in after:
             transfer.wait()
         with session.lock:
