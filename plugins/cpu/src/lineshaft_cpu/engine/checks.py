@@ -9,6 +9,7 @@ import numpy as np
 
 from lineshaft_contract.errors import ContractViolation
 from lineshaft_contract.ops.spec import HostArray
+from lineshaft_contract.problems import KVProblem
 from lineshaft_contract.steps import HostStep, StepShape
 
 largest, smallest = np.maximum.reduce, np.minimum.reduce  # without the detour of `max` and `min` through Python
@@ -66,6 +67,15 @@ def check_group(views: Mapping[str, HostArray], group: int, paging: Paging, live
     lengths = views.get(f"context_lens.{group}")
     if lengths is not None and f"page_starts.{group}" not in views:
         within(f"context_lens.{group}", lengths, table.shape[1] * paging.size + 1)
+
+
+def check_pages(problem: KVProblem, count: int, pages: Mapping[str, HostArray]) -> None:
+    """What is written to pages of a cache. Raises ContractViolation for other arrays, shapes or dtypes."""
+    for name, (shape, dtype) in problem.page_arrays.items():
+        given = pages.get(name)
+        if given is None or given.shape != (count, *shape) or given.dtype.name != dtype:
+            said = "nothing" if given is None else f"{given.dtype.name}{list(given.shape)}"
+            raise ContractViolation(f"write_pages is given {said} as {name!r}; it takes {dtype}{[count, *shape]}")
 
 
 def within(name: str, values: HostArray, limit: int) -> None:

@@ -48,6 +48,13 @@ class NativeHandle:
         return self.array
 
 
+def array_of(handle: Handle) -> TapeArray:
+    """The array of a handle. Raises ContractViolation for one that is stale or of another engine."""
+    if not isinstance(handle, NativeHandle):
+        raise ContractViolation(f"a handle of the native engine is needed, not {type(handle).__name__}")
+    return handle.current()
+
+
 class NativePending:
     """A step, which may be under way: `result` waits for it and reads host copies made when it ended, `handle` names what
     stays where it is."""
@@ -190,13 +197,16 @@ class NativeProgram:
         if self._generation != session.generation:
             raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
         check_handles(self._capture.arrays, arrays or {})
+        if host.buffer.nbytes < self._capture.inputs.nbytes:
+            needed = self._capture.inputs.nbytes
+            raise ContractViolation(f"the step's inputs are {host.buffer.nbytes} bytes, the program's {needed}")
         check_step(host, self._capture.shape, session.paging, self._positions)
         for transfer in after:
             transfer.wait()
         with session.lock:
             session.finish()
             session.require_usable()
-            given = {name: handle.current() for name, handle in (arrays or {}).items()}  # type: ignore[attr-defined]
+            given = {name: array_of(handle) for name, handle in (arrays or {}).items()}
             with session.poison_on_failure():
                 return self._run(host, given)
 

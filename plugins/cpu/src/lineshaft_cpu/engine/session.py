@@ -32,7 +32,7 @@ from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_cpu.engine.arrays import FOREIGN, Buffer, TapeArray
 from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
-from lineshaft_cpu.engine.checks import Paging, within
+from lineshaft_cpu.engine.checks import Paging, check_pages, within
 from lineshaft_cpu.engine.memory import Region, pages, touch, typed_memory
 from lineshaft_cpu.engine.program import NativePending, NativeProgram
 from lineshaft_cpu.engine.stored import dense
@@ -177,7 +177,9 @@ class NativeSession(SessionState):
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
-        found = self._ids(self.caches[cache].problem.group, ids)
+        problem = self.caches[cache].problem
+        found = self._ids(problem.group, ids)
+        check_pages(problem, len(found), pages)
         with self.lock:
             self.finish()
             self._layout(cache).write(self.caches[cache], found, pages)
@@ -186,6 +188,8 @@ class NativeSession(SessionState):
     def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
         self.require_usable()
         source, target = self._ids(group, src), self._ids(group, dst)
+        if source.shape != target.shape:
+            raise ContractViolation(f"copy_pages of {len(source)} pages to {len(target)}; give as many of both")
         with self.lock:
             self.finish()
             for cache in self.caches:
