@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,8 @@ def test_a_stream_adds_up_to_what_generate_gives(llm: LLM) -> None:
 def test_two_streams_in_turns_are_what_each_is_alone(llm: LLM) -> None:
     prompts = [FRANCE, "The largest ocean is"]
     alone = [one(llm.generate(prompt, GREEDY)).outputs[0].token_ids for prompt in prompts]
-    pairs = list(zip(*(llm.stream(prompt, GREEDY) for prompt in prompts), strict=True))
-    assert [[token for pair in pairs for token in pair[i].token_ids] for i in range(2)] == alone
+    turns = list(zip_longest(*(llm.stream(prompt, GREEDY) for prompt in prompts)))  # a turn may bring two tokens
+    assert [[token for turn in turns if turn[i] for token in turn[i].token_ids] for i in range(2)] == alone
 
 
 def test_a_reader_that_leaves_cancels_its_request(llm: LLM) -> None:

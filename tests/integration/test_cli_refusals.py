@@ -143,7 +143,9 @@ WRONG: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     ),
     "unknown kernel": (("--set", "kernels.attend=best"), "Unsupported", ("[kernels] attend = 'best'", "it has")),
     "too long a context": (("--set", "max_model_len=129"), "InvalidValue", ("129", "128 tokens")),
-    "pool too small": (("--set", "cache.pages=8"), "PoolTooSmall", ("cache.pages = 8", "at least 9")),
+    "pool too small": (
+        ("--set", "cache.pages=8", "--set", "cache.page_size=16"), "PoolTooSmall", ("cache.pages = 8", "at least 9"),
+    ),
     "out of memory": (("--set", "cache.pages=1000000000000"), "OutOfMemory", ("KV pool",)),
     "a step too large for memory": (
         ("--set", "scheduler.token_budget=900000000", "--set", "scheduler.max_rows=900000000"),

@@ -29,7 +29,7 @@ def on_gpu(model: Path, backend: str = "cuda", **more: Any) -> EngineConfig:
 def test_every_triton_kernel_in_a_step_of_each_kind(llama: Llama) -> None:
     checkpoint = llama("even")
     prompts = checkpoint.oracle.prompts(3, (3, 12))
-    with Engine(config(checkpoint.path, **SMALL)) as engine:
+    with Engine(config(checkpoint.path, overlap="off", **SMALL)) as engine:
         expected = drive(engine, prompts, greedy(2), arrivals=[0, 1], look=False)
     with Engine(on_gpu(checkpoint.path)) as engine:
         run = drive(engine, prompts, greedy(2), arrivals=[0, 1], look=False)

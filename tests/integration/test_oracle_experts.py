@@ -54,7 +54,7 @@ def expected(checkpoint: Checkpoint) -> list[Expected]:
 
 @pytest.fixture(scope="module")
 def roomy(checkpoint: Checkpoint) -> Iterator[Engine]:
-    with Engine(config(checkpoint.path, **ROOMY)) as engine:
+    with Engine(config(checkpoint.path, overlap="off", **ROOMY)) as engine:
         yield engine
 
 
@@ -83,7 +83,7 @@ def test_the_tokens_are_the_oracles_without_being_led(roomy: Engine, expected: l
 
 def test_chunked_and_preempted_prompts(checkpoint: Checkpoint, expected: list[Expected]) -> None:
     cramped = CRAMPED | ({"cache.pages": 8} if checkpoint.path.name.startswith("mixtral") else {})  # windows alone
-    with Engine(config(checkpoint.path, **cramped)) as engine:
+    with Engine(config(checkpoint.path, overlap="off", **cramped)) as engine:
         run = follow(engine, expected)
         assert engine.metrics().preemptions == run.preemptions > 0
     check_float32(expected, run.logits)

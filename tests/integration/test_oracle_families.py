@@ -36,7 +36,7 @@ def test_chunked_and_preempted_prompts(llama: Llama, variant: str) -> None:
     checkpoint = llama(variant)
     expected = expect(checkpoint)
     cramped = CRAMPED_WINDOW if variant in WINDOWED else CRAMPED
-    with Engine(config(checkpoint.path, **cramped)) as engine:
+    with Engine(config(checkpoint.path, overlap="off", **cramped)) as engine:
         run = follow(engine, expected)
         free = drive(engine, [item.prompt for item in expected], greedy(TOKENS), look=False)
     assert run.preemptions > 0

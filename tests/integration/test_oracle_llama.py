@@ -36,7 +36,7 @@ def expected(checkpoint: Checkpoint) -> list[Expected]:
 
 @pytest.fixture(scope="module")
 def roomy(checkpoint: Checkpoint) -> Iterator[Engine]:
-    with Engine(config(checkpoint.path, **ROOMY)) as engine:
+    with Engine(config(checkpoint.path, overlap="off", **ROOMY)) as engine:
         yield engine
 
 
@@ -72,7 +72,8 @@ def test_the_tokens_are_the_oracles_without_being_led(roomy: Engine, expected: l
 
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix-cache", "no-prefix-cache"])
 def test_chunked_and_preempted_prompts(checkpoint: Checkpoint, expected: list[Expected], prefix_caching: bool) -> None:
-    with Engine(config(checkpoint.path, **CRAMPED, **{"cache.prefix_caching": prefix_caching})) as engine:
+    settings = CRAMPED | {"overlap": "off", "cache.prefix_caching": prefix_caching}
+    with Engine(config(checkpoint.path, **settings)) as engine:
         run = follow(engine, expected)
         assert engine.metrics().preemptions == run.preemptions > 0
     check_float32(expected, run.logits)
@@ -89,8 +90,14 @@ def test_many_requests_of_which_half_share_a_prefix(llama: Llama) -> None:
     prefix, *prompts = checkpoint.oracle.prompts(3, [17, *range(1, 41, 2)])
     prompts = [prefix + prompt if i % 2 else prompt for i, prompt in enumerate(prompts)]
     expected = [checkpoint.oracle.expect(prompt, TOKENS) for prompt in prompts]
-    settings = {"max_model_len": 72, "cache.pages": 30, "cache.page_size": 4, "scheduler.token_budget": 24}
-    with Engine(config(checkpoint.path, **settings, **{"scheduler.max_rows": 6})) as engine:
+    settings = {
+        "max_model_len": 72,
+        "cache.pages": 30,
+        "cache.page_size": 4,
+        "scheduler.token_budget": 24,
+        "overlap": "off",
+    }
+    with Engine(config(checkpoint.path, overlap="off", **settings, **{"scheduler.max_rows": 6})) as engine:
         run = follow(engine, expected, arrivals=[i // 3 for i in range(len(prompts))])
     assert run.preemptions > 0
     assert run.mixed_steps > len(prompts)
@@ -102,7 +109,7 @@ def test_many_requests_of_which_half_share_a_prefix(llama: Llama) -> None:
 def test_every_way_to_run_a_program(llama: Llama, program: str, functional: bool) -> None:
     checkpoint = llama("gqa3-tied")
     expected = expect(checkpoint)
-    options = {"backend_options.program": program, "backend_options.functional": functional}
+    options = {"overlap": "off", "backend_options.program": program, "backend_options.functional": functional}
     with Engine(config(checkpoint.path, **CRAMPED, **options)) as engine:
         run = follow(engine, expected)
         assert run.preemptions > 0

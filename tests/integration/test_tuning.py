@@ -36,7 +36,10 @@ def rivals(install: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.
     """A configuration of the CPU backend with the plugin `rivals` and a cache folder of the test's own."""
     install(RIVALS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    small = {"max_model_len": 32, "cache.pages": 13, "cache.page_size": 8, "scheduler.token_budget": 16}
+    small: dict[str, Any] = {
+        "max_model_len": 32, "cache.pages": 13, "cache.page_size": 8, "scheduler.token_budget": 16,
+        "backend_options.engine": "torch",
+    }  # fmt: skip
     return partial(config, llama("even").path, **small)
 
 
@@ -165,6 +168,7 @@ def test_explain_tells_the_times(rivals: Any, tmp_path: Path) -> None:
     values = {"max_model_len": 32, "cache.page_size": 8, "scheduler.token_budget": 16, "scheduler.max_rows": 4}
     given = [f"--set={key}={value}" for key, value in {**values, "max_logprobs": 0}.items()]
     model = ["--model", settings.model, "--backend", "cpu", "--dtype", "float32", "--set=sampling_extras=false"]
+    model += ["--backend-option", "engine=torch"]
     done = lineshaft("explain", "--shapes", *model, *given)
     assert done.returncode == 0, done.stderr
     (row, *_) = [line for line in done.stdout.splitlines() if " rivals_a " in line and " ms" in line]

@@ -1,4 +1,4 @@
-"""One kernel for a backend of another plugin: an RMS norm for `cpu` that computes in float64."""
+"""One kernel for a backend of another plugin: an RMS norm in float64, for the engine "torch" of `cpu`."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from lineshaft import LLM, SamplingParams
 from lineshaft.config import make_config
 from lineshaft.errors import (
     AmbiguousBackend,
+    ContractViolation,
     InvalidSamplingParams,
     InvalidValue,
     MisshapenTensor,
@@ -43,6 +44,8 @@ SMALL: dict[str, Any] = {
     "dtype": "float32", "max_model_len": 64, "max_logprobs": 0, "sampling_extras": False,
     "scheduler": {"max_rows": 2, "token_budget": 16},
 }  # fmt: skip
+TORCH: dict[str, Any] = {"backend": "cpu", "backend_options": {"engine": "torch"}}
+"""What a kernel that works on PyTorch's tensors needs of the CPU backend."""
 PROMPTS = ["The capital of France is", "a"]
 Install = Callable[[Path], None]
 
@@ -234,10 +237,10 @@ def test_plain_numpy_is_small_and_free_of_other_array_libraries() -> None:
 
 
 def test_a_contributed_kernel_is_chosen_and_explained(install: Install, tiny_llama: Path) -> None:
-    before = plan_of(tiny_llama, backend="cpu")
+    before = plan_of(tiny_llama, **TORCH)
     assert kernels(before, "rms_norm") == {"cpu_native_rms_norm"}
     install(KERNEL)
-    plan = plan_of(tiny_llama, backend="cpu")
+    plan = plan_of(tiny_llama, **TORCH)
     assert kernels(plan, "rms_norm") == {"exact_rms_norm"}
     assert plan.hash != before.hash
     reasons = {(r.kernel, r.reason) for e in plan.entries if e.op == "rms_norm" for r in e.rejected}
@@ -250,15 +253,21 @@ def test_a_contributed_kernel_is_chosen_and_explained(install: Install, tiny_lla
 def test_a_contributed_kernel_runs(install: Install, tiny_llama: Path) -> None:
     expected = tokens(tiny_llama, backend="numpy")
     install(KERNEL)
-    assert tokens(tiny_llama, backend="cpu") == expected
+    assert tokens(tiny_llama, **TORCH) == expected
+
+
+def test_a_kernel_of_pytorch_tells_the_native_engine_what_it_needs(install: Install, tiny_llama: Path) -> None:
+    install(KERNEL)
+    with pytest.raises(ContractViolation, match='needs backend_options engine = "torch"'):
+        tokens(tiny_llama, backend="cpu", backend_options={"engine": "native"})
 
 
 def test_the_configuration_settles_which_kernel(install: Install, tiny_llama: Path) -> None:
     install(KERNEL)
-    named = plan_of(tiny_llama, backend="cpu", kernels={"rms_norm": "torch_rms_norm"})
+    named = plan_of(tiny_llama, **TORCH, kernels={"rms_norm": "torch_rms_norm"})
     assert kernels(named, "rms_norm") == {"torch_rms_norm"}
     with pytest.raises(Unsupported, match="it has torch_rms_norm, cpu_native_rms_norm, exact_rms_norm"):
-        plan_of(tiny_llama, backend="cpu", kernels={"rms_norm": "absent"})
+        plan_of(tiny_llama, **TORCH, kernels={"rms_norm": "absent"})
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------------

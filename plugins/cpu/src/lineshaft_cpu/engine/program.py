@@ -48,6 +48,13 @@ class NativeHandle:
         return self.array
 
 
+def array_of(handle: Handle) -> TapeArray:
+    """The array of a handle. Raises ContractViolation for one that is stale or of another engine."""
+    if not isinstance(handle, NativeHandle):
+        raise ContractViolation(f"a handle of the native engine is needed, not {type(handle).__name__}")
+    return handle.current()
+
+
 class NativePending:
     """A step, which may be under way: `result` waits for it and reads host copies made when it ended, `handle` names
     what stays where it is."""
@@ -110,6 +117,8 @@ class NativeProgram:
         self._wanted = {name: self._outputs[name].values() for name in capture.host_outputs}
         self._calls = tape.calls  # they hold the arrays that the jobs point to
         self._pointers = {name: list(self._pointers_to(array.buffer)) for name, array in self._given.items()}
+        calls = [call for part in self._parts if isinstance(part, Linked) for call, _ in part.jobs]
+        self._positions = min((len(call.fields["cos"]) for call in calls if "cos" in call.fields), default=None)
         scratch = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
         self._scratch_bytes = -(-scratch // 128) * 128
         self._scratch = session.reserve_scratch(self._scratch_bytes)
@@ -187,13 +196,16 @@ class NativeProgram:
         if self._generation != session.generation:
             raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
         check_handles(self._capture.arrays, arrays or {})
-        check_step(host, self._capture.shape, session.pages)
+        if host.buffer.nbytes < self._capture.inputs.nbytes:
+            needed = self._capture.inputs.nbytes
+            raise ContractViolation(f"the step's inputs are {host.buffer.nbytes} bytes, the program's {needed}")
+        check_step(host, self._capture.shape, session.paging, self._positions)
         for transfer in after:
             transfer.wait()
         with session.lock:
             session.finish()
             session.require_usable()
-            given = {name: handle.current() for name, handle in (arrays or {}).items()}  # type: ignore[attr-defined]
+            given = {name: array_of(handle) for name, handle in (arrays or {}).items()}
             with session.poison_on_failure():
                 return self._run(host, given)
 

@@ -32,6 +32,7 @@ from lineshaft_contract.steps import ArraySpec, InputLayout, StepShape
 from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Stored, Weight
 from lineshaft_cpu.engine.arrays import FOREIGN, Buffer, TapeArray
 from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
+from lineshaft_cpu.engine.checks import Paging, check_pages, within
 from lineshaft_cpu.engine.memory import Region, pages, touch, typed_memory
 from lineshaft_cpu.engine.program import NativePending, NativeProgram
 from lineshaft_cpu.engine.stored import dense
@@ -50,7 +51,7 @@ class NativeSession(SessionState):
         self.team = Team(native, threads)
         self.weights: Tree = {}
         self.caches: list[Cache] = []
-        self.pages: dict[int, int] = {}  # of each cache group, with the null page
+        self.paging: dict[int, Paging] = {}  # of each cache group
         self.generation = 0  # of weights and caches: what was captured over others must not run again
         self._tape: Tape | None = None
         self._params: dict[str, tuple[Param, Weight | TapeArray]] = {}
@@ -164,31 +165,44 @@ class NativeSession(SessionState):
                 for key, problem in enumerate(problems)
             ]
             touch((array for cache in self.caches for array in cache.arrays.values()), self.team.threads)
-        self.pages = {problem.group: pages[problem.group] for problem in problems}
+        self.paging = {problem.group: Paging(pages[problem.group], problem.page_size) for problem in problems}
         return list(self.caches)
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
         self.require_usable()
+        found = self._ids(self.caches[cache].problem.group, ids)
         with self.lock:
             self.finish()
-            return self._layout(cache).read(self.caches[cache], np.asarray(ids, np.int64))
+            return self._layout(cache).read(self.caches[cache], found)
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
+        problem = self.caches[cache].problem
+        assert isinstance(problem, KVProblem)
+        found = self._ids(problem.group, ids)
+        check_pages(problem, len(found), pages)
         with self.lock:
             self.finish()
-            self._layout(cache).write(self.caches[cache], np.asarray(ids, np.int64), pages)
+            self._layout(cache).write(self.caches[cache], found, pages)
         return DoneTransfer()
 
     def copy_pages(self, group: int, src: HostArray, dst: HostArray) -> DoneTransfer:
         self.require_usable()
-        source, target = np.asarray(src, np.int64), np.asarray(dst, np.int64)
+        source, target = self._ids(group, src), self._ids(group, dst)
+        if source.shape != target.shape:
+            raise ContractViolation(f"copy_pages of {len(source)} pages to {len(target)}; give as many of both")
         with self.lock:
             self.finish()
             for cache in self.caches:
                 if cache.problem.group == group:
                     self._layout(cache.key).copy(cache, source, target)
         return DoneTransfer()
+
+    def _ids(self, group: int, ids: HostArray) -> HostArray:
+        """Page ids as int64. Raises ContractViolation for one that the group has not."""
+        found = np.asarray(ids, np.int32)
+        within(f"page ids of group {group}", found, self.paging[group].pages)
+        return found.astype(np.int64)
 
     def _layout(self, cache: int) -> CacheLayout:
         return LAYOUTS[self.caches[cache].layout]
