@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
 from lineshaft_contract.backends import World
-from lineshaft_cpu.backend import create
+from lineshaft_contract.errors import Unsupported
+from lineshaft_cpu.backend import NativeBackend, TorchBackend, create, note
 from lineshaft_cpu.options import CpuOptions
 from lineshaft_torch.host_memory import HostMemory
 
@@ -25,6 +27,35 @@ def test_sessions_take_their_threads_from_the_world() -> None:
         session.close()
     finally:
         torch.set_num_threads(before)
+
+
+OF_TORCH: dict[str, tuple[dict[str, Any], World, str]] = {
+    "several workers": ({}, World(axes=(("tp", 2),)), "one worker, not 2"),
+    "eager": ({"program": "eager"}, World(), "program = 'eager' is of the torch engine"),
+    "functional": ({"functional": True}, World(), "functional = True is of the torch engine"),
+    "no kernels": ({"native": "off"}, World(), "switched off"),
+}
+
+
+@pytest.mark.parametrize(("options", "world", "why"), OF_TORCH.values(), ids=OF_TORCH)
+def test_the_native_engine_is_taken_where_it_can_be_and_named_errors_are_told(
+    options: dict[str, Any], world: World, why: str
+) -> None:
+    assert isinstance(create(CpuOptions(), World()), NativeBackend)
+    assert isinstance(create(CpuOptions(engine="torch"), World()), TorchBackend)
+    taken = create(CpuOptions(**options), world)
+    assert isinstance(taken, TorchBackend)
+    (note,) = taken.capabilities.notes
+    assert note.startswith("engine torch: ") and why in note
+    with pytest.raises(Unsupported, match=why.replace("(", r"\(")):
+        create(CpuOptions(engine="native", **options), world)
+
+
+def test_a_plan_names_the_level_that_runs_and_those_that_are_only_compiled() -> None:
+    (said,) = create(CpuOptions(native="portable"), World()).capabilities.notes
+    assert said.startswith("engine native, level portable")
+    assert note("avx2", ()) == "engine native, level avx2"
+    assert note("avx2", ("amx", "avx512")) == "engine native, level avx2; compiled, not executed here: amx, avx512"
 
 
 def test_options_refuse_what_they_do_not_know() -> None:

@@ -130,6 +130,7 @@ def test_a_level_that_the_processor_lacks_is_refused(
     assert native.load("auto", package).level == "portable"
     with pytest.raises(Unsupported, match=r"this processor does not run .*'avx2', only portable"):
         native.load("avx2", package)
+    assert native.idle(package) == ("avx2",), "compiled, not executed"
 
 
 def test_without_a_compiler_there_is_a_reason(

@@ -1,0 +1,122 @@
+"""What the native engine makes one call of, and that it computes what the calls apart compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tests.unit.cpu_plugin.engines import Native
+
+from lineshaft.plan import ProgramSpec
+from lineshaft_conformance.harness.rig import Rig, whole_param
+from lineshaft_contract.ops.spec import HostArray, numpy_dtype
+from lineshaft_contract.problems import LinearProblem, PointwiseProblem
+from lineshaft_contract.steps import InputField, InputLayout, StepShape
+from lineshaft_cpu import native
+from lineshaft_cpu.engine import program
+from lineshaft_cpu.engine.tape import Call, HostCall, Tape
+
+LEVELS = [level for level in native.LEVELS if native.reason(level) is None]
+WIDTH, INNER = 96, 64
+KINDS = ("plain", "shown", "read twice", "sliced")
+
+
+def gated(kind: str, rows: int, dtype: str, width: int = WIDTH) -> ProgramSpec:
+    """silu(gate) * up of one product of x [rows, INNER] that holds both.
+
+    shown       the product itself is an output too
+    read twice  another call reads it
+    sliced      what is gated is a part of it
+    """
+
+    def forward(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
+        both = ops.linear(step.arrays["x"], weights["w"])
+        out = {"out": ops.silu_mul(both if kind != "sliced" else both[:, : 2 * width - 64])}
+        if kind == "shown":
+            out["both"] = both
+        if kind == "read twice":
+            out["twice"] = ops.add(both, both)
+        return out, caches
+
+    layout = InputLayout([InputField("x", dtype, (rows, INNER))])
+    return ProgramSpec("gated", forward, StepShape(rows, 1, (), 1, rows), layout)
+
+
+def make(spec: ProgramSpec, dtype: str, level: str = "auto", width: int = WIDTH) -> Rig:
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal((2 * width, INNER)).astype(numpy_dtype(dtype)) * numpy_dtype(dtype).type(0.1)
+    problem, rows = LinearProblem(dtype=dtype, n=2 * width, k=INNER), PointwiseProblem(dtype=dtype)
+    uses = {"linear": ("linear", problem), "silu_mul": ("silu_mul", rows), "add": ("add", rows)}
+    params = {"w": whole_param("w", w, {"linear": problem})}
+    return Rig(Native(3, level), [spec], params=params, values={"w": w}, uses=uses)
+
+
+def inputs(rows: int, dtype: str) -> HostArray:
+    return np.random.default_rng(rows).standard_normal((rows, INNER)).astype(numpy_dtype(dtype))
+
+
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "fuse", lambda tape, kept: {})
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_product_and_its_gate_are_one_and_the_same(
+    monkeypatch: pytest.MonkeyPatch, level: str, dtype: str, rows: int
+) -> None:
+    x, found, calls = inputs(rows, dtype), [], []
+    for apart in (False, True):
+        if apart:
+            unfused(monkeypatch)
+        with make(gated("plain", rows, dtype), dtype, level) as rig:
+            report = rig.programs[0].report
+            calls.append(report.ops)
+            assert report.details.get("fused linear+silu_mul", 0) == (not apart)
+            found.append(rig.run({"x": x})["out"].astype(np.float64))
+    assert calls[0] == calls[1] - 1
+    one, two = found
+    # apart, gate and up are rounded before the gate is: each by half a unit of the dtype
+    eps = float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)  # type: ignore[no-untyped-call]
+    scale = np.abs(two).max()
+    np.testing.assert_allclose(one, two, rtol=3 * eps, atol=3 * eps * scale)
+    assert np.abs(one).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_what_somebody_else_needs_is_not_fused_away(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    x, found = inputs(5, "float32"), []
+    for apart in (False, True):
+        if apart:
+            unfused(monkeypatch)
+        with make(gated(kind, 5, "float32"), "float32") as rig:
+            assert not rig.programs[0].report.details.get("fused linear+silu_mul")
+            found.append(rig.run({"x": x}))
+    assert found[0].keys() == found[1].keys()
+    assert all(found[0][name].tobytes() == found[1][name].tobytes() for name in found[0])
+
+
+def test_a_width_that_is_no_whole_panel_is_not_fused() -> None:
+    with make(gated("plain", 5, "float32", 40), "float32", width=40) as rig:
+        assert not rig.programs[0].report.details.get("fused linear+silu_mul")
+
+
+def test_calls_with_python_between_them_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[Call | HostCall]] = []
+
+    def fuse(tape: Tape, kept: Any) -> Any:
+        linear, gate = tape.calls
+        middle = HostCall(lambda: None, (), (), "nothing")
+        tape.calls = [linear, middle, gate]
+        counts = original(tape, kept)
+        taken.append(tape.calls)
+        assert tape.calls == [linear, middle, gate]
+        return counts
+
+    original = program.fuse
+    monkeypatch.setattr(program, "fuse", fuse)
+    with make(gated("plain", 5, "float32"), "float32") as rig:
+        assert len(taken) == 1 and rig.programs[0].report.details["host_calls"] == 1
+        assert np.isfinite(rig.run({"x": inputs(5, "float32")})["out"]).all()
