@@ -38,9 +38,7 @@ OF_TORCH: dict[str, tuple[dict[str, Any], World, str]] = {
 
 
 @pytest.mark.parametrize(("options", "world", "why"), OF_TORCH.values(), ids=OF_TORCH)
-def test_the_native_engine_is_taken_where_it_can_be_and_named_errors_are_told(
-    options: dict[str, Any], world: World, why: str
-) -> None:
+def test_the_native_engine_is_taken_where_it_can_be(options: dict[str, Any], world: World, why: str) -> None:
     assert isinstance(create(CpuOptions(), World()), NativeBackend)
     assert isinstance(create(CpuOptions(engine="torch"), World()), TorchBackend)
     taken = create(CpuOptions(**options), world)
