@@ -1,4 +1,4 @@
-"""Microseconds of the CPU backend's kernels on the shapes of a small model's decode step.
+"""Microseconds of the CPU backend's kernels of the torch engine on the shapes of a small model's decode step.
 
     python benchmarks/cpu_ops.py [threads]
 
@@ -95,7 +95,7 @@ def measure(rows: int, context: int, resolver: Resolver, session: Any) -> None:
 
 @torch.inference_mode()
 def main(threads: int) -> None:
-    backend = create(CpuOptions(), World(threads=threads))
+    backend = create(CpuOptions(engine="torch"), World(threads=threads))
     session, resolver = backend.session(0), Resolver(backend.name, backend.kernels(), {})
     for rows, context in ((1, 128), (32, 200)):
         measure(rows, context, resolver, session)

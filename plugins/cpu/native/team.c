@@ -8,6 +8,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -18,13 +19,15 @@
 #define LINE 128 /* bytes that processors fetch together */
 
 typedef struct {
-    _Alignas(LINE) _Atomic uint32_t epoch; /* counts meetings and tapes; sleepers wait for it to change */
+    /* Counts meetings and the beginnings of tapes. Nothing else changes it, and whoever waits for one of those waits for
+       it to change: a member that knows its value now can take no other change for its own. */
+    _Alignas(LINE) _Atomic uint32_t epoch;
     _Alignas(LINE) _Atomic uint32_t arrived;
     _Atomic uint32_t sleepers;
     _Atomic uint32_t joining; /* the submitter would like to be a member from the next step on */
-    _Atomic uint32_t joined;  /* it is one, from the step `at` on */
-    _Atomic uint32_t done;    /* the tape is */
-    _Atomic uint32_t begun;   /* counts tapes */
+    _Atomic uint32_t joined;  /* it is one, from the step `at` and the epoch `turn` on */
+    _Atomic uint32_t done;    /* the tape is, from the epoch `turn` on */
+    uint32_t turn;
     _Alignas(LINE) _Atomic int64_t next; /* the next item of the step */
     _Alignas(LINE) uint32_t members;     /* who have to come to a meeting */
     uint32_t threads, forks;             /* the team's own; forks of the process when the team began */
@@ -84,16 +87,18 @@ static void await(Team *team, uint32_t epoch) {
     atomic_fetch_sub(&team->sleepers, 1);
 }
 
-/* Wait until every member is here, before step `step`. The last one makes the counters ready for it, lets the submitter
-   join, and says so if there is no such step. */
-static void meet(Team *team, int64_t step, int64_t count) {
-    const uint32_t epoch = atomic_load_explicit(&team->epoch, memory_order_acquire);
-    if (atomic_fetch_add(&team->arrived, 1) + 1 < team->members) {
+/* Wait until every member is here, before step `step`; returns the epoch then. The last one makes the counters ready for
+   it, lets the submitter join, and says so if there is no such step. */
+static uint32_t meet(Team *team, int64_t step, int64_t count) {
+    /* Read before one arrives: once all have, the next tape may change it. */
+    const uint32_t epoch = atomic_load_explicit(&team->epoch, memory_order_acquire), members = team->members;
+    if (atomic_fetch_add(&team->arrived, 1) + 1 < members) {
         await(team, epoch);
-        return;
+        return epoch + 1;
     }
     atomic_store(&team->arrived, 0);
     atomic_store(&team->next, 0);
+    team->turn = epoch + 1;
     if (step == count) {
         team->ended_ns = now_ns();
         atomic_store(&team->done, 1);
@@ -103,36 +108,34 @@ static void meet(Team *team, int64_t step, int64_t count) {
         atomic_store(&team->joined, 1);
     }
     wake(team);
+    return epoch + 1;
 }
 
-/* Go through a tape from step `at` on. What it is has to be read before: after the last meeting the next one may come. */
-static void play(Team *team, uint32_t member, int64_t at) {
+/* Go through a tape from step `at` on; returns the epoch of its end. What the tape is has to be read before: after the
+   last meeting the next one may come. */
+static uint32_t play(Team *team, uint32_t member, int64_t at) {
     char *scratch = team->scratch + member * team->scratch_bytes;
     const lineshaft_step *steps = team->steps;
+    uint32_t epoch = 0;
     for (const int64_t count = team->count; at < count; at++) {
         const lineshaft_step *step = steps + at;
         const int64_t items = step->items(step->job);
         int64_t item;
         while ((item = atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed)) < items)
             step->body(step->job, item, scratch);
-        meet(team, at + 1, count);
+        epoch = meet(team, at + 1, count);
     }
+    return epoch;
 }
 
 static void *live(void *argument) {
     const Member member = *(Member *)argument;
-    Team *team = member.team;
     free(argument);
-    for (uint32_t seen = 0;; seen++) {
-        for (;;) {
-            const uint32_t epoch = atomic_load(&team->epoch);
-            if (atomic_load(&team->begun) != seen)
-                break;
-            await(team, epoch);
-        }
-        if (team->stop)
+    for (uint32_t epoch = 0;;) {
+        await(member.team, epoch);
+        if (member.team->stop)
             return NULL;
-        play(team, member.index, 0);
+        epoch = play(member.team, member.index, 0);
     }
 }
 
@@ -141,7 +144,6 @@ static void begin(Team *team) {
     atomic_store(&team->joining, 0);
     atomic_store(&team->joined, 0);
     atomic_store(&team->done, 0);
-    atomic_fetch_add(&team->begun, 1);
     wake(team);
 }
 
@@ -218,13 +220,16 @@ EXPORT int64_t lineshaft_wait(void *argument) {
     atomic_store(&team->joining, 1);
     for (;;) {
         const uint32_t epoch = atomic_load(&team->epoch);
-        if (atomic_load(&team->done))
-            break;
-        if (atomic_load(&team->joined)) {
-            play(team, 0, team->at);
-            break;
+        const int joined = atomic_load(&team->joined), done = atomic_load(&team->done);
+        if (!joined && !done) {
+            await(team, epoch);
+            continue;
         }
-        await(team, epoch);
+        while (atomic_load(&team->epoch) != team->turn) /* whoever said so is about to count this meeting */
+            sched_yield();
+        if (!done)
+            play(team, 0, team->at);
+        break;
     }
     return team->ended_ns - team->started_ns;
 }

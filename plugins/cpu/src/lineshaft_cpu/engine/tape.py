@@ -113,6 +113,10 @@ class Tape:
         return list(found.values())
 
 
+STEP_BYTES = 3 * ctypes.sizeof(c_void_p)
+"""Of `lineshaft_step` in `native/team.h`: the addresses of body, count and job."""
+
+
 class Linked:
     """A run of C calls as the team replays it: jobs and steps in memory that stays where it is."""
 

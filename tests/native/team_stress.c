@@ -1,0 +1,64 @@
+/* Many short tapes on one team: every item runs once, and none before all items of the step before it.
+
+   team_stress THREADS TAPES */
+#include "team.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define MOST 40
+
+void *lineshaft_team_start(int members, int64_t spin_ns);
+void lineshaft_team_stop(void *team);
+void lineshaft_submit(void *team, const lineshaft_step *steps, int64_t count, char *scratch, int64_t scratch_bytes);
+int64_t lineshaft_wait(void *team);
+
+typedef struct {
+    int64_t number, items;
+    _Atomic int64_t done;
+} Job;
+
+static Job jobs[MOST];
+
+static void fail(const char *what, int64_t step) {
+    fprintf(stderr, "step %ld: %s\n", (long)step, what);
+    exit(1);
+}
+
+static void body(const void *argument, int64_t item, void *scratch) {
+    const int64_t number = ((const Job *)argument)->number;
+    (void)scratch;
+    if (item >= jobs[number].items)
+        fail("an item that there is not", number);
+    if (number > 0 && atomic_load(&jobs[number - 1].done) != jobs[number - 1].items)
+        fail("begins before the step before it has ended", number);
+    atomic_fetch_add(&jobs[number].done, 1);
+}
+
+static int64_t items(const void *argument) { return ((const Job *)argument)->items; }
+
+int main(int count, char **words) {
+    if (count != 3)
+        return 2;
+    void *team = lineshaft_team_start(atoi(words[1]), 10000);
+    lineshaft_step steps[MOST];
+    char scratch[64 * 64];
+    for (int64_t tape = 0; tape < atol(words[2]); tape++) {
+        const int64_t length = 1 + tape % MOST;
+        for (int64_t i = 0; i < length; i++) {
+            jobs[i].number = i, jobs[i].items = (i * 7 + tape) % 5;
+            atomic_store(&jobs[i].done, 0);
+            steps[i] = (lineshaft_step){body, items, jobs + i};
+        }
+        lineshaft_submit(team, steps, length, scratch, 64);
+        for (volatile int64_t wait = 0; tape % 3 == 0 && wait < tape % 1000; wait++) {
+        }
+        lineshaft_wait(team);
+        for (int64_t i = 0; i < length; i++)
+            if (atomic_load(&jobs[i].done) != jobs[i].items)
+                fail("not all items have run", i);
+    }
+    lineshaft_team_stop(team);
+    return 0;
+}
