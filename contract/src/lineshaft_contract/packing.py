@@ -13,9 +13,12 @@ from lineshaft_contract.errors import ContractViolation
 from lineshaft_contract.kernels import Pack
 from lineshaft_contract.ops.quantize import (
     ACTIVATION_SCHEMES,
+    BLOCK,
+    BLOCK_SCHEMES,
     INT4,
     fnuz_codes,
     pack_nibbles,
+    quantize_blocks,
     quantize_groups,
     quantize_rows,
     weight_scheme,
@@ -73,6 +76,27 @@ def pack_groups(param: Param, local: Local) -> dict[str, HostArray]:
         codes, scale[rows] = quantize_groups(part, size)
         q[rows] = pack_nibbles(codes)
     return {"q": q, "scale": scale}
+
+
+def pack_blocks(scheme: str) -> Pack:
+    """The packing {"data": uint8[n, bytes of k / 32 blocks]} of a share [n, k] that a checkpoint stores in blocks of
+    `scheme`: as they are. A part that is stored otherwise is put into such blocks (`quantize_blocks`).
+
+    The packing raises MisshapenTensor for parts that do not make up the shape.
+    """
+
+    def pack(param: Param, local: Local) -> dict[str, HostArray]:
+        check_parts(param, local)
+        data = np.empty((param.shape[0], param.shape[1] // BLOCK * BLOCK_SCHEMES[scheme].nbytes), np.uint8)
+        first = 0
+        for part in local.parts:
+            stored = part.arrays["data"] if part.scheme == scheme else None
+            rows = slice(first, first + part.shape[0])
+            data[rows] = quantize_blocks(dequantize(part, param.dtype), scheme) if stored is None else stored
+            first = rows.stop
+        return {"data": data}
+
+    return pack
 
 
 def _parts(param: Param, local: Local) -> Iterator[tuple[slice, HostArray]]:

@@ -69,8 +69,9 @@ class EmbedProblem(Problem):
 class LinearProblem(Problem):
     """`[m, k] @ [n, k]^T`; `heads` > 0 is a batched product per head (`head_linear`).
 
-    `scheme` says how operands are quantized: "none", or one of `ops.quantize.LINEAR_SCHEMES`. Under "int4"
-    `group_size` numbers along k share a scale; all others have 0.
+    `scheme` says how operands are quantized: "none", or one of `ops.quantize.LINEAR_SCHEMES`, or the one of
+    `ops.quantize.BLOCK_SCHEMES` that the checkpoint stores the weight in. Under "int4" `group_size` numbers along k
+    share a scale; all others have 0.
     """
 
     n: int

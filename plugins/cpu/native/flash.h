@@ -7,8 +7,10 @@
    split: each split leaves its sums, top and mass, which `join` joins. */
 
 #define MOST_LANES 64
-#define KEYS 256       /* of a block */
-#define MOST_PAGES 8   /* of a block: pages have PANEL keys or a multiple */
+#define KEYS 512       /* of a block */
+#define MOST_PAGES 16  /* of a block: pages have PANEL keys or a multiple */
+#define SCORES (KEYS + 16)  /* of a lane: rows of tiles that lie a power of two apart would share few lines of the cache */
+#define WEIGHTS (KEYS + 32) /* the same of bfloat16 */
 #define MOST_VALUES 256
 #define SPLIT_PAGES 4  /* of a part of a context, at least */
 #define LOG2_E 1.44269504f
@@ -30,10 +32,10 @@ typedef struct {
 } Flash;
 
 typedef struct {
-    float scores[MOST_LANES][KEYS], sums[MOST_LANES][MOST_VALUES], block[MOST_LANES][PANEL];
+    float scores[MOST_LANES][SCORES], sums[MOST_LANES][MOST_VALUES], block[MOST_LANES][PANEL];
     float top[MOST_LANES], mass[MOST_LANES];
     int64_t from[MOST_LANES], to[MOST_LANES];   /* positions that a lane sees */
-    uint16_t weights[MOST_LANES][KEYS];         /* bfloat16; floats stay in `scores` */
+    uint16_t weights[MOST_LANES][WEIGHTS];         /* bfloat16; floats stay in `scores` */
     float q[MOST_LANES][MOST_DIM];              /* in the executed dtype, lanes without gaps */
     float tail[KEYS * MOST_VALUES];             /* values of a page whose last slots hold none */
     const char *keys[MOST_PAGES], *values[MOST_PAGES];
@@ -97,7 +99,7 @@ INLINE void score_tiles(const Flash *f, Lanes *t, int64_t page, int64_t key) {
         zero_sums(&t->tiles);
         for (int64_t d = 0; d < f->qk_dim; d += 32)
             add_products(&t->tiles, q + d, q + 16 * f->qk_dim + d, f->qk_dim * 2, k + d * f->page_size, f->page_size * 4);
-        put_products(&t->tiles, &t->scores[lane][page * f->page_size + key], KEYS * 4);
+        put_products(&t->tiles, &t->scores[lane][page * f->page_size + key], SCORES * 4);
     }
 }
 
@@ -107,7 +109,7 @@ INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t d) {
         for (int64_t page = 0; page < t->held; page++)
             for (int64_t key = 0; key < f->page_size; key += 32) {
                 const uint16_t *weights = &t->weights[lane][page * f->page_size + key];
-                add_products(&t->tiles, weights, weights + 16 * KEYS, KEYS * 2,
+                add_products(&t->tiles, weights, weights + 16 * WEIGHTS, WEIGHTS * 2,
                              (const uint16_t *)t->values[page] + key * f->v_dim + 2 * d, f->v_dim * 4);
             }
         put_products(&t->tiles, t->block[0], PANEL * 4);
@@ -118,11 +120,22 @@ INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t d) {
 }
 #endif
 
+/* Ask for a page's keys or values of one head: they lie where no processor foresees. */
+INLINE void ask_for(const char *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(from + i);
+}
+
 /* Scores of all lanes against all keys of the block. */
 INLINE void score_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
     const int64_t pair = narrow ? 2 : 1;
-    const Inner p = {f->qk_dim, pair * f->page_size, f->qk_dim, KEYS, 0};
-    for (int64_t page = 0; page < t->held; page++)
+    const Inner p = {f->qk_dim, pair * f->page_size, f->qk_dim, SCORES, 0, 0};
+    for (int64_t page = 0; page < t->held; page++) {
+        if (!tiled) {
+            if (page + 1 < t->held)
+                ask_for(t->keys[page + 1], f->page_size * f->qk_dim * value_bytes(f));
+            ask_for(t->values[page], f->page_size * f->v_dim * value_bytes(f));
+        }
         for (int64_t key = 0; key < f->page_size; key += PANEL) {
 #if defined(TILES)
             if (tiled) {
@@ -133,12 +146,13 @@ INLINE void score_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
             inner(&p, t->q, t->keys[page] + pair * key * value_bytes(f), t->lanes,
                   &t->scores[0][page * f->page_size + key], narrow);
         }
+    }
 }
 
 /* Each lane's sums += weights times values. */
 INLINE void weigh_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
     const int64_t pair = narrow ? 2 : 1;
-    const Inner p = {KEYS, pair * f->v_dim, f->page_size, MOST_VALUES, 1};
+    const Inner p = {narrow ? WEIGHTS : SCORES, pair * f->v_dim, f->page_size, MOST_VALUES, 1, 0};
     for (int64_t d = 0; d < f->v_dim; d += PANEL) {
 #if defined(TILES)
         if (tiled) {
@@ -163,7 +177,9 @@ INLINE float see(const Flash *f, Lanes *t, int64_t lane) {
         const int64_t first = t->position[page];
         const ints begin = (int32_t)most(from - first, 0) - (ints){0}, end = (int32_t)most(to - first, 0) - (ints){0};
         const int whole = from <= first && to >= first + size;
-        for (int64_t i = 0; i < size; i += WIDTH) {
+        for (int64_t i = 0; whole && !f->softcap && i < size; i += WIDTH)
+            top = larger(load(scores, i, 0), top);
+        for (int64_t i = 0; (!whole || f->softcap) && i < size; i += WIDTH) {
             floats score = load(scores, i, 0);
             if (f->softcap)
                 score = f->softcap * hyperbolic_tangent(score * (f->scale / f->softcap));
@@ -171,8 +187,7 @@ INLINE float see(const Flash *f, Lanes *t, int64_t lane) {
                 const ints place = COUNT + (int32_t)i;
                 score = choose((place >= begin) & (place < end), score, splat(HIDDEN));
             }
-            if (f->softcap || !whole)
-                store(scores, i, score, 0);
+            store(scores, i, score, 0);
             top = larger(score, top);
         }
     }
@@ -280,7 +295,7 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
     begin_lanes(f, t, queries, narrow);
 #if defined(TILES)
     if (tiled)
-        shape_tiles(&t->tiles);
+        shape_tiles(&t->tiles, 32);
 #endif
     const int64_t stop = most(0, t->to[t->lanes - 1]), first = t->from[0] / f->page_size;
     const int64_t end = (stop + f->page_size - 1) / f->page_size, share = (end - first + splits - 1) / splits;

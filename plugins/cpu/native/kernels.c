@@ -237,6 +237,7 @@ EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t widt
 #include "attend.h"
 #include "heads.h"
 #include "linear.h"
+#include "codes.h"
 #include "flash.h"
 #include "rows.h"
 #include "choice.h"

@@ -7,7 +7,11 @@
 
 #define STEP 32 /* rows of x that meet a panel at once, at most */
 #define ABREAST (WIDTH == 16 ? 4 : WIDTH == 8 ? 2 : 1) /* rows whose sums fit the registers, where C keeps them */
-#define FEW 12 /* rows up to which vectors are as good as tiles */
+#define FEW 12 /* rows that vectors multiply at once, at most */
+#define LONE 4 /* rows up to which vectors are as good as tiles */
+enum { ORDERED = 1, DIRECT = 2 };
+#define AHEAD_BYTES 5120 /* how far before its use memory is asked for: less comes too late, whatever the processor foresees */
+#define LEAN 128 /* rows up to which weights are read faster than they are multiplied */
 #define TILE 512 /* bfloat16 of a tile: 16 rows of 32 */
 
 typedef float Sums[STEP][PANEL];
@@ -21,7 +25,7 @@ typedef struct {
     int64_t block; /* rows of an item, at most */
     int64_t grain; /* panels of an item, or pairs of a gate's and its partner's */
     int64_t narrow;
-    int64_t tiled; /* x is in the order of tiles */
+    int64_t tiled; /* ORDERED: x is in the order of tiles; DIRECT: x has at most 32 rows, as they are; 0: no tiles */
     const NormStep *norm; /* what makes x of each item anew, in its scratch; NULL: x is there. Few rows are worth it */
     const RopeStep *rope; /* what turns and stores the heads that the columns are, once they are written; NULL: nothing */
 } Linear;
@@ -40,18 +44,26 @@ INLINE uint32_t two(const uint16_t *x, int64_t at, int64_t k) {
    sums go to y, or are added to it. */
 typedef struct {
     int64_t x_stride, line, k, y_stride;
-    int add;
+    int add, streams; /* whether panels follow one another, so that the next lines can be asked for */
 } Inner;
+
+/* Ask for the lines of a panel that are needed in a while. */
+INLINE void look_ahead(const void *w, int64_t bytes, int streams) {
+    for (int64_t i = 0; streams && i < bytes; i += 64)
+        __builtin_prefetch((const char *)w + AHEAD_BYTES + i);
+}
 
 /* y[i] = x[i] . panel for `rows` rows, in vectors of floats. */
 INLINE void multiply_wide(const Inner *p, const float *x, const float *w, const int rows, float *y) {
     floats sums[ABREAST][VECTORS] = {{{0}}};
-    for (int64_t k = 0; k < p->k; k++)
+    for (int64_t k = 0; k < p->k; k++) {
+        look_ahead(w + k * p->line, PANEL * 4, p->streams);
         for (int v = 0; v < VECTORS; v++) {
             const floats weight = load(w, k * p->line + v * WIDTH, 0);
             for (int i = 0; i < rows; i++)
                 sums[i][v] += x[i * p->x_stride + k] * weight;
         }
+    }
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < VECTORS; v++) {
             float *to = y + i * p->y_stride + v * WIDTH;
@@ -80,6 +92,7 @@ INLINE void multiply_narrow(const Inner *p, const uint16_t *x, const uint16_t *w
     int64_t k = 0;
     for (; k + 2 <= p->k; k += 2, w += p->line) {
         const __m512bh low = sixteen_pairs(w), high = sixteen_pairs(w + 32);
+        look_ahead(w, PANEL * 4, p->streams);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             uint32_t both;
@@ -112,6 +125,7 @@ INLINE void multiply_one(const Inner *p, const uint16_t *x, const uint16_t *w, f
         for (int i = 0; i < 4; i++) {
             uint32_t both;
             memcpy(&both, x + k + 2 * i, 4);
+            look_ahead(w + i * p->line, PANEL * 4, p->streams);
             const __m512bh here = pair_everywhere(both);
             sums[i][0] = _mm512_dpbf16_ps(sums[i][0], here, sixteen_pairs(w + i * p->line));
             sums[i][1] = _mm512_dpbf16_ps(sums[i][1], here, sixteen_pairs(w + i * p->line + 32));
@@ -130,7 +144,8 @@ INLINE void multiply_one(const Inner *p, const uint16_t *x, const uint16_t *w, f
 #else
 INLINE void multiply_narrow(const Inner *p, const uint16_t *x, const uint16_t *w, const int rows, float *y) {
     floats sums[ABREAST][VECTORS] = {{{0}}};
-    for (int64_t k = 0; k < p->k; k += 2, w += p->line)
+    for (int64_t k = 0; k < p->k; k += 2, w += p->line) {
+        look_ahead(w, PANEL * 4, p->streams);
         for (int v = 0; v < VECTORS; v++) {
             words bits;
             memcpy(&bits, w + 2 * v * WIDTH, sizeof bits);
@@ -141,6 +156,7 @@ INLINE void multiply_narrow(const Inner *p, const uint16_t *x, const uint16_t *w
                 sums[i][v] += (floats)(pair & 0xffff0000) * odd;
             }
         }
+    }
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < VECTORS; v++) {
             float *to = y + i * p->y_stride + v * WIDTH;
@@ -198,11 +214,17 @@ INLINE void inner(const Inner *p, const void *x, const void *w, int64_t rows, fl
 }
 
 #if defined(TILES)
-/* Sums of 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, the panel in 6 and 7. */
-INLINE void shape_tiles(Tiles *t) {
+/* Sums of up to 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, the panel in 6 and 7. */
+INLINE void shape_tiles(Tiles *t, int64_t rows) {
+    const int64_t upper = least(16, rows), lower = most(1, rows - 16);
     tiles_begin(t);
-    for (int i = 0; i < 8; i++)
-        tile_shape(t, i, 16, 64);
+    for (int i = 0; i < 2; i++) {
+        tile_shape(t, i, upper, 64);
+        tile_shape(t, 2 + i, lower, 64);
+        tile_shape(t, 6 + i, 16, 64);
+    }
+    tile_shape(t, 4, upper, 64);
+    tile_shape(t, 5, lower, 64);
     tiles_ready(t);
 }
 
@@ -276,12 +298,28 @@ INLINE void finish_some(const Linear *l, Pending *p, int64_t count, Finish finis
 }
 
 #if defined(TILES)
-/* x in the order of tiles (`order_body`), from a multiple of 32 rows on. */
-INLINE void multiply_tiles(Tiles *t, const Linear *l, const uint16_t *x, const uint16_t *w, Sums y, Pending *pending,
-                           Finish finish) {
+/* The first two sums += up to 16 rows of x times 32 columns of a panel. */
+INLINE void add_few_products(Tiles *t, const uint16_t *x, int64_t stride, const uint16_t *w) {
+    tile_load(t, 4, x, stride);
+    tile_load(t, 6, w, PANEL * 4);
+    tile_bf16(t, 0, 4, 6);
+    tile_load(t, 7, w + PANEL, PANEL * 4);
+    tile_bf16(t, 1, 4, 7);
+}
+
+INLINE void multiply_tiles(Tiles *t, const Linear *l, int64_t row, int64_t rows, const uint16_t *w, Sums y,
+                           Pending *pending, Finish finish) {
+    const int ordered = l->tiled == ORDERED, few = !ordered && rows <= 16;
+    const uint16_t *x = (const uint16_t *)l->x + row * (ordered ? l->k : l->x_stride);
+    const int64_t step = ordered ? 2 * TILE : 32, below = ordered ? TILE : 16 * l->x_stride;
+    const int64_t stride = ordered ? 64 : 2 * l->x_stride;
     zero_sums(t);
-    for (int64_t k = 0; k < l->k; k += 32, x += 2 * TILE, w += 2 * TILE) {
-        add_products(t, x, x + TILE, 64, w, PANEL * 4);
+    for (int64_t k = 0; k < l->k; k += 32, x += step, w += 2 * TILE) {
+        look_ahead(w, 4 * TILE, l->e.rows <= LEAN);
+        if (few)
+            add_few_products(t, x, stride, w);
+        else
+            add_products(t, x, x + below, stride, w, PANEL * 4);
         finish_some(l, pending, 2, finish);
     }
     put_products(t, y[0], PANEL * 4);
@@ -295,11 +333,11 @@ INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, in
     const char *x = (const char *)l->x + row * l->x_stride * (l->narrow ? 2 : 4);
 #if defined(TILES)
     if (tiles) {
-        multiply_tiles(tiles, l, (const uint16_t *)l->x + row * l->k, (const uint16_t *)w, y, pending, finish);
+        multiply_tiles(tiles, l, row, rows, (const uint16_t *)w, y, pending, finish);
         return;
     }
 #endif
-    const Inner p = {l->x_stride, l->narrow ? 2 * PANEL : PANEL, l->k, PANEL, 0};
+    const Inner p = {l->x_stride, l->narrow ? 2 * PANEL : PANEL, l->k, PANEL, 0, l->e.rows <= LEAN};
     inner(&p, x, w, rows, y[0], l->narrow);
 }
 
@@ -329,14 +367,15 @@ INLINE Part part_of(const Linear *l, int64_t rows, int64_t item) {
 
 /* The sums of a part, handed to `finish`. */
 INLINE void multiply_part(const Linear *l, const Part part, Finish finish) {
-    const int64_t step = l->tiled ? 32 : FEW;
+    const int tiled = l->tiled == ORDERED || (l->tiled == DIRECT && part.rows > LONE);
+    const int64_t step = tiled ? 32 : FEW;
     _Alignas(64) Sums y[2], up[2];
     void *tiles = NULL;
 #if defined(TILES)
     Tiles state;
-    if (l->tiled) {
+    if (tiled) {
         tiles = &state;
-        shape_tiles(tiles);
+        shape_tiles(tiles, l->tiled == ORDERED ? 32 : part.rows);
     }
 #endif
     Pending pending = {.y = y[1], .up = up[1]};

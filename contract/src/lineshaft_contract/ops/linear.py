@@ -12,11 +12,15 @@ from lineshaft_contract.ops.cases import FUZZ_DTYPES, seeded, short, variants
 from lineshaft_contract.ops.checks import expect, refuse, weight_problem
 from lineshaft_contract.ops.quantize import (
     ACTIVATION_SCHEMES,
+    BLOCK,
+    BLOCK_SCHEMES,
     INT4,
     LINEAR_SCHEMES,
     NONE,
     WEIGHT_SCHEMES,
+    block_parts,
     check_scheme,
+    quantize_blocks,
     quantize_groups,
     quantize_rows,
     quantized_bytes,
@@ -74,8 +78,9 @@ def linear(
 ) -> HostArray:
     """x [T, I], w [O, I], bias [O] -> x w^T + bias [T, O], rounded once; w, and x where the scheme says so, quantized.
 
-    Codes and scales are those of `quantize_rows`, or of `quantize_groups` for "int4". Where x is quantized, products of
-    codes are summed before any scale is applied.
+    Codes and scales are those of `quantize_rows`, or of `quantize_groups` for "int4"; for a scheme of blocks those that
+    the checkpoint stores, or of `quantize_blocks`. Where x is quantized, products of codes are summed before any scale
+    is applied.
     """
     if adapters is not None:
         refuse("linear", "adapters=", "none: adapters are reserved")
@@ -90,6 +95,10 @@ def _product(problem: LinearProblem, x: HostArray, w: HostArray, num: Numerics) 
     elif problem.scheme == INT4:
         codes, scales = quantize_groups(w, problem.group_size)
         codes, scale = num.load(codes) * num.load(scales).repeat(problem.group_size, axis=1), None
+    elif problem.scheme in BLOCK_SCHEMES:
+        codes, scales, *offset = block_parts(quantize_blocks(w, problem.scheme), problem.scheme)
+        codes, scale = num.load(codes) * num.load(scales).repeat(BLOCK, axis=1), None
+        codes = codes + num.load(offset[0]).repeat(BLOCK, axis=1) if offset else codes
     else:
         codes, scale = quantize_rows(w, problem.scheme)
     given, tokens = quantize_rows(x, problem.scheme) if problem.scheme in ACTIVATION_SCHEMES else (x, None)
@@ -129,7 +138,8 @@ def _flops(p: LinearProblem) -> int:
 
 
 def _moved(p: LinearProblem) -> int:
-    weight = p.n * p.k * itemsize(p.dtype) if p.scheme == NONE else quantized_bytes(p.n, p.k, p.group_size)
+    plain = p.scheme == NONE
+    weight = p.n * p.k * itemsize(p.dtype) if plain else quantized_bytes(p.n, p.k, p.group_size, p.scheme)
     return ((p.m * p.k + p.m * p.n) * itemsize(p.dtype) + weight) * max(p.heads, 1)
 
 
@@ -164,6 +174,11 @@ _GROUPED = (
     "prefill/m130-n72-k160-g32",
 )  # fmt: skip
 _GROUPED_FULL = ("decode/m8-n512-k1024-g128", "prefill/m130-n384-k1024-g64")
+_BLOCKS = (
+    "decode/m1-n128-k256", "decode/m3-n33-k96", "prefill/m17-n256-k128", "bias/m3-n33-k96", "zero_row/m2-n5-k64",
+    "outlier/m3-n33-k96", "nan_row/m3-n33-k96", "decode/m2-n6-k32", "prefill/m130-n72-k160",
+)  # fmt: skip
+_BLOCKS_FULL = ("decode/m8-n512-k1024", "prefill/m130-n384-k1024")
 _WHY = {
     "bias": "the bias is added before the one rounding", "nan_row": "NaN of a padding row stays in its row",
     "sums": "sums are made in float32: products that cancel", "zero_row": "zeros have the scale 1",
@@ -181,8 +196,9 @@ def _linear_cases(rng: np.random.Generator, size: Size) -> Iterable[Case]:
         case_id = f"{name}-{short(dtype)}"
         kind, _, sizes = name.partition("/")
         yield _linear_case(case_id, draw(case_id), _problem(sizes, dtype, kind), kind)
-    for scheme in LINEAR_SCHEMES:
+    for scheme in (*LINEAR_SCHEMES, *BLOCK_SCHEMES):
         smoke, full = (_GROUPED, _GROUPED_FULL) if scheme == INT4 else (_QUANTIZED, _QUANTIZED_FULL)
+        smoke, full = (_BLOCKS, _BLOCKS_FULL) if scheme in BLOCK_SCHEMES else (smoke, full)
         for name, dtype in variants(size, [*smoke, *(_ACTIVATED if scheme in ACTIVATION_SCHEMES else ())], full):
             case_id = f"{scheme}_{name}-{short(dtype)}"
             kind, _, sizes = name.partition("/")

@@ -35,7 +35,30 @@ WEIGHT_SCHEMES: Final = MappingProxyType(
 ACTIVATION_SCHEMES: Final = MappingProxyType({"w8a8_int8": "int8", "w8a8_fp8": "fp8"})
 """Schemes under which activations are quantized too -> the scheme by whose rule the rows of both operands are."""
 LINEAR_SCHEMES: Final = (*WEIGHT_SCHEMES, INT4, *ACTIVATION_SCHEMES)
-"""All that a product with a weight may ask for besides "none"."""
+"""All that round a weight, whatever it is stored as."""
+BLOCK: Final = 32
+"""Numbers along k of a block."""
+
+
+@dataclass(frozen=True)
+class BlockScheme:
+    """Blocks of GGUF files: a number is (code - zero) * scale, plus the `offset` of its block if there is one; codes
+    have `bits`, scale and offset are float16."""
+
+    bits: int
+    zero: int
+    offset: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of a block."""
+        return 2 + 2 * self.offset + BLOCK * self.bits // 8
+
+
+BLOCK_SCHEMES: Final = MappingProxyType(
+    {"q4_0": BlockScheme(4, 8, False), "q4_1": BlockScheme(4, 0, True), "q8_0": BlockScheme(8, 0, False)}
+)
+"""Schemes of weights that a checkpoint stores in blocks, whose own codes and scales are used."""
 
 
 def weight_scheme(op: str, scheme: str) -> WeightScheme:
@@ -47,9 +70,14 @@ def weight_scheme(op: str, scheme: str) -> WeightScheme:
 
 
 def check_scheme(op: str, problem: LinearProblem) -> None:
-    """Raises ContractViolation for an unknown scheme, and for a `group_size` that the scheme or k does not go with."""
-    if problem.scheme not in (NONE, *LINEAR_SCHEMES):
-        refuse(op, f"scheme {problem.scheme!r}", f"one of {', '.join((NONE, *LINEAR_SCHEMES))}")
+    """Raises ContractViolation for an unknown scheme, and for a `group_size` or k that the scheme does not go with."""
+    known = (NONE, *LINEAR_SCHEMES, *BLOCK_SCHEMES)
+    if problem.scheme not in known:
+        refuse(op, f"scheme {problem.scheme!r}", f"one of {', '.join(known)}")
+    if problem.scheme in BLOCK_SCHEMES and problem.k % BLOCK:
+        refuse(
+            op, f"k = {problem.k} under scheme {problem.scheme!r}", f"a multiple of {BLOCK}: it has blocks of as many"
+        )
     size = problem.group_size
     if problem.scheme != INT4 and size:
         refuse(op, f"group_size {size} under scheme {problem.scheme!r}", f"0: only {INT4} has groups")
@@ -119,6 +147,34 @@ def _quantize_groups(groups: HostArray) -> tuple[HostArray, HostArray]:
     return codes.astype(np.int8), scale[..., 0]
 
 
+def quantize_blocks(w: HostArray, scheme: str) -> HostArray:
+    """w [n, k] of any float dtype -> the blocks that GGUF files have for it, by their reference rule from w in float32:
+    uint8[n, bytes of k / 32 blocks]. Only for numbers that are not stored in such blocks."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    with np.errstate(all="ignore"):
+        found: HostArray = quantize(w.astype(np.float32), GGMLQuantizationType[scheme.upper()])
+    return found
+
+
+def block_parts(data: HostArray, scheme: str) -> tuple[HostArray, ...]:
+    """Blocks uint8[n, bytes] -> codes int8[n, k] less their zero, scale f16[n, k / 32], and offset f16[n, k / 32] where
+    the scheme has one.
+
+    A block is its scale, its offset, and its codes: int8, or of 4 bits those of the first 16 numbers in the low halves
+    of 16 bytes and those of the others in the high ones.
+    """
+    rule = BLOCK_SCHEMES[scheme]
+    blocks = np.ascontiguousarray(data).reshape(len(data), -1, rule.nbytes)
+    head = 2 + 2 * rule.offset
+    steps = np.ascontiguousarray(blocks[..., :head]).view(np.float16)
+    codes = blocks[..., head:]
+    if rule.bits == 4:
+        codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
+    return (codes.view(np.int8) - np.int8(rule.zero)).reshape(len(data), -1), *np.moveaxis(steps, 2, 0)
+
+
 def pack_nibbles(codes: HostArray) -> HostArray:
     """int8[n, k] from -8 to 7 -> uint8[n, k / 2]: code + 8 of column 2j in the low half of byte j, of 2j + 1 in the
     high one."""
@@ -143,6 +199,9 @@ def fnuz_codes(codes: HostArray, scale: HostArray) -> tuple[HostArray, HostArray
     return bits.view(numpy_dtype("float8_e4m3fnuz")), scale * np.float32(2)
 
 
-def quantized_bytes(n: int, k: int, group_size: int = 0) -> int:
-    """Bytes of a weight [n, k] with its scales, in codes of 8 bits or, where groups of `group_size` share one, of 4."""
+def quantized_bytes(n: int, k: int, group_size: int = 0, scheme: str = "") -> int:
+    """Bytes of a weight [n, k] with its scales: in blocks, where the scheme has them, else in codes of 8 bits or, where
+    groups of `group_size` share a scale, of 4."""
+    if scheme in BLOCK_SCHEMES:
+        return n * k // BLOCK * BLOCK_SCHEMES[scheme].nbytes
     return n * k // 2 + 4 * (n * k // group_size) if group_size else n * k + 4 * n

@@ -12,7 +12,9 @@ from lineshaft_contract.backends import Capabilities, DeterminismClaims, Probe, 
 from lineshaft_contract.errors import InvalidValue
 from lineshaft_contract.kernels import Bound, Kernel, always
 from lineshaft_contract.ops import all_ops
+from lineshaft_contract.ops.quantize import BLOCK_SCHEMES
 from lineshaft_contract.ops.spec import Numerics, OpSpec, StepArg
+from lineshaft_contract.problems import LinearProblem
 from lineshaft_contract.reference.session import ReferenceSession, ValueArray
 from lineshaft_contract.sessions import Cache, Memory, UncountedMemory
 from lineshaft_contract.steps import StepInputs
@@ -72,7 +74,7 @@ def reference_kernel(spec: OpSpec, backend: str = NAME) -> Kernel:
         return call
 
     everything = frozenset(spec.problem.__dataclass_fields__)
-    supports = one_member if spec.collective else always
+    supports = one_member if spec.collective else numbers_alone if spec.problem is LinearProblem else always
     return Kernel(
         name=f"{backend}.{spec.name}", op=spec.name, backend=backend, bind=bind, handles=everything, supports=supports
     )
@@ -81,6 +83,11 @@ def reference_kernel(spec: OpSpec, backend: str = NAME) -> Kernel:
 def one_member(problem: Any) -> str | None:
     """The `supports` of collectives among workers of which there is one."""
     return None if problem.size == 1 else f"the backend runs one worker, not the {problem.size} of this group"
+
+
+def numbers_alone(problem: LinearProblem) -> str | None:
+    """The `supports` of products: a session of this backend holds no blocks, only the numbers that they stand for."""
+    return f"takes no blocks of {problem.scheme}" if problem.scheme in BLOCK_SCHEMES else None
 
 
 def bare(item: Any) -> Any:

@@ -103,8 +103,9 @@ class EngineConfig(Table):
     """Options of the backend, checked by the model that its plugin registers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Dtype that is executed; "auto" takes the backend's preferred one."""
-    quantization: Literal["none", "int8", "fp8", "int4", "w8a8_int8", "w8a8_fp8"] = "none"
-    """Weights of linear layers are rounded to 8 bits, or 4, when they are loaded; under "w8a8" their inputs are too."""
+    quantization: Literal["none", "stored", "int8", "fp8", "int4", "w8a8_int8", "w8a8_fp8"] = "none"
+    """Weights of linear layers are rounded to 8 bits, or 4, when they are loaded; under "w8a8" their inputs are too.
+    "stored": the blocks that the checkpoint stores them in are multiplied as they are."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed from which requests without their own seed draw."""
     max_model_len: Positive | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lineshaft.layout.degrees import Degrees
 from lineshaft_contract.weights import Array
 
 
@@ -19,12 +18,6 @@ class Layout:
         """After a block's last product: x [T, H] is a partial sum on each rank."""
         return x
 
-    def moe_enter(self, ops: Any, x: Array) -> Array:
-        return self.enter(ops, x)
-
-    def moe_leave(self, ops: Any, x: Array) -> Array:
-        return self.leave(ops, x)
-
     def logits(self, ops: Any, x: Array) -> Array:
         """x [R, V / tp] -> [R, V]."""
         return x
@@ -33,12 +26,6 @@ class Layout:
         """q [T, Hq, D] -> [T, Hq, Dv] on this rank's heads; `use` is the declared name, `arrays` the op's optional
         ones."""
         return getattr(ops, use)(q, cache, step, **arrays)
-
-    def experts(
-        self, ops: Any, x: Array, ids: Array, probs: Array, w13: Any, w2: Any, expert_map: Array, **biases: Array
-    ) -> Array:
-        """x [T, H] -> partial sum [T, H] over this rank's experts, or over its part of each expert's width."""
-        return ops.expert_mlp(x, ids, probs, w13, w2, expert_map, **biases)
 
 
 class TensorParallel(Layout):
@@ -49,8 +36,3 @@ class TensorParallel(Layout):
 
     def logits(self, ops: Any, x: Array) -> Array:
         return ops.all_gather(x, "tp", 1)
-
-
-def choose_layout(degrees: Degrees) -> Layout:
-    """The layout for these degrees; axes of size 1 disappear here."""
-    return TensorParallel() if degrees.tp > 1 else Layout()

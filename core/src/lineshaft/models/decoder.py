@@ -126,17 +126,20 @@ class Decoder:
         embed = "model.embed_tokens.weight"
         head = embed if self.sizes.tied else "lm_head.weight"
         start = shards.constant(lambda at: [at.tp * share])
+        scheme = self.context.stored_scheme(self._rows(head))
         table = EmbedProblem(dtype=dtype, vocab=share, width=hidden, scale=self.embed_scale)
         return {
             "embed": self._vocab("embed", embed, {"embed": table}),
             "vocab_start": const(self.context, "vocab_start", (1,), start, "int32"),
             "layers": [layer.params(f"model.layers.{i}.", f"layers.{i}.") for i, layer in enumerate(self.layers)],
             "norm": self.norm.param("norm", "model.norm.weight"),
-            "head": self._vocab("head", head, {"linear": LinearProblem(dtype=dtype, n=share, k=hidden)}),
+            "head": self._vocab("head", head, {"linear": LinearProblem(dtype=dtype, n=share, k=hidden, scheme=scheme)}),
         }
 
     def _vocab(self, name: str, source: str, problems: Mapping[str, Problem]) -> Param:
         """A table of the vocabulary. Where the head is tied, both are of one source, each in the packing it likes."""
-        share, hidden = self.vocab_share, self.shape.hidden
-        shard = shards.padded_rows(source, (self.shape.vocab, hidden), share)
-        return Param(name, source, (share, hidden), self.context.dtype, problems, shard, varies=("tp",))
+        shape = (self.vocab_share, self.shape.hidden)
+        return Param(name, source, shape, self.context.dtype, problems, self._rows(source), varies=("tp",))
+
+    def _rows(self, source: str) -> shards.Shard:
+        return shards.padded_rows(source, (self.shape.vocab, self.shape.hidden), self.vocab_share)

@@ -90,13 +90,13 @@ class ExpertMlp:
 
     def __call__(self, ops: Any, w: Tree, x: Array) -> Array:
         """x [T, H] -> [T, H]."""
-        x = self.context.layout.moe_enter(ops, x)
+        x = self.context.layout.enter(ops, x)
         ids, probs = ops.router_topk(product(ops, w, "router", x))
         biases = {name: w[name] for name in ("w13_bias", "w2_bias") if self.bias}
-        out = self.context.layout.experts(ops, x, ids, probs, w["w13"], w["w2"], w["expert_map"], **biases)
+        out = ops.expert_mlp(x, ids, probs, w["w13"], w["w2"], w["expert_map"], **biases)
         if self.shared is not None:
             out = ops.add(out, self.shared.partial(ops, w["shared"], x))
-        return self.context.layout.moe_leave(ops, out)
+        return self.context.layout.leave(ops, out)
 
     # ---- declarations ------------------------------------------------------------------------------------------
 
@@ -128,9 +128,8 @@ class ExpertMlp:
         """Never quantized: it is small, and decides."""
         shape = self.router.experts, self.hidden
         problem = LinearProblem(dtype=self.context.dtype, n=shape[0], k=shape[1], bias=self.bias)
-        return Param(
-            name, name, shape, self.context.dtype, {"linear": problem}, shards.whole(f"{at}{self.gate}.weight", shape)
-        )
+        shard = shards.whole(f"{at}{self.gate}.weight", shape)
+        return Param(name, name, shape, self.context.dtype, {"linear": problem}, shard)
 
     def _weight(self, name: str, n: int, k: int, shard: shards.Shard) -> Param:
         problem = ExpertProblem(

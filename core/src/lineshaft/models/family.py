@@ -7,24 +7,28 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from lineshaft.errors import UnknownArchitecture
-from lineshaft.layout import Degrees, Layout, ModelShape, choose_layout
+from lineshaft.layout import Degrees, Layout, ModelShape, TensorParallel
+from lineshaft_contract.ops.quantize import BLOCK_SCHEMES, NONE
 from lineshaft_contract.problems import KVProblem, Problem
 from lineshaft_contract.sessions import Cache, Tree
 from lineshaft_contract.steps import StepInputs
-from lineshaft_contract.weights import Array
+from lineshaft_contract.weights import Array, Checkpoint, Coordinate, Local
 
 Uses = Mapping[str, tuple[str, Problem]]
 """Name in the forward -> (op, base problem): an op's own name, or one with a suffix where a model needs several."""
+
+STORED: Final = "stored"
+"""As `quantization`: weights are multiplied in the blocks that the checkpoint stores them in."""
 
 
 @dataclass(frozen=True)
 class BuildContext:
     """What a model is built for: executed dtype, cache dtype, page size in tokens, parallel degrees, the scheme by
-    which the weights of its linear layers are quantized (`LinearProblem.scheme`), and the longest text in tokens that
-    the run allows (None: the model's own limit)."""
+    which the weights of its linear layers are quantized (`LinearProblem.scheme`, or STORED, of what `checkpoint` has),
+    and the longest text in tokens that the run allows (None: the model's own limit)."""
 
     dtype: str
     kv_dtype: str
@@ -32,11 +36,20 @@ class BuildContext:
     degrees: Degrees
     quantization: str = "none"
     max_model_len: int | None = None
+    checkpoint: Checkpoint | None = None
+
+    def stored_scheme(self, shard: Callable[[Checkpoint, Coordinate], Local]) -> str:
+        """Under STORED the scheme of the blocks that all parts of a weight are stored in, where products have it; else
+        "none"."""
+        if self.quantization != STORED or self.checkpoint is None:
+            return NONE
+        found = {part.scheme for part in shard(self.checkpoint, Coordinate()).parts}
+        return found.pop() if len(found) == 1 and found <= BLOCK_SCHEMES.keys() else NONE
 
     @cached_property
     def layout(self) -> Layout:
-        """The communication of these degrees."""
-        return choose_layout(self.degrees)
+        """The communication of these degrees; axes of size 1 disappear here."""
+        return TensorParallel() if self.degrees.tp > 1 else Layout()
 
 
 class Model(Protocol):

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lineshaft.errors import InvalidValue
 from lineshaft.models import shards
-from lineshaft.models.family import BuildContext
+from lineshaft.models.family import STORED, BuildContext
 from lineshaft_contract.ops.quantize import INT4
 from lineshaft_contract.problems import ConstProblem, LinearProblem, NormProblem
 from lineshaft_contract.sessions import Tree
@@ -27,7 +27,7 @@ def linear(context: BuildContext, name: str, n: int, k: int, shard: shards.Shard
 
     Raises InvalidValue where groups of columns with one scale do not divide k.
     """
-    scheme, group_size = context.quantization, 0
+    scheme, group_size = context.quantization if context.quantization != STORED else context.stored_scheme(shard), 0
     if scheme == INT4:
         group_size = gcd(k, LARGEST_GROUP)
         if group_size < SMALLEST_GROUP:

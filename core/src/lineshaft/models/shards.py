@@ -70,16 +70,15 @@ def even(count: int, ranks: int, width: int = 1) -> Range:
 def stacked(parts: Sequence[tuple[str, int, Range]], tail: tuple[int, ...], fused: str = "") -> Shard:
     """Rows of each (name, rows of the whole, range), cut first and joined after; `fused` names the one tensor that
     holds the parts one after another, where the checkpoint has it. `tail`: the sizes of a row, () in a vector."""
-    if not fused:
-        return rows(*((name, (size, *tail), where) for name, size, where in parts))
-    starts = list(accumulate((size for _, size, _ in parts), initial=0))
+    if fused:
+        *starts, size = accumulate((size for _, size, _ in parts), initial=0)
+        parts = [(fused, size, _after(start, where)) for start, (_, _, where) in zip(starts, parts, strict=True)]
+    return rows(*((name, (size, *tail), where) for name, size, where in parts))
 
-    def shard(checkpoint: Checkpoint, at: Coordinate) -> Local:
-        check_shape(checkpoint, fused, (starts[-1], *tail))
-        cuts = ((start, where(at)) for start, (_, _, where) in zip(starts, parts, strict=False))
-        return Local(tuple(checkpoint.rows(fused, start + first, start + stop) for start, (first, stop) in cuts))
 
-    return shard
+def _after(start: int, where: Range) -> Range:
+    """A range as seen from `start` rows before it."""
+    return lambda at: (start + where(at)[0], start + where(at)[1])
 
 
 def joined(*parts: Shard) -> Shard:

@@ -14,6 +14,7 @@ from lineshaft.config.environment import cache_folder
 from lineshaft.errors import InvalidValue
 from lineshaft.layout import Degrees
 from lineshaft.models import BuildContext, Model, ModelFamily, builtin_families, find_family
+from lineshaft.models.family import STORED
 from lineshaft.plan import Planned, ProgramSpec, Resolver, Workload, make_plan
 from lineshaft.plan.trace import distinct_params
 from lineshaft.plan.tuning import keep, kept, settle
@@ -29,7 +30,7 @@ from lineshaft_contract.backends import Backend, BackendInfo, BackendKind, Capab
 from lineshaft_contract.host import fair_share
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import all_ops
-from lineshaft_contract.ops.quantize import NONE
+from lineshaft_contract.ops.quantize import BLOCK_SCHEMES, NONE
 from lineshaft_contract.problems import KVProblem
 from lineshaft_contract.steps import StepShape
 from lineshaft_contract.timing import Choice
@@ -85,13 +86,14 @@ def build_model(
     config: EngineConfig, checkpoint: Checkpoint, family: ModelFamily, dtype: str = "float32", page_size: int = 1
 ) -> Model:
     """The model as configured. Raises LayoutError, ModelError, InvalidValue for a family that quantizes no weight."""
-    context = BuildContext(dtype, dtype, page_size, degrees_of(config), config.quantization, config.max_model_len)
+    degrees, wanted = degrees_of(config), config.quantization
+    context = BuildContext(dtype, dtype, page_size, degrees, wanted, config.max_model_len, checkpoint)
     model = family.build(checkpoint.config, context)
-    wanted = config.quantization
-    if wanted != NONE and not any(param.scheme == wanted for param in distinct_params(model.params())):
-        raise InvalidValue(
-            f"quantization = {wanted!r}: the family {family.name!r} has no weight that it quantizes; set it to '{NONE}'"
-        )
+    schemes = BLOCK_SCHEMES if wanted == STORED else (wanted,)
+    if wanted != NONE and not any(param.scheme in schemes for param in distinct_params(model.params())):
+        why = f"the checkpoint has no weight of a linear layer in blocks of {', '.join(schemes)}"
+        why = why if wanted == STORED else f"the family {family.name!r} has no weight that it quantizes"
+        raise InvalidValue(f"quantization = {wanted!r}: {why}; set it to '{NONE}'")
     return model
 
 

@@ -10,7 +10,7 @@ from math import prod
 from typing import Final
 
 from lineshaft.errors import OutOfMemory
-from lineshaft_contract.ops.quantize import LINEAR_SCHEMES, NONE, quantized_bytes
+from lineshaft_contract.ops.quantize import BLOCK_SCHEMES, LINEAR_SCHEMES, NONE, quantized_bytes
 from lineshaft_contract.schemes import as_dtype
 from lineshaft_contract.weights import Param
 
@@ -57,14 +57,14 @@ def _prepared(group: Iterable[Param], layouts: Mapping[str, str]) -> dict[tuple[
 def _bytes(param: Param, layout: str) -> int:
     if layout and param.scheme != NONE:
         group_size: int = getattr(param.problems["linear"], "group_size", 0)
-        return quantized_bytes(prod(param.shape[:-1]), param.shape[-1], group_size)
+        return quantized_bytes(prod(param.shape[:-1]), param.shape[-1], group_size, param.scheme)
     return prod(param.shape) * as_dtype(param.dtype).itemsize
 
 
 def quantized(params: Iterable[Param], layouts: Mapping[str, str]) -> list[str]:
     """For each scheme, how many weights it quantizes, and the memory they take with it and without."""
     held, lines = list(params), []
-    for scheme in LINEAR_SCHEMES:
+    for scheme in (*LINEAR_SCHEMES, *BLOCK_SCHEMES):
         group = [param for param in held if param.scheme == scheme]
         if group:
             sizes = f"{gib(local_bytes(group, layouts))}, {gib(local_bytes(group, {}))} without"

@@ -12,8 +12,10 @@ class CpuOptions(BaseModel):
 
     engine                "native" runs tapes of C kernels on threads of its own, "torch" PyTorch's; "auto" takes
                           "native" where the compiled kernels are and a worker is alone
-    program               of the engine "torch": "tape" replays what was recorded before the first step, "eager" runs the forward each step
-    functional            keys and values are written into a copy of the cache: slow, for finding forwards that drop it
+    program               of the engine "torch": "tape" replays what was recorded before the first step, "eager" runs
+                          the forward each step
+    functional            of the engine "torch": keys and values are written into a copy of the cache: slow, for
+                          finding forwards that drop it
     attention_memory_mib  largest temporaries, in MiB, of one call of the portable attention
     native                compiled kernels: "auto" takes the best level that was built and runs here, "off" none
     """

@@ -52,13 +52,14 @@ class Slots:
 
 
 class Panels:
-    """Panels of `native/linear.h` for each head of a page, over the keys and over the values: k [N, Hkv, D / 2, page, 2]
-    and v [N, Hkv, page / 2, Dv, 2] in bfloat16, without the pairs in float32."""
+    """Panels of `native/linear.h` for each head of a page, over the keys and over the values: k [N, Hkv, D / 2, page,
+    2] and v [N, Hkv, page / 2, Dv, 2] in bfloat16, without the pairs in float32."""
 
     def arrays(self, problem: KVProblem, pages: int, region: Region) -> dict[str, HostArray]:
         pair, heads, size = pair_of(problem), problem.kv_heads, problem.page_size
         shapes = {
-            "k": (pages, heads, problem.qk_dim // pair, size, pair), "v": (pages, heads, size // pair, problem.v_dim, pair),
+            "k": (pages, heads, problem.qk_dim // pair, size, pair),
+            "v": (pages, heads, size // pair, problem.v_dim, pair),
         }  # fmt: skip
         return {name: region.zeros(shapes[name], problem.kv_dtype) for name in problem.page_arrays}
 

@@ -56,8 +56,8 @@ def array_of(handle: Handle) -> TapeArray:
 
 
 class NativePending:
-    """A step, which may be under way: `result` waits for it and reads host copies made when it ended, `handle` names what
-    stays where it is."""
+    """A step, which may be under way: `result` waits for it and reads host copies made when it ended, `handle` names
+    what stays where it is."""
 
     def __init__(
         self, session: NativeSession | None, handles: Mapping[str, NativeHandle], wanted: Mapping[str, HostArray]
@@ -125,10 +125,9 @@ class NativeProgram:
         self._scratch_at = self._scratch.ctypes.data
         self(HostStep(capture.inputs), {name: NativeHandle(name, a, self, 0) for name, a in self._given.items()})
         self.runs = 0
-        self.report = CaptureReport(
-            time.perf_counter() - began, ops=len(tape.calls), arena=arena,
-            details={**{f"fused {name}": count for name, count in fused.items()}, "host_calls": sum(isinstance(part, HostCall) for part in self._parts)},
-        )  # fmt: skip
+        hosted = sum(isinstance(part, HostCall) for part in self._parts)
+        details = {**{f"fused {name}": count for name, count in fused.items()}, "host_calls": hosted}
+        self.report = CaptureReport(time.perf_counter() - began, len(tape.calls), arena, details=details)
 
     @property
     def shape(self) -> StepShape:

@@ -1,4 +1,4 @@
-"""A session of the native engine: owns weights, caches, programs, the arena that programs share, and a team of threads."""
+"""A session of the native engine: owns weights, caches, programs, the arena that they share, and a team of threads."""
 
 from __future__ import annotations
 
@@ -178,6 +178,7 @@ class NativeSession(SessionState):
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
         problem = self.caches[cache].problem
+        assert isinstance(problem, KVProblem)
         found = self._ids(problem.group, ids)
         check_pages(problem, len(found), pages)
         with self.lock:

@@ -39,8 +39,8 @@ def _struct(job: Job) -> type[ctypes.Structure]:
 
 @dataclass
 class Call:
-    """One call of a C kernel: pointers are arrays of the tape or of the host, or a job within the job, until the tape is
-    laid out."""
+    """One call of a C kernel: pointers are arrays of the tape or of the host, or a job within the job, until the tape
+    is laid out."""
 
     job: Job
     fields: Mapping[str, Any]
@@ -160,7 +160,7 @@ def functions(native: Native, job: Job) -> tuple[int, int]:
     size = native.value(f"{job.name}_bytes", c_int64)
     if size != ctypes.sizeof(job.struct):
         raise Unsupported(
-            f"a job of {job.name} has {size} bytes in the library and {ctypes.sizeof(job.struct)} here: it is of another "
-            f"build; {AGAIN}"
+            f"a job of {job.name} has {size} bytes in the library and {ctypes.sizeof(job.struct)} here: it is of "
+            f"another build; {AGAIN}"
         )
     return native.address(f"{job.name}_body"), native.address(f"{job.name}_items")

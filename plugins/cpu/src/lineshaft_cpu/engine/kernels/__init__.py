@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from lineshaft_contract.kernels import Kernel
-from lineshaft_cpu.engine.kernels import attention, choice, experts, heads, host, products, rows
+from lineshaft_cpu.engine.kernels import attention, choice, codes, experts, heads, host, products, rows
 from lineshaft_cpu.native import Native
 
 
 def engine_kernels(backend: str, native: Native) -> list[Kernel]:
     """The kernels of sessions at one level of the library."""
-    themes = rows, products, heads, attention, choice, experts
+    themes = rows, products, codes, heads, attention, choice, experts
     recipes = (recipe for theme in themes for recipe in theme.recipes(native))
     return [*(make(backend) for make in recipes), *host.kernels(backend)]
 

@@ -1,4 +1,4 @@
-"""Paged attention: over pages in panels (`native/flash.h`), and over slots where those do not fit (`native/attend.h`)."""
+"""Paged attention: over pages in panels (`native/flash.h`), and over slots where those do not fit (`attend.h`)."""
 
 from __future__ import annotations
 

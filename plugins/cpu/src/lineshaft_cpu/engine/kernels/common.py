@@ -112,9 +112,9 @@ def assign(to: TapeArray, x: TapeArray) -> None:
 def lookup(x: TapeArray | HostArray, to: TapeArray, rows: int, nbytes: int, to_stride: int) -> dict[str, Field]:
     """The fields of a lookup of rows of `nbytes` bytes, all of them in order; `to_stride` in bytes."""
     return {
-        "live": None, "rows": rows, "times": 1, "grain": grain(nbytes), "from": x, "to": to, "index": None, "first": None,
-        "count": rows, "bytes": nbytes, "to_stride": to_stride, "from_stride": nbytes, "inner": 1, "inner_stride": 0,
-        "scaled": 0, "narrow": 0, "scale": 1.0,
+        "live": None, "rows": rows, "times": 1, "grain": grain(nbytes), "from": x, "to": to, "index": None,
+        "first": None, "count": rows, "bytes": nbytes, "to_stride": to_stride, "from_stride": nbytes, "inner": 1,
+        "inner_stride": 0, "scaled": 0, "narrow": 0, "scale": 1.0,
     }  # fmt: skip
 
 

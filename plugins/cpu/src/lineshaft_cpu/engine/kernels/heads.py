@@ -60,8 +60,8 @@ WRITE = Job(
 PUT = Job(
     "put",
     (
-        *EXTENT, ("grain", c_int64), *PAGES, ("k", c_void_p), ("v", c_void_p), ("slots", c_void_p), ("k_stride", c_int64),
-        ("v_stride", c_int64),
+        *EXTENT, ("grain", c_int64), *PAGES, ("k", c_void_p), ("v", c_void_p), ("slots", c_void_p),
+        ("k_stride", c_int64), ("v_stride", c_int64),
     ),
 )  # fmt: skip
 TURNS = frozenset({"interleaved", "attention_factor"})

@@ -15,8 +15,9 @@ from lineshaft_contract.binding import DENSE
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops import all_ops
 from lineshaft_contract.ops.cache import encode
+from lineshaft_contract.ops.quantize import BLOCK_SCHEMES
 from lineshaft_contract.ops.spec import Call, HostArray, Numerics, OpSpec
-from lineshaft_contract.problems import KVProblem, Problem
+from lineshaft_contract.problems import KVProblem, LinearProblem, Problem
 from lineshaft_contract.sessions import Cache
 from lineshaft_contract.steps import ArraySpec, StepInputs
 from lineshaft_contract.weights import Weight
@@ -66,6 +67,8 @@ def kernels(backend: str) -> list[Kernel]:
 def supports(problem: Problem) -> str | None:
     if problem.dtype.startswith("float8"):
         return f"computes in floats of 16 bits and more, not in {problem.dtype}"
+    if isinstance(problem, LinearProblem) and problem.scheme in BLOCK_SCHEMES:
+        return f"takes weights as numbers, not in blocks of {problem.scheme}"
     return None
 
 

@@ -30,16 +30,17 @@ from lineshaft_cpu.native import Native
 PANELS = "cpu_panels"
 BLOCK_BYTES = 768 << 10
 """Of rows of x in an item: they stay in a core's own cache while panels of weights pass, each of which is read once."""
-FEW = 12
-"""Rows up to which vectors are as good as tiles."""
+DIRECT_ROWS = 32
+"""Rows of x up to which tiles take them as they are."""
+ORDERED, DIRECT = 1, 2
 ITEM_BYTES = 96 << 10
 """Of weights in an item, about: less costs more to hand out than it evens out between threads."""
 LINEAR = Job(
     "linear",
     (
         *EXTENT, *((name, c_void_p) for name in ("x", "panels", "bias", "out")),
-        *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow", "tiled")),
-        ("norm", c_void_p), ("rope", c_void_p),
+        *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow")),
+        ("tiled", c_int64), ("norm", c_void_p), ("rope", c_void_p),
     ),
 )  # fmt: skip
 
@@ -66,7 +67,7 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
         """x [T, I], w [O, I] in panels, bias [O] -> x w^T + bias [T, O], summed in float32 and rounded once."""
         tape = session.tape
         x = x if tail_of(x) >= problem.k else copied(tape, x)
-        given = in_tiles(tape, x) if tiled and x.shape[0] > FEW else x
+        given = in_tiles(tape, x) if tiled and x.shape[0] > DIRECT_ROWS else x
         out = tape.new((x.shape[0], problem.n), x.dtype, x.live)
         added = None if bias is None else operand(bias)
         if isinstance(added, TapeArray):
@@ -75,7 +76,7 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
             **extent(x, x.shape[0]), "x": given, "panels": w.arrays["data"], "bias": added, "out": out, "n": problem.n,
             "k": problem.k, "x_stride": x.strides[0], "out_stride": problem.n, "gate": 0, "block": block,
             "grain": min(share, most), "narrow": narrow(x.dtype),
-            "tiled": int(given is not x), "norm": None, "rope": None,
+            "tiled": (DIRECT if given is x else ORDERED) if tiled else 0, "norm": None, "rope": None,
         }  # fmt: skip
         reads = (given, added) if isinstance(added, TapeArray) else (given,)
         tape.add(LINEAR, "linear", reads, (out,), fields)

@@ -94,9 +94,9 @@ def bind_norm(problem: NormProblem, session: Any) -> Any:
         out = tape.new(x.shape, x.dtype, x.live)
         rows = x.size // problem.width
         fields = {
-            **extent(x, rows), "grain": grain(problem.width), "x": x, "residual": None, "weight": operand(w), "out": out,
-            "total": None, "width": problem.width, "x_stride": lead[0], "residual_stride": 0, "inner": lead[1],
-            "inner_stride": lead[2], "eps": problem.eps, "narrow": narrow(x.dtype),
+            **extent(x, rows), "grain": grain(problem.width), "x": x, "residual": None, "weight": operand(w),
+            "out": out, "total": None, "width": problem.width, "x_stride": lead[0], "residual_stride": 0,
+            "inner": lead[1], "inner_stride": lead[2], "eps": problem.eps, "narrow": narrow(x.dtype),
         }  # fmt: skip
         tape.add(NORM, "rms_norm", (x,), (out,), fields)
         return out
