@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lineshaft.cli.generate import read_prompts
 from lineshaft.cli.options import add_config_arguments, load_config, pairs
@@ -104,6 +105,8 @@ def run_replay(args: Namespace) -> int:
     from lineshaft_conformance.trace.replay import replay
 
     options = dict(pairs("--backend-option", args.backend_option))
+    if args.mutant:
+        options = {**mutable(args.backend), **options}
     with closing(Bar()) as bar:
         found = replay(
             args.trace, args.backend, options, model=args.model, threads=args.threads,
@@ -111,6 +114,13 @@ def run_replay(args: Namespace) -> int:
         )  # fmt: skip
     print(json.dumps(as_json(found), indent=2, allow_nan=False) if args.json else as_text(found))
     return AGREES if found.first is None else DIFFERS
+
+
+def mutable(backend: str) -> Mapping[str, Any]:
+    """The options of a backend that mutants can be made of."""
+    from lineshaft_conformance.mutants.kill import TARGET
+
+    return TARGET.options if backend == TARGET.backend else {}
 
 
 def mutation(name: str) -> Change:
