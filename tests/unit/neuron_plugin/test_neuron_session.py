@@ -276,6 +276,7 @@ def test_an_error_of_the_forward_itself_stays_what_it_is(session: Any) -> None:
 
 
 def test_once_frozen_nothing_compiles_whatever_is_called(session: Any) -> None:
+    earlier = stand_in.compiler().counts.recompiled  # by other tests of this process
     session.alloc_caches([kv(), kv(group=1, kv_dtype="bfloat16")], [40, 40], "slots")
     programs = [capture(session, writing, tokens=tokens) for tokens in (4, 2)]
     double, sink = capture(session, DOUBLE), capture(session, ADD, TWO)
@@ -291,7 +292,7 @@ def test_once_frozen_nothing_compiles_whatever_is_called(session: Any) -> None:
         programs[0](step(count))
         programs[1](step(count, 2))
         sink(step(), {"a": double(step(1)).handle("y"), "b": double(step(2)).handle("y")})
-    assert vars(stand_in.compiler().counts) == before and before["recompiled"] == 0
+    assert vars(stand_in.compiler().counts) == before and before["recompiled"] == earlier
     for call in (
         lambda: capture(session, DOUBLE),
         lambda: session.load({}, None, {}),
