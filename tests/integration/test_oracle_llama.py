@@ -97,7 +97,7 @@ def test_many_requests_of_which_half_share_a_prefix(llama: Llama) -> None:
         "scheduler.token_budget": 24,
         "overlap": "off",
     }
-    with Engine(config(checkpoint.path, overlap="off", **settings, **{"scheduler.max_rows": 6})) as engine:
+    with Engine(config(checkpoint.path, **settings, **{"scheduler.max_rows": 6})) as engine:
         run = follow(engine, expected, arrivals=[i // 3 for i in range(len(prompts))])
     assert run.preemptions > 0
     assert run.mixed_steps > len(prompts)

@@ -31,7 +31,6 @@ SCHEMES = ("int8", "fp8", "int4")
 SMALL: dict[str, Any] = {
     "scheduler.token_budget": 16, "scheduler.max_rows": 2, "max_model_len": 40, "cache.pages": 12, "cache.page_size": 4,
 }  # fmt: skip
-TORCH = {"backend_options.engine": "torch"}
 LENGTHS, TOKENS = (2, 9, 30), 4
 OFF = {"int8": (1e-3, 0.05), "fp8": (1e-2, 0.5), "int4": (0.05, 1.5), "w8a8_int8": (1e-3, 0.1), "w8a8_fp8": (1e-2, 0.8)}
 """Least and most that the logits of a random model differ by, as a share of their spread: a code is off by up to 1/254
@@ -118,7 +117,7 @@ def tokens_at(path: Path, prompts: Any, tp: int, scheme: str) -> Any:
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_the_plan_says_what_is_quantized_and_what_it_saves(llama: Llama, scheme: str) -> None:
     path = llama("even").path
-    plain, plan = (explain(config(path, **given, **SMALL, **TORCH)) for given in ({}, {"quantization": scheme}))
+    plain, plan = (explain(config(path, **given, **SMALL)) for given in ({}, {"quantization": scheme}))
     before, after = (
         {entry.kernel: entry.problem for entry in made.entries if entry.op == "linear"} for made in (plain, plan)
     )
