@@ -1,6 +1,6 @@
 /* Many short tapes on one team: every item runs once, and none before all items of the step before it.
 
-   team_stress THREADS TAPES */
+   Each thread finds its head cleared. team_stress THREADS TAPES */
 #include "team.h"
 
 #include <stdatomic.h>
@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #define MOST 40
+#define SCRATCH (2 * LINESHAFT_HEAD) /* of a member */
 
 void *lineshaft_team_start(int members, int64_t spin_ns);
 void lineshaft_team_stop(void *team);
@@ -28,7 +29,10 @@ static void fail(const char *what, int64_t step) {
 
 static void body(const void *argument, int64_t item, void *scratch) {
     const int64_t number = ((const Job *)argument)->number;
-    (void)scratch;
+    int64_t *head = lineshaft_head(scratch);
+    if (*head != 0 && *head != number + 1)
+        fail("finds in front of its scratch what another step has left", number);
+    *head = number + 1;
     if (item >= jobs[number].items)
         fail("an item that there is not", number);
     if (number > 0 && atomic_load(&jobs[number - 1].done) != jobs[number - 1].items)
@@ -43,7 +47,7 @@ int main(int count, char **words) {
         return 2;
     void *team = lineshaft_team_start(atoi(words[1]), 10000);
     lineshaft_step steps[MOST];
-    char scratch[64 * 64];
+    _Alignas(LINESHAFT_HEAD) char scratch[64 * SCRATCH];
     for (int64_t tape = 0; tape < atol(words[2]); tape++) {
         const int64_t length = 1 + tape % MOST;
         for (int64_t i = 0; i < length; i++) {
@@ -51,7 +55,7 @@ int main(int count, char **words) {
             atomic_store(&jobs[i].done, 0);
             steps[i] = (lineshaft_step){body, items, jobs + i};
         }
-        lineshaft_submit(team, steps, length, scratch, 64);
+        lineshaft_submit(team, steps, length, scratch, SCRATCH);
         for (volatile int64_t wait = 0; tape % 3 == 0 && wait < tape % 1000; wait++) {
         }
         lineshaft_wait(team);

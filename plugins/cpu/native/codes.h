@@ -13,14 +13,11 @@
 #include <immintrin.h>
 #endif
 
-enum { INTEGERS, FLOATS, FOUR }; /* codes of 8 bits: int8, e4m3; or of 4 bits, raised by `zero` */
-
 #define SOON 6144 /* bytes that are asked for before one row needs them: the processor alone looks less far */
 #define STRETCH 128 /* numbers along k that are expanded at once for few rows: they stay in the first cache */
 
 typedef struct {
     Linear l;            /* x: [m, k], bfloat16 where there are `tokens`; panels: the records */
-    const float *tokens; /* [m]: scales of the rows of x, where those are codes; or NULL */
     int64_t kind, group, zero;
     int64_t half, offset; /* whether scales have 16 bits; whether there are numbers to add */
 } Codes;
@@ -38,7 +35,7 @@ INLINE int64_t record_bytes(const Codes *c) { return code_bytes(c) + (c->offset 
 /* Rows of numbers that a panel has when it is expanded: codes come in eights. */
 INLINE int64_t expanded(const Codes *c) { return c->l.k + 8; }
 
-INLINE int narrow_x(const Codes *c) { return c->l.narrow || c->tokens; }
+INLINE int narrow_x(const Codes *c) { return c->l.narrow || c->l.tokens; }
 
 /* Whether one scale is for all of k, and can wait until the sums are whole. */
 INLINE int one_scale(const Codes *c) { return c->group == c->l.k && !c->offset; }
@@ -362,52 +359,39 @@ INLINE void settle(const Codes *c, int64_t row, int64_t rows, int64_t panel, int
     for (int v = 0; v < VECTORS; v++) {
         const floats scale = scaled ? splat(1.0f) : step_at(c, record, v).scale;
         for (int64_t i = 0; i < rows; i++) {
-            const floats token = splat(c->tokens ? c->tokens[row + i] : 1.0f);
+            const floats token = splat(c->l.tokens ? c->l.tokens[row + i] : 1.0f);
             store(y[i], v * WIDTH, load(y[i], v * WIDTH, 0) * token * scale, 0);
         }
     }
 }
 
-INLINE int64_t chunks_of(const Linear *l) { return (units(l) + l->grain - 1) / l->grain; }
-
-INLINE int64_t items_of(const Linear *l) { return (live_rows(&l->e) + l->block - 1) / l->block * chunks_of(l); }
-
-typedef struct {
-    int64_t first, rows, begin, end; /* rows from `first` on, panels from `begin` to `end` */
-} Share;
-
-INLINE Share share_of(const Linear *l, int64_t item) {
-    const int64_t first = item / chunks_of(l) * l->block, begin = item % chunks_of(l) * l->grain;
-    return (Share){first, least(l->block, live_rows(&l->e) - first), begin, least(units(l), begin + l->grain)};
-}
-
 /* y = x w^T of up to FEW rows and a panel; `scratch` is that of few_rows. */
-INLINE void multiply_few(const Codes *c, Share s, int64_t panel, const float *scratch, Sums y) {
+INLINE void multiply_few(const Codes *c, const Part s, int64_t panel, const float *scratch, Sums y) {
 #if defined(__AVX512F__)
     if (in_registers(c, s.rows))
         multiply_alone(c, scratch + c->l.k / c->group, panel, scratch, y[0]);
     else
 #endif
-        multiply_codes(c, s.first, s.rows, panel, scratch, y);
-    if (c->tokens)
-        settle(c, s.first, s.rows, panel, 1, y);
+        multiply_codes(c, s.row, s.rows, panel, scratch, y);
+    if (c->l.tokens)
+        settle(c, s.row, s.rows, panel, 1, y);
 }
 
 /* `scratch` takes the sums of each group of x and, of a row alone, its numbers as floats. */
-static void few_rows(const Codes *c, Share s, float *scratch) {
+static void few_rows(const Codes *c, const Part s, int first, float *scratch) {
     _Alignas(64) Sums y, up;
-    if (c->offset)
-        total(c, s.first, s.rows, scratch);
+    if (c->offset && first)
+        total(c, s.row, s.rows, scratch);
 #if defined(__AVX512F__)
-    if (in_registers(c, s.rows))
+    if (first && in_registers(c, s.rows))
         for (int64_t k = 0; k < c->l.k; k++)
-            scratch[c->l.k / c->group + k] = load_one(c->l.x, s.first * c->l.x_stride + k, narrow_x(c));
+            scratch[c->l.k / c->group + k] = load_one(c->l.x, s.row * c->l.x_stride + k, narrow_x(c));
 #endif
     for (int64_t panel = s.begin; panel < s.end; panel++) {
         multiply_few(c, s, panel, scratch, y);
         if (c->l.gate)
             multiply_few(c, s, c->l.gate / PANEL + panel, scratch, up);
-        finish(&c->l, s.first, s.rows, panel, y, up);
+        finish(&c->l, s.row, s.rows, panel, y, up);
     }
 }
 
@@ -474,10 +458,10 @@ INLINE void multiply_expanded(const Codes *c, void *tiles, const char *numbers, 
     settle(c, row, rows, panel, !one_scale(c), y);
 }
 
-static void many_rows(const Codes *c, Share s, char *numbers) {
+static void many_rows(const Codes *c, const Part s, char *numbers) {
     char *partner = numbers + expanded(c) * PANEL * (narrow_x(c) ? 2 : 4);
     _Alignas(64) Sums y, up;
-    int64_t step = least(STEP, FEW);
+    int64_t step = FEW;
     void *tiles = NULL;
 #if defined(TILES)
     Tiles state;
@@ -494,10 +478,10 @@ static void many_rows(const Codes *c, Share s, char *numbers) {
             if (tiles && (i == 0 || here < step))
                 shape_rows(tiles, here);
 #endif
-            multiply_expanded(c, tiles, numbers, s.first + i, here, panel, y);
+            multiply_expanded(c, tiles, numbers, s.row + i, here, panel, y);
             if (c->l.gate)
-                multiply_expanded(c, tiles, partner, s.first + i, here, c->l.gate / PANEL + panel, up);
-            finish(&c->l, s.first + i, here, panel, y, up);
+                multiply_expanded(c, tiles, partner, s.row + i, here, c->l.gate / PANEL + panel, up);
+            finish(&c->l, s.row + i, here, panel, y, up);
         }
     }
 #if defined(TILES)
@@ -507,103 +491,26 @@ static void many_rows(const Codes *c, Share s, char *numbers) {
 }
 
 EXPORT const int64_t NAME(codes_bytes) = sizeof(Codes);
-EXPORT int64_t NAME(codes_items)(const void *job) { return items_of(&((const Codes *)job)->l); }
+EXPORT int64_t NAME(codes_items)(const void *job) {
+    const Codes *c = job;
+    return multiply_items(&c->l, live_rows(&c->l.e));
+}
 
 EXPORT void NAME(codes_body)(const void *job, int64_t item, void *scratch) {
-    const Codes *c = job;
-    const Share s = share_of(&c->l, item);
-    if (s.rows > least(STEP, FEW))
-        many_rows(c, s, scratch);
+    Codes c = *(const Codes *)job;
+    const Part s = part_of(&c.l, live_rows(&c.l.e), item);
+    const int first = first_meeting(&c.l, scratch);
+    scratch = make_rows(&c.l, s, first, scratch);
+    if (s.rows > FEW)
+        many_rows(&c, s, scratch);
     else
-        few_rows(c, s, scratch);
-}
-
-/* ---- rows of x as codes ----------------------------------------------------------------------------------------- */
-
-typedef struct {
-    Extent e;
-    int64_t grain;
-    const void *x;  /* [m, width] */
-    void *codes;    /* [m, out_stride]: int8, or e4m3 as bfloat16; zeros from `width` on */
-    float *scales;  /* [m] */
-    int64_t width, x_stride, out_stride, kind, narrow;
-} Quantize;
-
-INLINE floats magnitude(floats x) { return (floats)((words)x & 0x7fffffff); }
-
-/* To whole numbers, or to numbers of e4m3 below 449; halves to even. */
-INLINE floats rounded(floats x, int64_t kind) {
-    if (kind == INTEGERS)
-        return x + 12582912.0f - 12582912.0f; /* 1.5 * 2^23, from where on floats are whole */
-    const words bits = (words)magnitude(x), sign = (words)x & 0x80000000;
-    const floats normal = (floats)((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
-    const floats small = magnitude(x) + 0x1.8p14f - 0x1.8p14f;
-    return (floats)((words)choose(magnitude(x) < 0x1p-6f, small, normal) | sign);
-}
-
-INLINE void put_codes(const Quantize *q, int64_t at, floats x) {
-    if (q->kind == INTEGERS) {
-        typedef int8_t bytes __attribute__((vector_size(WIDTH)));
-        const bytes codes = __builtin_convertvector(__builtin_convertvector(x, ints), bytes);
-        memcpy((int8_t *)q->codes + at, &codes, sizeof codes);
-    } else {
-        store(q->codes, at, x, 1);
-    }
-}
-
-/* WIDTH numbers of a row from `k` on; zeros where it ends. */
-INLINE floats load_within(const Quantize *q, int64_t row, int64_t k, int narrow) {
-    if (k + WIDTH <= q->width)
-        return load(q->x, row * q->x_stride + k, narrow);
-    float tail[WIDTH] = {0};
-    for (int64_t i = 0; k + i < q->width; i++)
-        tail[i] = load_one(q->x, row * q->x_stride + k + i, narrow);
-    return load(tail, 0, 0);
-}
-
-INLINE void quantize_row(const Quantize *q, int64_t row, int narrow) {
-    const float top = q->kind == INTEGERS ? 127.0f : 448.0f;
-    floats most_of = {0};
-    ints lost = {0};
-    for (int64_t k = 0; k < q->width; k += WIDTH) {
-        const floats x = magnitude(load_within(q, row, k, narrow));
-        most_of = larger(x, most_of);
-        lost |= ~(x < INFINITY);
-    }
-    const int nan = any(lost);
-    float scale = maximum(most_of) / top;
-    scale = scale < 0x1p-126f ? 1.0f : scale;
-    q->scales[row] = nan ? NAN : scale;
-    for (int64_t k = 0; k < q->out_stride; k += WIDTH) {
-        floats x = {0};
-        if (!nan && k < q->width)
-            x = load_within(q, row, k, narrow) / scale;
-        x = choose(x > top, splat(top), choose(x < -top, splat(-top), x));
-        put_codes(q, row * q->out_stride + k, rounded(x, q->kind));
-    }
-}
-
-EXPORT const int64_t NAME(quantize_bytes) = sizeof(Quantize);
-EXPORT int64_t NAME(quantize_items)(const void *job) {
-    const Quantize *q = job;
-    return (live_rows(&q->e) + q->grain - 1) / q->grain;
-}
-
-EXPORT void NAME(quantize_body)(const void *job, int64_t item, void *scratch) {
-    const Quantize *q = job;
-    const int64_t end = least(live_rows(&q->e), (item + 1) * q->grain);
-    for (int64_t row = item * q->grain; row < end; row++)
-        EITHER(quantize_row, q->narrow, q, row);
+        few_rows(&c, s, first, scratch);
+    turn_columns(&c.l, s);
 }
 
 /* ---- products of codes with codes ------------------------------------------------------------------------------- */
 
-typedef struct {
-    Linear l;            /* x: int8 [m, x_stride], a multiple of 64 */
-    const float *tokens; /* [m]: the scales of its rows */
-} Matched;
-
-typedef int32_t Counts[STEP][PANEL];
+typedef int32_t Counts[STEP][PANEL]; /* of x as int8 [m, x_stride], a multiple of 64, whose scales are `tokens` */
 
 INLINE int64_t matched_bytes(const Linear *l) { return l->x_stride * PANEL + 8 * PANEL; }
 
@@ -686,34 +593,38 @@ static void count(const Linear *l, const int8_t *x, const int8_t *w, int64_t row
 #endif
 
 /* y = x w^T of up to STEP rows and a panel. */
-INLINE void match(const Matched *c, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y) {
-    const int8_t *w = (const int8_t *)c->l.panels + panel * matched_bytes(&c->l);
-    const int8_t *x = (const int8_t *)c->l.x + row * c->l.x_stride, *scales = w + c->l.x_stride * PANEL;
+INLINE void match(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y) {
+    const int8_t *w = (const int8_t *)l->panels + panel * matched_bytes(l);
+    const int8_t *x = (const int8_t *)l->x + row * l->x_stride, *scales = w + l->x_stride * PANEL;
     _Alignas(64) Counts counts;
 #if defined(TILES)
     if (tiles)
-        multiply_rows(tiles, (const char *)x, c->l.x_stride, c->l.x_stride, (const char *)w, rows, 1, counts);
+        multiply_rows(tiles, (const char *)x, l->x_stride, l->x_stride, (const char *)w, rows, 1, counts);
     else
 #endif
-        count(&c->l, x, w, rows, counts[0]);
+        count(l, x, w, rows, counts[0]);
     for (int v = 0; v < VECTORS; v++) {
         const floats scale = load(scales + 4 * v * WIDTH, 0, 0);
         for (int64_t i = 0; i < rows; i++) {
             ints found;
             memcpy(&found, counts[i] + v * WIDTH, sizeof found);
-            store(y[i], v * WIDTH, __builtin_convertvector(found, floats) * c->tokens[row + i] * scale, 0);
+            store(y[i], v * WIDTH, __builtin_convertvector(found, floats) * l->tokens[row + i] * scale, 0);
         }
     }
 }
 
-EXPORT const int64_t NAME(matched_bytes) = sizeof(Matched);
-EXPORT int64_t NAME(matched_items)(const void *job) { return items_of(&((const Matched *)job)->l); }
+EXPORT const int64_t NAME(matched_bytes) = sizeof(Linear);
+EXPORT int64_t NAME(matched_items)(const void *job) {
+    const Linear *l = job;
+    return multiply_items(l, live_rows(&l->e));
+}
 
 EXPORT void NAME(matched_body)(const void *job, int64_t item, void *scratch) {
-    const Matched *c = job;
-    const Share s = share_of(&c->l, item);
+    Linear l = *(const Linear *)job;
+    const Part s = part_of(&l, live_rows(&l.e), item);
+    make_rows(&l, s, first_meeting(&l, scratch), scratch);
     _Alignas(64) Sums y, up;
-    int64_t step = least(STEP, FEW);
+    int64_t step = FEW;
     void *tiles = NULL;
 #if defined(TILES)
     Tiles state;
@@ -727,14 +638,15 @@ EXPORT void NAME(matched_body)(const void *job, int64_t item, void *scratch) {
             shape_rows(tiles, here);
 #endif
         for (int64_t panel = s.begin; panel < s.end; panel++) {
-            match(c, tiles, s.first + i, here, panel, y);
-            if (c->l.gate)
-                match(c, tiles, s.first + i, here, c->l.gate / PANEL + panel, up);
-            finish(&c->l, s.first + i, here, panel, y, up);
+            match(&l, tiles, s.row + i, here, panel, y);
+            if (l.gate)
+                match(&l, tiles, s.row + i, here, l.gate / PANEL + panel, up);
+            finish(&l, s.row + i, here, panel, y, up);
         }
     }
 #if defined(TILES)
     if (tiles)
         tiles_end(tiles);
 #endif
+    turn_columns(&l, s);
 }

@@ -140,3 +140,75 @@ EXPORT void NAME(write_body)(const void *job, int64_t item, void *scratch) {
     EACH_ROW(token, j, item) memcpy(j->pages + j->slots[token] * j->bytes, j->x + token * j->stride, j->bytes);
 }
 
+/* ---- rows of x as codes ----------------------------------------------------------------------------------------- */
+
+enum { INTEGERS, FLOATS, FOUR }; /* codes of 8 bits: int8, e4m3; or of 4 bits, raised by `zero` */
+
+typedef struct {
+    Extent e;
+    int64_t grain;
+    const void *x;  /* [m, width] */
+    void *codes;    /* [m, out_stride]: int8, or e4m3 as bfloat16; zeros from `width` on */
+    float *scales;  /* [m] */
+    int64_t width, x_stride, out_stride, kind, narrow;
+} Quantize;
+
+INLINE floats magnitude(floats x) { return (floats)((words)x & 0x7fffffff); }
+
+/* To whole numbers, or to numbers of e4m3 below 449; halves to even. */
+INLINE floats rounded(floats x, int64_t kind) {
+    if (kind == INTEGERS)
+        return x + 12582912.0f - 12582912.0f; /* 1.5 * 2^23, from where on floats are whole */
+    const words bits = (words)magnitude(x), sign = (words)x & 0x80000000;
+    const floats normal = (floats)((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
+    const floats small = magnitude(x) + 0x1.8p14f - 0x1.8p14f;
+    return (floats)((words)choose(magnitude(x) < 0x1p-6f, small, normal) | sign);
+}
+
+INLINE void put_codes(const Quantize *q, int64_t at, floats x) {
+    if (q->kind == INTEGERS) {
+        typedef int8_t bytes __attribute__((vector_size(WIDTH)));
+        const bytes codes = __builtin_convertvector(__builtin_convertvector(x, ints), bytes);
+        memcpy((int8_t *)q->codes + at, &codes, sizeof codes);
+    } else {
+        store(q->codes, at, x, 1);
+    }
+}
+
+/* WIDTH numbers of a row from `k` on; zeros where it ends. */
+INLINE floats load_within(const Quantize *q, int64_t row, int64_t k, int narrow) {
+    if (k + WIDTH <= q->width)
+        return load(q->x, row * q->x_stride + k, narrow);
+    float tail[WIDTH] = {0};
+    for (int64_t i = 0; k + i < q->width; i++)
+        tail[i] = load_one(q->x, row * q->x_stride + k + i, narrow);
+    return load(tail, 0, 0);
+}
+
+INLINE void quantize_row(const Quantize *q, int64_t row, int narrow) {
+    const float top = q->kind == INTEGERS ? 127.0f : 448.0f;
+    floats most_of = {0};
+    ints lost = {0};
+    for (int64_t k = 0; k < q->width; k += WIDTH) {
+        const floats x = magnitude(load_within(q, row, k, narrow));
+        most_of = larger(x, most_of);
+        lost |= ~(x < INFINITY);
+    }
+    const int nan = any(lost);
+    float scale = maximum(most_of) / top;
+    scale = scale < 0x1p-126f ? 1.0f : scale;
+    q->scales[row] = nan ? NAN : scale;
+    for (int64_t k = 0; k < q->out_stride; k += WIDTH) {
+        floats x = {0};
+        if (!nan && k < q->width)
+            x = load_within(q, row, k, narrow) / scale;
+        x = choose(x > top, splat(top), choose(x < -top, splat(-top), x));
+        put_codes(q, row * q->out_stride + k, rounded(x, q->kind));
+    }
+}
+
+GRAINS(quantize, Quantize)
+EXPORT void NAME(quantize_body)(const void *job, int64_t item, void *scratch) {
+    const Quantize *q = job;
+    EACH_ROW(row, q, item) EITHER(quantize_row, q->narrow, q, row);
+}

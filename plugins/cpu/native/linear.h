@@ -26,8 +26,10 @@ typedef struct {
     int64_t grain; /* panels of an item, or pairs of a gate's and its partner's */
     int64_t narrow;
     int64_t tiled; /* ORDERED: x is in the order of tiles; DIRECT: x has at most 32 rows, as they are; 0: no tiles */
-    const NormStep *norm; /* what makes x of each item anew, in its scratch; NULL: x is there. Few rows are worth it */
+    const NormStep *norm; /* what makes x, in the scratch of each thread; NULL: x is there. Few rows are worth it */
     const RopeStep *rope; /* what turns and stores the heads that the columns are, once they are written; NULL: nothing */
+    const Quantize *quantize; /* the same as `norm`, for codes of x and their scales */
+    const float *tokens;      /* [m]: scales of the rows of x, where those are codes; or NULL */
 } Linear;
 
 INLINE int64_t panel_bytes(const Linear *l) { return l->narrow ? (l->k + 1) / 2 * PANEL * 4 : l->k * PANEL * 4; }
@@ -398,31 +400,53 @@ INLINE void multiply_part(const Linear *l, const Part part, Finish finish) {
 #endif
 }
 
-/* The panels from `begin` to `end` of x w^T for `rows` rows from `first` on, each handed to `finish`. */
-INLINE void multiply_block(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end, Finish finish) {
-    multiply_part(l, (Part){first, rows, begin, end}, finish);
-}
-
 INLINE void multiply_item(const Linear *l, int64_t rows, int64_t item, Finish finish) {
     multiply_part(l, part_of(l, rows, item), finish);
 }
 
-/* Norm the rows from `first` on into scratch; one item in all leaves their sum with the residual for others. */
-INLINE const void *norm_rows(const Linear *l, int64_t first, int64_t rows, int leaves, void *scratch) {
-    Norm n = l->norm->n;
-    const int64_t bytes = n.width * (n.narrow ? 2 : 4);
-    n.out = (char *)scratch - first * bytes;
-    if (!leaves)
-        n.total = (char *)scratch + (rows - first) * bytes;
-    for (int64_t row = first; row < first + rows; row++)
-        EITHER(norm_row, n.narrow, &n, row);
-    return n.out;
+/* Whether a thread meets the rows of an item for the first time in a step. */
+INLINE int first_meeting(const Linear *l, void *scratch) {
+    int64_t *met = lineshaft_head(scratch);
+    return live_rows(&l->e) > l->block || !(*met)++;
 }
 
-INLINE void turn_columns(const Linear *l, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+INLINE char *aligned(char *at, int64_t bytes) { return at + (bytes + 63) / 64 * 64; }
+
+/* Make x of a product whose rows are one block, once for each thread; the item of the first panels leaves the sum with the
+   residual for others. Returns where the rest of the scratch begins. */
+INLINE void *make_rows(Linear *l, const Part part, int first, char *scratch) {
+    if (l->norm) {
+        Norm n = l->norm->n;
+        const int64_t bytes = part.rows * n.width * (n.narrow ? 2 : 4);
+        n.out = scratch, n.total = scratch + bytes;
+        for (int64_t row = 0; first && row < part.rows; row++)
+            EITHER(norm_row, n.narrow, &n, row);
+        if (n.residual && part.begin == 0)
+            memcpy(l->norm->n.total, n.total, bytes);
+        l->x = n.out, l->x_stride = n.width;
+        scratch = aligned(scratch, 2 * bytes);
+    }
+    if (l->quantize) {
+        Quantize q = *l->quantize;
+        const int64_t bytes = part.rows * q.out_stride * (q.kind == INTEGERS ? 1 : 2);
+        if (l->norm)
+            q.x = l->x, q.x_stride = l->x_stride;
+        q.codes = scratch, q.scales = (float *)aligned(scratch, bytes);
+        for (int64_t row = 0; first && row < part.rows; row++)
+            EITHER(quantize_row, q.narrow, &q, row);
+        l->x = q.codes, l->x_stride = q.out_stride, l->tokens = q.scales;
+        scratch = aligned((char *)q.scales, part.rows * sizeof(float));
+    }
+    return scratch;
+}
+
+/* Turn the heads that the columns of a part are, and write them to pages. */
+INLINE void turn_columns(const Linear *l, const Part part) {
+    if (!l->rope)
+        return;
     const int64_t panels = l->rope->r.head_dim / PANEL;
-    for (int64_t token = first; token < first + rows; token++)
-        for (int64_t head = begin / panels; head < end / panels; head++)
+    for (int64_t token = part.row; token < part.row + part.rows; token++)
+        for (int64_t head = part.begin / panels; head < part.end / panels; head++)
             EITHER(turn_one, l->rope->r.narrow, l->rope, token, head);
 }
 
@@ -435,13 +459,9 @@ EXPORT int64_t NAME(linear_items)(const void *job) {
 EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
     Linear l = *(const Linear *)job;
     const Part part = part_of(&l, live_rows(&l.e), item);
-    if (l.norm) {
-        l.x = norm_rows(&l, part.row, part.rows, part.begin == 0, scratch);
-        l.x_stride = l.k;
-    }
+    make_rows(&l, part, first_meeting(&l, scratch), scratch);
     multiply_part(&l, part, finish);
-    if (l.rope)
-        turn_columns(&l, part.row, part.rows, part.begin, part.end);
+    turn_columns(&l, part);
 }
 
 /* ---- rows in the order of tiles ------------------------------------------------------------------------------------ */

@@ -36,7 +36,7 @@ typedef struct {
     const lineshaft_step *steps; /* the tape under way */
     int64_t count;
     char *scratch;
-    int64_t scratch_bytes; /* of each member */
+    int64_t scratch_bytes; /* of each member, its head among them */
     pthread_t ids[];
 } Team;
 
@@ -111,18 +111,27 @@ static uint32_t meet(Team *team, int64_t step, int64_t count) {
     return epoch + 1;
 }
 
+static char *scratch_of(const Team *team, int64_t member) {
+    return team->scratch + member * team->scratch_bytes + LINESHAFT_HEAD;
+}
+
+/* Run the items of a step that no other member takes. */
+static void work(Team *team, const lineshaft_step *step, char *scratch) {
+    const int64_t items = step->items(step->job);
+    int64_t item;
+    *lineshaft_head(scratch) = 0;
+    while ((item = atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed)) < items)
+        step->body(step->job, item, scratch);
+}
+
 /* Go through a tape from step `at` on; returns the epoch of its end. What the tape is has to be read before: after the
    last meeting the next one may come. */
 static uint32_t play(Team *team, uint32_t member, int64_t at) {
-    char *scratch = team->scratch + member * team->scratch_bytes;
+    char *scratch = scratch_of(team, member);
     const lineshaft_step *steps = team->steps;
     uint32_t epoch = 0;
     for (const int64_t count = team->count; at < count; at++) {
-        const lineshaft_step *step = steps + at;
-        const int64_t items = step->items(step->job);
-        int64_t item;
-        while ((item = atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed)) < items)
-            step->body(step->job, item, scratch);
+        work(team, steps + at, scratch);
         epoch = meet(team, at + 1, count);
     }
     return epoch;
@@ -190,7 +199,8 @@ EXPORT void lineshaft_team_stop(void *argument) {
 
 static int alone(const Team *team) { return team->threads == 0 || team->forks != atomic_load(&forks); }
 
-/* Begin a tape; `lineshaft_wait` comes before the next. `scratch` has `scratch_bytes` for each member. */
+/* Begin a tape; `lineshaft_wait` comes before the next. `scratch` has `scratch_bytes` for each member, LINESHAFT_HEAD of
+   them for the head. */
 EXPORT void lineshaft_submit(void *argument, const lineshaft_step *steps, int64_t count, char *scratch,
                              int64_t scratch_bytes) {
     Team *team = argument;
@@ -208,10 +218,8 @@ EXPORT int64_t lineshaft_wait(void *argument) {
     Team *team = argument;
     if (alone(team)) {
         for (int64_t i = 0; i < team->count && !atomic_load(&team->done); i++) {
-            const lineshaft_step *step = team->steps + i;
-            const int64_t items = step->items(step->job);
-            for (int64_t item = 0; item < items; item++)
-                step->body(step->job, item, team->scratch);
+            atomic_store(&team->next, 0);
+            work(team, team->steps + i, scratch_of(team, 0));
         }
         if (!atomic_exchange(&team->done, 1))
             team->ended_ns = now_ns();

@@ -96,11 +96,10 @@ def play(session: NativeSession, tape: Tape) -> None:
     for buffer, offset in zip(buffers, offsets, strict=True):
         buffer.address = arena.ctypes.data + offset
     linked = Linked(session.native, list(calls_of(tape)), session.team.threads)
-    room = -(-linked.scratch // 128) * 128
-    scratch = session.reserve_scratch(room)
+    scratch = session.reserve_scratch(linked.scratch)
     for _ in range(2):
         scratch[:] = GARBAGE
-        session.team.submit(linked.address, linked.count, scratch.ctypes.data, room)
+        session.team.submit(linked.address, linked.count, scratch.ctypes.data, linked.scratch)
         session.team.wait()
 
 

@@ -116,8 +116,8 @@ class Product:
             memory[:] = 0x7F
             buffer.address = memory.ctypes.data
         linked = Linked(library, [call for call in tape.calls if isinstance(call, Call)], self.threads)
-        each = -(-linked.scratch // 128) * 128
-        session.team.submit(linked.address, linked.count, session.reserve_scratch(each).ctypes.data, each)
+        scratch = session.reserve_scratch(linked.scratch)
+        session.team.submit(linked.address, linked.count, scratch.ctypes.data, linked.scratch)
         session.team.wait()
         return np.asarray(out.values().astype(np.float64))
 

@@ -12,10 +12,11 @@ from tests.unit.cpu_plugin.engines import Native
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.rig import Rig, whole_param
 from lineshaft_contract.ops.spec import HostArray, numpy_dtype
-from lineshaft_contract.problems import LinearProblem, PointwiseProblem
+from lineshaft_contract.problems import LinearProblem, NormProblem, PointwiseProblem
 from lineshaft_contract.steps import InputField, InputLayout, StepShape
 from lineshaft_cpu import native
 from lineshaft_cpu.engine import program
+from lineshaft_cpu.engine.fusion import FEW_ROWS
 from lineshaft_cpu.engine.tape import Call, HostCall, Tape
 
 LEVELS = [level for level in native.LEVELS if native.reason(level) is None]
@@ -120,3 +121,48 @@ def test_calls_with_python_between_them_stay_apart(monkeypatch: pytest.MonkeyPat
     with make(gated("plain", 5, "float32"), "float32") as rig:
         assert len(taken) == 1 and rig.programs[0].report.details["host_calls"] == 1
         assert np.isfinite(rig.run({"x": inputs(5, "float32")})["out"]).all()
+
+
+def normed(scheme: str, rows: int, dtype: str) -> Rig:
+    """Two products of the normed sum of x and y [rows, INNER], which is an output too, as are both products."""
+    problem = LinearProblem(dtype=dtype, n=3 * WIDTH, k=INNER, scheme=scheme, group_size=32 if scheme == "int4" else 0)
+    rms = NormProblem(dtype=dtype, width=INNER, eps=1e-6)
+
+    def forward(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
+        x, total = ops.add_rms_norm(step.arrays["x"], step.arrays["y"], weights["norm"])
+        first = ops.linear(x, weights["w"])
+        again, _ = ops.add_rms_norm(total, step.arrays["y"], weights["norm"])
+        return {"first": first, "total": total, "second": ops.linear(again, weights["w"])}, caches
+
+    layout = InputLayout([InputField(name, dtype, (rows, INNER)) for name in "xy"])
+    rng = np.random.default_rng(2)
+    values = {"w": rng.standard_normal((3 * WIDTH, INNER)), "norm": rng.standard_normal(INNER)}
+    values = {name: array.astype(numpy_dtype(dtype)) for name, array in values.items()}
+    used = {"w": {"linear": problem}, "norm": {"norm": rms}}
+    params = {name: whole_param(name, values[name], used[name]) for name in used}
+    uses = {"linear": ("linear", problem), "norm": ("add_rms_norm", rms)}
+    spec = ProgramSpec("normed", forward, StepShape(rows, 1, (), 1, rows), layout)
+    return Rig(Native(3), [spec], params=params, values=values, uses=uses)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", ["none", "int8", "int4", "w8a8_int8", "w8a8_fp8"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_few_rows_are_normed_and_quantized_by_each_thread_for_itself(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: str, rows: int
+) -> None:
+    x, y = inputs(rows, dtype), inputs(rows + 1, dtype)[:rows]
+    found: list[list[dict[str, bytes]]] = []
+    for apart in (False, True):
+        if apart:
+            unfused(monkeypatch)
+        with normed(scheme, rows, dtype) as rig:
+            details = rig.programs[0].report.details
+            fused = 0 if apart or rows > FEW_ROWS else 2
+            assert details.get("fused norm+linear", 0) == fused
+            assert details.get("fused quantize+linear", 0) == (fused if scheme.startswith("w8a8") else 0)
+            # what a run leaves in the threads' scratch does not show in the next
+            runs = [rig.run(given) for given in ({"x": x, "y": y}, {"x": y, "y": x}, {"x": x, "y": y})]
+            found.append([{name: array.tobytes() for name, array in run.items()} for run in runs])
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][2] != found[0][1]

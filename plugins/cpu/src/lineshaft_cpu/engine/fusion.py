@@ -83,23 +83,44 @@ def turned_product(first: Call, second: Call, readers: Mapping[int, int]) -> Cal
     return Call(first.job, fields, reads, (*first.writes, *second.writes), "linear+rope_write_kv", first.scratch)
 
 
+def quantized_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
+    """The codes of few rows, and the product of them: each thread makes them anew, which costs less than to wait."""
+    if "codes" not in first.fields or first.fields["rows"] > FEW_ROWS or not handed_on(first, second, "x", readers):
+        return None
+    made = {id(array.buffer) for array in first.writes}
+    if any(readers[key] != 1 for key in made):
+        return None
+    fields = {**second.fields, "quantize": first, "x": first.fields["x"], "tokens": None}
+    reads = (*first.reads, *(array for array in second.reads if id(array.buffer) not in made))
+    scratch = second.scratch + sum(lines(array.size * array.itemsize) for array in first.writes)
+    return Call(second.job, fields, reads, second.writes, "quantize+linear", scratch)
+
+
 def normed_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
-    """A norm of few rows, and the product of them: each item norms them anew, which costs less than to wait."""
+    """A norm of few rows, and the product of them: each thread norms them anew, which costs less than to wait."""
     if first.op not in ("rms_norm", "add_rms_norm") or "norm" not in second.fields or first.fields["inner"] != 1:
         return None
     if first.fields["rows"] > FEW_ROWS or not handed_on(first, second, "x", readers):
         return None
     x = second.fields["x"]
     rest = tuple(array for array in first.writes if array.buffer is not x.buffer)
-    scratch = max(second.scratch, 2 * x.size * x.itemsize)
+    scratch = second.scratch + lines(2 * x.size * x.itemsize)
     fields = {**second.fields, "norm": first, "x": None}
     reads = (*first.reads, *(array for array in second.reads if array.buffer is not x.buffer))
     return Call(second.job, fields, reads, (*second.writes, *rest), f"{first.op}+{second.op}", scratch)
 
 
-FEW_ROWS = 4
+def lines(nbytes: int) -> int:
+    """Bytes of the whole lines of a cache that so many take."""
+    return -(-nbytes // 64) * 64
+
+
+FEW_ROWS = 8
 Pattern = Callable[[Call, Call, Mapping[int, int]], Call | None]
 PATTERNS: Final[Mapping[str, Pattern]] = MappingProxyType(
-    {"linear+silu_mul": gated_product, "linear+rope_write_kv": turned_product, "norm+linear": normed_product}
-)
+    {
+        "linear+silu_mul": gated_product, "linear+rope_write_kv": turned_product, "quantize+linear": quantized_product,
+        "norm+linear": normed_product,
+    }
+)  # fmt: skip
 """Each looks at two calls that follow one another, and gives the one that stands for both, or None."""

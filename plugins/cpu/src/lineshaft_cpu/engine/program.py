@@ -119,8 +119,7 @@ class NativeProgram:
         self._pointers = {name: list(self._pointers_to(array.buffer)) for name, array in self._given.items()}
         calls = [call for part in self._parts if isinstance(part, Linked) for call, _ in part.jobs]
         self._positions = min((len(call.fields["cos"]) for call in calls if "cos" in call.fields), default=None)
-        scratch = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
-        self._scratch_bytes = -(-scratch // 128) * 128
+        self._scratch_bytes = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
         self._scratch = session.reserve_scratch(self._scratch_bytes)
         self._scratch_at = self._scratch.ctypes.data
         self(HostStep(capture.inputs), {name: NativeHandle(name, a, self, 0) for name, a in self._given.items()})

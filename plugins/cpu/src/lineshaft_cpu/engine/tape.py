@@ -116,6 +116,9 @@ class Tape:
 STEP_BYTES = 3 * ctypes.sizeof(c_void_p)
 """Of `lineshaft_step` in `native/team.h`: the addresses of body, count and job."""
 
+HEAD = 128
+"""Bytes in front of a thread's scratch (LINESHAFT_HEAD in `native/team.h`); scratches begin at multiples of them."""
+
 
 class Linked:
     """A run of C calls as the team replays it: jobs and steps in memory that stays where it is."""
@@ -124,7 +127,8 @@ class Linked:
         self.jobs: list[tuple[Call, ctypes.Structure]] = []  # those within others too
         tops = [self._job(native, call, threads) for call in calls]
         self.count = len(calls)
-        self.scratch = max((call.scratch for call in calls), default=0)
+        most = max((call.scratch for call in calls), default=0)
+        self.scratch = HEAD + -(-most // HEAD) * HEAD  # bytes of each thread
         self.steps = (c_void_p * (3 * len(calls)))()
         for i, (call, job) in enumerate(zip(calls, tops, strict=True)):
             body, items = functions(native, call.job)

@@ -55,11 +55,10 @@ INTEGERS, FLOATS, FOUR = range(3)
 CODES = Job(
     "codes",
     (
-        *LINEAR.fields, ("tokens", c_void_p),
-        *((name, c_int64) for name in ("kind", "group", "zero", "half", "offset")),
+        *LINEAR.fields, *((name, c_int64) for name in ("kind", "group", "zero", "half", "offset")),
     ),
 )  # fmt: skip
-MATCHED = Job("matched", (*LINEAR.fields, ("tokens", c_void_p)))
+MATCHED = Job("matched", LINEAR.fields)
 QUANTIZE = Job(
     "quantize",
     (
@@ -201,7 +200,7 @@ def fields_of(
     fields: dict[str, Field] = {
         **extent(x, x.shape[0]), "x": x, "panels": w.arrays["data"], "bias": added, "out": out, "n": problem.n,
         "k": problem.k, "x_stride": x.strides[0], "out_stride": problem.n, "gate": 0, "block": BLOCK_ROWS,
-        "grain": share, "narrow": narrow(problem.dtype), "tokens": None,
+        "grain": share, "narrow": narrow(problem.dtype), "norm": None, "rope": None, "quantize": None, "tokens": None,
     }  # fmt: skip
     return out, [added] if isinstance(added, TapeArray) else [], fields
 

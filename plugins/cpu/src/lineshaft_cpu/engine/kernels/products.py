@@ -40,7 +40,7 @@ LINEAR = Job(
     (
         *EXTENT, *((name, c_void_p) for name in ("x", "panels", "bias", "out")),
         *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow")),
-        ("tiled", c_int64), ("norm", c_void_p), ("rope", c_void_p),
+        ("tiled", c_int64), *((name, c_void_p) for name in ("norm", "rope", "quantize", "tokens")),
     ),
 )  # fmt: skip
 
