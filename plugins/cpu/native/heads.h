@@ -28,7 +28,16 @@ EXPORT void NAME(norm_body)(const void *job, int64_t item, void *scratch) {
 typedef struct {
     void *keys, *values; /* pages in panels; NULL: none */
     int64_t page_size, heads, k_dim, v_dim, narrow;
+    int64_t slots; /* of the cache, in whichever layout */
 } Panels;
+
+/* How pages hold keys and values that are not numbers of the executed dtype (pages.h). */
+typedef struct {
+    int64_t kind;               /* of their codes; NUMBERS: they are none */
+    float *k_scales, *v_scales; /* [N, Hkv, P], a scale stored for each head of a slot; NULL: none */
+    const float *given;         /* kv_scales: of all keys and of all values, or of each head's; NULL: none */
+    int64_t per_head;
+} Coding;
 
 /* Put one head's key [D] into its slot. */
 INLINE void put_key(const Panels *p, int64_t slot, int64_t head, const void *x) {
@@ -61,17 +70,15 @@ typedef struct {
     const void *k, *v; /* [T, Hk, D], [T, Hk, Dv] */
     const int32_t *slots;
     int64_t k_stride, v_stride;
+    Coding c;
 } PutStep;
 
-GRAINS(put, PutStep)
-EXPORT void NAME(put_body)(const void *job, int64_t item, void *scratch) {
-    const PutStep *j = job;
+INLINE void put_token(const PutStep *j, int64_t token) {
     const int64_t size = j->p.narrow ? 2 : 4;
-    EACH_ROW(token, j, item)
-        for (int64_t head = 0; head < j->p.heads; head++) {
-            put_key(&j->p, j->slots[token], head, (const char *)j->k + (token * j->k_stride + head * j->p.k_dim) * size);
-            put_value(&j->p, j->slots[token], head, (const char *)j->v + (token * j->v_stride + head * j->p.v_dim) * size);
-        }
+    for (int64_t head = 0; head < j->p.heads; head++) {
+        put_key(&j->p, j->slots[token], head, (const char *)j->k + (token * j->k_stride + head * j->p.k_dim) * size);
+        put_value(&j->p, j->slots[token], head, (const char *)j->v + (token * j->v_stride + head * j->p.v_dim) * size);
+    }
 }
 
 /* ---- heads --------------------------------------------------------------------------------------------------------- */
@@ -97,6 +104,8 @@ INLINE void turn_one(const RopeStep *j, int64_t token, int64_t head, int narrow)
         return;
     }
     head -= r->q_heads;
+    if (j->slots)
+        check("slot", slot, j->p.slots);
     if (head < r->k_heads) {
         const int64_t to = (token * r->k_heads + head) * dim;
         turn_head(r->k, token * r->k_stride + head * dim, r->k_out, to, r, cos, sin, narrow);
@@ -132,11 +141,15 @@ typedef struct {
     char *pages;   /* [slots, bytes] */
     const int32_t *slots;
     int64_t bytes, stride;
+    int64_t held; /* slots of the cache */
 } WriteStep;
 
 GRAINS(write, WriteStep)
 EXPORT void NAME(write_body)(const void *job, int64_t item, void *scratch) {
     const WriteStep *j = job;
-    EACH_ROW(token, j, item) memcpy(j->pages + j->slots[token] * j->bytes, j->x + token * j->stride, j->bytes);
+    EACH_ROW(token, j, item) {
+        check("slot", j->slots[token], j->held);
+        memcpy(j->pages + j->slots[token] * j->bytes, j->x + token * j->stride, j->bytes);
+    }
 }
 
