@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft_contract.ops.cache import FNUZ, FP8, SPARSE, decode, make_cache, make_scales
+from lineshaft_contract.ops.cache import FNUZ, SPARSE, decode, fuzz_stored, make_cache, make_scales
 from lineshaft_contract.ops.cases import FUZZ_DTYPES, Paging, fuzz_paging, paged_step, seeded, short, variants
 from lineshaft_contract.ops.checks import base_problem, cache_problem, expect, refuse, weight_problem, wide
 from lineshaft_contract.ops.linear import head_linear
@@ -531,7 +531,7 @@ def _attend_case(
 
 def _fuzz(rng: np.random.Generator, n: int) -> Case:
     pick = np.random.default_rng([n, 7])
-    dtype, kv_dtype = str(pick.choice(FUZZ_DTYPES)), str(pick.choice(["", "", "", "bfloat16", *FP8]))
+    dtype = str(pick.choice(FUZZ_DTYPES))
     kv_heads = int(pick.integers(1, 4))
     chances: dict[str, Any] = {
         "window": int(pick.integers(1, 60)), "softcap": 5.0, "sinks": True, "causal": False, "key_ranges": True,
@@ -541,7 +541,7 @@ def _fuzz(rng: np.random.Generator, n: int) -> Case:
     if "return_lse" in fields:
         fields.pop("sinks", None)
     heads = _heads(kv_heads * int(pick.choice([1, 2, 3, 4, 8])), kv_heads, int(pick.choice([32, 64, 80, 128])))
-    fields |= {**heads, "kv_dtype": kv_dtype or dtype}
+    fields |= {**heads, **fuzz_stored(pick, dtype)}
     return _attend_case(f"fuzz/{n}-{short(dtype)}", rng, dtype, fuzz_paging(pick), fields)
 
 
