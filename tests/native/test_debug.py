@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.native import sanitize
@@ -48,7 +49,7 @@ print("done")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a library that checks indices, without a sanitizer."""
     folder = tmp_path_factory.mktemp("debug")
-    hook = sanitize.load_hook()
+    hook: Any = sanitize.load_hook()
     hook.LEVELS = {level: hook.LEVELS[level] for level in ("portable", "amx_emulated")}
     hook.FLAGS = [*hook.FLAGS, "-O1", sanitize.DEBUG]
     assert not [note for note in hook.build(sanitize.PLUGIN / "native", folder) if note.startswith("portable")]
@@ -75,9 +76,9 @@ def test_a_bad_index_ends_the_process(library: Path, what: str, last: int, said:
 
 @pytest.mark.parametrize("sanitizer", sanitize.FLAGS)
 def test_sanitized_builds_check_indices(sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hook = sanitize.load_hook()
+    hook: Any = sanitize.load_hook()
     built: list[list[str]] = []
-    monkeypatch.setattr(hook, "build", lambda native, folder: built.append(hook.FLAGS) or [])
+    monkeypatch.setattr(hook, "build", lambda native, folder: built.append(hook.FLAGS))
     monkeypatch.setattr(sanitize, "load_hook", lambda: hook)
     sanitize.build(sanitizer, ["portable"], native.PACKAGE, tmp_path)
     assert sanitize.DEBUG in built[0]

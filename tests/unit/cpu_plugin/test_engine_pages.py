@@ -73,7 +73,7 @@ def test_codes_are_those_of_the_contract_bit_by_bit(level: str, dtype: str, sche
     finally:
         session.close()
     with np.errstate(all="ignore"):
-        wanted = {}
+        wanted: dict[str, HostArray] = {}
         for index, name in enumerate("kv"):
             wanted |= encode(problem, name, x, None if scales is None else scales[index])
     for name, values in wanted.items():

@@ -132,13 +132,13 @@ def panels_of(problem: KVProblem, cache: Cache) -> dict[str, Any]:
     return {
         "keys": cache.arrays["k"], "values": cache.arrays.get("v"), "page_size": problem.page_size,
         "heads": problem.kv_heads, "k_dim": problem.qk_dim, "page_v_dim": problem.v_dim,
-        "page_narrow": narrow(problem.dtype), "page_slots": slots_of(cache),
+        "page_narrow": narrow(problem.dtype), "page_slots": slots_of(problem, cache),
     }  # fmt: skip
 
 
-def slots_of(cache: Cache) -> int:
-    pages: int = cache.arrays["k"].shape[0] * cache.problem.page_size
-    return pages
+def slots_of(problem: KVProblem, cache: Cache) -> int:
+    """How many slots a cache has."""
+    return int(cache.arrays["k"].shape[0]) * problem.page_size
 
 
 def coding_of(problem: Any, cache: Cache, kv_scales: Any, tape: Any) -> tuple[dict[str, Any], list[TapeArray]]:
@@ -228,7 +228,7 @@ def bind_rope_write(problem: RopeWriteProblem, session: Any) -> Any:
         tape, slots = session.tape, dense(session.tape, step.groups[problem.group].slots)
         q_out, k_out, fields = turn(problem, session, q, k, positions)
         fields |= {"slots": slots, "k_bytes": k_out.row_bytes()}
-        slotwise = {"k_pages": cache.arrays["k"], "page_slots": slots_of(cache)}
+        slotwise = {"k_pages": cache.arrays["k"], "page_slots": slots_of(problem, cache)}
         fields |= panels_of(problem, cache) if cache.layout == PANELS else slotwise
         if v is not None:
             v = tokenwise(tape, v)
@@ -253,7 +253,7 @@ def bind_write(problem: KVProblem, session: Any) -> Any:
                 fields = {
                     **extent(x, x.shape[0]), "live": live_of(x, slots), "grain": grain(nbytes), "x": x,
                     "pages": cache.arrays[name], "slots": slots, "bytes": nbytes, "stride": x.row_bytes(),
-                    "held": slots_of(cache),
+                    "held": slots_of(problem, cache),
                 }  # fmt: skip
                 tape.add(WRITE, "write_kv", (x, slots), (), fields)
         return cache
