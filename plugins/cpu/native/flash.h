@@ -292,8 +292,9 @@ INLINE void weights_of(const Flash *f, Lanes *t, int64_t lane, int narrow, int c
             store(t->sums[lane], d, load(t->sums[lane], d, 0) * scale, 0);
 }
 
-INLINE void begin_lanes(const Flash *f, Lanes *t, int64_t queries, int narrow) {
-    const int64_t context = f->lens[t->row], past = context - f->starts[t->row + 1], padded = (t->lanes + 31) / 32 * 32;
+INLINE void begin_lanes(const Flash *f, Lanes *t, int64_t queries, int tiled, int narrow) {
+    const int64_t context = f->lens[t->row], past = context - f->starts[t->row + 1];
+    const int64_t padded = tiled ? (t->lanes + 31) / 32 * 32 : t->lanes;
     const int64_t bytes = f->qk_dim * value_bytes(f);
     for (int64_t i = 0; i < queries; i++) {
         const int64_t token = t->token + i, at = past + token;
@@ -360,7 +361,7 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
     const int64_t splits = splits_of(f, t->row);
     if (split >= splits)
         return;
-    begin_lanes(f, t, queries, narrow);
+    begin_lanes(f, t, queries, tiled, narrow);
 #if defined(TILES)
     if (tiled)
         shape_tiles(&t->tiles, 32);
