@@ -28,6 +28,8 @@ OPTIONS = {
     "address": {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
     "thread": {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0"},
 }
+DEBUG = "-DLINESHAFT_DEBUG"
+"""Lets the kernels check ids of pages and slots themselves."""
 RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
@@ -56,7 +58,7 @@ def build(sanitizer: str, levels: list[str], native: Path, folder: Path) -> list
     """Compile the library at these levels into `folder`; returns the compiler's command."""
     hook = load_hook()
     hook.LEVELS = {level: [*hook.LEVELS[level], *FLAGS[sanitizer]] for level in {*levels, "portable"}}
-    hook.FLAGS = [*hook.FLAGS, *FLAGS[sanitizer]]
+    hook.FLAGS = [*hook.FLAGS, *FLAGS[sanitizer], DEBUG]
     if notes := hook.build(native, folder):
         raise SystemExit(f"the library was not built for the {sanitizer} sanitizer: {'; '.join(notes)}")
     compiler: list[str] = hook.compiler()

@@ -33,6 +33,7 @@ typedef struct {
     int64_t key_heads; /* of one tile, at most */
     int64_t shares;    /* tiles that the key heads are cut into */
     const int32_t *live; /* how many tokens of a tape's step count; NULL: all */
+    int64_t held;        /* pages of the cache */
 } Attend;
 
 typedef struct {
@@ -168,6 +169,7 @@ INLINE int64_t take_keys(const Attend *a, Tile *t, int64_t position, int64_t sto
     while (t->keys < BLOCK && position < stop) {
         const int64_t page = a->table[t->row * a->pages + position / size], next = (position / size + 1) * size;
         const int64_t end = least(least(next, stop), position + BLOCK - t->keys);
+        check("page", page, a->held);
         if (page == 0) {
             position = next;
             continue;
@@ -327,7 +329,8 @@ EXPORT void NAME(attend)(const lineshaft_attend_problem *problem, const void *q,
                          const int32_t *table, int64_t rows, int64_t tokens, int64_t pages, int64_t q_stride,
                          int threads) {
     Attend job = {.p = *problem, .q = q, .k = k, .v = v, .out = out, .lse = lse, .sinks = sinks, .starts = starts,
-                  .lens = lens, .table = table, .rows = rows, .tokens = tokens, .pages = pages, .q_stride = q_stride};
+                  .lens = lens, .table = table, .rows = rows, .tokens = tokens, .pages = pages, .q_stride = q_stride,
+                  .held = INT64_MAX};
     int64_t keys = 0;
     for (int64_t row = 0; row < rows; row++)
         keys += (int64_t)(starts[row + 1] - starts[row]) * lens[row];

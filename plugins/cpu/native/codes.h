@@ -41,9 +41,7 @@ INLINE int narrow_x(const Codes *c) { return c->l.narrow || c->l.tokens; }
 INLINE int one_scale(const Codes *c) { return c->group == c->l.k && !c->offset; }
 
 /* Numbers of 16 bits, as IEEE has them. */
-INLINE floats load_half(const void *from) {
-    halves bits;
-    memcpy(&bits, from, sizeof bits);
+INLINE floats half_of(halves bits) {
 #if defined(__AVX512F__)
     return (floats)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__)
@@ -55,6 +53,12 @@ INLINE floats load_half(const void *from) {
     const floats small = __builtin_convertvector((ints)low, floats) * 0x1p-24f;
     return (floats)((words)choose((ints)(wide & 0x7c00) == 0, small, normal) | (wide & 0x8000) << 16);
 #endif
+}
+
+INLINE floats load_half(const void *from) {
+    halves bits;
+    memcpy(&bits, from, sizeof bits);
+    return half_of(bits);
 }
 
 INLINE Step step_at(const Codes *c, const char *record, int v) {
@@ -69,11 +73,16 @@ INLINE Step step_at(const Codes *c, const char *record, int v) {
 
 /* ---- codes as numbers ------------------------------------------------------------------------------------------- */
 
-/* Numbers of neighbouring k, of WIDTH outputs from v * WIDTH on: pairs of bfloat16, which they are exactly, or floats. */
+/* Numbers at even and at odd places as bfloat16, which they are exactly. */
+INLINE void put_both(void *out, int64_t at, floats even, floats odd) {
+    const words both = (words)even >> 16 | ((words)odd & 0xffff0000);
+    memcpy((uint16_t *)out + at, &both, sizeof both);
+}
+
+/* Numbers of neighbouring k, of WIDTH outputs from v * WIDTH on: pairs of bfloat16, or floats. */
 INLINE void put_pair(void *out, int64_t k, int v, floats even, floats odd, int narrow) {
     if (narrow) {
-        const words both = (words)even >> 16 | ((words)odd & 0xffff0000);
-        memcpy((uint16_t *)out + k * PANEL + 2 * v * WIDTH, &both, sizeof both);
+        put_both(out, k * PANEL + 2 * v * WIDTH, even, odd);
     } else {
         store(out, k * PANEL + v * WIDTH, even, 0);
         store(out, (k + 1) * PANEL + v * WIDTH, odd, 0);
@@ -89,6 +98,15 @@ INLINE floats floats_of(words byte) {
 
 INLINE floats integers_of(words byte) { return __builtin_convertvector((ints)(byte << 24) >> 24, floats); }
 
+/* The numbers of codes of 8 bits in the low bytes, the others 0. */
+INLINE floats numbers_of(words byte, const int kind) {
+    if (kind == INTEGERS)
+        return integers_of(byte);
+    if (kind == E5M2)
+        return half_of(__builtin_convertvector(byte << 8, halves));
+    return kind == FLOATS ? floats_of(byte) : choose((ints)(byte & 0x7f) == 0x7f, splat(NAN), floats_of(byte));
+}
+
 #if defined(__AVX512BF16__)
 INLINE __m512i sixteen_bits_of(const uint8_t *codes, int64_t kind) {
     if (kind == INTEGERS) {
@@ -96,13 +114,22 @@ INLINE __m512i sixteen_bits_of(const uint8_t *codes, int64_t kind) {
         const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(codes + 16))));
         return (__m512i)_mm512_cvtne2ps_pbh(high, low);
     }
+    if (kind == E5M2) {
+        const __m512i whole = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)codes)), 8);
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(whole));
+        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(whole, 1)), low);
+    }
     /* bfloat16 of 0 to 7 times 2^-9, the numbers without a leading one */
     const __m512i small = _mm512_castsi128_si512(
         _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
     const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)codes));
     const __m512i rest = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x7f)), 4);
     const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x80)), 8);
-    const __m512i normal = _mm512_add_epi16(rest, _mm512_set1_epi16(0x3c00));
+    __m512i normal = _mm512_add_epi16(rest, _mm512_set1_epi16(0x3c00));
+    if (kind == E4M3) {
+        const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(rest, _mm512_set1_epi16(0x7f0));
+        normal = _mm512_mask_mov_epi16(normal, is_nan, _mm512_set1_epi16(0x7fc0));
+    }
     const __mmask32 is_small = _mm512_testn_epi16_mask(wide, _mm512_set1_epi16(0x78));
     return _mm512_or_si512(_mm512_mask_permutexvar_epi16(normal, is_small, wide, small), sign);
 }
@@ -113,25 +140,38 @@ INLINE __m512i sixteen_numbers(int64_t zero) {
     return (__m512i)_mm512_cvtne2ps_pbh(all, all);
 }
 
-INLINE void expand_narrow(const Codes *c, const uint8_t *codes, int64_t count, uint16_t *out) {
-    if (c->kind == FOUR) {
-        const __m512i numbers = sixteen_numbers(c->zero);
-        for (int64_t k = 0; k < count; k += 8, codes += 4 * PANEL, out += 8 * PANEL)
-            for (int half = 0; half < 2; half++) {
-                const __m512i four = _mm512_loadu_si512(codes + 64 * half);
-                for (int j = 0; j < 4; j++)
-                    _mm512_storeu_si512(out + 2 * PANEL * j + PANEL * half,
-                                        _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4 * j), numbers));
-            }
-    } else if (c->kind == INTEGERS) {
-        for (int64_t at = 0; at < (count + 1) / 2 * 2 * PANEL; at += 32)
-            _mm512_storeu_si512(out + at, sixteen_bits_of(codes + at, INTEGERS));
-    } else {
-        for (int64_t at = 0; at < (count + 1) / 2 * 2 * PANEL; at += 32)
-            _mm512_storeu_si512(out + at, sixteen_bits_of(codes + at, FLOATS));
-    }
+INLINE void expand_four(const Codes *c, const uint8_t *codes, int64_t count, uint16_t *out) {
+    const __m512i numbers = sixteen_numbers(c->zero);
+    for (int64_t k = 0; k < count; k += 8, codes += 4 * PANEL, out += 8 * PANEL)
+        for (int half = 0; half < 2; half++) {
+            const __m512i four = _mm512_loadu_si512(codes + 64 * half);
+            for (int j = 0; j < 4; j++)
+                _mm512_storeu_si512(out + 2 * PANEL * j + PANEL * half,
+                                    _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4 * j), numbers));
+        }
 }
 #endif
+
+/* `count` codes of 8 bits, a multiple of PANEL, as the numbers that they stand for, in the same order. */
+INLINE void expand_bytes(const uint8_t *codes, int64_t count, void *out, const int kind, int narrow) {
+#if defined(__AVX512BF16__)
+    for (int64_t at = 0; narrow && at < count; at += 32)
+        _mm512_storeu_si512((uint16_t *)out + at, sixteen_bits_of(codes + at, kind));
+#else
+    for (int64_t at = 0; narrow && at < count; at += 2 * WIDTH) {
+        halves two;
+        memcpy(&two, codes + at, sizeof two);
+        const words both = __builtin_convertvector(two, words);
+        put_both(out, at, numbers_of(both & 255, kind), numbers_of(both >> 8, kind));
+    }
+#endif
+    for (int64_t at = 0; !narrow && at < count; at += WIDTH) {
+        typedef uint8_t bytes __attribute__((vector_size(WIDTH)));
+        bytes one;
+        memcpy(&one, codes + at, sizeof one);
+        store(out, at, numbers_of(__builtin_convertvector(one, words), kind), 0);
+    }
+}
 
 /* The numbers that `count` codes of each output stand for, before their scale, as linear.h has panels. */
 INLINE void expand_any(const Codes *c, const uint8_t *codes, int64_t count, void *out, int narrow) {
@@ -147,15 +187,22 @@ INLINE void expand_any(const Codes *c, const uint8_t *codes, int64_t count, void
             }
         return;
     }
+    if (narrow) {
+        if (c->kind == INTEGERS)
+            expand_bytes(codes, (count + 1) / 2 * 2 * PANEL, out, INTEGERS, 1);
+        else
+            expand_bytes(codes, (count + 1) / 2 * 2 * PANEL, out, FLOATS, 1);
+        return;
+    }
     for (int64_t k = 0; k < count; k += 2)
         for (int v = 0; v < VECTORS; v++) {
             halves two;
             memcpy(&two, codes + k * PANEL + 2 * v * WIDTH, sizeof two);
             const words both = __builtin_convertvector(two, words);
             if (c->kind == INTEGERS)
-                put_pair(out, k, v, integers_of(both), integers_of(both >> 8), narrow);
+                put_pair(out, k, v, integers_of(both), integers_of(both >> 8), 0);
             else
-                put_pair(out, k, v, floats_of(both & 255), floats_of(both >> 8), narrow);
+                put_pair(out, k, v, floats_of(both & 255), floats_of(both >> 8), 0);
         }
 }
 
@@ -165,10 +212,12 @@ static void expand(const Codes *c, const uint8_t *codes, int64_t count, void *ou
         return;
     }
 #if defined(__AVX512BF16__)
-    expand_narrow(c, codes, count, out);
-#else
-    expand_any(c, codes, count, out, 1);
+    if (c->kind == FOUR) {
+        expand_four(c, codes, count, out);
+        return;
+    }
 #endif
+    expand_any(c, codes, count, out, 1);
 }
 
 /* Codes of a record from number `from` on, which is a multiple of STRETCH. */

@@ -4,14 +4,21 @@
 
    One item is a block of one row's queries with the query heads of one key head; each pair of a query and a head is a
    *lane*. Keys come in blocks with an online softmax (Milakov and Gimelshein 2018). Where rows are few, the context is
-   split: each split leaves its sums, top and mass, which `join` joins. */
+   split: each split leaves its sums, top and mass, which `join` joins.
+
+   Pages of codes (`coded`, pages.h) are expanded block by block; what scales a key multiplies its scores, what scales a
+   value its weights. */
 
 #define MOST_LANES 64
 #define KEYS 512       /* of a block */
+#define NEAR 64        /* where tiles are, or codes: with all else they stay in the nearest cache */
+#define MOST_KEYS 256  /* of a page */
+#define LEAP 20        /* a score may be 2^LEAP above those before it until these are scaled anew */
 #define MOST_PAGES 16  /* of a block: pages have PANEL keys or a multiple */
 #define SCORES (KEYS + 16)  /* of a lane: rows of tiles that lie a power of two apart would share few lines of the cache */
 #define WEIGHTS (KEYS + 32) /* the same of bfloat16 */
 #define MOST_VALUES 256
+#define SUMS (MOST_VALUES + 16)
 #define SPLIT_PAGES 4  /* of a part of a context, at least */
 #define LOG2_E 1.44269504f
 #define HIDDEN -1e30f /* the score of a key that a lane does not see: its weight is 2^-126, which no sum notices */
@@ -29,15 +36,20 @@ typedef struct {
     int64_t block;  /* queries of an item */
     int64_t splits; /* of a row's context; more than one only where all rows have one query */
     float *partial; /* [B, Hkv, splits, group, Dv + 2]: sums, top, mass */
+    int64_t held;   /* pages of the cache */
+    Coding c;
 } Flash;
 
 typedef struct {
-    float scores[MOST_LANES][SCORES], sums[MOST_LANES][MOST_VALUES], block[MOST_LANES][PANEL];
-    float top[MOST_LANES], mass[MOST_LANES];
+    float scores[MOST_LANES][SCORES], sums[MOST_LANES][SUMS];
+    floats mass[MOST_LANES]; /* what weights sum to, over its places */
+    float top[MOST_LANES];
     int64_t from[MOST_LANES], to[MOST_LANES];   /* positions that a lane sees */
     uint16_t weights[MOST_LANES][WEIGHTS];         /* bfloat16; floats stay in `scores` */
     float q[MOST_LANES][MOST_DIM];              /* in the executed dtype, lanes without gaps */
     float tail[KEYS * MOST_VALUES];             /* values of a page whose last slots hold none */
+    float key_scales[MOST_KEYS], value_scales[MOST_KEYS]; /* of codes; 0 from the row's end on */
+    float key_numbers[MOST_KEYS * MOST_DIM], value_numbers[MOST_KEYS * MOST_VALUES]; /* that codes stand for */
     const char *keys[MOST_PAGES], *values[MOST_PAGES];
     int64_t position[MOST_PAGES], held; /* of a block's pages: the first position of each, and how many there are */
     int64_t lanes, group, token, row, head;
@@ -49,73 +61,145 @@ typedef struct {
 EXPORT const int64_t NAME(flash_scratch) = sizeof(Lanes);
 
 INLINE int64_t value_bytes(const Flash *f) { return f->narrow ? 2 : 4; }
+INLINE int64_t page_bytes(const Flash *f, int coded) { return coded ? 1 : value_bytes(f); } /* of a number in a page */
 
-/* 2^x for finite x of at most 0, to 5e-5 of itself: what is rounded to bfloat16 needs no more. */
+/* What scales all keys, or all values, of a head. */
+INLINE float head_scale(const Flash *f, int values, int64_t head) { return given_scale(&f->c, values, head, f->kv_heads); }
+
+/* 2^x for x of at most 64, to 1e-4 of itself: what is rounded to bfloat16 needs no more. */
 INLINE floats quick_power(floats x) {
+#if WIDTH == 16
+    const floats part = (floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const floats p = ((0.07802442f * part + 0.2260673f) * part + 0.69583349f) * part + 0.99992522f;
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
     const floats kept = larger(splat(-126.0f), x);
     const floats shifted = kept + 12582912.0f, r = kept - (shifted - 12582912.0f);
     const floats p = (((0.00961813f * r + 0.05550411f) * r + 0.24022651f) * r + 0.69314718f) * r + 1.0f;
     return (floats)((ints)p + ((ints)shifted << 23));
+#endif
 }
 
-/* The next pages of the row from page `at` on, those of page 0 left out; returns the page after them. */
-INLINE int64_t take_pages(const Flash *f, Lanes *t, int64_t at, int64_t end) {
-    const int64_t size = f->page_size, most_pages = least(MOST_PAGES, KEYS / size);
-    const int64_t key_bytes = size * f->qk_dim * value_bytes(f), value_size = size * f->v_dim * value_bytes(f);
+/* The scales of a page's codes, whatever lies behind the row's end. */
+INLINE void take_scales(const Flash *f, Lanes *t, int64_t page) {
+    const int64_t size = f->page_size, at = t->held * size, from = (page * f->kv_heads + t->head) * size;
+    const int64_t there = f->lens[t->row] - t->position[t->held];
+    for (int64_t i = 0; i < size; i += WIDTH) {
+        const ints live = COUNT + (int32_t)i < (int32_t)least(there, size);
+        const floats key = f->c.k_scales ? load(f->c.k_scales, from + i, 0) : splat(1.0f);
+        const floats value = f->c.v_scales ? load(f->c.v_scales, from + i, 0) : splat(1.0f);
+        store(t->key_scales, at + i, choose(live, key, splat(0.0f)), 0);
+        store(t->value_scales, at + i, choose(live, value, splat(0.0f)), 0);
+    }
+}
+
+/* The next pages of the row from page `at` on, of up to `keys` keys or one page, those of page 0 left out; returns the page
+   after them. */
+INLINE int64_t take_pages(const Flash *f, Lanes *t, int64_t at, int64_t end, int64_t keys, int coded) {
+    const int64_t size = f->page_size, most_pages = least(MOST_PAGES, most(1, keys / size));
+    const int64_t key_bytes = size * f->qk_dim * page_bytes(f, coded);
+    const int64_t value_size = size * f->v_dim * page_bytes(f, coded);
     t->held = 0;
     for (; at < end && t->held < most_pages; at++) {
         const int64_t page = f->table[t->row * f->pages + at];
+        check("page", page, f->held);
         if (page == 0)
             continue;
         t->keys[t->held] = (const char *)f->k + (page * f->kv_heads + t->head) * key_bytes;
         t->values[t->held] = (const char *)f->v + (page * f->kv_heads + t->head) * value_size;
-        t->position[t->held++] = at * size;
+        t->position[t->held] = at * size;
+        if (coded)
+            take_scales(f, t, page);
+        t->held++;
     }
     return at;
 }
 
-/* Give the slots of a page from the row's end on values of 0: whatever lies there, no lane may see it. */
-INLINE void cut_tail(const Flash *f, Lanes *t, int64_t page, int narrow) {
-    const int64_t there = f->lens[t->row] - t->position[page], dim = f->v_dim;
+/* Give the slots of the last page from the row's end on values of 0: whatever lies there, no lane may see it. */
+INLINE void cut_tail(const Flash *f, Lanes *t, int narrow, int coded) {
+    const int64_t page = t->held - 1, there = f->lens[t->row] - t->position[page];
     if (there >= f->page_size)
         return;
-    const int64_t pair = narrow ? 2 : 1, whole = there / pair;
-    memset(t->tail, 0, f->page_size * dim * value_bytes(f));
-    memcpy(t->tail, t->values[page], whole * pair * dim * value_bytes(f));
-    if (there % pair) {
-        uint16_t *to = (uint16_t *)t->tail + whole * 2 * dim;
-        const uint16_t *from = (const uint16_t *)t->values[page] + whole * 2 * dim;
-        for (int64_t d = 0; d < dim; d++)
-            to[2 * d] = from[2 * d];
-    }
-    t->values[page] = (const char *)t->tail;
+    const int64_t pair = narrow ? 2 : 1, line = pair * f->v_dim * value_bytes(f), lines = (there + pair - 1) / pair;
+    char *values = coded ? (char *)t->values[page] : (char *)t->tail;
+    if (!coded)
+        memcpy(values, t->values[page], lines * line);
+    memset(values + lines * line, 0, (f->page_size / pair - lines) * line);
+    for (int64_t d = 0; there % pair && d < f->v_dim; d++)
+        ((uint16_t *)(values + (lines - 1) * line))[2 * d + 1] = 0;
+    t->values[page] = values;
 }
 
+/* Turn the codes of the block into numbers. */
+INLINE void expand_block(const Flash *f, Lanes *t, int narrow) {
+    const int64_t keys = f->page_size * f->qk_dim, values = f->page_size * f->v_dim, size = value_bytes(f);
+    for (int64_t page = 0; page < t->held; page++) {
+        char *to = (char *)t->key_numbers + page * keys * size, *and_to = (char *)t->value_numbers + page * values * size;
+        expand_codes(f->c.kind, t->keys[page], keys, to, narrow);
+        expand_codes(f->c.kind, t->values[page], values, and_to, narrow);
+        t->keys[page] = to, t->values[page] = and_to;
+    }
+}
 
 #if defined(TILES)
-INLINE void score_tiles(const Flash *f, Lanes *t, int64_t page, int64_t key) {
-    const uint16_t *k = (const uint16_t *)t->keys[page] + 2 * key, *q = (const uint16_t *)t->q;
-    for (int64_t lane = 0; lane < t->lanes; lane += 32, q += 32 * f->qk_dim) {
+/* 32 keys of a block, or their values. */
+INLINE const uint16_t *keys_of(const Flash *f, const Lanes *t, int64_t at) {
+    return (const uint16_t *)t->keys[at / f->page_size] + 2 * (at % f->page_size);
+}
+
+INLINE const uint16_t *values_of(const Flash *f, const Lanes *t, int64_t at) {
+    return (const uint16_t *)t->values[at / f->page_size] + at % f->page_size * f->v_dim;
+}
+
+/* Scores of 16 lanes from `lane` on against all keys of the block. */
+INLINE void score_tiles(const Flash *f, Lanes *t, int64_t lane) {
+    const int64_t line = f->page_size * 4, keys = t->held * f->page_size;
+    const uint16_t *q = (const uint16_t *)t->q + lane * f->qk_dim;
+    for (int64_t at = 0; at < keys; at += 64) {
+        const int both = at + 32 < keys;
+        const uint16_t *one = keys_of(f, t, at), *two = both ? keys_of(f, t, at + 32) : one;
         zero_sums(&t->tiles);
-        for (int64_t d = 0; d < f->qk_dim; d += 32)
-            add_products(&t->tiles, q + d, q + 16 * f->qk_dim + d, f->qk_dim * 2, k + d * f->page_size, f->page_size * 4);
-        put_products(&t->tiles, &t->scores[lane][page * f->page_size + key], SCORES * 4);
+        for (int64_t d = 0; d < f->qk_dim; d += 32, one += 32 * f->page_size, two += 32 * f->page_size) {
+            tile_load(&t->tiles, 4, q + d, f->qk_dim * 2);
+            ADD_TWO(&t->tiles, 0, 1, one, line);
+            if (both)
+                ADD_TWO(&t->tiles, 2, 3, two, line);
+        }
+        float *to = &t->scores[0][at];
+        tile_store(&t->tiles, 0, to, SCORES * 4);
+        tile_store(&t->tiles, 1, to + 16, SCORES * 4);
+        if (both) {
+            tile_store(&t->tiles, 2, to + 32, SCORES * 4);
+            tile_store(&t->tiles, 3, to + 48, SCORES * 4);
+        }
     }
 }
 
-INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t d) {
-    for (int64_t lane = 0; lane < t->lanes; lane += 32) {
-        zero_sums(&t->tiles);
-        for (int64_t page = 0; page < t->held; page++)
-            for (int64_t key = 0; key < f->page_size; key += 32) {
-                const uint16_t *weights = &t->weights[lane][page * f->page_size + key];
-                add_products(&t->tiles, weights, weights + 16 * WEIGHTS, WEIGHTS * 2,
-                             (const uint16_t *)t->values[page] + key * f->v_dim + 2 * d, f->v_dim * 4);
-            }
-        put_products(&t->tiles, t->block[0], PANEL * 4);
-        for (int64_t i = 0; i < 32; i++)
-            for (int v = 0; v < PANEL; v += WIDTH)
-                store(t->sums[lane + i], d + v, load(t->sums[lane + i], d + v, 0) + load(t->block[i], v, 0), 0);
+/* The sums of 16 lanes from `lane` on += their weights times the values of the block. */
+INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t lane) {
+    const int64_t line = f->v_dim * 4, keys = t->held * f->page_size;
+    for (int64_t d = 0; d < f->v_dim; d += 64) {
+        const int both = d + 32 < f->v_dim;
+        float *sums = &t->sums[lane][d];
+        tile_load(&t->tiles, 0, sums, SUMS * 4);
+        tile_load(&t->tiles, 1, sums + 16, SUMS * 4);
+        if (both) {
+            tile_load(&t->tiles, 2, sums + 32, SUMS * 4);
+            tile_load(&t->tiles, 3, sums + 48, SUMS * 4);
+        }
+        for (int64_t at = 0; at < keys; at += 32) {
+            const uint16_t *values = values_of(f, t, at) + 2 * d;
+            tile_load(&t->tiles, 4, &t->weights[0][at], WEIGHTS * 2);
+            ADD_TWO(&t->tiles, 0, 1, values, line);
+            if (both)
+                ADD_TWO(&t->tiles, 2, 3, values + 64, line);
+        }
+        tile_store(&t->tiles, 0, sums, SUMS * 4);
+        tile_store(&t->tiles, 1, sums + 16, SUMS * 4);
+        if (both) {
+            tile_store(&t->tiles, 2, sums + 32, SUMS * 4);
+            tile_store(&t->tiles, 3, sums + 48, SUMS * 4);
+        }
     }
 }
 #endif
@@ -127,39 +211,24 @@ INLINE void ask_for(const char *from, int64_t bytes) {
 }
 
 /* Scores of all lanes against all keys of the block. */
-INLINE void score_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
+INLINE void score_lanes(const Flash *f, Lanes *t, int narrow) {
     const int64_t pair = narrow ? 2 : 1;
     const Inner p = {f->qk_dim, pair * f->page_size, f->qk_dim, SCORES, 0, 0};
     for (int64_t page = 0; page < t->held; page++) {
-        if (!tiled) {
-            if (page + 1 < t->held)
-                ask_for(t->keys[page + 1], f->page_size * f->qk_dim * value_bytes(f));
-            ask_for(t->values[page], f->page_size * f->v_dim * value_bytes(f));
-        }
-        for (int64_t key = 0; key < f->page_size; key += PANEL) {
-#if defined(TILES)
-            if (tiled) {
-                score_tiles(f, t, page, key);
-                continue;
-            }
-#endif
+        if (page + 1 < t->held)
+            ask_for(t->keys[page + 1], f->page_size * f->qk_dim * value_bytes(f));
+        ask_for(t->values[page], f->page_size * f->v_dim * value_bytes(f));
+        for (int64_t key = 0; key < f->page_size; key += PANEL)
             inner(&p, t->q, t->keys[page] + pair * key * value_bytes(f), t->lanes,
                   &t->scores[0][page * f->page_size + key], narrow);
-        }
     }
 }
 
 /* Each lane's sums += weights times values. */
-INLINE void weigh_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
+INLINE void weigh_lanes(const Flash *f, Lanes *t, int narrow) {
     const int64_t pair = narrow ? 2 : 1;
-    const Inner p = {narrow ? WEIGHTS : SCORES, pair * f->v_dim, f->page_size, MOST_VALUES, 1, 0};
+    const Inner p = {narrow ? WEIGHTS : SCORES, pair * f->v_dim, f->page_size, SUMS, 1, 0};
     for (int64_t d = 0; d < f->v_dim; d += PANEL) {
-#if defined(TILES)
-        if (tiled) {
-            weigh_tiles(f, t, d);
-            continue;
-        }
-#endif
         for (int64_t page = 0; page < t->held; page++) {
             const int64_t at = page * f->page_size;
             const void *weights = narrow ? (void *)&t->weights[0][at] : (void *)&t->scores[0][at];
@@ -168,21 +237,23 @@ INLINE void weigh_lanes(const Flash *f, Lanes *t, int tiled, int narrow) {
     }
 }
 
-/* Hide the scores of keys that a lane does not see, apply the soft cap, and return the largest. */
-INLINE float see(const Flash *f, Lanes *t, int64_t lane) {
+/* Scale the scores of codes, apply the soft cap, hide the scores of keys that a lane does not see, and return the largest;
+   `unit` is what scales all scores. */
+INLINE float see(const Flash *f, const Lanes *t, int64_t lane, float unit, float *scores, int coded) {
     const int64_t size = f->page_size, from = t->from[lane], to = t->to[lane];
     floats top = splat(HIDDEN);
-    for (int64_t page = 0; page < t->held; page++) {
-        float *scores = t->scores[lane] + page * size;
+    for (int64_t page = 0; page < t->held; page++, scores += size) {
         const int64_t first = t->position[page];
         const ints begin = (int32_t)most(from - first, 0) - (ints){0}, end = (int32_t)most(to - first, 0) - (ints){0};
-        const int whole = from <= first && to >= first + size;
-        for (int64_t i = 0; whole && !f->softcap && i < size; i += WIDTH)
+        const int whole = from <= first && to >= first + size, final = whole && !f->softcap && !coded;
+        for (int64_t i = 0; final && i < size; i += WIDTH)
             top = larger(load(scores, i, 0), top);
-        for (int64_t i = 0; (!whole || f->softcap) && i < size; i += WIDTH) {
+        for (int64_t i = 0; !final && i < size; i += WIDTH) {
             floats score = load(scores, i, 0);
+            if (coded)
+                score *= load(t->key_scales, page * size + i, 0);
             if (f->softcap)
-                score = f->softcap * hyperbolic_tangent(score * (f->scale / f->softcap));
+                score = f->softcap * hyperbolic_tangent(score * (unit / f->softcap));
             if (!whole) {
                 const ints place = COUNT + (int32_t)i;
                 score = choose((place >= begin) & (place < end), score, splat(HIDDEN));
@@ -194,38 +265,52 @@ INLINE float see(const Flash *f, Lanes *t, int64_t lane) {
     return maximum(top);
 }
 
-/* A lane's scores to weights; what it has summed so far is scaled to the new top. */
-INLINE void weights_of(const Flash *f, Lanes *t, int64_t lane, int narrow) {
-    const float largest = see(f, t, lane), unit = f->softcap ? 1.0f : f->scale, before = t->top[lane];
+/* A lane's scores to weights, that of a score at the top being 1, and what they sum to added to its mass. Returns 0, and
+   adds nothing, where a score is so far above the top that it has to be raised first. */
+INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, float *scores, uint16_t *weights, int coded,
+                         int narrow) {
+    const float top = t->top[lane];
+    floats mass = {0}, highest = splat(HIDDEN);
+    for (int64_t i = 0; i < t->held * f->page_size; i += WIDTH) {
+        const floats score = load(scores, i, 0), power = score * (unit * LOG2_E) - top * LOG2_E;
+        floats weight = narrow ? quick_power(power) : exponential(score * unit - top);
+        highest = larger(power, highest);
+        mass += weight;
+        if (coded)
+            weight *= load(t->value_scales, i, 0);
+        store(narrow ? (void *)weights : scores, i, weight, narrow);
+    }
+    if (any(highest > (float)LEAP))
+        return 0;
+    t->mass[lane] += mass;
+    return 1;
+}
+
+/* A lane's scores to weights; what it has summed so far is scaled where its top is raised. */
+INLINE void weights_of(const Flash *f, Lanes *t, int64_t lane, float *scores, uint16_t *weights, int coded, int narrow) {
+    const float scaled = coded ? f->scale * head_scale(f, 0, t->head) : f->scale, unit = f->softcap ? 1.0f : scaled;
+    const float before = t->top[lane];
+    const int64_t end = t->position[t->held - 1] + f->page_size;
+    const int plain = narrow && !coded && !f->softcap && t->from[lane] <= t->position[0] && t->to[lane] >= end;
+    if (plain && before != -INFINITY && weights_below(f, t, lane, unit, scores, weights, coded, narrow))
+        return;
+    const float largest = see(f, t, lane, scaled, scores, coded);
     const float top = largest == HIDDEN ? before : fmaxf(before, largest * unit);
-    const int64_t keys = t->held * f->page_size;
     if (top == -INFINITY) {
-        memset(narrow ? (void *)t->weights[lane] : t->scores[lane], 0, keys * value_bytes(f));
+        memset(narrow ? (void *)weights : scores, 0, t->held * f->page_size * value_bytes(f));
         return;
     }
-    floats mass = {0};
-    for (int64_t i = 0; i < keys; i += WIDTH) {
-        const floats score = load(t->scores[lane], i, 0);
-        if (narrow) {
-            const floats weight = quick_power(score * (unit * LOG2_E) - top * LOG2_E);
-            mass += weight;
-            store(t->weights[lane], i, weight, 1);
-        } else {
-            const floats weight = exponential(score * unit - top);
-            mass += weight;
-            store(t->scores[lane], i, weight, 0);
-        }
-    }
-    const float scale = before == top ? 1.0f : expf(before - top);
-    t->mass[lane] = t->mass[lane] * scale + sum(mass);
-    t->top[lane] = top;
-    if (scale != 1.0f)
+    if (before != top) {
+        const float scale = expf(before - top);
+        t->top[lane] = top, t->mass[lane] *= scale;
         for (int64_t d = 0; d < f->v_dim; d += WIDTH)
             store(t->sums[lane], d, load(t->sums[lane], d, 0) * scale, 0);
+    }
+    weights_below(f, t, lane, unit, scores, weights, coded, narrow);
 }
 
 INLINE void begin_lanes(const Flash *f, Lanes *t, int64_t queries, int narrow) {
-    const int64_t context = f->lens[t->row], past = context - f->starts[t->row + 1], padded = (t->lanes + 31) / 32 * 32;
+    const int64_t context = f->lens[t->row], past = context - f->starts[t->row + 1];
     const int64_t bytes = f->qk_dim * value_bytes(f);
     for (int64_t i = 0; i < queries; i++) {
         const int64_t token = t->token + i, at = past + token;
@@ -234,14 +319,9 @@ INLINE void begin_lanes(const Flash *f, Lanes *t, int64_t queries, int narrow) {
         for (int64_t lane = i * t->group; lane < (i + 1) * t->group; lane++) {
             t->to[lane] = f->causal ? least(at + 1, context) : context;
             t->from[lane] = f->window ? most(0, at - f->window + 1) : 0;
-            t->top[lane] = -INFINITY, t->mass[lane] = 0;
+            t->top[lane] = -INFINITY, t->mass[lane] = splat(0.0f);
             memset(t->sums[lane], 0, f->v_dim * sizeof(float));
         }
-    }
-    memset((char *)t->q + t->lanes * bytes, 0, (padded - t->lanes) * bytes); /* tiles take 32 lanes */
-    for (int64_t lane = t->lanes; lane < padded; lane++) {
-        memset(t->sums[lane], 0, f->v_dim * sizeof(float));
-        memset(t->weights[lane], 0, sizeof t->weights[lane]);
     }
 }
 
@@ -259,7 +339,7 @@ INLINE void end_lane(const Flash *f, int64_t token, int64_t head, float *sums, f
         scale = expf(top - both);
         mass = mass * scale + expf(sink - both);
     }
-    scale /= mass;
+    scale = scale * head_scale(f, 1, head / (f->q_heads / f->kv_heads)) / mass;
     for (int64_t d = 0; d < f->v_dim; d += WIDTH)
         store(f->out, at * f->v_dim + d, load(sums, d, 0) * scale, narrow);
 }
@@ -280,15 +360,31 @@ INLINE void end_lanes(const Flash *f, Lanes *t, int64_t split, int narrow) {
         if (splits_of(f, t->row) > 1) {
             float *to = partial_of(f, t->row, t->head, split) + lane * (f->v_dim + 2);
             memcpy(to, t->sums[lane], f->v_dim * sizeof(float));
-            to[f->v_dim] = t->top[lane], to[f->v_dim + 1] = t->mass[lane];
+            to[f->v_dim] = t->top[lane], to[f->v_dim + 1] = sum(t->mass[lane]);
         } else
             end_lane(f, t->token + lane / t->group, t->head * t->group + lane % t->group, t->sums[lane], t->top[lane],
-                     t->mass[lane], narrow);
+                     sum(t->mass[lane]), narrow);
     }
 }
 
-INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t split, int narrow) {
+#if defined(TILES)
+/* 16 lanes at a time, so that their scores and weights stay in the nearest cache. */
+INLINE void attend_tiles(const Flash *f, Lanes *t, int coded) {
+    for (int64_t lane = 0; lane < t->lanes; lane += 16) {
+        score_tiles(f, t, lane);
+        for (int64_t i = lane; i < least(lane + 16, t->lanes); i++)
+            weights_of(f, t, i, t->scores[i - lane], t->weights[i - lane], coded, 1);
+        weigh_tiles(f, t, lane);
+    }
+}
+#endif
+
+INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t split, int coded, int narrow) {
+#if defined(TILES)
     const int tiled = narrow && t->lanes > FEW;
+#else
+    const int tiled = 0;
+#endif
     const int64_t splits = splits_of(f, t->row);
     if (split >= splits)
         return;
@@ -301,14 +397,22 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
     const int64_t end = (stop + f->page_size - 1) / f->page_size, share = (end - first + splits - 1) / splits;
     int64_t at = first + split * share;
     for (const int64_t last = least(end, at + share); at < last;) {
-        at = take_pages(f, t, at, last);
+        at = take_pages(f, t, at, last, tiled || coded ? NEAR : KEYS, coded);
         if (t->held == 0)
             continue;
-        cut_tail(f, t, t->held - 1, narrow);
-        score_lanes(f, t, tiled, narrow);
+        if (coded)
+            expand_block(f, t, narrow);
+        cut_tail(f, t, narrow, coded);
+#if defined(TILES)
+        if (tiled) {
+            attend_tiles(f, t, coded);
+            continue;
+        }
+#endif
+        score_lanes(f, t, narrow);
         for (int64_t lane = 0; lane < t->lanes; lane++)
-            weights_of(f, t, lane, narrow);
-        weigh_lanes(f, t, tiled, narrow);
+            weights_of(f, t, lane, t->scores[lane], t->weights[lane], coded, narrow);
+        weigh_lanes(f, t, narrow);
     }
 #if defined(TILES)
     if (tiled)
@@ -317,12 +421,12 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
     end_lanes(f, t, split, narrow);
 }
 
-static void flash_narrow(const Flash *f, Lanes *t, int64_t queries, int64_t split) {
-    attend_lanes(f, t, queries, split, 1);
+static void flash_numbers(const Flash *f, Lanes *t, int64_t queries, int64_t split) {
+    EITHER(attend_lanes, f->narrow, f, t, queries, split, 0);
 }
 
-static void flash_wide(const Flash *f, Lanes *t, int64_t queries, int64_t split) {
-    attend_lanes(f, t, queries, split, 0);
+static void flash_codes(const Flash *f, Lanes *t, int64_t queries, int64_t split) {
+    EITHER(attend_lanes, f->narrow, f, t, queries, split, 1);
 }
 
 INLINE int64_t blocks_of(const Flash *f, int64_t row) {
@@ -357,7 +461,7 @@ EXPORT void NAME(flash_body)(const void *job, int64_t item, void *scratch) {
     const int64_t queries = least(f->block, f->starts[row + 1] - f->starts[row] - block * f->block);
     t->group = f->q_heads / f->kv_heads, t->lanes = queries * t->group;
     t->row = row, t->head = head, t->token = f->starts[row] + block * f->block;
-    (f->narrow ? flash_narrow : flash_wide)(f, t, queries, split);
+    (f->c.kind == NUMBERS ? flash_numbers : flash_codes)(f, t, queries, split);
 }
 
 /* ---- the splits of a context, joined ------------------------------------------------------------------------------- */

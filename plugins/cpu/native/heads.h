@@ -28,7 +28,16 @@ EXPORT void NAME(norm_body)(const void *job, int64_t item, void *scratch) {
 typedef struct {
     void *keys, *values; /* pages in panels; NULL: none */
     int64_t page_size, heads, k_dim, v_dim, narrow;
+    int64_t slots; /* of the cache, in whichever layout */
 } Panels;
+
+/* How pages hold keys and values that are not numbers of the executed dtype (pages.h). */
+typedef struct {
+    int64_t kind;               /* of their codes; NUMBERS: they are none */
+    float *k_scales, *v_scales; /* [N, Hkv, P], a scale stored for each head of a slot; NULL: none */
+    const float *given;         /* kv_scales: of all keys and of all values, or of each head's; NULL: none */
+    int64_t per_head;
+} Coding;
 
 /* Put one head's key [D] into its slot. */
 INLINE void put_key(const Panels *p, int64_t slot, int64_t head, const void *x) {
@@ -61,17 +70,15 @@ typedef struct {
     const void *k, *v; /* [T, Hk, D], [T, Hk, Dv] */
     const int32_t *slots;
     int64_t k_stride, v_stride;
+    Coding c;
 } PutStep;
 
-GRAINS(put, PutStep)
-EXPORT void NAME(put_body)(const void *job, int64_t item, void *scratch) {
-    const PutStep *j = job;
+INLINE void put_token(const PutStep *j, int64_t token) {
     const int64_t size = j->p.narrow ? 2 : 4;
-    EACH_ROW(token, j, item)
-        for (int64_t head = 0; head < j->p.heads; head++) {
-            put_key(&j->p, j->slots[token], head, (const char *)j->k + (token * j->k_stride + head * j->p.k_dim) * size);
-            put_value(&j->p, j->slots[token], head, (const char *)j->v + (token * j->v_stride + head * j->p.v_dim) * size);
-        }
+    for (int64_t head = 0; head < j->p.heads; head++) {
+        put_key(&j->p, j->slots[token], head, (const char *)j->k + (token * j->k_stride + head * j->p.k_dim) * size);
+        put_value(&j->p, j->slots[token], head, (const char *)j->v + (token * j->v_stride + head * j->p.v_dim) * size);
+    }
 }
 
 /* ---- heads --------------------------------------------------------------------------------------------------------- */
@@ -97,6 +104,8 @@ INLINE void turn_one(const RopeStep *j, int64_t token, int64_t head, int narrow)
         return;
     }
     head -= r->q_heads;
+    if (j->slots)
+        check("slot", slot, j->p.slots);
     if (head < r->k_heads) {
         const int64_t to = (token * r->k_heads + head) * dim;
         turn_head(r->k, token * r->k_stride + head * dim, r->k_out, to, r, cos, sin, narrow);
@@ -132,17 +141,22 @@ typedef struct {
     char *pages;   /* [slots, bytes] */
     const int32_t *slots;
     int64_t bytes, stride;
+    int64_t held; /* slots of the cache */
 } WriteStep;
 
 GRAINS(write, WriteStep)
 EXPORT void NAME(write_body)(const void *job, int64_t item, void *scratch) {
     const WriteStep *j = job;
-    EACH_ROW(token, j, item) memcpy(j->pages + j->slots[token] * j->bytes, j->x + token * j->stride, j->bytes);
+    EACH_ROW(token, j, item) {
+        check("slot", j->slots[token], j->held);
+        memcpy(j->pages + j->slots[token] * j->bytes, j->x + token * j->stride, j->bytes);
+    }
 }
 
 /* ---- rows of x as codes ----------------------------------------------------------------------------------------- */
 
-enum { INTEGERS, FLOATS, FOUR }; /* codes of 8 bits: int8, e4m3; or of 4 bits, raised by `zero` */
+/* Codes of 8 bits: int8, e4m3 without NaN; or of 4 bits, raised by `zero`; of 8 bits: e4m3, e5m2; or none at all. */
+enum { INTEGERS, FLOATS, FOUR, E4M3, E5M2, NUMBERS };
 
 typedef struct {
     Extent e;
@@ -155,14 +169,18 @@ typedef struct {
 
 INLINE floats magnitude(floats x) { return (floats)((words)x & 0x7fffffff); }
 
-/* To whole numbers, or to numbers of e4m3 below 449; halves to even. */
+INLINE float largest_code(int64_t kind) { return kind == INTEGERS ? 127.0f : kind == E5M2 ? 57344.0f : 448.0f; }
+
+/* To whole numbers, or to numbers of e4m3 or e5m2 of at most their largest; halves to even. */
 INLINE floats rounded(floats x, int64_t kind) {
     if (kind == INTEGERS)
         return x + 12582912.0f - 12582912.0f; /* 1.5 * 2^23, from where on floats are whole */
+    const uint32_t drop = kind == E5M2 ? 21 : 20, half = 1u << (drop - 1);
+    const float shift = kind == E5M2 ? 0x1.8p7f : 0x1.8p14f, least_normal = kind == E5M2 ? 0x1p-14f : 0x1p-6f;
     const words bits = (words)magnitude(x), sign = (words)x & 0x80000000;
-    const floats normal = (floats)((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
-    const floats small = magnitude(x) + 0x1.8p14f - 0x1.8p14f;
-    return (floats)((words)choose(magnitude(x) < 0x1p-6f, small, normal) | sign);
+    const floats normal = (floats)((bits + (half - 1) + (bits >> drop & 1)) & -(half << 1));
+    const floats small = magnitude(x) + shift - shift;
+    return (floats)((words)choose(magnitude(x) < least_normal, small, normal) | sign);
 }
 
 INLINE void put_codes(const Quantize *q, int64_t at, floats x) {
@@ -186,7 +204,7 @@ INLINE floats load_within(const Quantize *q, int64_t row, int64_t k, int narrow)
 }
 
 INLINE void quantize_row(const Quantize *q, int64_t row, int narrow) {
-    const float top = q->kind == INTEGERS ? 127.0f : 448.0f;
+    const float top = largest_code(q->kind);
     floats most_of = {0};
     ints lost = {0};
     for (int64_t k = 0; k < q->width; k += WIDTH) {

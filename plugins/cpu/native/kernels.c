@@ -9,6 +9,11 @@
 #define NAME(name) EXPAND(LEVEL, name)
 #define EXPORT __attribute__((visibility("default")))
 
+#if defined(LINESHAFT_DEBUG)
+#include <stdio.h>
+#include <stdlib.h>
+#endif
+
 /* A function whose last parameter is `narrow`, inlined once for each of its values. */
 #define EITHER(function, narrow, ...) ((narrow) ? function(__VA_ARGS__, 1) : function(__VA_ARGS__, 0))
 
@@ -16,6 +21,16 @@
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* In builds for debugging, end the process at an index that is not below `count`. */
+INLINE void check(const char *what, int64_t given, int64_t count) {
+#if defined(LINESHAFT_DEBUG)
+    if (given < 0 || given >= count) {
+        fprintf(stderr, "lineshaft: %s %lld is given; allowed are 0 to %lld\n", what, (long long)given, (long long)count - 1);
+        abort();
+    }
+#endif
+}
 
 /* How many rows a job of a tape has now: all of them, or those of the step's live tokens, `times` to a token. */
 typedef struct {
@@ -238,6 +253,7 @@ EXPORT void NAME(argmax)(const void *x, int32_t *out, int64_t rows, int64_t widt
 #include "heads.h"
 #include "linear.h"
 #include "codes.h"
+#include "pages.h"
 #include "flash.h"
 #include "rows.h"
 #include "choice.h"

@@ -237,6 +237,15 @@ INLINE void zero_sums(Tiles *t) {
     tile_zero(t, 3);
 }
 
+/* Two sums += the x in 4 times 32 columns of a panel. */
+#define ADD_TWO(t, left, right, w, line) \
+    do { \
+        tile_load(t, 6, w, line); \
+        tile_bf16(t, left, 4, 6); \
+        tile_load(t, 7, (w) + PANEL, line); \
+        tile_bf16(t, right, 4, 7); \
+    } while (0)
+
 /* The four sums += 32 rows of x, the second 16 of them at `below`, times 32 columns of a panel; strides in bytes. */
 INLINE void add_products(Tiles *t, const uint16_t *x, const uint16_t *below, int64_t stride, const uint16_t *w,
                          int64_t line) {

@@ -157,7 +157,12 @@ INLINE float maximum(floats v) {
     return best;
 }
 
-INLINE int any(ints mask) { return sum((floats)(mask & (ints)splat(1.0f))) != 0; }
+INLINE int any(ints mask) {
+#if WIDTH == 16
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#endif
+    return sum((floats)(mask & (ints)splat(1.0f))) != 0;
+}
 
 /* The sums of four vectors at once. */
 INLINE floats4 sums(floats a, floats b, floats c, floats d) {

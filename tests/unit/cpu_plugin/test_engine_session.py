@@ -26,13 +26,19 @@ COUNTS = (0, 1, 3, 5, 7)
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    params=[(layout, dtype) for layout in caches.LAYOUTS for dtype in ("float32", "bfloat16")], ids="-".join
-)
+STORED = (
+    ("float32", "float32", "none"), ("bfloat16", "bfloat16", "none"), ("float32", "float8_e5m2", "tensor"),
+    ("bfloat16", "int8", "token_head"),
+)  # fmt: skip
+"""What is executed, and what pages hold."""
+
+
+@pytest.fixture(params=[(layout, *stored) for layout in caches.LAYOUTS for stored in STORED], ids="-".join)
 def paged(request: pytest.FixtureRequest) -> Iterator[tuple[NativeSession, KVProblem]]:
     """A session with one cache of 9 pages."""
-    layout, dtype = request.param
-    problem = KVProblem(dtype=dtype, kv_dtype=dtype, kv_heads=3, qk_dim=32, v_dim=64, page_size=32)
+    layout, dtype, kv_dtype, scheme = request.param
+    sizes = {"kv_heads": 3, "qk_dim": 32, "v_dim": 64, "page_size": 32}
+    problem = KVProblem(dtype=dtype, kv_dtype=kv_dtype, kv_scheme=scheme, **sizes)
     session = NativeSession(native.load(), 2)
     session.alloc_caches([problem], [9], layout)
     yield session, problem

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lineshaft_contract.ops.cache import FNUZ, FP8, SPARSE, decode, make_cache, make_scales
+from lineshaft_contract.ops.cache import FNUZ, SPARSE, decode, fuzz_stored, make_cache, make_scales
 from lineshaft_contract.ops.cases import FUZZ_DTYPES, Paging, fuzz_paging, paged_step, seeded, short, variants
 from lineshaft_contract.ops.checks import base_problem, cache_problem, expect, refuse, weight_problem, wide
 from lineshaft_contract.ops.linear import head_linear
@@ -361,6 +361,8 @@ _DECODE = Paging(((1, 20), (1, 33), (1, 1)))
 _MIXED = Paging(((1, 20), (5, 5), (0, 7), (3, 37), (0, 0)), padding=3)
 _VERIFY = Paging(((5, 30), (3, 3), (1, 8)))
 _UNSEEN = Paging(((2, 0), (3, 1), (1, 4)), padding=1)
+_ROWS = Paging(((1, 1), (1, 300), (1, 33), (1, 64)), 32)
+_CHUNKS = Paging(((1, 40), (9, 9), (0, 7), (20, 75)), 32, padding=3)
 
 
 def _heads(q_heads: int, kv_heads: int, dim: int = 32) -> dict[str, Any]:
@@ -456,6 +458,17 @@ _PAGES: Table = {
     "mixed/kv_head": (_MIXED, _stored("float8_e5m2", "head"), "each head has scales of its own"),
     "mixed/kv_token_head": (_MIXED, _stored("int8", "token_head"), "unused slots have NaN scales"),
     "mixed/kv_block": (_MIXED, _stored("int8", "block", qk_dim=64), "unused slots have NaN scales"),
+    "decode/kv_token_head-page32": (_ROWS, {**_heads(8, 2, 64), **_stored("int8", "token_head")}, _TAIL),
+    "chunk/kv_token_head-page32": (_CHUNKS, {**_heads(8, 2, 64), **_stored("int8", "token_head")}, _TAIL),
+    "chunk/kv_token_head-page64-window-softcap-sinks": (
+        replace(_CHUNKS, page_size=64),
+        {"window": 20, "softcap": 4.0, "sinks": True, **_stored("int8", "token_head", v_dim=64)},
+        "the cap is of scaled scores",
+    ),
+    "chunk/kv_head-page32-lse": (_CHUNKS, {"return_lse": True, **_stored("int8", "head")}, "lse is of scaled scores"),
+    "decode/kv_tensor-page32": (_ROWS, {**_heads(8, 2, 64), **_stored("int8", "tensor")}, ""),
+    "chunk/e4m3fn_pages-page32": (_CHUNKS, {**_heads(8, 2, 64), **_stored("float8_e4m3fn")}, _TAIL),
+    "decode/e5m2_pages-page32": (_ROWS, {**_heads(8, 2, 64), **_stored("float8_e5m2", "head")}, _TAIL),
     "mixed/kv_block-e4m3fnuz": (_MIXED, _stored("float8_e4m3fnuz", "block", qk_dim=64), FNUZ),
 }
 _SUMS: Table = {
@@ -518,7 +531,7 @@ def _attend_case(
 
 def _fuzz(rng: np.random.Generator, n: int) -> Case:
     pick = np.random.default_rng([n, 7])
-    dtype, kv_dtype = str(pick.choice(FUZZ_DTYPES)), str(pick.choice(["", "", "", "bfloat16", *FP8]))
+    dtype = str(pick.choice(FUZZ_DTYPES))
     kv_heads = int(pick.integers(1, 4))
     chances: dict[str, Any] = {
         "window": int(pick.integers(1, 60)), "softcap": 5.0, "sinks": True, "causal": False, "key_ranges": True,
@@ -528,7 +541,7 @@ def _fuzz(rng: np.random.Generator, n: int) -> Case:
     if "return_lse" in fields:
         fields.pop("sinks", None)
     heads = _heads(kv_heads * int(pick.choice([1, 2, 3, 4, 8])), kv_heads, int(pick.choice([32, 64, 80, 128])))
-    fields |= {**heads, "kv_dtype": kv_dtype or dtype}
+    fields |= {**heads, **fuzz_stored(pick, dtype)}
     return _attend_case(f"fuzz/{n}-{short(dtype)}", rng, dtype, fuzz_paging(pick), fields)
 
 

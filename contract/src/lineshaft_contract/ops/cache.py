@@ -283,7 +283,10 @@ SPARSE = (
 FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 INT8 = {"kv_dtype": "int8"}
 BLOCKS = {**INT8, "kv_scheme": "block", "qk_dim": 64, "v_dim": 32}
+WHOLE = {"qk_dim": 64, "v_dim": 32}
+"""Heads that kernels take which work on vectors of 32."""
 _MIXED = Paging(((1, 20), (5, 5), (0, 7), (3, 37)), padding=3)
+_LONG = Paging(((1, 40), (1, 1), (5, 37), (0, 7), (33, 33)), 32, padding=3)
 _WRITES: dict[str, tuple[Paging, dict[str, Any], str]] = {
     "mixed/page16": (_MIXED, {}, "write_kv stores at its slots alone; those of page 0 may repeat"),
     "mixed/query0": (Paging(((0, 9), (2, 20), (0, 33), (1, 5), (0, 16))), {}, "query length 0: fully cached prompts"),
@@ -307,6 +310,10 @@ _WRITES: dict[str, tuple[Paging, dict[str, Any], str]] = {
     "kv_head/page16": (_MIXED, {"kv_dtype": "float8_e5m2", "kv_scheme": "head"}, ""),
     "kv_token_head/page16": (_MIXED, {**INT8, "kv_scheme": "token_head"}, "a token of zeros is stored with scale 0"),
     "kv_block/page16": (_MIXED, BLOCKS, "a token of zeros is stored with scale 0"),
+    "kv_token_head/page32-d64": (_LONG, {**INT8, **WHOLE, "kv_scheme": "token_head"}, "scales lie as codes do"),
+    "kv_head/page32-d64": (_LONG, {**INT8, **WHOLE, "kv_scheme": "head"}, "each head has scales of its own"),
+    "kv_tensor/page32-d64": (_LONG, {"kv_dtype": "float8_e5m2", **WHOLE, "kv_scheme": "tensor"}, ""),
+    "fp8_saturates/page32-d64": (_LONG, {"kv_dtype": "float8_e4m3fn", **WHOLE}, "beyond the range a value saturates"),
 }  # fmt: skip
 _LARGE_WRITES: dict[str, tuple[Paging, dict[str, Any], str]] = {
     "sparse_ids/page16": (
@@ -381,10 +388,18 @@ def _write_case(
 
 def _fuzz_write(rng: np.random.Generator, n: int) -> Case:
     pick = np.random.default_rng([n, 6])
-    dtype, kv_dtype = str(pick.choice(FUZZ_DTYPES)), str(pick.choice(["", "", "bfloat16", *FP8]))
+    dtype = str(pick.choice(FUZZ_DTYPES))
     dims = {name: int(pick.choice([8, 32, 64, 80])) for name in ("qk_dim", "v_dim")}
-    fields = {"kv_heads": int(pick.integers(1, 5)), **dims, "kv_dtype": kv_dtype or dtype}
+    fields = {"kv_heads": int(pick.integers(1, 5)), **dims, **fuzz_stored(pick, dtype)}
     return _write_case(f"fuzz/{n}-{short(dtype)}", rng, dtype, fuzz_paging(pick), fields)
+
+
+def fuzz_stored(pick: np.random.Generator, dtype: str) -> dict[str, str]:
+    """A random `kv_dtype`, that of `dtype` often, and a `kv_scheme` whose encoding of `new_rows` is exact with it."""
+    kv_dtype = str(pick.choice([dtype, dtype, "bfloat16", "int8", "int8", *FP8]))
+    schemes = ("tensor", "head", "token_head") if kv_dtype == "int8" else ("none", "tensor", "head")
+    scheme = str(pick.choice(schemes)) if kv_dtype in ("int8", *FP8) else "none"
+    return {"kv_dtype": kv_dtype, "kv_scheme": scheme}
 
 
 def _problem(dtype: str, paging: Paging, fields: Mapping[str, Any]) -> KVProblem:

@@ -15,6 +15,7 @@ from lineshaft_cpu.engine.memory import Region
 
 SLOTS: Final = "slots"
 PANELS: Final = "cpu_pages"
+SCALES: Final = ("k_scale", "v_scale")
 
 
 class CacheLayout(Protocol):
@@ -53,29 +54,34 @@ class Slots:
 
 class Panels:
     """Panels of `native/linear.h` for each head of a page, over the keys and over the values: k [N, Hkv, D / 2, page,
-    2] and v [N, Hkv, page / 2, Dv, 2] in bfloat16, without the pairs in float32."""
+    2] and v [N, Hkv, page / 2, Dv, 2] where bfloat16 is executed, without the pairs where float32 is; codes lie as the
+    numbers do. Scales that are stored are [N, Hkv, page]."""
 
     def arrays(self, problem: KVProblem, pages: int, region: Region) -> dict[str, HostArray]:
         pair, heads, size = pair_of(problem), problem.kv_heads, problem.page_size
         shapes = {
             "k": (pages, heads, problem.qk_dim // pair, size, pair),
             "v": (pages, heads, size // pair, problem.v_dim, pair),
+            **dict.fromkeys(SCALES, (pages, heads, size)),
         }  # fmt: skip
-        return {name: region.zeros(shapes[name], problem.kv_dtype) for name in problem.page_arrays}
+        return {name: region.zeros(shapes[name], dtype) for name, (_, dtype) in problem.page_arrays.items()}
 
     def read(self, cache: Cache, ids: HostArray) -> dict[str, HostArray]:
-        """k from [n, H, D / 2, page, 2], v from [n, H, page / 2, Dv, 2]."""
+        """k from [n, H, D / 2, page, 2], v from [n, H, page / 2, Dv, 2], scales from [n, H, page]."""
         problem, out = cache.problem, {}
         assert isinstance(problem, KVProblem)
         for name, (shape, _) in problem.page_arrays.items():
-            axes = (0, 3, 1, 2, 4) if name == "k" else (0, 2, 4, 1, 3)
+            axes = (0, 2, 1) if name in SCALES else (0, 3, 1, 2, 4) if name == "k" else (0, 2, 4, 1, 3)
             out[name] = np.ascontiguousarray(cache.arrays[name][ids].transpose(axes)).reshape(len(ids), *shape)
         return out
 
     def write(self, cache: Cache, ids: HostArray, pages: Mapping[str, HostArray]) -> None:
-        """k from [n, page, H, D], v from [n, page, H, Dv]."""
+        """k from [n, page, H, D], v from [n, page, H, Dv], scales from [n, page, H]."""
         for name, values in pages.items():
             held = cache.arrays[name]
+            if name in SCALES:
+                held[ids] = values.transpose(0, 2, 1)
+                continue
             n, size, heads, dim = values.shape
             pair = held.shape[-1]
             if name == "k":
@@ -90,7 +96,7 @@ class Panels:
 
 def pair_of(problem: KVProblem) -> int:
     """Numbers that lie together in a panel."""
-    return 2 if problem.kv_dtype == "bfloat16" else 1
+    return 2 if problem.dtype == "bfloat16" else 1
 
 
 LAYOUTS: Final[Mapping[str, CacheLayout]] = MappingProxyType({SLOTS: Slots(), PANELS: Panels()})

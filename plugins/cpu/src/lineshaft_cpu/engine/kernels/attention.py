@@ -23,7 +23,15 @@ from lineshaft_cpu.engine.kernels.common import (
     operand,
     recipe,
 )
-from lineshaft_cpu.engine.kernels.heads import PANELLED, pages_in_panels, same_pages, tokenwise
+from lineshaft_cpu.engine.kernels.heads import (
+    CODED,
+    CODING,
+    PANELLED,
+    coding_of,
+    pages_in_panels,
+    same_pages,
+    tokenwise,
+)
 from lineshaft_cpu.native import Native
 
 VECTOR, MOST_DIM, MOST_VALUES, MOST_LANES = 32, 640, 256, 64
@@ -37,7 +45,7 @@ ATTEND = Job(
         *((name, c_int64) for name in ("causal", "narrow", "whole")), ("scale", c_float), ("softcap", c_float),
         *((name, c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks", "starts", "lens", "table")),
         *((name, c_int64) for name in ("rows", "tokens", "pages", "q_stride", "group", "heads", "parts", "queries")),
-        ("key_heads", c_int64), ("shares", c_int64), ("live", c_void_p),
+        ("key_heads", c_int64), ("shares", c_int64), ("live", c_void_p), ("held", c_int64),
     ),
     cut=True,
 )  # fmt: skip
@@ -49,7 +57,7 @@ FLASH = Job(
         ("narrow", c_int64), ("scale", c_float), ("softcap", c_float),
         *((name, c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks", "starts", "lens", "table", "live")),
         *((name, c_int64) for name in ("rows", "tokens", "pages", "q_stride", "block", "splits")),
-        ("partial", c_void_p),
+        ("partial", c_void_p), ("held", c_int64), *CODING,
     ),
 )  # fmt: skip
 JOIN = Job("join", FLASH.fields)
@@ -59,7 +67,7 @@ def recipes(native: Native) -> Iterator[Recipe]:
     scratch = native.value("flash_scratch", c_int64)
     yield recipe(
         "attend_panels", "attend", partial(bind_panels, scratch), panels_support, PANELLED, layout=PANELS,
-        handles=FEATURES - {"value_in_key"},
+        handles=FEATURES - {"value_in_key"} | CODED,
     )  # fmt: skip
     yield recipe("attend", "attend", bind, supports, layout=SLOTS, handles=FEATURES)
 
@@ -78,7 +86,7 @@ def bind_panels(scratch: int, problem: AttendProblem, session: Any) -> Any:
     alone = problem.max_query == 1
     splits = min(problem.pages, max(1, -(-2 * threads // (problem.rows * problem.kv_heads)))) if alone else 1
 
-    def attend(q: TapeArray, cache: Cache, step: StepInputs, *, sinks: Any = None) -> Any:
+    def attend(q: TapeArray, cache: Cache, step: StepInputs, *, sinks: Any = None, kv_scales: Any = None) -> Any:
         """q [T, Hq, D] -> out [T, Hq, Dv], or (out, lse f32[T, Hq])."""
         tape, group_of = session.tape, step.groups[problem.group]
         q = tokenwise(tape, q)
@@ -89,6 +97,7 @@ def bind_panels(scratch: int, problem: AttendProblem, session: Any) -> Any:
         sinks = dense(tape, sinks) if isinstance(sinks, TapeArray) else sinks
         shape = (problem.rows, problem.kv_heads, splits, group, problem.v_dim + 2)
         partial_sums = tape.new(shape, "float32") if splits > 1 else None
+        coding, scales = coding_of(problem, cache, kv_scales, tape)
         fields = {
             "q_heads": problem.q_heads, "kv_heads": problem.kv_heads, "qk_dim": problem.qk_dim, "v_dim": problem.v_dim,
             "page_size": problem.page_size, "window": problem.window, "causal": int(problem.causal),
@@ -96,9 +105,9 @@ def bind_panels(scratch: int, problem: AttendProblem, session: Any) -> Any:
             "k": cache.arrays["k"], "v": cache.arrays["v"], "out": out, "lse": lse, "sinks": sinks, "starts": starts,
             "lens": lens, "table": table, "live": q.live, "rows": table.shape[0], "tokens": q.shape[0],
             "pages": table.shape[1], "q_stride": q.strides[0], "block": 1 if alone else max(1, MOST_LANES // group),
-            "splits": splits, "partial": partial_sums,
+            "splits": splits, "partial": partial_sums, "held": cache.arrays["k"].shape[0], **coding,
         }  # fmt: skip
-        reads = [x for x in (q, starts, lens, table, sinks) if isinstance(x, TapeArray)]
+        reads = [x for x in (q, starts, lens, table, sinks, *scales) if isinstance(x, TapeArray)]
         outs = [x for x in (out, lse) if x is not None]
         if partial_sums is None:
             tape.add(FLASH, "attend", reads, outs, fields, scratch)
@@ -135,7 +144,7 @@ def bind(problem: AttendProblem, session: Any) -> Any:
             "scale": problem.scale, "softcap": problem.softcap, "q": q, "k": k,
             "v": k if problem.value_in_key else cache.arrays["v"], "out": out, "lse": lse, "sinks": sinks,
             "starts": starts, "lens": lens, "table": table, "rows": table.shape[0], "tokens": q.shape[0],
-            "pages": table.shape[1], "q_stride": q.strides[0], "live": q.live,
+            "pages": table.shape[1], "q_stride": q.strides[0], "live": q.live, "held": k.shape[0],
         }  # fmt: skip
         reads = [x for x in (q, starts, lens, table, sinks) if isinstance(x, TapeArray)]
         tape.add(ATTEND, "attend", reads, [out] if lse is None else [out, lse], fields)

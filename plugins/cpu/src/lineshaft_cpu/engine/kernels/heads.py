@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +29,7 @@ from lineshaft_cpu.engine.kernels.common import (
     grain,
     live_of,
     narrow,
+    operand,
     recipe,
     tail_of,
 )
@@ -37,8 +39,15 @@ from lineshaft_cpu.priority import NATIVE
 PANEL, MOST_KEYS, PANELLED = 32, 256, NATIVE + 1
 PAGES = (
     ("keys", c_void_p), ("values", c_void_p),
-    *((name, c_int64) for name in ("page_size", "heads", "k_dim", "page_v_dim", "page_narrow")),
+    *((name, c_int64) for name in ("page_size", "heads", "k_dim", "page_v_dim", "page_narrow", "page_slots")),
 )  # fmt: skip
+CODING = (
+    ("kind", c_int64), ("k_scales", c_void_p), ("v_scales", c_void_p), ("kv_scales", c_void_p), ("per_head", c_int64),
+)  # fmt: skip
+KINDS: Final = MappingProxyType({"int8": 0, "float8_e4m3fn": 3, "float8_e5m2": 4})
+"""What `native/codes.h` calls the codes that pages may hold."""
+NUMBERS: Final = 5
+CODED = frozenset({"kv_scheme"})
 ROPE = Job(
     "rope",
     (
@@ -54,14 +63,14 @@ WRITE = Job(
     "write",
     (
         *EXTENT, ("grain", c_int64), ("x", c_void_p), ("pages", c_void_p), ("slots", c_void_p), ("bytes", c_int64),
-        ("stride", c_int64),
+        ("stride", c_int64), ("held", c_int64),
     ),
 )  # fmt: skip
 PUT = Job(
     "put",
     (
         *EXTENT, ("grain", c_int64), *PAGES, ("k", c_void_p), ("v", c_void_p), ("slots", c_void_p),
-        ("k_stride", c_int64), ("v_stride", c_int64),
+        ("k_stride", c_int64), ("v_stride", c_int64), *CODING,
     ),
 )  # fmt: skip
 TURNS = frozenset({"interleaved", "attention_factor"})
@@ -70,7 +79,7 @@ TURNS = frozenset({"interleaved", "attention_factor"})
 def recipes(native: Native) -> Iterator[Recipe]:
     yield recipe("rope", "rope", bind_rope, rope_supports, handles=TURNS)
     yield recipe("write_kv", "write_kv", bind_write, same_pages, layout=SLOTS)
-    yield recipe("write_kv_panels", "write_kv", bind_put, panels_support, PANELLED, layout=PANELS)
+    yield recipe("write_kv_panels", "write_kv", bind_put, panels_support, PANELLED, layout=PANELS, handles=CODED)
     yield recipe(
         "rope_write_kv_panels", "rope_write_kv", bind_rope_write, rope_panels_support, PANELLED, layout=PANELS,
         handles=TURNS,
@@ -99,7 +108,13 @@ def rope_write_supports(problem: RopeWriteProblem) -> str | None:
 def pages_in_panels(problem: Any) -> str | None:
     if problem.page_size % PANEL or problem.page_size > MOST_KEYS:
         return f"holds pages of a multiple of {PANEL} keys up to {MOST_KEYS}, not of {problem.page_size}"
-    return same_pages(problem)
+    if problem.kv_scheme == "none" and problem.kv_dtype == problem.dtype:
+        return floats_only(problem)
+    if problem.kv_dtype not in KINDS:
+        return f"works on pages of {', '.join(KINDS)} or the executed dtype {problem.dtype}, not {problem.kv_dtype}"
+    if problem.kv_scheme == "block":
+        return "scales scores and weights by key, and not the parts of a head apart, as kv_scheme 'block' does"
+    return floats_only(problem)
 
 
 def panels_support(problem: KVProblem) -> str | None:
@@ -109,7 +124,7 @@ def panels_support(problem: KVProblem) -> str | None:
 
 
 def rope_panels_support(problem: RopeWriteProblem) -> str | None:
-    return panels_support(problem) or rope_supports(problem)
+    return same_pages(problem) or panels_support(problem) or rope_supports(problem)
 
 
 def panels_of(problem: KVProblem, cache: Cache) -> dict[str, Any]:
@@ -117,25 +132,42 @@ def panels_of(problem: KVProblem, cache: Cache) -> dict[str, Any]:
     return {
         "keys": cache.arrays["k"], "values": cache.arrays.get("v"), "page_size": problem.page_size,
         "heads": problem.kv_heads, "k_dim": problem.qk_dim, "page_v_dim": problem.v_dim,
-        "page_narrow": narrow(problem.kv_dtype),
+        "page_narrow": narrow(problem.dtype), "page_slots": slots_of(problem, cache),
     }  # fmt: skip
 
 
-NO_PANELS: Final = dict.fromkeys(("page_size", "heads", "k_dim", "page_v_dim", "page_narrow"), 0)
+def slots_of(problem: KVProblem, cache: Cache) -> int:
+    """How many slots a cache has."""
+    return int(cache.arrays["k"].shape[0]) * problem.page_size
+
+
+def coding_of(problem: Any, cache: Cache, kv_scales: Any, tape: Any) -> tuple[dict[str, Any], list[TapeArray]]:
+    """The fields of `Coding` in `native/heads.h`, and what of them a call reads; kv_scales f32[2] or f32[2, Hkv]."""
+    given = None if kv_scales is None else operand(kv_scales)
+    given = dense(tape, given) if isinstance(given, TapeArray) else given
+    fields = {
+        "kind": KINDS.get(problem.kv_dtype, NUMBERS), "k_scales": cache.arrays.get("k_scale"),
+        "v_scales": cache.arrays.get("v_scale"), "kv_scales": given, "per_head": int(problem.kv_scheme == "head"),
+    }  # fmt: skip
+    return fields, [given] if isinstance(given, TapeArray) else []
+
+
+NO_PANELS: Final = dict.fromkeys(("page_size", "heads", "k_dim", "page_v_dim", "page_narrow", "page_slots"), 0)
 
 
 def bind_put(problem: KVProblem, session: Any) -> Any:
-    def write_kv(cache: Cache, k: TapeArray, v: TapeArray | None, step: StepInputs) -> Cache:
+    def write_kv(cache: Cache, k: TapeArray, v: TapeArray | None, step: StepInputs, *, kv_scales: Any = None) -> Cache:
         """k [T, Hkv, D], v [T, Hkv, Dv] -> the cache with both at the group's slots."""
         assert v is not None
         tape, slots = session.tape, dense(session.tape, step.groups[problem.group].slots)
         k, v = tokenwise(tape, k), tokenwise(tape, v)
+        coding, scales = coding_of(problem, cache, kv_scales, tape)
         fields = {
             **extent(k, k.shape[0]), "live": live_of(k, slots), "grain": grain(2 * k.shape[1] * k.shape[2]),
             **panels_of(problem, cache), "k": k, "v": v, "slots": slots, "k_stride": k.strides[0],
-            "v_stride": v.strides[0],
+            "v_stride": v.strides[0], **coding,
         }  # fmt: skip
-        tape.add(PUT, "write_kv", (k, v, slots), (), fields)
+        tape.add(PUT, "write_kv", (k, v, slots, *scales), (), fields)
         return cache
 
     return write_kv
@@ -196,7 +228,8 @@ def bind_rope_write(problem: RopeWriteProblem, session: Any) -> Any:
         tape, slots = session.tape, dense(session.tape, step.groups[problem.group].slots)
         q_out, k_out, fields = turn(problem, session, q, k, positions)
         fields |= {"slots": slots, "k_bytes": k_out.row_bytes()}
-        fields |= panels_of(problem, cache) if cache.layout == PANELS else {"k_pages": cache.arrays["k"]}
+        slotwise = {"k_pages": cache.arrays["k"], "page_slots": slots_of(problem, cache)}
+        fields |= panels_of(problem, cache) if cache.layout == PANELS else slotwise
         if v is not None:
             v = tokenwise(tape, v)
             width = v.shape[1] * v.shape[2] * v.itemsize
@@ -220,6 +253,7 @@ def bind_write(problem: KVProblem, session: Any) -> Any:
                 fields = {
                     **extent(x, x.shape[0]), "live": live_of(x, slots), "grain": grain(nbytes), "x": x,
                     "pages": cache.arrays[name], "slots": slots, "bytes": nbytes, "stride": x.row_bytes(),
+                    "held": slots_of(problem, cache),
                 }  # fmt: skip
                 tape.add(WRITE, "write_kv", (x, slots), (), fields)
         return cache
