@@ -6,8 +6,8 @@
    *lane*. Keys come in blocks with an online softmax (Milakov and Gimelshein 2018). Where rows are few, the context is
    split: each split leaves its sums, top and mass, which `join` joins.
 
-   Pages of codes (`coded`, pages.h) are expanded PANEL columns at a time, right before these are multiplied; what scales a
-   key multiplies its scores, what scales a value its weights. */
+   Pages of codes (`coded`, pages.h) are expanded PANEL columns at a time, right before these are multiplied; what scales
+   a key multiplies its scores, what scales a value its weights. */
 
 #define MOST_LANES 64
 #define KEYS 512       /* of a block */
@@ -228,8 +228,8 @@ INLINE void weigh_lanes(const Flash *f, Lanes *t, int tiled, int narrow, int cod
     }
 }
 
-/* Scale the scores of codes, apply the soft cap, hide the scores of keys that a lane does not see, and return the largest;
-   `unit` is what scales all scores. */
+/* Scale the scores of codes, apply the soft cap, hide the scores of keys that a lane does not see, and return the
+   largest; `unit` is what scales all scores. */
 INLINE float see(const Flash *f, Lanes *t, int64_t lane, float unit, int coded) {
     const int64_t size = f->page_size, from = t->from[lane], to = t->to[lane];
     floats top = splat(HIDDEN);

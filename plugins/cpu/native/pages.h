@@ -1,5 +1,5 @@
-/* Pages of codes, included by kernels.c after codes.h: the panels of heads.h with a byte for a number. What a key or a value
-   is divided by before it is coded is given with the step, stored beside the page, or both. */
+/* Pages of codes, included by kernels.c after codes.h: the panels of heads.h with a byte for a number. What a key or a
+   value is divided by before it is coded is given with the step, stored beside the page, or both. */
 
 INLINE float given_scale(const Coding *c, int values, int64_t head, int64_t heads) {
     return !c->given ? 1.0f : c->per_head ? c->given[values * heads + head] : c->given[values];
