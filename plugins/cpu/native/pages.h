@@ -5,7 +5,7 @@ INLINE float given_scale(const Coding *c, int values, int64_t head, int64_t head
     return !c->given ? 1.0f : c->per_head ? c->given[values * heads + head] : c->given[values];
 }
 
-/* ---- numbers as codes ----------------------------------------------------------------------------------------------- */
+/* ---- numbers as codes -------------------------------------------------------------------------------------------- */
 
 /* Codes in the low bytes. Finite numbers beyond the largest become it; NaN and infinity stay, or are NaN in e4m3. */
 INLINE words codes_of(floats x, const int kind) {
@@ -76,7 +76,7 @@ EXPORT void NAME(put_body)(const void *job, int64_t item, void *scratch) {
     }
 }
 
-/* ---- codes as numbers ----------------------------------------------------------------------------------------------- */
+/* ---- codes as numbers -------------------------------------------------------------------------------------------- */
 
 INLINE void expand_rows(const uint8_t *codes, int64_t rows, int64_t stride, char *out, const int kind, int narrow) {
     const int64_t count = narrow ? 2 * PANEL : PANEL;
