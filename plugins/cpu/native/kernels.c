@@ -26,7 +26,8 @@ INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE void check(const char *what, int64_t given, int64_t count) {
 #if defined(LINESHAFT_DEBUG)
     if (given < 0 || given >= count) {
-        fprintf(stderr, "lineshaft: %s %lld is given; allowed are 0 to %lld\n", what, (long long)given, (long long)count - 1);
+        fprintf(stderr, "lineshaft: %s %lld is given; allowed are 0 to %lld\n", what, (long long)given,
+                (long long)count - 1);
         abort();
     }
 #endif

@@ -1,11 +1,11 @@
-/* Pages of codes, included by kernels.c after codes.h: the panels of heads.h with a byte for a number. What a key or a value
-   is divided by before it is coded is given with the step, stored beside the page, or both. */
+/* Pages of codes, included by kernels.c after codes.h: the panels of heads.h with a byte for a number. What a key or a
+   value is divided by before it is coded is given with the step, stored beside the page, or both. */
 
 INLINE float given_scale(const Coding *c, int values, int64_t head, int64_t heads) {
     return !c->given ? 1.0f : c->per_head ? c->given[values * heads + head] : c->given[values];
 }
 
-/* ---- numbers as codes ----------------------------------------------------------------------------------------------- */
+/* ---- numbers as codes -------------------------------------------------------------------------------------------- */
 
 /* Codes in the low bytes. Finite numbers beyond the largest become it; NaN and infinity stay, or are NaN in e4m3. */
 INLINE words codes_of(floats x, const int kind) {
@@ -76,7 +76,7 @@ EXPORT void NAME(put_body)(const void *job, int64_t item, void *scratch) {
     }
 }
 
-/* ---- codes as numbers ----------------------------------------------------------------------------------------------- */
+/* ---- codes as numbers -------------------------------------------------------------------------------------------- */
 
 /* The numbers that `count` codes stand for, a multiple of PANEL, in the same order. */
 INLINE void expand_codes(int64_t kind, const void *codes, int64_t count, void *out, int narrow) {

@@ -128,7 +128,7 @@ def rope_panels_support(problem: RopeWriteProblem) -> str | None:
 
 
 def panels_of(problem: KVProblem, cache: Cache) -> dict[str, Any]:
-    """The fields of `Panels` in `native/rows.h`."""
+    """The fields of `Panels` in `native/heads.h`."""
     return {
         "keys": cache.arrays["k"], "values": cache.arrays.get("v"), "page_size": problem.page_size,
         "heads": problem.kv_heads, "k_dim": problem.qk_dim, "page_v_dim": problem.v_dim,
