@@ -37,6 +37,7 @@ typedef struct {
     int64_t splits; /* of a row's context; more than one only where all rows have one query */
     float *partial; /* [B, Hkv, splits, group, Dv + 2]: sums, top, mass */
     int64_t held;   /* pages of the cache */
+    int64_t ordered; /* whether `out` [T, Hq * Dv] is in the order of tiles; then `live` is not NULL */
     Coding c;
 } Flash;
 
@@ -66,11 +67,12 @@ INLINE int64_t page_bytes(const Flash *f, int coded) { return coded ? 1 : value_
 /* What scales all keys, or all values, of a head. */
 INLINE float head_scale(const Flash *f, int values, int64_t head) { return given_scale(&f->c, values, head, f->kv_heads); }
 
-/* 2^x for x of at most 64, to 1e-4 of itself: what is rounded to bfloat16 needs no more. */
+/* 2^x for x of at most 64, to 5e-5 of itself: what is rounded to bfloat16 needs no more. */
 INLINE floats quick_power(floats x) {
 #if WIDTH == 16
     const floats part = (floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const floats p = ((0.07802442f * part + 0.2260673f) * part + 0.69583349f) * part + 0.99992522f;
+    floats p = (0.01353416f * part + 0.05201148f) * part + 0.24144274f;
+    p = (p * part + 0.69300384f) * part + 1.00000259f;
     return (floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
     const floats kept = larger(splat(-126.0f), x);
@@ -141,6 +143,12 @@ INLINE void expand_block(const Flash *f, Lanes *t, int narrow) {
     }
 }
 
+/* Ask for a page's keys or values of one head: they lie where no processor foresees. */
+INLINE void ask_for(const void *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)from + i);
+}
+
 #if defined(TILES)
 /* 32 keys of a block, or their values. */
 INLINE const uint16_t *keys_of(const Flash *f, const Lanes *t, int64_t at) {
@@ -151,6 +159,24 @@ INLINE const uint16_t *values_of(const Flash *f, const Lanes *t, int64_t at) {
     return (const uint16_t *)t->values[at / f->page_size] + at % f->page_size * f->v_dim;
 }
 
+/* Ask for what few lanes need after the scores of 64 keys from `at` on: their values, and the keys that come next. */
+INLINE void look_on(const Flash *f, const Lanes *t, int64_t at) {
+    const int64_t size = f->page_size, ahead = most(1, 64 / size);
+    for (int64_t page = (at + size - 1) / size; page * size < at + 64 && page < t->held; page++) {
+        ask_for(t->values[page], size * f->v_dim * 2);
+        if (page + ahead < t->held)
+            ask_for(t->keys[page + ahead], size * f->qk_dim * 2);
+    }
+}
+
+/* Sums of up to 16 lanes in the tiles 0 to 3, what belongs to lanes in 4, what belongs to keys in 6 and 7. */
+INLINE void shape_lanes(Tiles *t, int64_t lanes) {
+    tiles_begin(t);
+    for (int i = 0; i < 8; i++)
+        tile_shape(t, i, i < 5 ? lanes : 16, 64);
+    tiles_ready(t);
+}
+
 /* Scores of 16 lanes from `lane` on against all keys of the block. */
 INLINE void score_tiles(const Flash *f, Lanes *t, int64_t lane) {
     const int64_t line = f->page_size * 4, keys = t->held * f->page_size;
@@ -158,6 +184,8 @@ INLINE void score_tiles(const Flash *f, Lanes *t, int64_t lane) {
     for (int64_t at = 0; at < keys; at += 64) {
         const int both = at + 32 < keys;
         const uint16_t *one = keys_of(f, t, at), *two = both ? keys_of(f, t, at + 32) : one;
+        if (t->lanes <= 16)
+            look_on(f, t, at);
         zero_sums(&t->tiles);
         for (int64_t d = 0; d < f->qk_dim; d += 32, one += 32 * f->page_size, two += 32 * f->page_size) {
             tile_load(&t->tiles, 4, q + d, f->qk_dim * 2);
@@ -203,12 +231,6 @@ INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t lane) {
     }
 }
 #endif
-
-/* Ask for a page's keys or values of one head: they lie where no processor foresees. */
-INLINE void ask_for(const char *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(from + i);
-}
 
 /* Scores of all lanes against all keys of the block. */
 INLINE void score_lanes(const Flash *f, Lanes *t, int narrow) {
@@ -341,7 +363,8 @@ INLINE void end_lane(const Flash *f, int64_t token, int64_t head, float *sums, f
     }
     scale = scale * head_scale(f, 1, head / (f->q_heads / f->kv_heads)) / mass;
     for (int64_t d = 0; d < f->v_dim; d += WIDTH)
-        store(f->out, at * f->v_dim + d, load(sums, d, 0) * scale, narrow);
+        store(f->out, place_of(token, head * f->v_dim + d, f->q_heads * f->v_dim, f->ordered), load(sums, d, 0) * scale,
+              narrow);
 }
 
 /* How many parts a row's context is cut into: no more than are worth joining. */
@@ -368,12 +391,42 @@ INLINE void end_lanes(const Flash *f, Lanes *t, int64_t split, int narrow) {
 }
 
 #if defined(TILES)
+/* The scores of lanes, all of which see all of NEAR keys, to weights below the tops that they have. */
+INLINE int quick_weights(const Flash *f, Lanes *t, int64_t lane, int64_t count) {
+    const float unit = f->scale * LOG2_E;
+    floats highest = splat(HIDDEN), masses[16];
+    for (int64_t i = 0; i < count; i++) {
+        const floats top = splat(t->top[lane + i] * LOG2_E);
+        floats mass = {0};
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < NEAR; j += WIDTH) {
+            const floats power = load(t->scores[i], j, 0) * unit - top, weight = quick_power(power);
+            highest = larger(power, highest);
+            mass += weight;
+            store(t->weights[i], j, weight, 1);
+        }
+        masses[i] = mass;
+    }
+    if (any(highest > (float)LEAP))
+        return 0;
+    for (int64_t i = 0; i < count; i++)
+        t->mass[lane + i] += masses[i];
+    return 1;
+}
+
 /* 16 lanes at a time, so that their scores and weights stay in the nearest cache. */
 INLINE void attend_tiles(const Flash *f, Lanes *t, int coded) {
+    const int64_t end = t->position[t->held - 1] + f->page_size;
+    const int plain = !coded && !f->softcap && t->held * f->page_size == NEAR;
     for (int64_t lane = 0; lane < t->lanes; lane += 16) {
+        const int64_t count = least(16, t->lanes - lane), last = lane + count - 1;
+        int quick = plain && t->from[last] <= t->position[0] && t->to[lane] >= end;
+        for (int64_t i = lane; i <= last; i++)
+            quick &= t->top[i] != -INFINITY;
         score_tiles(f, t, lane);
-        for (int64_t i = lane; i < least(lane + 16, t->lanes); i++)
-            weights_of(f, t, i, t->scores[i - lane], t->weights[i - lane], coded, 1);
+        if (!quick || !quick_weights(f, t, lane, count))
+            for (int64_t i = 0; i < count; i++)
+                weights_of(f, t, lane + i, t->scores[i], t->weights[i], coded, 1);
         weigh_tiles(f, t, lane);
     }
 }
@@ -381,9 +434,9 @@ INLINE void attend_tiles(const Flash *f, Lanes *t, int coded) {
 
 INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t split, int coded, int narrow) {
 #if defined(TILES)
-    const int tiled = narrow && t->lanes > FEW;
+    const int tiled = narrow && t->lanes > 1, few = t->lanes <= 16;
 #else
-    const int tiled = 0;
+    const int tiled = 0, few = 1;
 #endif
     const int64_t splits = splits_of(f, t->row);
     if (split >= splits)
@@ -391,13 +444,13 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
     begin_lanes(f, t, queries, narrow);
 #if defined(TILES)
     if (tiled)
-        shape_tiles(&t->tiles, 32);
+        shape_lanes(&t->tiles, least(16, t->lanes));
 #endif
     const int64_t stop = most(0, t->to[t->lanes - 1]), first = t->from[0] / f->page_size;
     const int64_t end = (stop + f->page_size - 1) / f->page_size, share = (end - first + splits - 1) / splits;
     int64_t at = first + split * share;
     for (const int64_t last = least(end, at + share); at < last;) {
-        at = take_pages(f, t, at, last, tiled || coded ? NEAR : KEYS, coded);
+        at = take_pages(f, t, at, last, (tiled && !few) || coded ? NEAR : KEYS, coded);
         if (t->held == 0)
             continue;
         if (coded)

@@ -25,6 +25,7 @@ typedef struct {
     int64_t block; /* rows of an item, at most */
     int64_t grain; /* panels of an item, or pairs of a gate's and its partner's */
     int64_t narrow;
+    int64_t ordered; /* whether `out` is in the order of tiles */
     int64_t tiled; /* ORDERED: x is in the order of tiles; DIRECT: x has at most 32 rows, as they are; 0: no tiles */
     const NormStep *norm; /* what makes x, in the scratch of each thread; NULL: x is there. Few rows are worth it */
     const RopeStep *rope; /* what turns and stores the heads that the columns are, once they are written; NULL: nothing */
@@ -274,7 +275,7 @@ INLINE floats silu(floats x) { return x / (1.0f + exponential(-x)); }
 INLINE void finish(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up) {
     const int64_t column = panel * PANEL, width = l->gate ? l->gate : l->n, wide = least(PANEL, width - column);
     for (int64_t i = 0; i < rows; i++) {
-        const int64_t at = (row + i) * l->out_stride + column;
+        const int64_t at = place_of(row + i, column, l->out_stride, l->ordered);
         if (l->bias)
             for (int64_t c = 0; c < wide; c++)
                 y[i][c] += load_one(l->bias, column + c, l->narrow);
@@ -356,7 +357,7 @@ INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, in
 INLINE void expect_rows(const Linear *l, int64_t row, int64_t rows, int64_t panel) {
     const int64_t size = l->narrow ? 2 : 4;
     for (int64_t i = 0; i < rows; i++)
-        __builtin_prefetch((char *)l->out + ((row + i) * l->out_stride + panel * PANEL) * size, 1);
+        __builtin_prefetch((char *)l->out + place_of(row + i, panel * PANEL, l->out_stride, l->ordered) * size, 1);
 }
 
 /* How many items a product of `rows` rows is cut into. */

@@ -64,6 +64,19 @@ def gated_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call
     return Call(first.job, fields, first.reads, second.writes, "linear+silu_mul", first.scratch)
 
 
+def ordered_result(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
+    """A result that is written in the order of tiles, and the copy that would bring it there."""
+    if second.op != "order" or "ordered" not in first.fields or not handed_on(first, second, "x", readers):
+        return None
+    if first.fields["out"].buffer is not second.fields["x"].buffer or second.fields["x_stride"] != second.fields["k"]:
+        return None
+    if first.fields.get("splits", 1) > 1 or ("splits" in first.fields and first.fields["live"] is None):
+        return None  # what joins parts of a context, or clears rows that have none, writes rows
+    out = second.fields["out"]
+    writes = tuple(out if array.buffer is first.fields["out"].buffer else array for array in first.writes)
+    return Call(first.job, {**first.fields, "out": out, "ordered": 1}, first.reads, writes, first.op, first.scratch)
+
+
 def turned_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
     """A product whose columns are heads of queries, keys and values, and the rotation that writes them to pages."""
     if first.op != "linear" or "rope" not in first.fields or second.op != "rope_write_kv":
@@ -119,8 +132,11 @@ FEW_ROWS = 8
 Pattern = Callable[[Call, Call, Mapping[int, int]], Call | None]
 PATTERNS: Final[Mapping[str, Pattern]] = MappingProxyType(
     {
-        "linear+silu_mul": gated_product, "linear+rope_write_kv": turned_product, "quantize+linear": quantized_product,
+        "linear+silu_mul": gated_product,
+        "result+order": ordered_result,
+        "linear+rope_write_kv": turned_product,
+        "quantize+linear": quantized_product,
         "norm+linear": normed_product,
     }
-)  # fmt: skip
+)
 """Each looks at two calls that follow one another, and gives the one that stands for both, or None."""

@@ -57,7 +57,7 @@ FLASH = Job(
         ("narrow", c_int64), ("scale", c_float), ("softcap", c_float),
         *((name, c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks", "starts", "lens", "table", "live")),
         *((name, c_int64) for name in ("rows", "tokens", "pages", "q_stride", "block", "splits")),
-        ("partial", c_void_p), ("held", c_int64), *CODING,
+        ("partial", c_void_p), ("held", c_int64), ("ordered", c_int64), *CODING,
     ),
 )  # fmt: skip
 JOIN = Job("join", FLASH.fields)
@@ -105,7 +105,8 @@ def bind_panels(scratch: int, problem: AttendProblem, session: Any) -> Any:
             "k": cache.arrays["k"], "v": cache.arrays["v"], "out": out, "lse": lse, "sinks": sinks, "starts": starts,
             "lens": lens, "table": table, "live": q.live, "rows": table.shape[0], "tokens": q.shape[0],
             "pages": table.shape[1], "q_stride": q.strides[0], "block": 1 if alone else max(1, MOST_LANES // group),
-            "splits": splits, "partial": partial_sums, "held": cache.arrays["k"].shape[0], **coding,
+            "splits": splits, "partial": partial_sums, "held": cache.arrays["k"].shape[0], "ordered": 0,
+            **coding,
         }  # fmt: skip
         reads = [x for x in (q, starts, lens, table, sinks, *scales) if isinstance(x, TapeArray)]
         outs = [x for x in (out, lse) if x is not None]

@@ -40,7 +40,8 @@ LINEAR = Job(
     (
         *EXTENT, *((name, c_void_p) for name in ("x", "panels", "bias", "out")),
         *((name, c_int64) for name in ("n", "k", "x_stride", "out_stride", "gate", "block", "grain", "narrow")),
-        ("tiled", c_int64), *((name, c_void_p) for name in ("norm", "rope", "quantize", "tokens")),
+        ("ordered", c_int64), ("tiled", c_int64),
+        *((name, c_void_p) for name in ("norm", "rope", "quantize", "tokens")),
     ),
 )  # fmt: skip
 
@@ -75,7 +76,7 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
         fields = {
             **extent(x, x.shape[0]), "x": given, "panels": w.arrays["data"], "bias": added, "out": out, "n": problem.n,
             "k": problem.k, "x_stride": x.strides[0], "out_stride": problem.n, "gate": 0, "block": block,
-            "grain": min(share, most), "narrow": narrow(x.dtype),
+            "grain": min(share, most), "narrow": narrow(x.dtype), "ordered": 0,
             "tiled": (DIRECT if given is x else ORDERED) if tiled else 0, "norm": None, "rope": None,
         }  # fmt: skip
         reads = (given, added) if isinstance(added, TapeArray) else (given,)

@@ -40,7 +40,7 @@ NORM = Job(
     (
         *_ROWS, *((name, c_void_p) for name in ("x", "residual", "weight", "out", "total")),
         *((name, c_int64) for name in ("width", "x_stride", "residual_stride", "inner", "inner_stride")),
-        ("eps", c_float), ("narrow", c_int),
+        ("eps", c_float), ("narrow", c_int), ("ordered", c_int64),
     ),
 )  # fmt: skip
 GATE = Job(
@@ -96,7 +96,7 @@ def bind_norm(problem: NormProblem, session: Any) -> Any:
         fields = {
             **extent(x, rows), "grain": grain(problem.width), "x": x, "residual": None, "weight": operand(w),
             "out": out, "total": None, "width": problem.width, "x_stride": lead[0], "residual_stride": 0,
-            "inner": lead[1], "inner_stride": lead[2], "eps": problem.eps, "narrow": narrow(x.dtype),
+            "inner": lead[1], "inner_stride": lead[2], "eps": problem.eps, "narrow": narrow(x.dtype), "ordered": 0,
         }  # fmt: skip
         tape.add(NORM, "rms_norm", (x,), (out,), fields)
         return out
@@ -113,7 +113,7 @@ def bind_add_norm(problem: NormProblem, session: Any) -> Any:
         fields = {
             **extent(out, x.size // width), "grain": grain(width), "x": x, "residual": r, "weight": operand(w),
             "out": out, "total": total, "width": width, "x_stride": width, "residual_stride": width, "inner": 1,
-            "inner_stride": 0, "eps": problem.eps, "narrow": narrow(x.dtype),
+            "inner_stride": 0, "eps": problem.eps, "narrow": narrow(x.dtype), "ordered": 0,
         }  # fmt: skip
         tape.add(NORM, "add_rms_norm", (x, r), (out, total), fields)
         return out, total
