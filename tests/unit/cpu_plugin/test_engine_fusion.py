@@ -15,7 +15,7 @@ from lineshaft_contract.ops.spec import HostArray, numpy_dtype
 from lineshaft_contract.problems import LinearProblem, NormProblem, PointwiseProblem
 from lineshaft_contract.steps import InputField, InputLayout, StepShape
 from lineshaft_cpu import native
-from lineshaft_cpu.engine import program
+from lineshaft_cpu.engine import fusion, program
 from lineshaft_cpu.engine.fusion import FEW_ROWS
 from lineshaft_cpu.engine.tape import Call, HostCall, Tape
 
@@ -166,3 +166,39 @@ def test_few_rows_are_normed_and_quantized_by_each_thread_for_itself(
             found.append([{name: array.tobytes() for name, array in run.items()} for run in runs])
     assert found[0] == found[1]
     assert found[0][0] == found[0][2] != found[0][1]
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level.startswith("amx")])
+@pytest.mark.parametrize("rows", [33, 70])
+def test_what_tiles_read_is_written_in_their_order(monkeypatch: pytest.MonkeyPatch, level: str, rows: int) -> None:
+    """A norm, a gated product and one after it: as if what lies between them was copied to that order."""
+    x, found = inputs(rows, "bfloat16"), []
+    for apart in (False, True):
+        if apart:
+            rest = {name: made for name, made in fusion.PATTERNS.items() if name != "result+order"}
+            monkeypatch.setattr(fusion, "PATTERNS", rest)
+        with chained(rows, level) as rig:
+            assert rig.programs[0].report.details.get("fused result+order", 0) == (0 if apart else 2)
+            found.append(rig.run({"x": x})["out"])
+    assert np.abs(found[0].astype(np.float32)).max() > 0.1
+    assert found[0].tobytes() == found[1].tobytes()
+
+
+def chained(rows: int, level: str) -> Rig:
+    """norm, gate and up, silu_mul, down: x [rows, INNER] -> [rows, INNER]."""
+    dtype, rng = "bfloat16", np.random.default_rng(3)
+    up, down = LinearProblem(dtype=dtype, n=2 * WIDTH, k=INNER), LinearProblem(dtype=dtype, n=INNER, k=WIDTH)
+    rms, pointwise = NormProblem(dtype=dtype, width=INNER, eps=1e-6), PointwiseProblem(dtype=dtype)
+
+    def forward(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
+        x = ops.rms_norm(step.arrays["x"], weights["norm"])
+        return {"out": ops.linear(ops.silu_mul(ops.linear(x, weights["up"])), weights["down"])}, caches
+
+    used = {"up": {"linear": up}, "down": {"linear": down}, "norm": {"norm": rms}}
+    shapes = {"up": (2 * WIDTH, INNER), "down": (INNER, WIDTH), "norm": (INNER,)}
+    values = {name: (rng.standard_normal(shape) / 4).astype(numpy_dtype(dtype)) for name, shape in shapes.items()}
+    params = {name: whole_param(name, values[name], used[name]) for name in used}
+    uses = {"up": ("linear", up), "down": ("linear", down), "norm": ("rms_norm", rms), "gate": ("silu_mul", pointwise)}
+    layout = InputLayout([InputField("x", dtype, (rows, INNER))])
+    spec = ProgramSpec("chained", forward, StepShape(rows, 1, (), 1, rows), layout)
+    return Rig(Native(3, level), [spec], params=params, values=values, uses=uses)
