@@ -312,8 +312,8 @@ static void attend_item(const void *job, int64_t item, void *scratch) {
     (a->p.narrow ? attend_narrow : attend_wide)(a, &tile);
 }
 
-/* How the work is cut: into tiles of many queries of one key head where rows have many, else into tiles of one query and
-   all key heads, whose keys are neighbours in memory, unless that leaves threads without work. */
+/* How the work is cut: into tiles of many queries of one key head where rows have many, else into tiles of one query
+   and all key heads, whose keys are neighbours in memory, unless that leaves threads without work. */
 static void cut(Attend *a, int threads) {
     a->group = a->p.q_heads / a->p.kv_heads;
     a->heads = least(a->group, LANES);

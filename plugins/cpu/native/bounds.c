@@ -16,7 +16,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 #define MOST_THREADS 1024
-#define CHAINS 10 /* sums that do not wait for each other: enough for the longest latency, few enough for 16 registers */
+#define CHAINS 10 /* sums that wait for none: enough for the longest latency, few enough for 16 registers */
 #define ROUNDS 1000 /* of all chains between two looks at the clock */
 
 /* BYTES make a vector as wide as the level's registers. */

@@ -1,7 +1,8 @@
 /* Steps of a tape that choose among logits, included by kernels.c: samples, logarithms of probabilities, edits.
 
-   A row is ranked by value, the largest first, equal values by id. What a filter keeps is a head of that ranking, told by
-   the value at which it ends and the last id that it takes there: nothing is sorted but the band of values around the end. */
+   A row is ranked by value, the largest first, equal values by id. What a filter keeps is a head of that ranking, told
+   by the value at which it ends and the last id that it takes there: nothing is sorted but the band of values around
+   the end. */
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -182,18 +183,20 @@ static void keep_equal(Ranking *r, float cut, double count) {
     r->cut = cut, r->last = last;
 }
 
-/* Values that part those of the keys low to high: evenly first, as logits lie, then by their keys, which comes to an end. */
+/* Values that part those of the keys low to high: evenly first, as logits lie, then by their keys, which comes to an
+   end. */
 static void part_band(int64_t low, int64_t high, int round, float *cuts) {
     const float lo = from_key(low), hi = from_key(high);
     for (int c = 0; c < CUTS; c++) {
         const float share = (float)(c + 1) / (CUTS + 1);
-        const int64_t key = round < 3 ? key_of(lo * (1 - share) + hi * share) : low + (high - low) * (c + 1) / (CUTS + 1);
+        const int64_t evenly = low + (high - low) * (c + 1) / (CUTS + 1);
+        const int64_t key = round < 3 ? key_of(lo * (1 - share) + hi * share) : evenly;
         cuts[c] = from_key(most(low + 1, least(high, key)));
     }
 }
 
-/* Keep what comes, in the ranking, before `goal` has been gathered: weights, or values of 1 each. Values below `low` are
-   known to come after that. */
+/* Keep what comes, in the ranking, before `goal` has been gathered: weights, or values of 1 each. Values below `low`
+   are known to come after that. */
 static void keep_head(Ranking *r, double goal, float low_value, int weighed) {
     int64_t low = key_of(low_value), high = key_of(r->peak); /* the end is one of these, */
     double above = 0;                                        /* and so much lies above all of them */
@@ -227,7 +230,8 @@ static void keep_head(Ranking *r, double goal, float low_value, int weighed) {
     }
 }
 
-/* The first kept id of weight min_p or more at which the gathered weights exceed the share u of all; -1 if none is kept. */
+/* The first kept id of weight min_p or more at which the gathered weights exceed the share u of all; -1 if none is
+   kept. */
 static int32_t draw_kept(const Ranking *r, double u, float min_p, double *spans) {
     double total = 0, gathered = 0;
     int64_t chosen = -1;
@@ -267,7 +271,7 @@ static int32_t draw_kept(const Ranking *r, double u, float min_p, double *spans)
     return found;
 }
 
-/* ---- sample -------------------------------------------------------------------------------------------------------- */
+/* ---- sample ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     Extent e;
@@ -316,7 +320,7 @@ EXPORT void NAME(sample_body)(const void *job, int64_t item, void *scratch) {
     EACH_ROW(row, s, item) s->a.out[row] = EITHER(sample_row, s->a.narrow, s, row, scratch);
 }
 
-/* ---- logprobs ------------------------------------------------------------------------------------------------------ */
+/* ---- logprobs ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Extent e;
@@ -361,7 +365,7 @@ EXPORT void NAME(logprobs_body)(const void *job, int64_t item, void *scratch) {
     EACH_ROW(row, l, item) logprobs_row(l, row, scratch);
 }
 
-/* ---- apply_logits -------------------------------------------------------------------------------------------------- */
+/* ---- apply_logits ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     Extent e;
@@ -382,7 +386,8 @@ INLINE void apply_row(const ApplyStep *a, int64_t row, int narrow) {
     for (int64_t first = 0; first < a->width; first += 32) {
         const int64_t end = least(first + 32, a->width);
         if (!mask || mask[first / 32] == UINT32_MAX)
-            memcpy((char *)a->out + (to + first) * size, (const char *)a->x + (from + first) * size, (end - first) * size);
+            memcpy((char *)a->out + (to + first) * size, (const char *)a->x + (from + first) * size,
+                   (end - first) * size);
         else
             for (int64_t i = first; i < end; i++)
                 store_one(a->out, to + i, allowed(mask, i) ? load_one(a->x, from + i, narrow) : -INFINITY, narrow);

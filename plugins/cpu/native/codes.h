@@ -1,10 +1,12 @@
-/* Products with weights in codes, included by kernels.c after linear.h. A panel of PANEL outputs is one stream of memory.
+/* Products with weights in codes, included by kernels.c after linear.h. A panel of PANEL outputs is one stream of
+   memory.
 
    Of codes that are multiplied as floats it is a record for each `group` numbers along k: their codes, a scale for each
-   output and, in blocks that have one, a number for each output that is added. Codes of 8 bits lie as [group / 2][PANEL][2],
-   of 4 bits as [group / 8][PANEL][2] of 16 bits, of which number p holds the codes of k = p, p + 2, p + 4 and p + 6, lowest
-   bits first. Codes are exact in bfloat16: with few rows products of codes are summed over a group before its scale comes,
-   with many a panel is expanded once, of several groups to numbers in the dtype executed, and linear.h does the rest.
+   output and, in blocks that have one, a number for each output that is added. Codes of 8 bits lie as [group /
+   2][PANEL][2], of 4 bits as [group / 8][PANEL][2] of 16 bits, of which number p holds the codes of k = p, p + 2, p + 4
+   and p + 6, lowest bits first. Codes are exact in bfloat16: with few rows products of codes are summed over a group
+   before its scale comes, with many a panel is expanded once, of several groups to numbers in the dtype executed, and
+   linear.h does the rest.
 
    Of codes that meet codes it is [k / 4][PANEL][4] int8, zeros to a multiple of 64, a float scale for each output and
    the sum of each one's codes. */
@@ -289,8 +291,8 @@ static void multiply_codes(const Codes *c, int64_t row, int64_t rows, int64_t pa
 }
 
 #if defined(__AVX512F__)
-/* One row, whose numbers are floats here: codes become floats in registers, and are read once and as fast as memory gives
-   them. A group is of whole eights. */
+/* One row, whose numbers are floats here: codes become floats in registers, and are read once and as fast as memory
+   gives them. A group is of whole eights. */
 INLINE void group_of_four(const uint8_t *codes, int64_t group, const float *x, __m512 numbers, __m512 *sums) {
     __m512 apart[2][2] = {{_mm512_setzero_ps(), _mm512_setzero_ps()}, {_mm512_setzero_ps(), _mm512_setzero_ps()}};
     for (int64_t k = 0; k < group; k += 8, codes += 4 * PANEL)

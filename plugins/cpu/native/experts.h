@@ -1,10 +1,11 @@
 /* Products with one weight of several, included by kernels.c: per head, and per expert with the routing around it. */
 
-/* ---- head_linear --------------------------------------------------------------------------------------------------- */
+/* ---- head_linear ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Linear l; /* of the first head */
-    int64_t heads, panel_bytes, x_step, out_step; /* from one head to the next: bytes of weights, values of x and of out */
+    int64_t heads;
+    int64_t panel_bytes, x_step, out_step; /* from one head to the next: bytes of weights, values of x and of out */
 } Heads;
 
 EXPORT const int64_t NAME(heads_bytes) = sizeof(Heads);
@@ -24,7 +25,7 @@ EXPORT void NAME(heads_body)(const void *job, int64_t item, void *scratch) {
     multiply_item(&l, rows, item % each, finish);
 }
 
-/* ---- router_topk --------------------------------------------------------------------------------------------------- */
+/* ---- router_topk ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Extent e; /* tokens */
@@ -104,7 +105,7 @@ EXPORT void NAME(router_body)(const void *job, int64_t item, void *scratch) {
     EACH_ROW(token, r, item) EITHER(route, r->narrow, r, token, scratch);
 }
 
-/* ---- moe_dispatch -------------------------------------------------------------------------------------------------- */
+/* ---- moe_dispatch ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     Extent e; /* tokens */
@@ -156,7 +157,7 @@ EXPORT void NAME(spread_body)(const void *job, int64_t item, void *scratch) {
     }
 }
 
-/* ---- grouped_mlp --------------------------------------------------------------------------------------------------- */
+/* ---- grouped_mlp ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Linear l; /* of the first expert, with all rows; w13 has the panels of the gate, then those of up */
@@ -233,7 +234,7 @@ EXPORT void NAME(experts_body)(const void *job, int64_t item, void *scratch) {
     memset((char *)e->l.out + from * e->l.out_stride * size, 0, rows * e->l.out_stride * size);
 }
 
-/* ---- moe_combine --------------------------------------------------------------------------------------------------- */
+/* ---- moe_combine ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Extent e; /* assignments */

@@ -1,6 +1,6 @@
 /* Attention over pages in panels, included by kernels.c. A page holds, for each head, its keys as [D / 2][P][2] and its
-   values as [P / 2][Dv][2] in bfloat16 (as floats [D][P] and [P][Dv]): both are panels of linear.h, one over keys, the other
-   over values, so that scores and sums are products like any other, on tiles where there are some.
+   values as [P / 2][Dv][2] in bfloat16 (as floats [D][P] and [P][Dv]): both are panels of linear.h, one over keys, the
+   other over values, so that scores and sums are products like any other, on tiles where there are some.
 
    One item is a block of one row's queries with the query heads of one key head; each pair of a query and a head is a
    *lane*. Keys come in blocks with an online softmax (Milakov and Gimelshein 2018). Where rows are few, the context is
@@ -15,7 +15,7 @@
 #define MOST_KEYS 256  /* of a page */
 #define LEAP 20        /* a score may be 2^LEAP above those before it until these are scaled anew */
 #define MOST_PAGES 16  /* of a block: pages have PANEL keys or a multiple */
-#define SCORES (KEYS + 16)  /* of a lane: rows of tiles that lie a power of two apart would share few lines of the cache */
+#define SCORES (KEYS + 16)  /* of a lane: rows a power of two apart would share few lines of the cache */
 #define WEIGHTS (KEYS + 32) /* the same of bfloat16 */
 #define MOST_VALUES 256
 #define SUMS (MOST_VALUES + 16)
@@ -65,7 +65,9 @@ INLINE int64_t value_bytes(const Flash *f) { return f->narrow ? 2 : 4; }
 INLINE int64_t page_bytes(const Flash *f, int coded) { return coded ? 1 : value_bytes(f); } /* of a number in a page */
 
 /* What scales all keys, or all values, of a head. */
-INLINE float head_scale(const Flash *f, int values, int64_t head) { return given_scale(&f->c, values, head, f->kv_heads); }
+INLINE float head_scale(const Flash *f, int values, int64_t head) {
+    return given_scale(&f->c, values, head, f->kv_heads);
+}
 
 /* 2^x for x of at most 64, to 5e-5 of itself: what is rounded to bfloat16 needs no more. */
 INLINE floats quick_power(floats x) {
@@ -95,8 +97,8 @@ INLINE void take_scales(const Flash *f, Lanes *t, int64_t page) {
     }
 }
 
-/* The next pages of the row from page `at` on, of up to `keys` keys or one page, those of page 0 left out; returns the page
-   after them. */
+/* The next pages of the row from page `at` on, of up to `keys` keys or one page, those of page 0 left out; returns the
+   page after them. */
 INLINE int64_t take_pages(const Flash *f, Lanes *t, int64_t at, int64_t end, int64_t keys, int coded) {
     const int64_t size = f->page_size, most_pages = least(MOST_PAGES, most(1, keys / size));
     const int64_t key_bytes = size * f->qk_dim * page_bytes(f, coded);
@@ -136,10 +138,10 @@ INLINE void cut_tail(const Flash *f, Lanes *t, int narrow, int coded) {
 INLINE void expand_block(const Flash *f, Lanes *t, int narrow) {
     const int64_t keys = f->page_size * f->qk_dim, values = f->page_size * f->v_dim, size = value_bytes(f);
     for (int64_t page = 0; page < t->held; page++) {
-        char *to = (char *)t->key_numbers + page * keys * size, *and_to = (char *)t->value_numbers + page * values * size;
-        expand_codes(f->c.kind, t->keys[page], keys, to, narrow);
-        expand_codes(f->c.kind, t->values[page], values, and_to, narrow);
-        t->keys[page] = to, t->values[page] = and_to;
+        char *k = (char *)t->key_numbers + page * keys * size, *v = (char *)t->value_numbers + page * values * size;
+        expand_codes(f->c.kind, t->keys[page], keys, k, narrow);
+        expand_codes(f->c.kind, t->values[page], values, v, narrow);
+        t->keys[page] = k, t->values[page] = v;
     }
 }
 
@@ -259,8 +261,8 @@ INLINE void weigh_lanes(const Flash *f, Lanes *t, int narrow) {
     }
 }
 
-/* Scale the scores of codes, apply the soft cap, hide the scores of keys that a lane does not see, and return the largest;
-   `unit` is what scales all scores. */
+/* Scale the scores of codes, apply the soft cap, hide the scores of keys that a lane does not see, and return the
+   largest; `unit` is what scales all scores. */
 INLINE float see(const Flash *f, const Lanes *t, int64_t lane, float unit, float *scores, int coded) {
     const int64_t size = f->page_size, from = t->from[lane], to = t->to[lane];
     floats top = splat(HIDDEN);
@@ -287,10 +289,10 @@ INLINE float see(const Flash *f, const Lanes *t, int64_t lane, float unit, float
     return maximum(top);
 }
 
-/* A lane's scores to weights, that of a score at the top being 1, and what they sum to added to its mass. Returns 0, and
-   adds nothing, where a score is so far above the top that it has to be raised first. */
-INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, float *scores, uint16_t *weights, int coded,
-                         int narrow) {
+/* A lane's scores to weights, that of a score at the top being 1, and what they sum to added to its mass. Returns 0,
+   and adds nothing, where a score is so far above the top that it has to be raised first. */
+INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, float *scores, uint16_t *weights,
+                         int coded, int narrow) {
     const float top = t->top[lane];
     floats mass = {0}, highest = splat(HIDDEN);
     for (int64_t i = 0; i < t->held * f->page_size; i += WIDTH) {
@@ -309,7 +311,8 @@ INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, flo
 }
 
 /* A lane's scores to weights; what it has summed so far is scaled where its top is raised. */
-INLINE void weights_of(const Flash *f, Lanes *t, int64_t lane, float *scores, uint16_t *weights, int coded, int narrow) {
+INLINE void weights_of(const Flash *f, Lanes *t, int64_t lane, float *scores, uint16_t *weights, int coded,
+                       int narrow) {
     const float scaled = coded ? f->scale * head_scale(f, 0, t->head) : f->scale, unit = f->softcap ? 1.0f : scaled;
     const float before = t->top[lane];
     const int64_t end = t->position[t->held - 1] + f->page_size;
@@ -391,42 +394,12 @@ INLINE void end_lanes(const Flash *f, Lanes *t, int64_t split, int narrow) {
 }
 
 #if defined(TILES)
-/* The scores of lanes, all of which see all of NEAR keys, to weights below the tops that they have. */
-INLINE int quick_weights(const Flash *f, Lanes *t, int64_t lane, int64_t count) {
-    const float unit = f->scale * LOG2_E;
-    floats highest = splat(HIDDEN), masses[16];
-    for (int64_t i = 0; i < count; i++) {
-        const floats top = splat(t->top[lane + i] * LOG2_E);
-        floats mass = {0};
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < NEAR; j += WIDTH) {
-            const floats power = load(t->scores[i], j, 0) * unit - top, weight = quick_power(power);
-            highest = larger(power, highest);
-            mass += weight;
-            store(t->weights[i], j, weight, 1);
-        }
-        masses[i] = mass;
-    }
-    if (any(highest > (float)LEAP))
-        return 0;
-    for (int64_t i = 0; i < count; i++)
-        t->mass[lane + i] += masses[i];
-    return 1;
-}
-
 /* 16 lanes at a time, so that their scores and weights stay in the nearest cache. */
 INLINE void attend_tiles(const Flash *f, Lanes *t, int coded) {
-    const int64_t end = t->position[t->held - 1] + f->page_size;
-    const int plain = !coded && !f->softcap && t->held * f->page_size == NEAR;
     for (int64_t lane = 0; lane < t->lanes; lane += 16) {
-        const int64_t count = least(16, t->lanes - lane), last = lane + count - 1;
-        int quick = plain && t->from[last] <= t->position[0] && t->to[lane] >= end;
-        for (int64_t i = lane; i <= last; i++)
-            quick &= t->top[i] != -INFINITY;
         score_tiles(f, t, lane);
-        if (!quick || !quick_weights(f, t, lane, count))
-            for (int64_t i = 0; i < count; i++)
-                weights_of(f, t, lane + i, t->scores[i], t->weights[i], coded, 1);
+        for (int64_t i = lane; i < least(lane + 16, t->lanes); i++)
+            weights_of(f, t, i, t->scores[i - lane], t->weights[i - lane], coded, 1);
         weigh_tiles(f, t, lane);
     }
 }
@@ -517,7 +490,7 @@ EXPORT void NAME(flash_body)(const void *job, int64_t item, void *scratch) {
     (f->c.kind == NUMBERS ? flash_numbers : flash_codes)(f, t, queries, split);
 }
 
-/* ---- the splits of a context, joined ------------------------------------------------------------------------------- */
+/* ---- the splits of a context, joined ----------------------------------------------------------------------------- */
 
 EXPORT const int64_t NAME(join_bytes) = sizeof(Flash);
 EXPORT int64_t NAME(join_items)(const void *job) {

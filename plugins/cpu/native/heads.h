@@ -1,4 +1,5 @@
-/* Norms, rotations and writes to pages as steps of a tape, included by kernels.c: what a product may begin or end with. */
+/* Norms, rotations and writes to pages as steps of a tape, included by kernels.c: what a product may begin or end with.
+   */
 
 /* Of `rows` rows, `grain` to an item. */
 #define GRAINS(name, Job) \
@@ -9,7 +10,8 @@
     }
 
 #define EACH_ROW(row, j, item) \
-    for (int64_t row = (item) * (j)->grain, row##_end = least(row + (j)->grain, live_rows(&(j)->e)); row < row##_end; row++)
+    for (int64_t row = (item) * (j)->grain, row##_end = least(row + (j)->grain, live_rows(&(j)->e)); row < row##_end; \
+         row++)
 
 typedef struct {
     Extent e;
@@ -23,7 +25,7 @@ EXPORT void NAME(norm_body)(const void *job, int64_t item, void *scratch) {
     EACH_ROW(row, j, item) EITHER(norm_row, j->n.narrow, &j->n, row);
 }
 
-/* ---- pages in panels (flash.h) ---------------------------------------------------------------------------------------- */
+/* ---- pages in panels (flash.h) ----------------------------------------------------------------------------------- */
 
 typedef struct {
     void *keys, *values; /* pages in panels; NULL: none */
@@ -81,7 +83,7 @@ INLINE void put_token(const PutStep *j, int64_t token) {
     }
 }
 
-/* ---- heads --------------------------------------------------------------------------------------------------------- */
+/* ---- heads ------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Extent e; /* tokens */
@@ -100,7 +102,8 @@ INLINE void turn_one(const RopeStep *j, int64_t token, int64_t head, int narrow)
     const int64_t size = narrow ? 2 : 4, half = r->dim / 2, dim = r->head_dim, slot = j->slots ? j->slots[token] : 0;
     const float *cos = r->cos + r->positions[token] * half, *sin = r->sin + r->positions[token] * half;
     if (head < r->q_heads) {
-        turn_head(r->q, token * r->q_stride + head * dim, r->q_out, (token * r->q_heads + head) * dim, r, cos, sin, narrow);
+        const int64_t to = (token * r->q_heads + head) * dim;
+        turn_head(r->q, token * r->q_stride + head * dim, r->q_out, to, r, cos, sin, narrow);
         return;
     }
     head -= r->q_heads;
@@ -112,7 +115,8 @@ INLINE void turn_one(const RopeStep *j, int64_t token, int64_t head, int narrow)
         if (j->p.page_size)
             put_key(&j->p, slot, head, (const char *)r->k_out + to * size);
         else if (j->k_pages)
-            memcpy((char *)j->k_pages + (slot * r->k_heads + head) * dim * size, (char *)r->k_out + to * size, dim * size);
+            memcpy((char *)j->k_pages + (slot * r->k_heads + head) * dim * size, (char *)r->k_out + to * size,
+                   dim * size);
         return;
     }
     head -= r->k_heads;

@@ -41,10 +41,12 @@ typedef struct {
 
 INLINE int64_t live_rows(const Extent *e) { return e->live ? least(*e->live * e->times, e->rows) : e->rows; }
 
-/* Where a number of a row lies: rows of `width` numbers follow one another, or, `ordered`, are in the order of tiles, which
-   is [rows / 32, width / 32, 32, 32]. */
+/* Where a number of a row lies: rows of `width` numbers follow one another, or, `ordered`, are in the order of tiles,
+   which is [rows / 32, width / 32, 32, 32]. */
 INLINE int64_t place_of(int64_t row, int64_t column, int64_t width, int64_t ordered) {
-    return ordered ? (row / 32 * (width / 32) + column / 32) * 1024 + row % 32 * 32 + column % 32 : row * width + column;
+    if (!ordered)
+        return row * width + column;
+    return (row / 32 * (width / 32) + column / 32) * 1024 + row % 32 * 32 + column % 32;
 }
 
 /* body(job, row) for each of `rows` rows of `width` values. */
@@ -91,8 +93,8 @@ INLINE void norm_row(const Norm *n, int64_t row, int narrow) {
     const float mean = (sum(squares[0] + squares[1]) + rest) / (float)n->width;
     const float scale = 1.0f / sqrtf(mean + n->eps);
     for (int64_t i = 0; i < whole; i += WIDTH)
-        store(n->out, place_of(row, i, n->width, n->ordered), load(from, at + i, narrow) * scale * load(n->weight, i, narrow),
-              narrow);
+        store(n->out, place_of(row, i, n->width, n->ordered),
+              load(from, at + i, narrow) * scale * load(n->weight, i, narrow), narrow);
     for (int64_t i = whole; i < n->width; i++)
         store_one(n->out, out + i, load_one(from, at + i, narrow) * scale * load_one(n->weight, i, narrow), narrow);
 }

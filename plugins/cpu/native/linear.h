@@ -10,7 +10,7 @@
 #define FEW 12 /* rows that vectors multiply at once, at most */
 #define LONE 4 /* rows up to which vectors are as good as tiles */
 enum { ORDERED = 1, DIRECT = 2 };
-#define AHEAD_BYTES 5120 /* how far before its use memory is asked for: less comes too late, whatever the processor foresees */
+#define AHEAD_BYTES 5120 /* how far before its use memory is asked for: less comes too late, whatever is foreseen */
 #define LEAN 128 /* rows up to which weights are read faster than they are multiplied */
 #define TILE 512 /* bfloat16 of a tile: 16 rows of 32 */
 
@@ -28,7 +28,7 @@ typedef struct {
     int64_t ordered; /* whether `out` is in the order of tiles */
     int64_t tiled; /* ORDERED: x is in the order of tiles; DIRECT: x has at most 32 rows, as they are; 0: no tiles */
     const NormStep *norm; /* what makes x, in the scratch of each thread; NULL: x is there. Few rows are worth it */
-    const RopeStep *rope; /* what turns and stores the heads that the columns are, once they are written; NULL: nothing */
+    const RopeStep *rope; /* what turns and stores the heads that columns are, once they are written; NULL: nothing */
     const Quantize *quantize; /* the same as `norm`, for codes of x and their scales */
     const float *tokens;      /* [m]: scales of the rows of x, where those are codes; or NULL */
 } Linear;
@@ -43,8 +43,8 @@ INLINE uint32_t two(const uint16_t *x, int64_t at, int64_t k) {
     return both;
 }
 
-/* What inner products work on: rows of x, and a panel whose pairs of k (or single k, if floats) are `line` numbers apart;
-   sums go to y, or are added to it. */
+/* What inner products work on: rows of x, and a panel whose pairs of k (or single k, if floats) are `line` numbers
+   apart; sums go to y, or are added to it. */
 typedef struct {
     int64_t x_stride, line, k, y_stride;
     int add, streams; /* whether panels follow one another, so that the next lines can be asked for */
@@ -422,8 +422,8 @@ INLINE int first_meeting(const Linear *l, void *scratch) {
 
 INLINE char *aligned(char *at, int64_t bytes) { return at + (bytes + 63) / 64 * 64; }
 
-/* Make x of a product whose rows are one block, once for each thread; the item of the first panels leaves the sum with the
-   residual for others. Returns where the rest of the scratch begins. */
+/* Make x of a product whose rows are one block, once for each thread; the item of the first panels leaves the sum with
+   the residual for others. Returns where the rest of the scratch begins. */
 INLINE void *make_rows(Linear *l, const Part part, int first, char *scratch) {
     if (l->norm) {
         Norm n = l->norm->n;
@@ -474,7 +474,7 @@ EXPORT void NAME(linear_body)(const void *job, int64_t item, void *scratch) {
     turn_columns(&l, part);
 }
 
-/* ---- rows in the order of tiles ------------------------------------------------------------------------------------ */
+/* ---- rows in the order of tiles ---------------------------------------------------------------------------------- */
 
 typedef struct {
     Extent e;

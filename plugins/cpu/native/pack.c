@@ -39,7 +39,7 @@ static float half_at(const uint8_t *from) {
     return of_half(half);
 }
 
-/* ---- formats: `count` values, whole blocks of them ---------------------------------------------------------------- */
+/* ---- formats: `count` values, whole blocks of them --------------------------------------------------------------- */
 
 static void float32(const uint8_t *from, float *to, int64_t count) { memcpy(to, from, count * sizeof *to); }
 
@@ -110,7 +110,8 @@ static void q8_0(const uint8_t *from, float *to, int64_t count) {
     }
 }
 
-/* Eight groups of 32: scales and minima of 6 bits, the upper two bits of the last four of each beside the first four. */
+/* Eight groups of 32: scales and minima of 6 bits, the upper two bits of the last four of each beside the first four.
+   */
 static void q4_k(const uint8_t *from, float *to, int64_t count) {
     for (; count > 0; count -= 256, from += 144) {
         const float scale = half_at(from), least = half_at(from + 2);
@@ -157,7 +158,7 @@ static const Format formats[] = {
     {"q4_k", 256, 144, q4_k},   {"q6_k", 256, 210, q6_k},
 };
 
-/* ---- rows and panels ---------------------------------------------------------------------------------------------- */
+/* ---- rows and panels --------------------------------------------------------------------------------------------- */
 
 /* `count` values, which begin with a block, as bfloat16 or float; what is stored so is not touched. */
 static void decode(const Format *format, const uint8_t *from, void *to, int64_t count, int narrow) {
@@ -176,10 +177,10 @@ static void decode(const Format *format, const uint8_t *from, void *to, int64_t 
         out[i] = to_bfloat16(values[i]);
 }
 
-/* Rows [rows, columns] of `nbytes` bytes, each `stride` bytes after the one before, stored as `name` says, to rows `first`
-   and on of `to`: [.., columns], or with `panels` [.., words, 32], where a word is a float or two bfloat16 of a row.
-   Returns whether there is a format in which such rows have so many bytes; what lies beyond the last column of a row is
-   zero, other rows are left as they are. */
+/* Rows [rows, columns] of `nbytes` bytes, each `stride` bytes after the one before, stored as `name` says, to rows
+   `first` and on of `to`: [.., columns], or with `panels` [.., words, 32], where a word is a float or two bfloat16 of a
+   row. Returns whether there is a format in which such rows have so many bytes; what lies beyond the last column of a
+   row is zero, other rows are left as they are. */
 EXPORT int lineshaft_unpack(const char *name, const uint8_t *from, int64_t nbytes, int64_t stride, int64_t rows,
                             int64_t columns, void *to, int64_t first, int panels, int narrow) {
     const Format *format = formats, *end = formats + sizeof formats / sizeof *formats;

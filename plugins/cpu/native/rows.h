@@ -1,7 +1,7 @@
 /* Steps of a tape that work on rows, included by kernels.c: lookups, copies, norms, gates, rotations, writes to pages.
    Each has a job, a count of its items and a body. */
 
-/* ---- rows apart ---------------------------------------------------------------------------------------------------- */
+/* ---- rows apart -------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     Extent e;
@@ -71,7 +71,7 @@ EXPORT void NAME(lookup_body)(const void *job, int64_t item, void *scratch) {
     }
 }
 
-/* ---- merges -------------------------------------------------------------------------------------------------------- */
+/* ---- merges ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     Extent e;
@@ -150,7 +150,7 @@ EXPORT void NAME(argmax_body)(const void *job, int64_t item, void *scratch) {
     EACH_ROW(row, j, item) argmax_item(&j->a, row, scratch);
 }
 
-/* ---- attention ----------------------------------------------------------------------------------------------------- */
+/* ---- attention --------------------------------------------------------------------------------------------------- */
 
 EXPORT const int64_t NAME(attend_bytes) = sizeof(Attend);
 EXPORT void NAME(attend_cut)(void *job, int threads) { cut(job, threads); }

@@ -48,8 +48,8 @@ static int avx512_bf16(void)
         && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
 }
 
-/* AMX with bfloat16 and int8: the processor has it, the system keeps its registers, and this process may use them. Linux
-   gives the permission once it is asked, to all threads. */
+/* AMX with bfloat16 and int8: the processor has it, the system keeps its registers, and this process may use them.
+   Linux gives the permission once it is asked, to all threads. */
 static int amx(void)
 {
     unsigned eax, ebx, ecx, edx, low, high;

@@ -1,7 +1,7 @@
 /* A team of threads that replays tapes. Whoever submits one goes on with its own work while the threads begin; when it
-   waits for the end, it joins them for what is left and is never pinned. Between steps the members meet: those that wait
-   spin for some microseconds, then sleep in the kernel, so that a thread which the system has interrupted finds a processor
-   to go on. Items are handed out one by one: a member that comes late takes fewer. */
+   waits for the end, it joins them for what is left and is never pinned. Between steps the members meet: those that
+   wait spin for some microseconds, then sleep in the kernel, so that a thread which the system has interrupted finds a
+   processor to go on. Items are handed out one by one: a member that comes late takes fewer. */
 #define _GNU_SOURCE
 #include "team.h"
 
@@ -19,8 +19,8 @@
 #define LINE 128 /* bytes that processors fetch together */
 
 typedef struct {
-    /* Counts meetings and the beginnings of tapes. Nothing else changes it, and whoever waits for one of those waits for
-       it to change: a member that knows its value now can take no other change for its own. */
+    /* Counts meetings and the beginnings of tapes. Nothing else changes it, and whoever waits for one of those waits
+       for it to change: a member that knows its value now can take no other change for its own. */
     _Alignas(LINE) _Atomic uint32_t epoch;
     _Alignas(LINE) _Atomic uint32_t arrived;
     _Atomic uint32_t sleepers;
@@ -87,8 +87,8 @@ static void await(Team *team, uint32_t epoch) {
     atomic_fetch_sub(&team->sleepers, 1);
 }
 
-/* Wait until every member is here, before step `step`; returns the epoch then. The last one makes the counters ready for
-   it, lets the submitter join, and says so if there is no such step. */
+/* Wait until every member is here, before step `step`; returns the epoch then. The last one makes the counters ready
+   for it, lets the submitter join, and says so if there is no such step. */
 static uint32_t meet(Team *team, int64_t step, int64_t count) {
     /* Read before one arrives: once all have, the next tape may change it. */
     const uint32_t epoch = atomic_load_explicit(&team->epoch, memory_order_acquire), members = team->members;
@@ -165,8 +165,8 @@ static void end(Team *team, uint32_t running) {
     free(team);
 }
 
-/* A team of so many members, the caller among them, each of which spins for `spin_ns` before it sleeps; NULL if the system
-   gives no memory or not all of the threads. */
+/* A team of so many members, the caller among them, each of which spins for `spin_ns` before it sleeps; NULL if the
+   system gives no memory or not all of the threads. */
 EXPORT void *lineshaft_team_start(int members, int64_t spin_ns) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, listen_for_forks);
@@ -199,8 +199,8 @@ EXPORT void lineshaft_team_stop(void *argument) {
 
 static int alone(const Team *team) { return team->threads == 0 || team->forks != atomic_load(&forks); }
 
-/* Begin a tape; `lineshaft_wait` comes before the next. `scratch` has `scratch_bytes` for each member, LINESHAFT_HEAD of
-   them for the head. */
+/* Begin a tape; `lineshaft_wait` comes before the next. `scratch` has `scratch_bytes` for each member, LINESHAFT_HEAD
+   of them for the head. */
 EXPORT void lineshaft_submit(void *argument, const lineshaft_step *steps, int64_t count, char *scratch,
                              int64_t scratch_bytes) {
     Team *team = argument;
@@ -212,8 +212,8 @@ EXPORT void lineshaft_submit(void *argument, const lineshaft_step *steps, int64_
         atomic_store(&team->done, count == 0);
 }
 
-/* Help with the tape until it is done, and return how many nanoseconds it took. A team of one, or one whose threads stayed
-   behind in another process, runs it here. */
+/* Help with the tape until it is done, and return how many nanoseconds it took. A team of one, or one whose threads
+   stayed behind in another process, runs it here. */
 EXPORT int64_t lineshaft_wait(void *argument) {
     Team *team = argument;
     if (alone(team)) {

@@ -22,8 +22,8 @@ typedef struct {
 
 static inline int64_t *lineshaft_head(void *scratch) { return (int64_t *)((char *)scratch - LINESHAFT_HEAD); }
 
-/* Run body(job, i, NULL) for each i below `items`, in any order, on at most `threads` threads of the OpenMP library that
-   the process already runs, so that no two teams compete for the processor. */
+/* Run body(job, i, NULL) for each i below `items`, in any order, on at most `threads` threads of the OpenMP library
+   that the process already runs, so that no two teams compete for the processor. */
 void lineshaft_run(lineshaft_body body, const void *job, int64_t items, int threads);
 
 #endif

@@ -68,8 +68,8 @@ INLINE floats load(const void *from, int64_t at, int narrow) {
     return value;
 }
 
-/* Two vectors of neighbouring numbers, in the order that is cheapest to get from memory: of bfloat16, the numbers at even
-   places and those at odd ones. */
+/* Two vectors of neighbouring numbers, in the order that is cheapest to get from memory: of bfloat16, the numbers at
+   even places and those at odd ones. */
 typedef struct {
     floats a, b;
 } pair;
@@ -82,8 +82,8 @@ INLINE pair load_pair(const void *from, int64_t at, int narrow) {
     return (pair){(floats)(bits << 16), (floats)(bits & 0xffff0000)};
 }
 
-/* The bits of a float, or of a vector of them, as those of bfloat16 in the lower half: nearest, ties to even. A NaN stays
-   one: made of bfloat16, it has no low bits that could carry. */
+/* The bits of a float, or of a vector of them, as those of bfloat16 in the lower half: nearest, ties to even. A NaN
+   stays one: made of bfloat16, it has no low bits that could carry. */
 #define NARROWED(bits) (((bits) + 0x7fff + (((bits) >> 16) & 1)) >> 16)
 
 INLINE void store_one(void *to, int64_t at, float value, int narrow) {
@@ -190,8 +190,8 @@ INLINE floats exponential(floats x) {
     return choose(x > 88.0f, splat(INFINITY), p);
 }
 
-/* tanh x within 3e-7 of itself: by exp, but near 0, where its two terms cancel, by the polynomial x + x^3 p(x^2) that is
-   nearest to it below 0.6 (least squares of the relative error). */
+/* tanh x within 3e-7 of itself: by exp, but near 0, where its two terms cancel, by the polynomial x + x^3 p(x^2) that
+   is nearest to it below 0.6 (least squares of the relative error). */
 INLINE floats hyperbolic_tangent(floats x) {
     floats z = x * x;
     floats p = ((0.0155800991f * z - 0.0521883993f) * z + 0.133125984f) * z - 0.333325636f;
