@@ -24,6 +24,7 @@ from lineshaft.models import BuildContext, ModelFamily, builtin_families
 from lineshaft.models.family import STORED
 from lineshaft.registry import discover
 from lineshaft.runner import setup
+from lineshaft_bench.simulator.model import model_figures
 from lineshaft_contract.ops.quantize import ACTIVATION_SCHEMES, INT4, LINEAR_SCHEMES, quantize_groups, quantize_rows
 
 SCHEMES = ("int8", "fp8", "int4")
@@ -157,6 +158,8 @@ def test_blocks_of_a_file_are_multiplied_as_they_are(tmp_path: Path) -> None:
         "qkv": "cpu_panels", "out": "cpu_q4_0_records", "gate_up": "cpu_q4_0_records", "down": "cpu_q4_1_records",
     }  # fmt: skip
     assert plan.weight_bytes < 0.6 * plain.weight_bytes
+    blocks, dense = (model_figures(str(path), discover([]), quantization=name) for name in (STORED, "none"))
+    assert blocks.weights_read(1) < 0.6 * dense.weights_read(1)
 
 
 def test_a_checkpoint_without_blocks_is_refused_as_stored(llama: Llama) -> None:

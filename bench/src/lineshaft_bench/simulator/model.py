@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from lineshaft.weights.memory import local_bytes
 from lineshaft.weights.refs import resolve
 from lineshaft_contract.problems import AttendProblem, KVProblem, RouterProblem
 from lineshaft_contract.schemes import as_dtype
-from lineshaft_contract.weights import Param
+from lineshaft_contract.weights import Checkpoint, Param
 
 HEAD = "head"
 """How models name the parameter that makes logits."""
@@ -81,17 +81,18 @@ def model_figures(
     """The figures of a model reference, of a folder with config.json alone, or of a Llama written as
     `hidden=4096,layers=32,...` (see INLINE), with weights as `quantization` leaves them. Raises ModelError,
     LayoutError, InvalidValue."""
-    config = inline(shape) if "=" in shape else config_of(shape, registry)
+    checkpoint = None if "=" in shape else checkpoint_of(shape, registry)
+    config = inline(shape) if checkpoint is None else checkpoint.config
     family = find_family(config, (*registry.models(), *builtin_families()))
-    model = family.build(config, BuildContext(dtype, dtype, 1, Degrees(tp=tp), quantization))
-    return count(model, dtype)
+    context = BuildContext(dtype, dtype, 1, Degrees(tp=tp), quantization, checkpoint=checkpoint)
+    return count(family.build(config, context), dtype)
 
 
-def config_of(reference: str, registry: Registry) -> Mapping[str, Any]:
-    """The config.json of a model reference, or of what a GGUF file says."""
+def checkpoint_of(reference: str, registry: Registry) -> Checkpoint:
+    """What a model reference names, or a folder with config.json alone."""
     path = resolve(reference)
     path = path.parent if path.name == "config.json" else path
-    return open_checkpoint(Path(path), (CONFIG_ALONE, *registry.checkpoints(), *FORMATS)).config
+    return open_checkpoint(Path(path), (CONFIG_ALONE, *registry.checkpoints(), *FORMATS))
 
 
 def inline(text: str) -> dict[str, Any]:
