@@ -23,12 +23,12 @@ SMALL = ("--set", "scheduler.token_budget=64", "--set", "scheduler.max_rows=2", 
 def test_no_torch_is_imported_to_generate(dtype: str) -> None:
     arguments = (
         "generate", "--model", SMOLLM2, "--backend", "cpu", "--backend-option", "engine=native", *SMALL,
-        "--set", f"dtype={dtype}", "--prompt", "What is the capital of France?", "--max-tokens", "3",
+        "--set", f"dtype={dtype}", "--prompt", "What is the opposite of hot?", "--max-tokens", "3",
         "--temperature", "0", "--quiet",
     )  # fmt: skip
     command = [sys.executable, "-c", SCRIPT, *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     text, found = done.stdout.rsplit("\n", 2)[:2]
-    assert text.startswith("The capital of")
+    assert text.startswith("The opposite of")  # by far the likeliest in any dtype
     assert found == "imported:"
