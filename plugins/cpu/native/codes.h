@@ -154,7 +154,6 @@ INLINE void expand_four(const Codes *c, const uint8_t *codes, int64_t count, uin
 }
 #endif
 
-/* `count` codes of 8 bits, a multiple of PANEL, as the numbers that they stand for, in the same order. */
 INLINE void expand_bytes(const uint8_t *codes, int64_t count, void *out, const int kind, int narrow) {
 #if defined(__AVX512BF16__)
     for (int64_t at = 0; narrow && at < count; at += 32)
@@ -175,6 +174,18 @@ INLINE void expand_bytes(const uint8_t *codes, int64_t count, void *out, const i
     }
 }
 
+/* The numbers that `count` codes of 8 bits stand for, a multiple of PANEL, in the same order. */
+INLINE void expand_codes(int64_t kind, const void *codes, int64_t count, void *out, int narrow) {
+    if (kind == INTEGERS)
+        expand_bytes(codes, count, out, INTEGERS, narrow);
+    else if (kind == FLOATS)
+        expand_bytes(codes, count, out, FLOATS, narrow);
+    else if (kind == E4M3)
+        expand_bytes(codes, count, out, E4M3, narrow);
+    else
+        expand_bytes(codes, count, out, E5M2, narrow);
+}
+
 /* The numbers that `count` codes of each output stand for, before their scale, as linear.h has panels. */
 INLINE void expand_any(const Codes *c, const uint8_t *codes, int64_t count, void *out, int narrow) {
     if (c->kind == FOUR) {
@@ -190,10 +201,7 @@ INLINE void expand_any(const Codes *c, const uint8_t *codes, int64_t count, void
         return;
     }
     if (narrow) {
-        if (c->kind == INTEGERS)
-            expand_bytes(codes, (count + 1) / 2 * 2 * PANEL, out, INTEGERS, 1);
-        else
-            expand_bytes(codes, (count + 1) / 2 * 2 * PANEL, out, FLOATS, 1);
+        expand_codes(c->kind, codes, (count + 1) / 2 * 2 * PANEL, out, 1);
         return;
     }
     for (int64_t k = 0; k < count; k += 2)
@@ -447,19 +455,6 @@ static void few_rows(const Codes *c, const Part s, int first, float *scratch) {
 }
 
 #if defined(TILES)
-/* Sums of up to 32 rows and a panel in the tiles 0 to 3; x in 4 and 5, as it lies, the panel in 6 and 7. */
-INLINE void shape_rows(Tiles *t, int64_t rows) {
-    tiles_begin(t);
-    for (int half = 0; half < 2; half++) {
-        const int64_t height = most(1, least(16, rows - 16 * half));
-        tile_shape(t, 2 * half, height, 64);
-        tile_shape(t, 2 * half + 1, height, 64);
-        tile_shape(t, 4 + half, height, 64);
-        tile_shape(t, 6 + half, 16, 64);
-    }
-    tiles_ready(t);
-}
-
 /* y = x w^T of up to 32 rows of `bytes` bytes, `stride` apart: of int8 (`whole`), or of bfloat16; y int32 or float. */
 INLINE void multiply_rows(Tiles *t, const char *x, int64_t stride, int64_t bytes, const char *w, int64_t rows,
                           const int whole, void *y) {
@@ -527,7 +522,7 @@ static void many_rows(const Codes *c, const Part s, char *numbers) {
             const int64_t here = least(step, s.rows - i);
 #if defined(TILES)
             if (tiles && (i == 0 || here < step))
-                shape_rows(tiles, here);
+                shape_tiles(tiles, here);
 #endif
             multiply_expanded(c, tiles, numbers, s.row + i, here, panel, y);
             if (c->l.gate)
@@ -686,7 +681,7 @@ EXPORT void NAME(matched_body)(const void *job, int64_t item, void *scratch) {
         const int64_t here = least(step, s.rows - i);
 #if defined(TILES)
         if (tiles && (i == 0 || here < step))
-            shape_rows(tiles, here);
+            shape_tiles(tiles, here);
 #endif
         for (int64_t panel = s.begin; panel < s.end; panel++) {
             match(&l, tiles, s.row + i, here, panel, y);

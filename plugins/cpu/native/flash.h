@@ -21,7 +21,7 @@
 #define SUMS (MOST_VALUES + 16)
 #define SPLIT_PAGES 4  /* of a part of a context, at least */
 #define LOG2_E 1.44269504f
-#define HIDDEN -1e30f /* the score of a key that a lane does not see: its weight is 2^-126, which no sum notices */
+#define HIDDEN -1e30f /* the score of a key that a lane does not see: its weight is at most 2^-126 */
 
 typedef struct {
     int64_t q_heads, kv_heads, qk_dim, v_dim, page_size, window, causal, narrow;

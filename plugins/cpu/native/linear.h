@@ -313,10 +313,7 @@ INLINE void finish_some(const Linear *l, Pending *p, int64_t count, Finish finis
 /* The first two sums += up to 16 rows of x times 32 columns of a panel. */
 INLINE void add_few_products(Tiles *t, const uint16_t *x, int64_t stride, const uint16_t *w) {
     tile_load(t, 4, x, stride);
-    tile_load(t, 6, w, PANEL * 4);
-    tile_bf16(t, 0, 4, 6);
-    tile_load(t, 7, w + PANEL, PANEL * 4);
-    tile_bf16(t, 1, 4, 7);
+    ADD_TWO(t, 0, 1, w, PANEL * 4);
 }
 
 INLINE void multiply_tiles(Tiles *t, const Linear *l, int64_t row, int64_t rows, const uint16_t *w, Sums y,

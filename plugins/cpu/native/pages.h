@@ -75,15 +75,3 @@ EXPORT void NAME(put_body)(const void *job, int64_t item, void *scratch) {
             EITHER(put_coded, j->p.narrow, j, token, E5M2);
     }
 }
-
-/* ---- codes as numbers -------------------------------------------------------------------------------------------- */
-
-/* The numbers that `count` codes stand for, a multiple of PANEL, in the same order. */
-INLINE void expand_codes(int64_t kind, const void *codes, int64_t count, void *out, int narrow) {
-    if (kind == INTEGERS)
-        expand_bytes(codes, count, out, INTEGERS, narrow);
-    else if (kind == E4M3)
-        expand_bytes(codes, count, out, E4M3, narrow);
-    else
-        expand_bytes(codes, count, out, E5M2, narrow);
-}
