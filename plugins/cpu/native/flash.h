@@ -20,7 +20,6 @@
 #define MOST_VALUES 256
 #define SUMS (MOST_VALUES + 16)
 #define SPLIT_PAGES 4  /* of a part of a context, at least */
-#define LOG2_E 1.44269504f
 #define HIDDEN -1e30f /* the score of a key that a lane does not see: its weight is at most 2^-126 */
 
 typedef struct {
@@ -67,21 +66,6 @@ INLINE int64_t page_bytes(const Flash *f, int coded) { return coded ? 1 : value_
 /* What scales all keys, or all values, of a head. */
 INLINE float head_scale(const Flash *f, int values, int64_t head) {
     return given_scale(&f->c, values, head, f->kv_heads);
-}
-
-/* 2^x for x of at most 64, to 5e-5 of itself: what is rounded to bfloat16 needs no more. */
-INLINE floats quick_power(floats x) {
-#if WIDTH == 16
-    const floats part = (floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    floats p = (0.01353416f * part + 0.05201148f) * part + 0.24144274f;
-    p = (p * part + 0.69300384f) * part + 1.00000259f;
-    return (floats)_mm512_scalef_ps((__m512)p, (__m512)x);
-#else
-    const floats kept = larger(splat(-126.0f), x);
-    const floats shifted = kept + 12582912.0f, r = kept - (shifted - 12582912.0f);
-    const floats p = (((0.00961813f * r + 0.05550411f) * r + 0.24022651f) * r + 0.69314718f) * r + 1.0f;
-    return (floats)((ints)p + ((ints)shifted << 23));
-#endif
 }
 
 /* The scales of a page's codes, whatever lies behind the row's end. */

@@ -13,6 +13,8 @@ enum { ORDERED = 1, DIRECT = 2 };
 #define AHEAD_BYTES 5120 /* how far before its use memory is asked for: less comes too late, whatever is foreseen */
 #define LEAN 128 /* rows up to which weights are read faster than they are multiplied */
 #define TILE 512 /* bfloat16 of a tile: 16 rows of 32 */
+#define DEEP 576 /* k of a panel that the nearest cache holds beside sums and results */
+#define MOST_STRIPS 20 /* of 32 rows, of an item */
 
 typedef float Sums[STEP][PANEL];
 
@@ -247,114 +249,121 @@ INLINE void zero_sums(Tiles *t) {
         tile_bf16(t, right, 4, 7); \
     } while (0)
 
-/* The four sums += 32 rows of x, the second 16 of them at `below`, times 32 columns of a panel; strides in bytes. */
-INLINE void add_products(Tiles *t, const uint16_t *x, const uint16_t *below, int64_t stride, const uint16_t *w,
-                         int64_t line) {
-    tile_load(t, 4, x, stride);
-    tile_load(t, 6, w, line);
+/* The four sums += 32 rows of x in the order of tiles times 32 columns of a panel. x passes by the nearest cache, where
+   the panel stays: with both in it, neither would. */
+INLINE void add_products(Tiles *t, const uint16_t *x, const uint16_t *w) {
+    tile_stream(t, 4, x, 64);
+    tile_load(t, 6, w, PANEL * 4);
     tile_bf16(t, 0, 4, 6);
-    tile_load(t, 7, w + PANEL, line);
+    tile_load(t, 7, w + PANEL, PANEL * 4);
     tile_bf16(t, 1, 4, 7);
-    tile_load(t, 5, below, stride);
+    tile_stream(t, 5, x + TILE, 64);
     tile_bf16(t, 2, 5, 6);
     tile_bf16(t, 3, 5, 7);
 }
 
-INLINE void put_products(Tiles *t, float *to, int64_t stride) {
+/* The same of up to 32 rows as they lie, `stride` bytes apart, the second 16 of them at `below`, if there are any. They
+   stay in the nearest cache, and the panel, which is needed once, passes by. */
+INLINE void add_direct(Tiles *t, const uint16_t *x, const uint16_t *below, int64_t stride, const uint16_t *w) {
+    tile_load(t, 4, x, stride);
+    tile_stream(t, 6, w, PANEL * 4);
+    tile_bf16(t, 0, 4, 6);
+    tile_stream(t, 7, w + PANEL, PANEL * 4);
+    tile_bf16(t, 1, 4, 7);
+    if (below) {
+        tile_load(t, 5, below, stride);
+        tile_bf16(t, 2, 5, 6);
+        tile_bf16(t, 3, 5, 7);
+    }
+}
+
+INLINE void take_sums(Tiles *t, const float *from, int64_t stride) {
+    tile_load(t, 0, from, stride);
+    tile_load(t, 1, from + 16, stride);
+    tile_load(t, 2, from + 4 * stride, stride);
+    tile_load(t, 3, from + 4 * stride + 16, stride);
+}
+
+INLINE void store_sums(Tiles *t, float *to, int64_t stride) {
     tile_store(t, 0, to, stride);
     tile_store(t, 1, to + 16, stride);
     tile_store(t, 2, to + 4 * stride, stride);
     tile_store(t, 3, to + 4 * stride + 16, stride);
 }
-
 #endif
 
-INLINE floats silu(floats x) { return x / (1.0f + exponential(-x)); }
+/* Rows and columns of a product, some of a panel's. */
+typedef struct {
+    int64_t row, rows, column, wide;
+} Block;
 
-/* Write `rows` rows of y from `row` on to the columns of a panel; of a gate, what `up` holds multiplies it. */
-INLINE void finish(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up) {
-    const int64_t column = panel * PANEL, width = l->gate ? l->gate : l->n, wide = least(PANEL, width - column);
-    for (int64_t i = 0; i < rows; i++) {
-        const int64_t at = place_of(row + i, column, l->out_stride, l->ordered);
-        if (l->bias)
-            for (int64_t c = 0; c < wide; c++)
-                y[i][c] += load_one(l->bias, column + c, l->narrow);
-        if (l->gate)
-            for (int v = 0; v < PANEL; v += WIDTH) {
-                if (l->bias)
-                    store(up[i], v, load(up[i], v, 0) + load(l->bias, l->gate + column + v, l->narrow), 0);
-                store(y[i], v, silu(load(y[i], v, 0)) * load(up[i], v, 0), 0);
-            }
-        if (wide == PANEL)
-            for (int v = 0; v < PANEL; v += WIDTH)
-                store(l->out, at + v, load(y[i], v, 0), l->narrow);
-        else
-            for (int64_t c = 0; c < wide; c++)
-                store_one(l->out, at + c, y[i][c], l->narrow);
+INLINE int64_t columns(const Linear *l) { return l->gate ? l->gate : l->n; }
+
+INLINE Block panel_block(const Linear *l, int64_t row, int64_t rows, int64_t panel) {
+    return (Block){row, rows, panel * PANEL, least(PANEL, columns(l) - panel * PANEL)};
+}
+
+/* silu of sums that are rounded to bfloat16 (`narrow`), or kept. */
+INLINE floats silu(floats x, int narrow) {
+#if WIDTH == 16
+    if (narrow) /* within 2^-13 of itself */
+        return x * (floats)_mm512_rcp14_ps((__m512)(1.0f + quick_power(x * -LOG2_E)));
+#endif
+    return x / (1.0f + exponential(-x));
+}
+
+INLINE void put_columns(void *out, int64_t at, const float *y, int64_t wide, int narrow) {
+    if (wide == PANEL)
+        for (int v = 0; v < PANEL; v += 2 * WIDTH)
+            store_two(out, at + v, load(y, v, 0), load(y, v + WIDTH, 0), narrow);
+    else if (wide == WIDTH)
+        store(out, at, load(y, 0, 0), narrow);
+    else
+        for (int64_t c = 0; c < wide; c++)
+            store_one(out, at + c, y[c], narrow);
+}
+
+/* Write sums to where they belong; of a gate, what `up` holds multiplies them. Rows in the order of tiles are of one
+   tile, or of two that follow each other. */
+INLINE void finish_rows(const Linear *l, const Block b, Sums y, Sums up, int narrow) {
+    const int64_t apart = l->ordered ? 32 : l->out_stride;
+    int64_t at = place_of(b.row, b.column, l->out_stride, l->ordered);
+    for (int64_t i = 0; i < b.rows; i++, at += apart) {
+        for (int64_t c = 0; l->bias && c < b.wide; c++)
+            y[i][c] += load_one(l->bias, b.column + c, narrow);
+        for (int64_t c = 0; l->gate && l->bias && c < b.wide; c++)
+            up[i][c] += load_one(l->bias, l->gate + b.column + c, narrow);
+        for (int64_t v = 0; l->gate && v < b.wide; v += WIDTH)
+            store(y[i], v, silu(load(y[i], v, 0), narrow) * load(up[i], v, 0), 0);
+        put_columns(l->out, at, y[i], b.wide, narrow);
     }
+}
+
+INLINE void finish(const Linear *l, const Block b, Sums y, Sums up) {
+    EITHER(finish_rows, l->narrow, l, b, y, up);
 }
 
 /* Sums that wait to be written, a row at a time while the next ones are made: vectors idle where tiles are busy. */
 typedef struct {
-    int64_t row, rows, panel, done;
+    Block b;
     float (*y)[PANEL], (*up)[PANEL];
 } Pending;
 
-/* How the sums of some rows and a panel become results. */
-typedef void (*Finish)(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up);
+/* How the sums of some rows and columns become results. */
+typedef void (*Finish)(const Linear *l, const Block b, Sums y, Sums up);
 
 INLINE void finish_some(const Linear *l, Pending *p, int64_t count, Finish finish) {
-    const int64_t here = least(count, p->rows - p->done);
-    finish(l, p->row + p->done, here, p->panel, p->y + p->done, p->up + p->done);
-    p->done += here;
+    const Block here = {p->b.row, least(count, p->b.rows), p->b.column, p->b.wide};
+    finish(l, here, p->y, p->up);
+    p->b.row += here.rows, p->b.rows -= here.rows, p->y += here.rows, p->up += here.rows;
 }
 
-#if defined(TILES)
-/* The first two sums += up to 16 rows of x times 32 columns of a panel. */
-INLINE void add_few_products(Tiles *t, const uint16_t *x, int64_t stride, const uint16_t *w) {
-    tile_load(t, 4, x, stride);
-    ADD_TWO(t, 0, 1, w, PANEL * 4);
-}
-
-INLINE void multiply_tiles(Tiles *t, const Linear *l, int64_t row, int64_t rows, const uint16_t *w, Sums y,
-                           Pending *pending, Finish finish) {
-    const int ordered = l->tiled == ORDERED, few = !ordered && rows <= 16;
-    const uint16_t *x = (const uint16_t *)l->x + row * (ordered ? l->k : l->x_stride);
-    const int64_t step = ordered ? 2 * TILE : 32, below = ordered ? TILE : 16 * l->x_stride;
-    const int64_t stride = ordered ? 64 : 2 * l->x_stride;
-    zero_sums(t);
-    for (int64_t k = 0; k < l->k; k += 32, x += step, w += 2 * TILE) {
-        look_ahead(w, 4 * TILE, l->e.rows <= LEAN);
-        if (few)
-            add_few_products(t, x, stride, w);
-        else
-            add_products(t, x, x + below, stride, w, PANEL * 4);
-        finish_some(l, pending, 2, finish);
-    }
-    put_products(t, y[0], PANEL * 4);
-}
-#endif
-
-/* y = x w^T for up to STEP rows from `row` on and the panel of that number. */
-INLINE void multiply(const Linear *l, void *tiles, int64_t row, int64_t rows, int64_t panel, Sums y,
-                     Pending *pending, Finish finish) {
+/* y = x w^T for up to FEW rows from `row` on and the panel of that number. */
+INLINE void multiply(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y) {
     const char *w = (const char *)l->panels + panel * panel_bytes(l);
     const char *x = (const char *)l->x + row * l->x_stride * (l->narrow ? 2 : 4);
-#if defined(TILES)
-    if (tiles) {
-        multiply_tiles(tiles, l, row, rows, (const uint16_t *)w, y, pending, finish);
-        return;
-    }
-#endif
     const Inner p = {l->x_stride, l->narrow ? 2 * PANEL : PANEL, l->k, PANEL, 0, l->e.rows <= LEAN};
     inner(&p, x, w, rows, y[0], l->narrow);
-}
-
-/* Ask for the lines that `finish` will write to: they come from far while the sums are made. */
-INLINE void expect_rows(const Linear *l, int64_t row, int64_t rows, int64_t panel) {
-    const int64_t size = l->narrow ? 2 : 4;
-    for (int64_t i = 0; i < rows; i++)
-        __builtin_prefetch((char *)l->out + place_of(row + i, panel * PANEL, l->out_stride, l->ordered) * size, 1);
 }
 
 /* How many items a product of `rows` rows is cut into. */
@@ -374,37 +383,84 @@ INLINE Part part_of(const Linear *l, int64_t rows, int64_t item) {
     return (Part){row, least(l->block, rows - row), begin, least(units(l), begin + l->grain)};
 }
 
+#if defined(TILES)
+typedef struct {
+    int64_t row, rows, from, to; /* up to 32 rows of x, and the k to sum over */
+    const uint16_t *w;           /* a panel, from its first k on */
+    float (*before)[PANEL];      /* what was summed of k below, unless `from` is 0 */
+    float (*y)[PANEL];
+} Strip;
+
+INLINE void multiply_tiles(Tiles *t, const Linear *l, const Strip s, Pending *pending, Finish finish) {
+    const int ordered = l->tiled == ORDERED;
+    const uint16_t *x = (const uint16_t *)l->x + s.row * (ordered ? l->k : l->x_stride);
+    const uint16_t *w = s.w + s.from * PANEL;
+    if (s.from)
+        take_sums(t, s.before[0], PANEL * 4);
+    else
+        zero_sums(t);
+    for (int64_t k = s.from; k < s.to; k += 32, w += 2 * TILE) {
+        if (ordered) {
+            look_ahead(w, 4 * TILE, l->e.rows <= LEAN);
+            add_products(t, x + k * 32, w);
+        } else {
+            for (int64_t i = 0; i < 4 * TILE; i += 64)
+                __builtin_prefetch((const char *)w + AHEAD_BYTES + i, 0, 2);
+            add_direct(t, x + k, s.rows > 16 ? x + k + 16 * l->x_stride : NULL, 2 * l->x_stride, w);
+        }
+        finish_some(l, pending, 2, finish);
+    }
+    finish_some(l, pending, STEP, finish);
+    store_sums(t, s.y[0], PANEL * 4);
+}
+
+/* The sums of a part by tiles: all rows meet so much of a panel as the nearest cache holds, before they meet more. */
+INLINE void multiply_strips(const Linear *l, const Part part, Finish finish) {
+    _Alignas(64) Sums kept[2][MOST_STRIPS], y[2]; /* of a gate and its partner, or of one panel; the last ones */
+    const int64_t depth = part.rows > 32 ? DEEP : l->k;
+    Pending pending = {{0}};
+    Tiles tiles;
+    int turn = 0;
+    shape_tiles(&tiles, l->tiled == ORDERED ? 32 : part.rows);
+    for (int64_t panel = part.begin; panel < part.end; panel++)
+        for (int gate = l->gate != 0; gate >= 0; gate--)
+            for (int64_t k = 0; k < l->k; k += depth) {
+                const int64_t number = l->gate && !gate ? units(l) + panel : panel, to = least(l->k, k + depth);
+                const uint16_t *w = (const uint16_t *)l->panels + number * panel_bytes(l) / 2;
+                for (int64_t i = 0; i < part.rows; i += 32) {
+                    const int last = to == l->k && !gate;
+                    float (*sums)[PANEL] = kept[gate][i / 32], (*to_sums)[PANEL] = last ? y[turn] : sums;
+                    const Strip s = {part.row + i, least(32, part.rows - i), k, to, w, sums, to_sums};
+                    multiply_tiles(&tiles, l, s, &pending, finish);
+                    if (!last)
+                        continue;
+                    const Block block = panel_block(l, s.row, s.rows, panel);
+                    pending = l->gate ? (Pending){block, kept[1][i / 32], s.y} : (Pending){block, s.y, NULL};
+                    turn = !turn;
+                }
+            }
+    finish_some(l, &pending, STEP, finish);
+    tiles_end(&tiles);
+}
+#endif
+
 /* The sums of a part, handed to `finish`. */
 INLINE void multiply_part(const Linear *l, const Part part, Finish finish) {
-    const int tiled = l->tiled == ORDERED || (l->tiled == DIRECT && part.rows > LONE);
-    const int64_t step = tiled ? 32 : FEW;
-    _Alignas(64) Sums y[2], up[2];
-    void *tiles = NULL;
+    _Alignas(64) Sums y, up;
 #if defined(TILES)
-    Tiles state;
-    if (tiled) {
-        tiles = &state;
-        shape_tiles(tiles, l->tiled == ORDERED ? 32 : part.rows);
+    if (l->tiled == ORDERED || (l->tiled == DIRECT && part.rows > LONE)) {
+        multiply_strips(l, part, finish);
+        return;
     }
 #endif
-    Pending pending = {.y = y[1], .up = up[1]};
-    int turn = 0;
-    for (int64_t panel = part.begin; panel < part.end; panel++) { /* which stays in the nearest cache */
-        for (int64_t i = 0; i < part.rows; i += step, turn = !turn) {
-            const int64_t here = least(step, part.rows - i);
-            expect_rows(l, part.row + i, here, panel);
-            multiply(l, tiles, part.row + i, here, panel, y[turn], &pending, finish);
+    for (int64_t panel = part.begin; panel < part.end; panel++)
+        for (int64_t i = 0; i < part.rows; i += FEW) {
+            const int64_t here = least(FEW, part.rows - i);
+            multiply(l, part.row + i, here, panel, y);
             if (l->gate)
-                multiply(l, tiles, part.row + i, here, units(l) + panel, up[turn], &pending, finish);
-            finish_some(l, &pending, STEP, finish);
-            pending = (Pending){part.row + i, here, panel, 0, y[turn], up[turn]};
+                multiply(l, part.row + i, here, units(l) + panel, up);
+            finish(l, panel_block(l, part.row + i, here, panel), y, up);
         }
-    }
-    finish_some(l, &pending, STEP, finish);
-#if defined(TILES)
-    if (tiles)
-        tiles_end(tiles);
-#endif
 }
 
 INLINE void multiply_item(const Linear *l, int64_t rows, int64_t item, Finish finish) {

@@ -109,6 +109,19 @@ INLINE void store(void *to, int64_t at, floats value, int narrow) {
     memcpy((uint16_t *)to + at, &bits, sizeof bits);
 }
 
+/* Two vectors to places that follow each other. */
+INLINE void store_two(void *to, int64_t at, floats a, floats b, int narrow) {
+#if defined(__AVX512BF16__)
+    if (narrow) {
+        const __m512bh bits = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        memcpy((uint16_t *)to + at, &bits, sizeof bits);
+        return;
+    }
+#endif
+    store(to, at, a, narrow);
+    store(to, at + WIDTH, b, narrow);
+}
+
 INLINE void store_pair(void *to, int64_t at, pair value, int narrow) {
     if (!narrow) {
         store(to, at, value.a, 0);
@@ -188,6 +201,23 @@ INLINE floats exponential(floats x) {
     p *= (floats)((exponent + 127) << 23);
     p = choose(x < -87.0f, splat(0.0f), p);
     return choose(x > 88.0f, splat(INFINITY), p);
+}
+
+#define LOG2_E 1.44269504f
+
+/* 2^x for x of at most 64, to 5e-5 of itself: what is rounded to bfloat16 needs no more. */
+INLINE floats quick_power(floats x) {
+#if WIDTH == 16
+    const floats part = (floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    floats p = (0.01353416f * part + 0.05201148f) * part + 0.24144274f;
+    p = (p * part + 0.69300384f) * part + 1.00000259f;
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    const floats kept = larger(splat(-126.0f), x);
+    const floats shifted = kept + 12582912.0f, r = kept - (shifted - 12582912.0f);
+    const floats p = (((0.00961813f * r + 0.05550411f) * r + 0.24022651f) * r + 0.69314718f) * r + 1.0f;
+    return (floats)((ints)p + ((ints)shifted << 23));
+#endif
 }
 
 /* tanh x within 3e-7 of itself: by exp, but near 0, where its two terms cancel, by the polynomial x + x^3 p(x^2) that
