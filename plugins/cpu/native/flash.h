@@ -51,6 +51,7 @@ typedef struct {
     float key_scales[MOST_KEYS], value_scales[MOST_KEYS]; /* of codes; 0 from the row's end on */
     float key_numbers[MOST_KEYS * MOST_DIM], value_numbers[MOST_KEYS * MOST_VALUES]; /* that codes stand for */
     const char *keys[MOST_PAGES], *values[MOST_PAGES];
+    const uint16_t *key_tiles[KEYS / PANEL], *value_tiles[KEYS / PANEL]; /* of each 32 keys of the block */
     int64_t position[MOST_PAGES], held; /* of a block's pages: the first position of each, and how many there are */
     int64_t lanes, group, token, row, head;
 #if defined(TILES)
@@ -136,13 +137,14 @@ INLINE void ask_for(const void *from, int64_t bytes) {
 }
 
 #if defined(TILES)
-/* 32 keys of a block, or their values. */
-INLINE const uint16_t *keys_of(const Flash *f, const Lanes *t, int64_t at) {
-    return (const uint16_t *)t->keys[at / f->page_size] + 2 * (at % f->page_size);
-}
-
-INLINE const uint16_t *values_of(const Flash *f, const Lanes *t, int64_t at) {
-    return (const uint16_t *)t->values[at / f->page_size] + at % f->page_size * f->v_dim;
+/* Find the tiles of the block. */
+INLINE void find_tiles(const Flash *f, Lanes *t) {
+    int64_t count = 0;
+    for (int64_t page = 0; page < t->held; page++)
+        for (int64_t key = 0; key < f->page_size; key += PANEL, count++) {
+            t->key_tiles[count] = (const uint16_t *)t->keys[page] + 2 * key;
+            t->value_tiles[count] = (const uint16_t *)t->values[page] + key * f->v_dim;
+        }
 }
 
 /* Ask for what few lanes need after the scores of 64 keys from `at` on: their values, and the keys that come next. */
@@ -169,7 +171,7 @@ INLINE void score_tiles(const Flash *f, Lanes *t, int64_t lane) {
     const uint16_t *q = (const uint16_t *)t->q + lane * f->qk_dim;
     for (int64_t at = 0; at < keys; at += 64) {
         const int both = at + 32 < keys;
-        const uint16_t *one = keys_of(f, t, at), *two = both ? keys_of(f, t, at + 32) : one;
+        const uint16_t *one = t->key_tiles[at / 32], *two = both ? t->key_tiles[at / 32 + 1] : one;
         if (t->lanes <= 16)
             look_on(f, t, at);
         zero_sums(&t->tiles);
@@ -202,7 +204,7 @@ INLINE void weigh_tiles(const Flash *f, Lanes *t, int64_t lane) {
             tile_load(&t->tiles, 3, sums + 48, SUMS * 4);
         }
         for (int64_t at = 0; at < keys; at += 32) {
-            const uint16_t *values = values_of(f, t, at) + 2 * d;
+            const uint16_t *values = t->value_tiles[at / 32] + 2 * d;
             tile_load(&t->tiles, 4, &t->weights[0][at], WEIGHTS * 2);
             ADD_TWO(&t->tiles, 0, 1, values, line);
             if (both)
@@ -277,16 +279,20 @@ INLINE float see(const Flash *f, const Lanes *t, int64_t lane, float unit, float
    and adds nothing, where a score is so far above the top that it has to be raised first. */
 INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, float *scores, uint16_t *weights,
                          int coded, int narrow) {
-    const float top = t->top[lane];
+    const floats below = splat(t->top[lane] * LOG2_E);
     floats mass = {0}, highest = splat(HIDDEN);
-    for (int64_t i = 0; i < t->held * f->page_size; i += WIDTH) {
-        const floats score = load(scores, i, 0), power = score * (unit * LOG2_E) - top * LOG2_E;
-        floats weight = narrow ? quick_power(power) : exponential(score * unit - top);
-        highest = larger(power, highest);
-        mass += weight;
-        if (coded)
-            weight *= load(t->value_scales, i, 0);
-        store(narrow ? (void *)weights : scores, i, weight, narrow);
+    for (int64_t i = 0; i < t->held * f->page_size; i += 2 * WIDTH) {
+        floats weight[2];
+        for (int v = 0; v < 2; v++) {
+            const int64_t at = i + v * WIDTH;
+            const floats score = load(scores, at, 0), power = score * (unit * LOG2_E) - below;
+            weight[v] = narrow ? quick_power(power) : exponential(score * unit - t->top[lane]);
+            highest = larger(power, highest);
+            mass += weight[v];
+            if (coded)
+                weight[v] *= load(t->value_scales, at, 0);
+        }
+        store_two(narrow ? (void *)weights : scores, i, weight[0], weight[1], narrow);
     }
     if (any(highest > (float)LEAP))
         return 0;
@@ -380,6 +386,7 @@ INLINE void end_lanes(const Flash *f, Lanes *t, int64_t split, int narrow) {
 #if defined(TILES)
 /* 16 lanes at a time, so that their scores and weights stay in the nearest cache. */
 INLINE void attend_tiles(const Flash *f, Lanes *t, int coded) {
+    find_tiles(f, t);
     for (int64_t lane = 0; lane < t->lanes; lane += 16) {
         score_tiles(f, t, lane);
         for (int64_t i = lane; i < least(lane + 16, t->lanes); i++)
@@ -452,14 +459,15 @@ EXPORT int64_t NAME(flash_items)(const void *job) {
     return blocks * f->kv_heads * f->splits + !f->live;
 }
 
-/* Items take a row's last queries first, as they see most; the last item of all is what belongs to no row. */
+/* Items take a row's heads one after the other, so that the keys of one stay near, and of each the last queries first, as
+   they see most; the last item of all is what belongs to no row. */
 EXPORT void NAME(flash_body)(const void *job, int64_t item, void *scratch) {
     const Flash *f = job;
     Lanes *t = scratch;
-    const int64_t split = item % f->splits, head = item / f->splits % f->kv_heads;
-    int64_t block = item / f->splits / f->kv_heads, row = 0;
-    for (; row < f->rows && block >= blocks_of(f, row); row++)
-        block -= blocks_of(f, row);
+    const int64_t each = f->kv_heads * f->splits; /* items of a block */
+    int64_t row = 0;
+    for (; row < f->rows && item >= blocks_of(f, row) * each; row++)
+        item -= blocks_of(f, row) * each;
     if (row == f->rows) {
         const int64_t begin = f->starts[f->rows] * f->q_heads, count = f->tokens * f->q_heads - begin;
         memset((char *)f->out + begin * f->v_dim * value_bytes(f), 0, count * f->v_dim * value_bytes(f));
@@ -467,7 +475,8 @@ EXPORT void NAME(flash_body)(const void *job, int64_t item, void *scratch) {
             f->lse[begin + i] = -INFINITY;
         return;
     }
-    block = blocks_of(f, row) - 1 - block;
+    const int64_t blocks = blocks_of(f, row), split = item % f->splits, head = item / f->splits / blocks;
+    const int64_t block = blocks - 1 - item / f->splits % blocks;
     const int64_t queries = least(f->block, f->starts[row + 1] - f->starts[row] - block * f->block);
     t->group = f->q_heads / f->kv_heads, t->lanes = queries * t->group;
     t->row = row, t->head = head, t->token = f->starts[row] + block * f->block;

@@ -421,6 +421,7 @@ INLINE void multiply_strips(const Linear *l, const Part part, Finish finish) {
     Pending pending = {{0}};
     Tiles tiles;
     int turn = 0;
+    check("row", part.rows - 1, 32 * MOST_STRIPS);
     shape_tiles(&tiles, l->tiled == ORDERED ? 32 : part.rows);
     for (int64_t panel = part.begin; panel < part.end; panel++)
         for (int gate = l->gate != 0; gate >= 0; gate--)

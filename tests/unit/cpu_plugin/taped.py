@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lineshaft_conformance.harness.rig import Values
@@ -105,3 +106,11 @@ def play(session: NativeSession, tape: Tape) -> None:
 
 def calls_of(tape: Tape) -> Iterator[Call]:
     return (call for call in tape.calls if isinstance(call, Call))
+
+
+def close(got: HostArray, exact: HostArray, reference: HostArray) -> None:
+    """Asserts that got is as near to the exact result as the reference in the executed dtype is."""
+    assert np.isfinite(got.astype(np.float64)).all()
+    eps = float(ml_dtypes.finfo(got.dtype).eps)  # type: ignore[no-untyped-call]
+    off = np.abs(reference.astype(np.float64) - exact).max()
+    assert np.abs(got.astype(np.float64) - exact).max() <= 4 * max(off, eps * np.abs(exact).max())

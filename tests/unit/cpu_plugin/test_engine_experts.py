@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.unit.cpu_plugin.taped import LEVELS, Live, Packed, held, kernel, run
+from tests.unit.cpu_plugin.taped import LEVELS, Live, Packed, close, held, kernel, run
 
 from lineshaft_contract.ops import experts as rules
 from lineshaft_contract.ops.linear import head_linear
@@ -24,14 +24,6 @@ BF16: Any = ml_dtypes.bfloat16
 DTYPES = [np.float32, BF16]
 GARBAGE = 10**9
 """An id that padding tokens hold: whoever looks it up crashes."""
-
-
-def close(got: HostArray, exact: HostArray, reference: HostArray) -> None:
-    """Asserts that got is as near to the exact result as the reference in the executed dtype is."""
-    assert np.isfinite(got.astype(np.float64)).all()
-    eps = float(ml_dtypes.finfo(got.dtype).eps)  # type: ignore[no-untyped-call]
-    off = np.abs(reference.astype(np.float64) - exact).max()
-    assert np.abs(got.astype(np.float64) - exact).max() <= 4 * max(off, eps * np.abs(exact).max())
 
 
 def numerics(dtype: Any) -> Numerics:

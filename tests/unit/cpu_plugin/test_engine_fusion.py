@@ -21,11 +21,12 @@ from lineshaft_cpu.engine.tape import Call, HostCall, Tape
 
 LEVELS = [level for level in native.LEVELS if native.reason(level) is None]
 WIDTH, INNER = 96, 64
+DEEP = 1216  # more than tiles multiply at once: two whole parts, and a shorter one
 KINDS = ("plain", "shown", "read twice", "sliced")
 
 
-def gated(kind: str, rows: int, dtype: str, width: int = WIDTH) -> ProgramSpec:
-    """silu(gate) * up of one product of x [rows, INNER] that holds both.
+def gated(kind: str, rows: int, dtype: str, width: int = WIDTH, inner: int = INNER) -> ProgramSpec:
+    """silu(gate) * up of one product of x [rows, inner] that holds both.
 
     shown       the product itself is an output too
     read twice  another call reads it
@@ -41,21 +42,21 @@ def gated(kind: str, rows: int, dtype: str, width: int = WIDTH) -> ProgramSpec:
             out["twice"] = ops.add(both, both)
         return out, caches
 
-    layout = InputLayout([InputField("x", dtype, (rows, INNER))])
+    layout = InputLayout([InputField("x", dtype, (rows, inner))])
     return ProgramSpec("gated", forward, StepShape(rows, 1, (), 1, rows), layout)
 
 
-def make(spec: ProgramSpec, dtype: str, level: str = "auto", width: int = WIDTH) -> Rig:
+def make(spec: ProgramSpec, dtype: str, level: str = "auto", width: int = WIDTH, inner: int = INNER) -> Rig:
     rng = np.random.default_rng(1)
-    w = rng.standard_normal((2 * width, INNER)).astype(numpy_dtype(dtype)) * numpy_dtype(dtype).type(0.1)
-    problem, rows = LinearProblem(dtype=dtype, n=2 * width, k=INNER), PointwiseProblem(dtype=dtype)
+    w = rng.standard_normal((2 * width, inner)).astype(numpy_dtype(dtype)) * numpy_dtype(dtype).type(0.1)
+    problem, rows = LinearProblem(dtype=dtype, n=2 * width, k=inner), PointwiseProblem(dtype=dtype)
     uses = {"linear": ("linear", problem), "silu_mul": ("silu_mul", rows), "add": ("add", rows)}
     params = {"w": whole_param("w", w, {"linear": problem})}
     return Rig(Native(3, level), [spec], params=params, values={"w": w}, uses=uses)
 
 
-def inputs(rows: int, dtype: str) -> HostArray:
-    return np.random.default_rng(rows).standard_normal((rows, INNER)).astype(numpy_dtype(dtype))
+def inputs(rows: int, dtype: str, inner: int = INNER) -> HostArray:
+    return np.random.default_rng(rows).standard_normal((rows, inner)).astype(numpy_dtype(dtype))
 
 
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,15 +65,15 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize(("rows", "inner"), [(1, INNER), (5, INNER), (40, INNER), (70, DEEP)])
 def test_a_product_and_its_gate_are_one_and_the_same(
-    monkeypatch: pytest.MonkeyPatch, level: str, dtype: str, rows: int
+    monkeypatch: pytest.MonkeyPatch, level: str, dtype: str, rows: int, inner: int
 ) -> None:
-    x, found, calls = inputs(rows, dtype), [], []
+    x, found, calls = inputs(rows, dtype, inner), [], []
     for apart in (False, True):
         if apart:
             unfused(monkeypatch)
-        with make(gated("plain", rows, dtype), dtype, level) as rig:
+        with make(gated("plain", rows, dtype, inner=inner), dtype, level, inner=inner) as rig:
             report = rig.programs[0].report
             calls.append(report.ops)
             assert report.details.get("fused linear+silu_mul", 0) == (not apart)

@@ -36,6 +36,8 @@ from lineshaft_cpu.native import Native
 
 VECTOR, MOST_DIM, MOST_VALUES, MOST_LANES = 32, 640, 256, 64
 """Head sizes are multiples of the one up to the other."""
+ITEM_LANES = 48
+"""Queries times heads of an item: three tiles of 16, whose sums stay in the nearest cache."""
 ANY = 1 << 62
 FEATURES = frozenset({"causal", "window", "softcap", "sinks", "value_in_key", "return_lse"})
 ATTEND = Job(
@@ -104,7 +106,7 @@ def bind_panels(scratch: int, problem: AttendProblem, session: Any) -> Any:
             "narrow": narrow(problem.dtype), "scale": problem.scale, "softcap": problem.softcap, "q": q,
             "k": cache.arrays["k"], "v": cache.arrays["v"], "out": out, "lse": lse, "sinks": sinks, "starts": starts,
             "lens": lens, "table": table, "live": q.live, "rows": table.shape[0], "tokens": q.shape[0],
-            "pages": table.shape[1], "q_stride": q.strides[0], "block": 1 if alone else max(1, MOST_LANES // group),
+            "pages": table.shape[1], "q_stride": q.strides[0], "block": 1 if alone else max(1, ITEM_LANES // group),
             "splits": splits, "partial": partial_sums, "held": cache.arrays["k"].shape[0], "ordered": 0,
             **coding,
         }  # fmt: skip

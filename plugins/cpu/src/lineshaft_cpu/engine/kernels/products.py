@@ -30,6 +30,8 @@ from lineshaft_cpu.native import Native
 PANELS = "cpu_panels"
 BLOCK_BYTES = 768 << 10
 """Of rows of x in an item: they stay in a core's own cache while panels of weights pass, each of which is read once."""
+MOST_ROWS = 640
+"""Of x in an item: what tiles sum up of them waits on the stack of a thread (MOST_STRIPS of linear.h)."""
 DIRECT_ROWS = 32
 """Rows of x up to which tiles take them as they are."""
 ORDERED, DIRECT = 1, 2
@@ -88,7 +90,7 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
 
 def rows_of_item(k: int, dtype: str) -> int:
     """Rows of x [m, k] in an item, at most."""
-    return max(PANEL, BLOCK_BYTES // (k * itemsize(dtype)) // PANEL * PANEL)
+    return max(PANEL, min(MOST_ROWS, BLOCK_BYTES // (k * itemsize(dtype)) // PANEL * PANEL))
 
 
 def in_tiles(tape: Tape, x: TapeArray) -> TapeArray:
