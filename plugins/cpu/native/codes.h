@@ -450,7 +450,7 @@ static void few_rows(const Codes *c, const Part s, int first, float *scratch) {
         multiply_few(c, s, panel, scratch, y);
         if (c->l.gate)
             multiply_few(c, s, c->l.gate / PANEL + panel, scratch, up);
-        finish(&c->l, panel_block(&c->l, s.row, s.rows, panel), y, up);
+        finish(&c->l, s.row, s.rows, panel, y, up);
     }
 }
 
@@ -460,10 +460,7 @@ INLINE void multiply_rows(Tiles *t, const char *x, int64_t stride, int64_t bytes
                           const int whole, void *y) {
     const int64_t line = PANEL * 4;
     const int two = rows > 16;
-    tile_zero(t, 0);
-    tile_zero(t, 1);
-    tile_zero(t, 2);
-    tile_zero(t, 3);
+    zero_sums(t);
 #define MULTIPLY(c, a, b) \
     if (whole) \
         tile_int8(t, c, a, b); \
@@ -527,7 +524,7 @@ static void many_rows(const Codes *c, const Part s, char *numbers) {
             multiply_expanded(c, tiles, numbers, s.row + i, here, panel, y);
             if (c->l.gate)
                 multiply_expanded(c, tiles, partner, s.row + i, here, c->l.gate / PANEL + panel, up);
-            finish(&c->l, panel_block(&c->l, s.row + i, here, panel), y, up);
+            finish(&c->l, s.row + i, here, panel, y, up);
         }
     }
 #if defined(TILES)
@@ -687,7 +684,7 @@ EXPORT void NAME(matched_body)(const void *job, int64_t item, void *scratch) {
             match(&l, tiles, s.row + i, here, panel, y);
             if (l.gate)
                 match(&l, tiles, s.row + i, here, l.gate / PANEL + panel, up);
-            finish(&l, panel_block(&l, s.row + i, here, panel), y, up);
+            finish(&l, s.row + i, here, panel, y, up);
         }
     }
 #if defined(TILES)

@@ -180,20 +180,18 @@ INLINE floats gated(const Experts *e, floats gate, floats up) {
     return gate / (1.0f + exponential(-e->alpha * gate)) * (1.0f - at_most(-at_most(up, e->limit), e->limit));
 }
 
-/* The hidden activation of columns of the gate and their partners. */
-static void finish_gated(const Linear *l, const Block b, Sums y, Sums up) {
+/* The hidden activation of a panel of gates and its partner's. */
+static void finish_gated(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up) {
     const Experts *e = (const Experts *)l;
+    const int64_t column = panel * PANEL, wide = least(PANEL, l->gate - column);
     Linear plain = *l;
     plain.n = l->gate, plain.gate = 0, plain.bias = NULL;
-    for (int64_t i = 0; i < b.rows; i++) {
-        for (int64_t c = 0; c < b.wide && l->bias; c++) {
-            y[i][c] += load_one(l->bias, b.column + c, l->narrow);
-            up[i][c] += load_one(l->bias, l->gate + b.column + c, l->narrow);
-        }
-        for (int64_t v = 0; v < b.wide; v += WIDTH)
+    for (int64_t i = 0; i < rows; i++) {
+        add_bias(l, column, wide, y[i], up[i], l->narrow);
+        for (int64_t v = 0; v < wide; v += WIDTH)
             store(y[i], v, gated(e, load(y[i], v, 0), load(up[i], v, 0)), 0);
     }
-    finish(&plain, b, y, up);
+    finish(&plain, row, rows, panel, y, up);
 }
 
 INLINE int64_t beyond(const Experts *e) { return e->l.gate ? 0 : e->l.e.rows - e->offsets[e->experts]; }

@@ -277,31 +277,20 @@ INLINE void add_direct(Tiles *t, const uint16_t *x, const uint16_t *below, int64
     }
 }
 
-INLINE void take_sums(Tiles *t, const float *from, int64_t stride) {
-    tile_load(t, 0, from, stride);
-    tile_load(t, 1, from + 16, stride);
-    tile_load(t, 2, from + 4 * stride, stride);
-    tile_load(t, 3, from + 4 * stride + 16, stride);
+INLINE void take_sums(Tiles *t, Sums from) {
+    tile_load(t, 0, from[0], PANEL * 4);
+    tile_load(t, 1, from[0] + 16, PANEL * 4);
+    tile_load(t, 2, from[16], PANEL * 4);
+    tile_load(t, 3, from[16] + 16, PANEL * 4);
 }
 
-INLINE void store_sums(Tiles *t, float *to, int64_t stride) {
-    tile_store(t, 0, to, stride);
-    tile_store(t, 1, to + 16, stride);
-    tile_store(t, 2, to + 4 * stride, stride);
-    tile_store(t, 3, to + 4 * stride + 16, stride);
+INLINE void store_sums(Tiles *t, Sums to) {
+    tile_store(t, 0, to[0], PANEL * 4);
+    tile_store(t, 1, to[0] + 16, PANEL * 4);
+    tile_store(t, 2, to[16], PANEL * 4);
+    tile_store(t, 3, to[16] + 16, PANEL * 4);
 }
 #endif
-
-/* Rows and columns of a product, some of a panel's. */
-typedef struct {
-    int64_t row, rows, column, wide;
-} Block;
-
-INLINE int64_t columns(const Linear *l) { return l->gate ? l->gate : l->n; }
-
-INLINE Block panel_block(const Linear *l, int64_t row, int64_t rows, int64_t panel) {
-    return (Block){row, rows, panel * PANEL, least(PANEL, columns(l) - panel * PANEL)};
-}
 
 /* silu of sums that are rounded to bfloat16 (`narrow`), or kept. */
 INLINE floats silu(floats x, int narrow) {
@@ -316,46 +305,50 @@ INLINE void put_columns(void *out, int64_t at, const float *y, int64_t wide, int
     if (wide == PANEL)
         for (int v = 0; v < PANEL; v += 2 * WIDTH)
             store_two(out, at + v, load(y, v, 0), load(y, v + WIDTH, 0), narrow);
-    else if (wide == WIDTH)
-        store(out, at, load(y, 0, 0), narrow);
     else
         for (int64_t c = 0; c < wide; c++)
             store_one(out, at + c, y[c], narrow);
 }
 
-/* Write sums to where they belong; of a gate, what `up` holds multiplies them. Rows in the order of tiles are of one
-   tile, or of two that follow each other. */
-INLINE void finish_rows(const Linear *l, const Block b, Sums y, Sums up, int narrow) {
+/* Add their bias to a row's sums of columns, and to those of a gate's partners. */
+INLINE void add_bias(const Linear *l, int64_t column, int64_t wide, float *y, float *up, int narrow) {
+    for (int64_t c = 0; l->bias && c < wide; c++)
+        y[c] += load_one(l->bias, column + c, narrow);
+    for (int64_t c = 0; l->gate && l->bias && c < wide; c++)
+        up[c] += load_one(l->bias, l->gate + column + c, narrow);
+}
+
+/* Write `rows` rows of sums from `row` on to the columns of a panel; of a gate, what `up` holds multiplies them. Rows in
+   the order of tiles are of one 32. */
+INLINE void finish_rows(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up, int narrow) {
+    const int64_t column = panel * PANEL, wide = least(PANEL, (l->gate ? l->gate : l->n) - column);
     const int64_t apart = l->ordered ? 32 : l->out_stride;
-    int64_t at = place_of(b.row, b.column, l->out_stride, l->ordered);
-    for (int64_t i = 0; i < b.rows; i++, at += apart) {
-        for (int64_t c = 0; l->bias && c < b.wide; c++)
-            y[i][c] += load_one(l->bias, b.column + c, narrow);
-        for (int64_t c = 0; l->gate && l->bias && c < b.wide; c++)
-            up[i][c] += load_one(l->bias, l->gate + b.column + c, narrow);
-        for (int64_t v = 0; l->gate && v < b.wide; v += WIDTH)
+    int64_t at = place_of(row, column, l->out_stride, l->ordered);
+    for (int64_t i = 0; i < rows; i++, at += apart) {
+        add_bias(l, column, wide, y[i], up[i], narrow);
+        for (int64_t v = 0; l->gate && v < wide; v += WIDTH)
             store(y[i], v, silu(load(y[i], v, 0), narrow) * load(up[i], v, 0), 0);
-        put_columns(l->out, at, y[i], b.wide, narrow);
+        put_columns(l->out, at, y[i], wide, narrow);
     }
 }
 
-INLINE void finish(const Linear *l, const Block b, Sums y, Sums up) {
-    EITHER(finish_rows, l->narrow, l, b, y, up);
+INLINE void finish(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up) {
+    EITHER(finish_rows, l->narrow, l, row, rows, panel, y, up);
 }
 
 /* Sums that wait to be written, a row at a time while the next ones are made: vectors idle where tiles are busy. */
 typedef struct {
-    Block b;
+    int64_t row, rows, panel;
     float (*y)[PANEL], (*up)[PANEL];
 } Pending;
 
-/* How the sums of some rows and columns become results. */
-typedef void (*Finish)(const Linear *l, const Block b, Sums y, Sums up);
+/* How the sums of some rows and a panel become results. */
+typedef void (*Finish)(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up);
 
 INLINE void finish_some(const Linear *l, Pending *p, int64_t count, Finish finish) {
-    const Block here = {p->b.row, least(count, p->b.rows), p->b.column, p->b.wide};
-    finish(l, here, p->y, p->up);
-    p->b.row += here.rows, p->b.rows -= here.rows, p->y += here.rows, p->up += here.rows;
+    const int64_t here = least(count, p->rows);
+    finish(l, p->row, here, p->panel, p->y, p->up);
+    p->row += here, p->rows -= here, p->y += here, p->up += here;
 }
 
 /* y = x w^T for up to FEW rows from `row` on and the panel of that number. */
@@ -396,7 +389,7 @@ INLINE void multiply_tiles(Tiles *t, const Linear *l, const Strip s, Pending *pe
     const uint16_t *x = (const uint16_t *)l->x + s.row * (ordered ? l->k : l->x_stride);
     const uint16_t *w = s.w + s.from * PANEL;
     if (s.from)
-        take_sums(t, s.before[0], PANEL * 4);
+        take_sums(t, s.before);
     else
         zero_sums(t);
     for (int64_t k = s.from; k < s.to; k += 32, w += 2 * TILE) {
@@ -411,14 +404,14 @@ INLINE void multiply_tiles(Tiles *t, const Linear *l, const Strip s, Pending *pe
         finish_some(l, pending, 2, finish);
     }
     finish_some(l, pending, STEP, finish);
-    store_sums(t, s.y[0], PANEL * 4);
+    store_sums(t, s.y);
 }
 
 /* The sums of a part by tiles: all rows meet so much of a panel as the nearest cache holds, before they meet more. */
 INLINE void multiply_strips(const Linear *l, const Part part, Finish finish) {
     _Alignas(64) Sums kept[2][MOST_STRIPS], y[2]; /* of a gate and its partner, or of one panel; the last ones */
     const int64_t depth = part.rows > 32 ? DEEP : l->k;
-    Pending pending = {{0}};
+    Pending pending = {0};
     Tiles tiles;
     int turn = 0;
     check("row", part.rows - 1, 32 * MOST_STRIPS);
@@ -435,8 +428,7 @@ INLINE void multiply_strips(const Linear *l, const Part part, Finish finish) {
                     multiply_tiles(&tiles, l, s, &pending, finish);
                     if (!last)
                         continue;
-                    const Block block = panel_block(l, s.row, s.rows, panel);
-                    pending = l->gate ? (Pending){block, kept[1][i / 32], s.y} : (Pending){block, s.y, NULL};
+                    pending = (Pending){s.row, s.rows, panel, l->gate ? kept[1][i / 32] : s.y, s.y};
                     turn = !turn;
                 }
             }
@@ -460,7 +452,7 @@ INLINE void multiply_part(const Linear *l, const Part part, Finish finish) {
             multiply(l, part.row + i, here, panel, y);
             if (l->gate)
                 multiply(l, part.row + i, here, units(l) + panel, up);
-            finish(l, panel_block(l, part.row + i, here, panel), y, up);
+            finish(l, part.row + i, here, panel, y, up);
         }
 }
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lineshaft_conformance.harness.rig import Values
 from lineshaft_contract.kernels import Kernel
-from lineshaft_contract.ops.spec import HostArray
+from lineshaft_contract.ops.spec import HostArray, epsilon
 from lineshaft_contract.problems import Problem
 from lineshaft_contract.sessions import Packing
 from lineshaft_contract.weights import Local, Param, Stored
@@ -111,6 +110,5 @@ def calls_of(tape: Tape) -> Iterator[Call]:
 def close(got: HostArray, exact: HostArray, reference: HostArray) -> None:
     """Asserts that got is as near to the exact result as the reference in the executed dtype is."""
     assert np.isfinite(got.astype(np.float64)).all()
-    eps = float(ml_dtypes.finfo(got.dtype).eps)  # type: ignore[no-untyped-call]
     off = np.abs(reference.astype(np.float64) - exact).max()
-    assert np.abs(got.astype(np.float64) - exact).max() <= 4 * max(off, eps * np.abs(exact).max())
+    assert np.abs(got.astype(np.float64) - exact).max() <= 4 * max(off, epsilon(got.dtype.name) * np.abs(exact).max())

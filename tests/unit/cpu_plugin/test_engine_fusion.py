@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from tests.unit.cpu_plugin.engines import Native
 
 from lineshaft.plan import ProgramSpec
 from lineshaft_conformance.harness.rig import Rig, whole_param
-from lineshaft_contract.ops.spec import HostArray, numpy_dtype
+from lineshaft_contract.ops.spec import HostArray, epsilon, numpy_dtype
 from lineshaft_contract.problems import LinearProblem, NormProblem, PointwiseProblem
 from lineshaft_contract.steps import InputField, InputLayout, StepShape
 from lineshaft_cpu import native
@@ -81,7 +80,7 @@ def test_a_product_and_its_gate_are_one_and_the_same(
     assert calls[0] == calls[1] - 1
     one, two = found
     # apart, gate and up are rounded before the gate is: each by half a unit of the dtype
-    eps = float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)  # type: ignore[no-untyped-call]
+    eps = epsilon(dtype)
     scale = np.abs(two).max()
     np.testing.assert_allclose(one, two, rtol=3 * eps, atol=3 * eps * scale)
     assert np.abs(one).max() > 0.1
