@@ -459,8 +459,8 @@ EXPORT int64_t NAME(flash_items)(const void *job) {
     return blocks * f->kv_heads * f->splits + !f->live;
 }
 
-/* Items take a row's heads one after the other, so that the keys of one stay near, and of each the last queries first, as
-   they see most; the last item of all is what belongs to no row. */
+/* Items take a row's heads one after the other, so that the keys of one stay near, and of each the last queries first,
+   as they see most; the last item of all is what belongs to no row. */
 EXPORT void NAME(flash_body)(const void *job, int64_t item, void *scratch) {
     const Flash *f = job;
     Lanes *t = scratch;

@@ -318,8 +318,8 @@ INLINE void add_bias(const Linear *l, int64_t column, int64_t wide, float *y, fl
         up[c] += load_one(l->bias, l->gate + column + c, narrow);
 }
 
-/* Write `rows` rows of sums from `row` on to the columns of a panel; of a gate, what `up` holds multiplies them. Rows in
-   the order of tiles are of one 32. */
+/* Write `rows` rows of sums from `row` on to the columns of a panel; of a gate, what `up` holds multiplies them. In the
+   order of tiles they are rows of one 32. */
 INLINE void finish_rows(const Linear *l, int64_t row, int64_t rows, int64_t panel, Sums y, Sums up, int narrow) {
     const int64_t column = panel * PANEL, wide = least(PANEL, (l->gate ? l->gate : l->n) - column);
     const int64_t apart = l->ordered ? 32 : l->out_stride;
