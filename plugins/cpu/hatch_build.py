@@ -31,7 +31,7 @@ LEVELS = {
 code for tiles with their primitives in plain C."""
 SOURCES = ("kernels.c", "bounds.c")
 """Compiled for every level."""
-SHARED = ("support", "team", "pack")
+SHARED = ("support", "team", "pack", "inputs")
 """Sources that are compiled once, without any level's flags and with every product rounded before it is added to."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]

@@ -78,7 +78,7 @@ class StepMessage(Message):
 
     def copies_by_group(self) -> Iterator[tuple[int, HostArray, HostArray]]:
         """(group, src int32 [n], dst int32 [n]) of each group that has copies: what `Session.copy_pages` takes."""
-        for group in np.unique(self.copies[:, 0]):
+        for group in np.unique(self.copies[:, 0]) if len(self.copies) else ():
             own = self.copies[:, 0] == group
             yield int(group), self.copies[own, 1], self.copies[own, 2]
 

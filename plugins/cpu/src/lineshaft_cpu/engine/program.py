@@ -16,7 +16,7 @@ from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.sessions import Capture, CaptureReport, Handle, Transfer, check_handles
 from lineshaft_contract.steps import ArraySpec, HostStep, StepInputs, StepShape
 from lineshaft_cpu.engine.arrays import Buffer, TapeArray
-from lineshaft_cpu.engine.checks import check_step
+from lineshaft_cpu.engine.checks import StepCheck
 from lineshaft_cpu.engine.fusion import fuse
 from lineshaft_cpu.engine.tape import HostCall, Linked, Tape
 from lineshaft_torch.arena import Lifetime, plan_offsets
@@ -59,10 +59,10 @@ class NativePending:
     """A step, which may be under way: `result` waits for it and reads host copies made when it ended, `handle` names
     what stays where it is."""
 
-    def __init__(
-        self, session: NativeSession | None, handles: Mapping[str, NativeHandle], wanted: Mapping[str, HostArray]
-    ) -> None:
-        self._session, self._handles, self._wanted = session, handles, wanted
+    def __init__(self, program: NativeProgram | None) -> None:
+        """Of the run of `program` that begins now; None: nothing is under way, and there are no outputs."""
+        self._program = self._running = program
+        self._run = 0 if program is None else program.runs
         self._host: dict[str, HostArray] = {}
         self._seconds = 0.0
 
@@ -79,18 +79,20 @@ class NativePending:
 
     def handle(self, name: str) -> NativeHandle:
         """Raises ContractViolation for an unknown output."""
-        if name not in self._handles:
-            raise ContractViolation(f"the program has no output {name!r}; it has {', '.join(self._handles) or 'none'}")
-        return self._handles[name]
+        program, outputs = self._program, {} if self._program is None else self._program.outputs
+        if program is None or name not in outputs:
+            raise ContractViolation(f"the program has no output {name!r}; it has {', '.join(outputs) or 'none'}")
+        return NativeHandle(name, outputs[name], program, self._run)
 
     def ended(self, seconds: float) -> None:
         """The step is done: copy what the host wants before another overwrites it."""
-        self._seconds, self._session = seconds, None
-        self._host = {name: values.copy() for name, values in self._wanted.items()}
+        program, self._running, self._seconds = self._running, None, seconds
+        if program is not None:
+            self._host = {name: values.copy() for name, values in program.wanted.items()}
 
     def _finish(self) -> None:
-        if self._session is not None:
-            self._session.finish()
+        if self._running is not None:
+            self._running.session.finish()
 
 
 class NativeProgram:
@@ -98,7 +100,7 @@ class NativeProgram:
 
     def __init__(self, session: NativeSession, capture: Capture) -> None:
         began = time.perf_counter()
-        self._session, self._capture = session, capture
+        self.session, self._capture = session, capture
         self._generation = session.generation
         self.runs = 0
         self._inputs = session.memory.zeros((capture.inputs.nbytes,), "uint8")
@@ -107,18 +109,19 @@ class NativeProgram:
             for name, spec in capture.arrays.items()
         }
         tape = Tape()
-        self._outputs = self._record(tape)
-        fused = fuse(tape, {id(array.buffer) for array in self._outputs.values()})
+        self.outputs = self._record(tape)
+        fused = fuse(tape, {id(array.buffer) for array in self.outputs.values()})
         arena = self._place(tape)
         self._parts = [
             part if isinstance(part, HostCall) else Linked(session.native, part, session.team.threads)
             for part in tape.parts()
         ]
-        self._wanted = {name: self._outputs[name].values() for name in capture.host_outputs}
+        self.wanted = {name: self.outputs[name].values() for name in capture.host_outputs}
         self._calls = tape.calls  # they hold the arrays that the jobs point to
         self._pointers = {name: list(self._pointers_to(array.buffer)) for name, array in self._given.items()}
         calls = [call for part in self._parts if isinstance(part, Linked) for call, _ in part.jobs]
-        self._positions = min((len(call.fields["cos"]) for call in calls if "cos" in call.fields), default=None)
+        positions = min((len(call.fields["cos"]) for call in calls if "cos" in call.fields), default=None)
+        self._check = StepCheck(session.native, self._inputs, capture.inputs, capture.shape, session.paging, positions)
         self._scratch_bytes = max((part.scratch for part in self._parts if isinstance(part, Linked)), default=0)
         self._scratch = session.reserve_scratch(self._scratch_bytes)
         self._scratch_at = self._scratch.ctypes.data
@@ -136,7 +139,7 @@ class NativeProgram:
 
     def _record(self, tape: Tape) -> dict[str, TapeArray]:
         """Run the forward over arrays without values; returns its outputs, which get memory of their own."""
-        session, capture = self._session, self._capture
+        session, capture = self.session, self._capture
         step = StepInputs(self._input_arrays(), capture.shape)
         caches = list(session.caches)
         with session.recording(tape):
@@ -170,7 +173,7 @@ class NativeProgram:
         """Put the arena's buffers at addresses; returns the arena's size in bytes."""
         buffers = tape.lifetimes()
         offsets, size = plan_offsets([Lifetime(b.nbytes, b.first, b.last) for b in buffers])
-        self._arena = self._session.reserve_arena(size)
+        self._arena = self.session.reserve_arena(size)
         for buffer, offset in zip(buffers, offsets, strict=True):
             buffer.address = self._arena.ctypes.data + offset
         return size
@@ -190,7 +193,7 @@ class NativeProgram:
     ) -> NativePending:
         """Run one step. Raises ContractViolation for arrays that were not captured and for inputs out of range; a step
         that fails otherwise poisons the session."""
-        session = self._session
+        session = self.session
         session.require_usable()
         if self._generation != session.generation:
             raise ContractViolation("weights or caches were replaced after this program was captured; capture it again")
@@ -198,25 +201,23 @@ class NativeProgram:
         if host.buffer.nbytes < self._capture.inputs.nbytes:
             needed = self._capture.inputs.nbytes
             raise ContractViolation(f"the step's inputs are {host.buffer.nbytes} bytes, the program's {needed}")
-        check_step(host, self._capture.shape, session.paging, self._positions)
         for transfer in after:
             transfer.wait()
         with session.lock:
             session.finish()
             session.require_usable()
             given = {name: array_of(handle) for name, handle in (arrays or {}).items()}
+            self._inputs[...] = host.buffer[: len(self._inputs)]
+            self._check()
             with session.poison_on_failure():
-                return self._run(host, given)
+                return self._run(given)
 
-    def _run(self, host: HostStep, given: Mapping[str, TapeArray]) -> NativePending:
-        nbytes = self._capture.inputs.nbytes
-        self._inputs[:nbytes] = host.buffer[:nbytes]
+    def _run(self, given: Mapping[str, TapeArray]) -> NativePending:
         for name, array in given.items():
             self._point(name, array)
-        team, began = self._session.team, time.perf_counter()
+        team, began = self.session.team, time.perf_counter()
         self.runs += 1
-        handles = {name: NativeHandle(name, array, self, self.runs) for name, array in self._outputs.items()}
-        pending = NativePending(self._session, handles, self._wanted)
+        pending = NativePending(self)
         last = self._parts[-1] if self._parts else None
         for part in self._parts:
             if isinstance(part, HostCall):
@@ -224,7 +225,7 @@ class NativeProgram:
                 continue
             team.submit(part.address, part.count, self._scratch_at, self._scratch_bytes)
             if part is last:
-                self._session.submitted(pending, time.perf_counter() - began)
+                self.session.submitted(pending, time.perf_counter() - began)
                 return pending
             team.wait()
         pending.ended(time.perf_counter() - began)
@@ -236,7 +237,7 @@ class NativeProgram:
         own = self._given[name]
         if array is own:
             return
-        if not array.dense or any(array.buffer is output.buffer for output in self._outputs.values()) or self._hosted:
+        if not array.dense or any(array.buffer is output.buffer for output in self.outputs.values()) or self._hosted:
             own.buffer.address = own.buffer.held.ctypes.data  # type: ignore[union-attr]
             own.values()[...] = array.values()
             start = own.buffer.address

@@ -127,7 +127,7 @@ class NativeSession(SessionState):
             for old, new in made:
                 for name, leaf in old.items():
                     leaf[...] = new[name]
-        return NativePending(None, {}, {})
+        return NativePending(None)
 
     def _repacked(self, name: str, array: HostArray) -> list[tuple[dict[str, HostArray], dict[str, HostArray]]]:
         """The leaves held and the leaves to be held, of each packing of the parameter's source."""
