@@ -30,21 +30,27 @@ class Native:
 
     def function(self, name: str, *argtypes: Any) -> Callable[..., Any]:
         """The kernel `name`, which takes `argtypes` and returns nothing; raises `Unsupported` if there is none."""
-        found = self._find(name)
+        found = self._find(f"{self.level}_{name}")
         found.argtypes, found.restype = argtypes, None
+        return found
+
+    def shared(self, name: str, returns: Any, *argtypes: Any) -> Callable[..., Any]:
+        """The function `name` that all levels have in common; raises `Unsupported` if there is none."""
+        found = self._find(name)
+        found.argtypes, found.restype = argtypes, returns
         return found
 
     def address(self, name: str) -> int:
         """The address of the function `name`; raises `Unsupported` if there is none."""
-        return int(ctypes.cast(self._find(name), ctypes.c_void_p).value or 0)
+        return int(ctypes.cast(self._find(f"{self.level}_{name}"), ctypes.c_void_p).value or 0)
 
     def value(self, name: str, kind: Any) -> Any:
         """The constant `name`, of a ctypes type; raises `Unsupported` if there is none."""
-        self._find(name)
+        self._find(f"{self.level}_{name}")
         return kind.in_dll(self.library, f"lineshaft_{self.level}_{name}").value
 
     def _find(self, name: str) -> Any:
-        symbol = f"lineshaft_{self.level}_{name}"
+        symbol = f"lineshaft_{name}"
         try:
             return self.library[symbol]
         except AttributeError:

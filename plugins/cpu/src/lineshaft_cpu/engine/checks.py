@@ -60,8 +60,7 @@ class StepCheck:
         positions: int | None = None,
     ) -> None:
         self._views, self._shape = inputs.views(step), shape
-        self._broken = native.library.lineshaft_broken
-        self._broken.restype, self._broken.argtypes = c_int64, (c_void_p, c_void_p)
+        self._broken = native.shared("broken", c_int64, c_void_p, c_void_p)
         sizes = {field.name: prod(field.shape) for field in inputs.fields}
         widths = {field.name: field.shape[-1] for field in inputs.fields}
         self._limits = [limit for limit in limits(shape, groups, widths, positions) if limit.name in sizes]

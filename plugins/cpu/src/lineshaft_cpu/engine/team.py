@@ -47,15 +47,11 @@ class Team:
 
     def __init__(self, native: Native, threads: int, spin_ns: int = SPIN_NS) -> None:
         """So many threads, the caller's among them. Raises OutOfMemory where the system gives no further thread."""
-        library = native.library
-        start, self._submit = library.lineshaft_team_start, library.lineshaft_submit
-        self._wait, self._stop = library.lineshaft_wait, library.lineshaft_team_stop
-        start.restype, start.argtypes = c_void_p, (c_int, c_int64)
-        self._submit.restype, self._submit.argtypes = None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64)
-        self._wait.restype, self._wait.argtypes = c_int64, (c_void_p,)
-        self._stop.restype, self._stop.argtypes = None, (c_void_p,)
+        self._submit = native.shared("submit", None, c_void_p, c_void_p, c_int64, c_void_p, c_int64)
+        self._wait = native.shared("wait", c_int64, c_void_p)
+        self._stop = native.shared("team_stop", None, c_void_p)
         self.threads = threads
-        self._team = start(threads, spin_ns)
+        self._team = native.shared("team_start", c_void_p, c_int, c_int64)(threads, spin_ns)
         if not self._team:
             raise OutOfMemory(
                 f"the system gives no team of {threads} threads (process {os.getpid()}); set threads to fewer, or "
