@@ -10,14 +10,17 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import tomllib
 import venv
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(
@@ -46,14 +49,30 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
-    """Every distribution: the sdist from the tree, the wheel from the sdist, as a release does it."""
-    folder = tmp_path_factory.mktemp("dist")
-    projects = [build(source, folder / source.name) for source in FOLDERS]
+    """Every distribution: the sdist from the tree, the wheel from the sdist, as a release does it.
+
+    Processes of pytest share the work: whoever finds one under way begins another, and waits at the end.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "dist"
+    folder.mkdir(exist_ok=True)
+    for seconds in (0, -1):
+        for source in FOLDERS:
+            with suppress(Timeout), FileLock(folder / f"{source.name}.lock", timeout=seconds):
+                build(source, folder / source.name)
+    projects = [find(source, folder / source.name) for source in FOLDERS]
     return {project.name: project for project in projects}
 
 
-def build(source: Path, target: Path) -> Built:
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", target, source)
+def build(source: Path, target: Path) -> None:
+    """Once; a build that failed leaves nothing."""
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source)
+            shutil.copytree(folder, target)
+
+
+def find(source: Path, target: Path) -> Built:
     (wheel,), (sdist,) = target.glob("*.whl"), target.glob("*.tar.gz")
     project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
     name = project["name"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,7 +68,7 @@ def test_a_quota_of_version_1(tmp_path: Path, limit: str, period: str, expected:
 def test_a_system_that_gives_no_thread_is_out_of_memory() -> None:
     functions = {f"lineshaft_{name}": lambda *_: None for name in ("team_start", "team_stop", "submit", "wait")}
     with pytest.raises(OutOfMemory, match=r"no team of 3 threads.*ulimit -u"):
-        Team(native.Native("none", SimpleNamespace(**functions)), 3)  # type: ignore[arg-type]
+        Team(native.Native("none", functions), 3)  # type: ignore[arg-type]
 
 
 # ---- what they compute -----------------------------------------------------------------------------------------------
