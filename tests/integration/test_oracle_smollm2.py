@@ -22,8 +22,6 @@ from tests.integration.oracle import (
 from lineshaft.engine import Engine
 from lineshaft.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.xdist_group("smollm2")  # the oracle's answers and the engines are made once
-
 Check = Callable[[list[Expected], list[Array]], None]
 LENGTHS = (8, 15, 30, 47, 75, 150)
 TOKENS = 16
