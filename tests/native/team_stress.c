@@ -42,6 +42,24 @@ static void body(const void *argument, int64_t item, void *scratch) {
 
 static int64_t items(const void *argument) { return ((const Job *)argument)->items; }
 
+/* Begin a tape, of one step and more; returns how many. */
+static int64_t begin(void *team, int64_t tape, lineshaft_step *steps, char *scratch) {
+    const int64_t length = 1 + tape % MOST;
+    for (int64_t i = 0; i < length; i++) {
+        jobs[i].number = i, jobs[i].items = (i * 7 + tape) % 5;
+        atomic_store(&jobs[i].done, 0);
+        steps[i] = (lineshaft_step){body, items, jobs + i};
+    }
+    lineshaft_submit(team, steps, length, scratch, SCRATCH);
+    return length;
+}
+
+static void check(int64_t length) {
+    for (int64_t i = 0; i < length; i++)
+        if (atomic_load(&jobs[i].done) != jobs[i].items)
+            fail("not all items have run", i);
+}
+
 int main(int count, char **words) {
     if (count != 3)
         return 2;
@@ -49,20 +67,16 @@ int main(int count, char **words) {
     lineshaft_step steps[MOST];
     _Alignas(LINESHAFT_HEAD) char scratch[64 * SCRATCH];
     for (int64_t tape = 0; tape < atol(words[2]); tape++) {
-        const int64_t length = 1 + tape % MOST;
-        for (int64_t i = 0; i < length; i++) {
-            jobs[i].number = i, jobs[i].items = (i * 7 + tape) % 5;
-            atomic_store(&jobs[i].done, 0);
-            steps[i] = (lineshaft_step){body, items, jobs + i};
-        }
-        lineshaft_submit(team, steps, length, scratch, SCRATCH);
+        const int64_t length = begin(team, tape, steps, scratch);
         for (volatile int64_t wait = 0; tape % 3 == 0 && wait < tape % 1000; wait++) {
         }
         lineshaft_wait(team);
-        for (int64_t i = 0; i < length; i++)
-            if (atomic_load(&jobs[i].done) != jobs[i].items)
-                fail("not all items have run", i);
+        if (tape % 5 == 0)
+            lineshaft_wait(team); /* again: there is nothing to wait for */
+        check(length);
     }
+    const int64_t length = begin(team, MOST - 1, steps, scratch);
     lineshaft_team_stop(team);
+    check(length);
     return 0;
 }

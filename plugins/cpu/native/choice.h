@@ -344,7 +344,7 @@ INLINE void logprobs_row(const LogprobsStep *l, int64_t row, void *scratch) {
     const int64_t id = most(l->ids[row], 0);
     int32_t *top_ids = l->top_ids + row * l->k;
     float *top = l->top + row * l->k;
-    l->chosen[row] = (float)((double)values[id] - r.peak - logarithm);
+    l->chosen[row] = id < l->width ? (float)((double)values[id] - r.peak - logarithm) : NAN;
     if (l->k < r.finite && l->k > 0)
         keep_head(&r, (double)l->k, r.low, 0);
     int64_t n = l->k ? collect_kept(&r, -INFINITY, INFINITY, r.band, l->k) : 0;

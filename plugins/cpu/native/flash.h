@@ -43,11 +43,12 @@ typedef struct {
 typedef struct {
     float scores[MOST_LANES][SCORES], sums[MOST_LANES][SUMS];
     floats mass[MOST_LANES]; /* what weights sum to, over its places */
-    float top[MOST_LANES];
+    float largest[MOST_LANES], top[MOST_LANES]; /* of the scores so far, and that scaled */
     int64_t from[MOST_LANES], to[MOST_LANES];   /* positions that a lane sees */
     uint16_t weights[MOST_LANES][WEIGHTS];         /* bfloat16; floats stay in `scores` */
     float q[MOST_LANES][MOST_DIM];              /* in the executed dtype, lanes without gaps */
-    float tail[KEYS * MOST_VALUES];             /* values of a page whose last slots hold none */
+    float front[KEYS * MOST_VALUES];            /* values of a page whose first slots no lane sees */
+    float tail[KEYS * MOST_VALUES];             /* and of one whose last slots hold none */
     float key_scales[MOST_KEYS], value_scales[MOST_KEYS]; /* of codes; 0 from the row's end on */
     float key_numbers[MOST_KEYS * MOST_DIM], value_numbers[MOST_KEYS * MOST_VALUES]; /* that codes stand for */
     const char *keys[MOST_PAGES], *values[MOST_PAGES];
@@ -104,18 +105,24 @@ INLINE int64_t take_pages(const Flash *f, Lanes *t, int64_t at, int64_t end, int
     return at;
 }
 
-/* Give the slots of the last page from the row's end on values of 0: whatever lies there, no lane may see it. */
-INLINE void cut_tail(const Flash *f, Lanes *t, int narrow, int coded) {
-    const int64_t page = t->held - 1, there = f->lens[t->row] - t->position[page];
-    if (there >= f->page_size)
+/* Give the slots of a page that no lane may see values of 0, whatever lies there: those before the first lane's window
+   and from the row's end on. `own` is room for the page. */
+INLINE void hide_slots(const Flash *f, Lanes *t, int64_t page, void *own, int narrow, int coded) {
+    const int64_t from = most(0, t->from[0] - t->position[page]);
+    const int64_t to = least(f->page_size, f->lens[t->row] - t->position[page]);
+    if (from == 0 && to == f->page_size)
         return;
-    const int64_t pair = narrow ? 2 : 1, line = pair * f->v_dim * value_bytes(f), lines = (there + pair - 1) / pair;
-    char *values = coded ? (char *)t->values[page] : (char *)t->tail;
+    const int64_t pair = narrow ? 2 : 1, line = pair * f->v_dim * value_bytes(f);
+    const int64_t first = from / pair, last = (to + pair - 1) / pair;
+    char *values = coded ? (char *)t->values[page] : (char *)own;
     if (!coded)
-        memcpy(values, t->values[page], lines * line);
-    memset(values + lines * line, 0, (f->page_size / pair - lines) * line);
-    for (int64_t d = 0; there % pair && d < f->v_dim; d++)
-        ((uint16_t *)(values + (lines - 1) * line))[2 * d + 1] = 0;
+        memcpy(values + first * line, (const char *)t->values[page] + first * line, (last - first) * line);
+    memset(values, 0, first * line);
+    memset(values + last * line, 0, (f->page_size / pair - last) * line);
+    for (int64_t d = 0; from % pair && d < f->v_dim; d++)
+        ((uint16_t *)(values + first * line))[2 * d] = 0;
+    for (int64_t d = 0; to % pair && d < f->v_dim; d++)
+        ((uint16_t *)(values + (last - 1) * line))[2 * d + 1] = 0;
     t->values[page] = values;
 }
 
@@ -276,52 +283,66 @@ INLINE float see(const Flash *f, const Lanes *t, int64_t lane, float unit, float
 }
 
 /* A lane's scores to weights, that of a score at the top being 1, and what they sum to added to its mass. Returns 0,
-   and adds nothing, where a score is so far above the top that it has to be raised first. */
+   and adds nothing, where a score is so far above a top that was not `raised` that it has to be first. */
 INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, float *scores, uint16_t *weights,
-                         int coded, int narrow) {
-    const floats below = splat(t->top[lane] * LOG2_E);
+                         int raised, int coded, int narrow) {
+    const floats below = splat(t->top[lane] * LOG2_E), largest = splat(t->largest[lane]);
     floats mass = {0}, highest = splat(HIDDEN);
     for (int64_t i = 0; i < t->held * f->page_size; i += 2 * WIDTH) {
         floats weight[2];
         for (int v = 0; v < 2; v++) {
             const int64_t at = i + v * WIDTH;
-            const floats score = load(scores, at, 0), power = score * (unit * LOG2_E) - below;
-            weight[v] = narrow ? quick_power(power) : exponential(score * unit - t->top[lane]);
-            highest = larger(power, highest);
+            const floats score = load(scores, at, 0), short_of = score - largest;
+            const floats power = raised ? short_of * (unit * LOG2_E) : score * (unit * LOG2_E) - below;
+            weight[v] = narrow ? quick_power(power) : exponential(short_of * unit);
+            if (!raised)
+                highest = larger(power, highest);
             mass += weight[v];
             if (coded)
                 weight[v] *= load(t->value_scales, at, 0);
         }
         store_two(narrow ? (void *)weights : scores, i, weight[0], weight[1], narrow);
     }
-    if (any(highest > (float)LEAP))
+    if (!raised && any(highest > (float)LEAP))
         return 0;
     t->mass[lane] += mass;
     return 1;
+}
+
+INLINE int holds_nan(const float *scores, int64_t count) {
+    ints found = {0};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const floats score = load(scores, i, 0);
+        found |= score != score;
+    }
+    return any(found);
 }
 
 /* A lane's scores to weights; what it has summed so far is scaled where its top is raised. */
 INLINE void weights_of(const Flash *f, Lanes *t, int64_t lane, float *scores, uint16_t *weights, int coded,
                        int narrow) {
     const float scaled = coded ? f->scale * head_scale(f, 0, t->head) : f->scale, unit = f->softcap ? 1.0f : scaled;
-    const float before = t->top[lane];
+    const float before = t->largest[lane];
     const int64_t end = t->position[t->held - 1] + f->page_size;
     const int plain = narrow && !coded && !f->softcap && t->from[lane] <= t->position[0] && t->to[lane] >= end;
-    if (plain && before != -INFINITY && weights_below(f, t, lane, unit, scores, weights, coded, narrow))
+    if (plain && before != -INFINITY && weights_below(f, t, lane, unit, scores, weights, 0, coded, narrow))
         return;
-    const float largest = see(f, t, lane, scaled, scores, coded);
-    const float top = largest == HIDDEN ? before : fmaxf(before, largest * unit);
-    if (top == -INFINITY) {
+    float largest = see(f, t, lane, scaled, scores, coded);
+    if (largest == HIDDEN)
+        largest = before;
+    if (largest == -INFINITY && holds_nan(scores, t->held * f->page_size))
+        largest = 0; /* any will do: they make weights that are none either */
+    if (largest == -INFINITY) {
         memset(narrow ? (void *)weights : scores, 0, t->held * f->page_size * value_bytes(f));
         return;
     }
-    if (before != top) {
-        const float scale = expf(before - top);
-        t->top[lane] = top, t->mass[lane] *= scale;
+    if (largest > before) {
+        const float scale = before == -INFINITY ? 0.0f : expf((before - largest) * unit);
+        t->largest[lane] = largest, t->top[lane] = largest * unit, t->mass[lane] *= scale;
         for (int64_t d = 0; d < f->v_dim; d += WIDTH)
             store(t->sums[lane], d, load(t->sums[lane], d, 0) * scale, 0);
     }
-    weights_below(f, t, lane, unit, scores, weights, coded, narrow);
+    weights_below(f, t, lane, unit, scores, weights, 1, coded, narrow);
 }
 
 INLINE void begin_lanes(const Flash *f, Lanes *t, int64_t queries, int narrow) {
@@ -334,7 +355,7 @@ INLINE void begin_lanes(const Flash *f, Lanes *t, int64_t queries, int narrow) {
         for (int64_t lane = i * t->group; lane < (i + 1) * t->group; lane++) {
             t->to[lane] = f->causal ? least(at + 1, context) : context;
             t->from[lane] = f->window ? most(0, at - f->window + 1) : 0;
-            t->top[lane] = -INFINITY, t->mass[lane] = splat(0.0f);
+            t->largest[lane] = t->top[lane] = -INFINITY, t->mass[lane] = splat(0.0f);
             memset(t->sums[lane], 0, f->v_dim * sizeof(float));
         }
     }
@@ -419,7 +440,9 @@ INLINE void attend_lanes(const Flash *f, Lanes *t, int64_t queries, int64_t spli
             continue;
         if (coded)
             expand_block(f, t, narrow);
-        cut_tail(f, t, narrow, coded);
+        hide_slots(f, t, t->held - 1, t->tail, narrow, coded);
+        if (t->held > 1)
+            hide_slots(f, t, 0, t->front, narrow, coded);
 #if defined(TILES)
         if (tiled) {
             attend_tiles(f, t, coded);

@@ -188,15 +188,6 @@ EXPORT void *lineshaft_team_start(int members, int64_t spin_ns) {
     return team;
 }
 
-/* End the threads, which have no tape, and free the team. In a child of the process that began it there are none. */
-EXPORT void lineshaft_team_stop(void *argument) {
-    Team *team = argument;
-    if (team->forks != atomic_load(&forks))
-        free(team);
-    else
-        end(team, team->threads);
-}
-
 static int alone(const Team *team) { return team->threads == 0 || team->forks != atomic_load(&forks); }
 
 /* Begin a tape; `lineshaft_wait` comes before the next. `scratch` has `scratch_bytes` for each member, LINESHAFT_HEAD
@@ -240,4 +231,16 @@ EXPORT int64_t lineshaft_wait(void *argument) {
         break;
     }
     return team->ended_ns - team->started_ns;
+}
+
+/* Wait for a tape under way, end the threads and free the team. In a child of the process that began it there are
+   none. */
+EXPORT void lineshaft_team_stop(void *argument) {
+    Team *team = argument;
+    if (team->forks != atomic_load(&forks)) {
+        free(team);
+        return;
+    }
+    lineshaft_wait(team);
+    end(team, team->threads);
 }

@@ -32,6 +32,7 @@ def test_sessions_take_their_threads_from_the_world() -> None:
 OF_TORCH: dict[str, tuple[dict[str, Any], World, str]] = {
     "several workers": ({}, World(axes=(("tp", 2),)), "one worker, not 2"),
     "eager": ({"program": "eager"}, World(), "program = 'eager' is of the torch engine"),
+    "memory": ({"attention_memory_mib": 1}, World(), "attention_memory_mib = 1 is of the torch engine"),
     "functional": ({"functional": True}, World(), "functional = True is of the torch engine"),
     "no kernels": ({"native": "off"}, World(), "switched off"),
 }

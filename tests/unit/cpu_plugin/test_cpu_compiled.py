@@ -203,7 +203,8 @@ def test_keys_of_pages_that_are_gone_are_not_seen(dtype: str, level: str) -> Non
 
 
 def test_a_level_that_was_named_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_find", lambda wanted, package: "there are no native kernels: no C compiler was found")
+    refused = native.Refused("there are no native kernels: no C compiler was found", native.FIX)
+    monkeypatch.setattr(native, "_find", lambda wanted, package: refused)
     with pytest.raises(Unsupported, match=r"no C compiler was found; .*pip install"):
         create(CpuOptions(engine="torch", native="portable"), World())
     assert create(CpuOptions(engine="torch"), World()).kernels()  # "auto" goes on with torch's

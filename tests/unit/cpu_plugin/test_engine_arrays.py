@@ -97,6 +97,7 @@ def test_strides_say_what_numpy_can_say_without_a_copy() -> None:
             wanted = [step // 4 for n, step in zip(view.shape, view.strides, strict=True) if n > 1]
             assert [step for n, step in zip(factors, found, strict=True) if n > 1] == wanted
     assert said > 100
+    assert restrided((4, 0), (8, 1), (0, 4)) is not None, "no values lie anywhere"
 
 
 def test_views_of_nothing_and_of_one_value() -> None:

@@ -169,6 +169,12 @@ def test_logprobs_of_rows_without_a_distribution() -> None:
     np.testing.assert_allclose(top, wanted_top, atol=1e-6)
 
 
+def test_an_id_beyond_the_vocabulary_has_no_logprob() -> None:
+    x = rows_of("masked", 50, 3)
+    chosen, *_ = run("cpu_logprobs", problem(x, top=0), x, np.array([50, 2**31 - 1, 3], np.int32), 0)
+    assert np.isnan(chosen).tolist() == [True, True, False]
+
+
 # ---- apply_logits --------------------------------------------------------------------------------------------------
 
 

@@ -202,3 +202,46 @@ def chained(rows: int, level: str) -> Rig:
     layout = InputLayout([InputField("x", dtype, (rows, INNER))])
     spec = ProgramSpec("chained", forward, StepShape(rows, 1, (), 1, rows), layout)
     return Rig(Native(3, level), [spec], params=params, values=values, uses=uses)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_rows_of_another_width_than_is_read_are_not_fused(
+    monkeypatch: pytest.MonkeyPatch, level: str, dtype: str, rows: int
+) -> None:
+    x, found = inputs(rows, dtype, 128), []
+    for apart in (False, True):
+        if apart:
+            unfused(monkeypatch)
+        with regrouped(rows, dtype, level) as rig:
+            assert not [name for name in rig.programs[0].report.details if name.startswith("fused")]
+            found.append(rig.run({"x": x})["out"])
+    assert np.abs(found[0].astype(np.float32)).max() > 0.1
+    assert found[0].tobytes() == found[1].tobytes()
+
+
+def regrouped(rows: int, dtype: str, level: str) -> Rig:
+    """x [rows, 128]: norm of 32, product, gate of halves of its halves, product, product of halves of its rows."""
+    rng, rms, gate = (
+        np.random.default_rng(4),
+        NormProblem(dtype=dtype, width=32, eps=1e-6),
+        PointwiseProblem(dtype=dtype),
+    )
+    sizes = {"both": (256, 128), "down": (128, 128), "half": (64, 64)}
+    products = {name: LinearProblem(dtype=dtype, n=n, k=k) for name, (n, k) in sizes.items()}
+
+    def forward(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
+        x = ops.rms_norm(step.arrays["x"].reshape(rows, 4, 32), weights["norm"]).reshape(rows, 128)
+        x = ops.silu_mul(ops.linear(x, weights["both"]).reshape(2 * rows, 128)).reshape(rows, 128)
+        return {"out": ops.linear(ops.linear(x, weights["down"]).reshape(2 * rows, 64), weights["half"])}, caches
+
+    values = {name: (rng.standard_normal(size) / 4).astype(numpy_dtype(dtype)) for name, size in sizes.items()}
+    values["norm"] = rng.standard_normal(32).astype(numpy_dtype(dtype))
+    used: dict[str, Any] = {name: {"linear": problem} for name, problem in products.items()} | {"norm": {"norm": rms}}
+    params = {name: whole_param(name, values[name], used[name]) for name in used}
+    uses: dict[str, Any] = {name: ("linear", problem) for name, problem in products.items()}
+    uses |= {"norm": ("rms_norm", rms), "gate": ("silu_mul", gate)}
+    layout = InputLayout([InputField("x", dtype, (rows, 128))])
+    spec = ProgramSpec("regrouped", forward, StepShape(rows, 1, (), 1, rows), layout)
+    return Rig(Native(3, level), [spec], params=params, values=values, uses=uses)

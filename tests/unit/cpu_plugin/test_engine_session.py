@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -121,8 +122,24 @@ def test_pages_of_another_form_are_refused(paged: tuple[NativeSession, KVProblem
     for pages in wrong:
         with pytest.raises(ContractViolation, match=r"write_pages is given .* as '[kv]'; it takes "):
             session.write_pages(0, ids, pages)
+    with pytest.raises(ContractViolation, match="write_pages is given w; the cache has k, v"):
+        session.write_pages(0, ids, {**right, "w": right["k"]})
     with pytest.raises(ContractViolation, match="copy_pages of 2 pages to 1"):
         session.copy_pages(0, ids, ids[:1])
+
+
+def test_caches_and_groups_that_are_not_there_are_refused(paged: tuple[NativeSession, KVProblem]) -> None:
+    session, _ = paged
+    for cache in (-1, 1):
+        with pytest.raises(ContractViolation, match=f"cache {cache}: 1 are allocated"):
+            session.read_pages(cache, np.array([0]))
+    with pytest.raises(ContractViolation, match="cache group 7: allocated are 0"):
+        session.copy_pages(7, np.array([0]), np.array([1]))
+    with pytest.raises(ContractViolation, match="are float64; integers are needed"):
+        session.read_pages(0, np.array([0.5]))
+    with pytest.raises(ContractViolation, match="holds 4294967296 to 4294967296"):
+        session.read_pages(0, np.array([2**32]))
+    assert len(session.read_pages(0, np.array([]))["k"]) == 0
 
 
 def test_an_unknown_layout_is_refused() -> None:
@@ -276,6 +293,19 @@ def test_handles_are_of_the_captured_form_and_of_the_latest_run() -> None:
         assert np.array_equal(rig.run({"x": X}, 0)["sum"], 2 * X)
 
 
+def test_an_output_that_is_a_given_array_has_its_values() -> None:
+    spec = adding("sum")
+
+    def forward(ops: Any, weights: Any, caches: Any, step: Any, arrays: Any) -> Any:
+        return {"same": arrays["y"], "some": arrays["y"].reshape(24)[6:12]}, caches
+
+    with Rig(Native(), [adding("double"), replace(spec, fn=forward)], uses=ADD) as rig:
+        doubled = rig.submit({"x": X}, 0).handle("sum")
+        found = rig.run({"x": X}, 1, {"y": doubled})
+        assert np.array_equal(found["same"], 2 * X)
+        assert np.array_equal(found["some"], 2 * X[1])
+
+
 @dataclass(frozen=True)
 class Foreign:
     """A handle of another backend."""
@@ -295,6 +325,23 @@ def test_a_program_does_not_outlive_its_weights_or_its_session() -> None:
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_system_without_huge_pages_gives_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 4711)
+    found = memory.pages(100)
+    assert found.nbytes >= 100 and not found.any()
+
+
+def test_only_a_lack_of_memory_is_said_to_be_one() -> None:
+    with pytest.raises(FileNotFoundError), memory.typed_memory("weights"):
+        raise FileNotFoundError("a file")
+    with pytest.raises(OutOfMemory, match="no memory for weights"), memory.typed_memory("weights"):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    with pytest.raises(RuntimeError, match="a bug"), memory.helpers(2):
+        raise RuntimeError("a bug")
+    with pytest.raises(OutOfMemory, match="no team of 2 threads"), memory.helpers(2):
+        raise RuntimeError("can't start new thread")
 
 
 def test_no_memory_is_an_error_with_a_type(monkeypatch: pytest.MonkeyPatch) -> None:

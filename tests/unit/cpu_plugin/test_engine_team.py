@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -63,6 +64,54 @@ def test_a_quota_of_version_1(tmp_path: Path, limit: str, period: str, expected:
     assert quota(tmp_path) is None, "one of the two files is not there"
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(period)
     assert quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000"}, None),
+        ("0::/a/b\n", {"a/b/cpu.max": "300000 100000"}, 3.0),
+        ("0::/a/b\n", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "200000 100000"}, 2.0),
+        ("0::/a/b\n", {"other/cpu.max": "100000 100000"}, None),
+        ("3:cpuset:/b\n2:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "50000"}, 0.5),
+        ("no\nlines: of\nthis\n", {"cpu.max": "100000 100000"}, 1.0),
+    ],
+)
+def test_the_tightest_of_nested_groups_counts(
+    tmp_path: Path, own: str, limits: dict[str, str], expected: float | None
+) -> None:
+    for name, text in limits.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.with_name("cpu.cfs_period_us").write_text("100000")
+    told = tmp_path / "own"
+    told.write_text(own)
+    assert quota(tmp_path, told) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000"}, None),
+        ("0::/a/b\n", {"a/b/cpu.max": "300000 100000"}, 3.0),
+        ("0::/a/b\n", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "200000 100000"}, 2.0),
+        ("0::/a/b\n", {"other/cpu.max": "100000 100000"}, None),
+        ("3:cpuset:/b\n2:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "50000"}, 0.5),
+        ("no\nlines: of\nthis\n", {"cpu.max": "100000 100000"}, 1.0),
+    ],
+)
+def test_the_tightest_of_nested_groups_counts(
+    tmp_path: Path, own: str, limits: dict[str, str], expected: float | None
+) -> None:
+    for name, text in limits.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.with_name("cpu.cfs_period_us").write_text("100000")
+    told = tmp_path / "own"
+    told.write_text(own)
+    assert quota(tmp_path, told) == expected
 
 
 def test_a_system_that_gives_no_thread_is_out_of_memory() -> None:
@@ -127,6 +176,28 @@ def test_a_session_is_closed_once_and_a_step_under_way_is_waited_for() -> None:
     model.rig.session.close()
     with pytest.raises(SessionClosed):
         model.submit((row, 1), poison=False)
+
+
+def test_a_session_that_nobody_holds_ends_its_threads() -> None:
+    before = len(os.listdir("/proc/self/task"))
+    model = miniature(3)
+    row = model.add()
+    model.submit((row, 5))
+    assert len(os.listdir("/proc/self/task")) == before + 2
+    del model, row
+    gc.collect()
+    assert len(os.listdir("/proc/self/task")) == before
+
+
+def test_a_session_that_nobody_holds_ends_its_threads() -> None:
+    before = len(os.listdir("/proc/self/task"))
+    model = miniature(3)
+    row = model.add()
+    model.submit((row, 5))
+    assert len(os.listdir("/proc/self/task")) == before + 2
+    del model, row
+    gc.collect()
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_a_team_is_closed_once() -> None:
@@ -196,3 +267,55 @@ def test_an_interpreter_exits_while_another_thread_is_in_a_step() -> None:
 
 def test_an_interpreter_exits_while_a_step_is_under_way() -> None:
     assert process("model = miniature(3)\nrow = model.add()\nmodel.submit((row, 9))\nprint('left')") == "left\n"
+
+
+ENDS_LAST = """
+import atexit
+atexit.register(lambda: print("closed", model.rig.session.closed))
+model = miniature(3)
+model.submit((model.add(), 9))
+"""
+
+
+def test_an_interpreter_closes_a_session_before_it_takes_its_memory_away() -> None:
+    assert process(ENDS_LAST) == "closed True\n"
+
+
+INTERRUPTED = """
+model = miniature(3)
+row = model.add()
+model.step((row, 3))
+session = model.rig.session
+host = model.rig.host(model._inputs(model.shapes[0], ()), 0)
+def interrupt(*_):
+    raise KeyboardInterrupt
+session.submitted = interrupt
+try:
+    model.rig.programs[0](host)
+except KeyboardInterrupt:
+    session.close()
+    print("closed")
+"""
+
+
+def test_ctrl_c_at_the_beginning_of_a_step_leaves_a_session_that_can_be_closed() -> None:
+    for _ in range(3):
+        assert process(INTERRUPTED) == "closed\n"
+
+
+def test_ctrl_c_while_a_step_is_waited_for_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with miniature(2) as model:
+        row = model.add()
+        begun = model.submit((row, 5))
+        team = model.rig.session.team  # type: ignore[attr-defined]
+        waits = team.wait
+
+        def interrupt() -> float:
+            waits()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(team, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            begun.check()
+        monkeypatch.undo()
+        begun.check()

@@ -125,7 +125,7 @@ def reason(options: CpuOptions, world: World) -> str | None:
     """Why the native engine does not run under these options, or None."""
     if world.size > 1:
         return f"the native engine runs one worker, not {world.size} that share work"
-    for name, usual in (("program", "tape"), ("functional", False)):
-        if getattr(options, name) != usual:
+    for name in ("program", "functional", "attention_memory_mib"):
+        if getattr(options, name) != CpuOptions.model_fields[name].default:
             return f"{name} = {getattr(options, name)!r} is of the torch engine"
     return native.reason(options.native)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lineshaft_contract.errors import Unsupported
 
@@ -63,15 +63,15 @@ def load(wanted: str = "auto", package: Path = PACKAGE) -> Native:
     `package` is the folder that holds the library. Raises `Unsupported` with what `reason` says, and what to do.
     """
     found = _find(wanted, package)
-    if isinstance(found, str):
-        raise Unsupported(found if wanted == "off" else f"{found}; {FIX}")
+    if isinstance(found, Refused):
+        raise Unsupported("; ".join(part for part in found if part))
     return found
 
 
 def reason(wanted: str = "auto", package: Path = PACKAGE) -> str | None:
     """Why `load` would refuse, in short, or None if it would not."""
     found = _find(wanted, package)
-    return found if isinstance(found, str) else None
+    return found.why if isinstance(found, Refused) else None
 
 
 def idle(package: Path = PACKAGE) -> tuple[str, ...]:
@@ -80,22 +80,33 @@ def idle(package: Path = PACKAGE) -> tuple[str, ...]:
     return () if isinstance(found, str) else tuple(level for level in found.built if level not in found.runs)
 
 
+class Refused(NamedTuple):
+    """Why there are no kernels of a level, and what to do."""
+
+    why: str
+    do: str = ""
+
+
 @cache
-def _find(wanted: str, package: Path) -> Native | str:
+def _find(wanted: str, package: Path) -> Native | Refused:
     if wanted == "off":
-        return 'native kernels are switched off (backend_options native = "off")'
+        return Refused('native kernels are switched off (backend_options native = "off")')
     if wanted not in ("auto", *LEVELS):
-        return f"native = {wanted!r} is not known; allowed are {', '.join(('auto', 'off', *LEVELS))}"
+        return Refused(f"native = {wanted!r} is not known; allowed are {', '.join(('auto', 'off', *LEVELS))}")
     found = _levels(package)
     if isinstance(found, str):
-        return found
+        return Refused(found, FIX)
     if wanted == "auto":
         return Native(found.runs[0], found.library)
     if wanted not in found.built:
         why = _notes(package) or "it is of other machines"
-        return f"native kernels of level {wanted!r} were not built, only {', '.join(found.built)} ({why})"
+        built = ", ".join(found.built)
+        return Refused(f"native kernels of level {wanted!r} were not built, only {built} ({why})", FIX)
     if wanted not in found.runs:
-        return f"this processor does not run native kernels of level {wanted!r}, only {', '.join(found.runs)}"
+        return Refused(
+            f"this processor does not run native kernels of level {wanted!r}",
+            f'it runs {", ".join(found.runs)}; name one of them, or "auto" for the best',
+        )
     return Native(wanted, found.library)
 
 

@@ -16,7 +16,7 @@ class CpuOptions(BaseModel):
                           the forward each step
     functional            of the engine "torch": keys and values are written into a copy of the cache: slow, for
                           finding forwards that drop it
-    attention_memory_mib  largest temporaries, in MiB, of one call of the portable attention
+    attention_memory_mib  of the engine "torch": largest temporaries, in MiB, of one call of the portable attention
     native                compiled kernels: "auto" takes the best level that was built and runs here, "off" none
     """
 

@@ -16,6 +16,6 @@ def lineshaft_backends() -> list[BackendInfo]:
             options="lineshaft_cpu.options:CpuOptions",
             devices="lineshaft_cpu:devices",
             kind=BackendKind.HOST,
-            summary="the host's CPU through PyTorch",
+            summary="the host's CPU: kernels in C, or PyTorch's",
         )
     ]

@@ -124,6 +124,8 @@ def packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def restrided(old: Sequence[int], strides: Sequence[int], shape: Sequence[int]) -> tuple[int, ...] | None:
     """The strides under which a strided array of shape `old` has the shape `shape`; None if there are none."""
+    if 0 in shape:
+        return packed_strides(tuple(shape))
     runs: list[list[int]] = []  # [size, stride of the innermost] of dims that lie one after another
     for size, stride in zip(old, strides, strict=True):
         if size == 1:

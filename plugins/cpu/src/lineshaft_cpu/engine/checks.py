@@ -109,6 +109,10 @@ def limits(
 
 def check_pages(problem: KVProblem, count: int, pages: Mapping[str, HostArray]) -> None:
     """What is written to pages of a cache. Raises ContractViolation for other arrays, shapes or dtypes."""
+    if unknown := pages.keys() - problem.page_arrays.keys():
+        raise ContractViolation(
+            f"write_pages is given {', '.join(sorted(unknown))}; the cache has {', '.join(problem.page_arrays)}"
+        )
     for name, (shape, dtype) in problem.page_arrays.items():
         given = pages.get(name)
         if given is None or given.shape != (count, *shape) or given.dtype.name != dtype:
@@ -117,8 +121,8 @@ def check_pages(problem: KVProblem, count: int, pages: Mapping[str, HostArray]) 
 
 
 def within(name: str, values: HostArray, limit: int) -> None:
-    """Raises ContractViolation unless all of int32 `values` are from 0 to below `limit`."""
-    if values.size and int(values.view(np.uint32).max()) >= limit:
+    """Raises ContractViolation unless all of int64 `values` are from 0 to below `limit`."""
+    if values.size and int(values.view(np.uint64).max()) >= limit:
         raise ContractViolation(beyond(name, values, limit))
 
 

@@ -58,7 +58,7 @@ def gated_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call
     if "gate" not in first.fields or first.fields["gate"] or second.op != "silu_mul":
         return None
     width = second.fields["width"]
-    if width % PANEL or not handed_on(first, second, "x", readers):
+    if width % PANEL or 2 * width != first.fields["n"] or not handed_on(first, second, "x", readers):
         return None
     fields = {**first.fields, "out": second.fields["out"], "out_stride": width, "gate": width}
     return Call(first.job, fields, first.reads, second.writes, "linear+silu_mul", first.scratch)
@@ -70,6 +70,8 @@ def ordered_result(first: Call, second: Call, readers: Mapping[int, int]) -> Cal
         return None
     if first.fields["out"].buffer is not second.fields["x"].buffer or second.fields["x_stride"] != second.fields["k"]:
         return None
+    if row_width(first) != second.fields["k"]:
+        return None
     if first.fields.get("splits", 1) > 1 or ("splits" in first.fields and first.fields["live"] is None):
         return None  # what joins parts of a context, or clears rows that have none, writes rows
     out = second.fields["out"]
@@ -77,10 +79,19 @@ def ordered_result(first: Call, second: Call, readers: Mapping[int, int]) -> Cal
     return Call(first.job, {**first.fields, "out": out, "ordered": 1}, first.reads, writes, first.op, first.scratch)
 
 
+def row_width(call: Call) -> int:
+    """Values of a row that a norm, a product or attention writes."""
+    fields = call.fields
+    found: int = fields["q_heads"] * fields["v_dim"] if "q_heads" in fields else fields.get("width", fields.get("n"))
+    return fields["gate"] or found if "gate" in fields else found
+
+
 def turned_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:
     """A product whose columns are heads of queries, keys and values, and the rotation that writes them to pages."""
     if first.op != "linear" or "rope" not in first.fields or second.op != "rope_write_kv":
         return None
+    if first.fields["live"] is None and second.fields["live"] is not None:
+        return None  # padding tokens have no place to be written to
     made, job = first.writes[0], second.fields
     heads, dim, size = (job["q_heads"], job["k_heads"], job["k_heads"]), job["head_dim"], made.itemsize
     places = [sum(heads[:i]) * dim * size for i in range(3)]
@@ -114,6 +125,8 @@ def normed_product(first: Call, second: Call, readers: Mapping[int, int]) -> Cal
     if first.op not in ("rms_norm", "add_rms_norm") or "norm" not in second.fields or first.fields["inner"] != 1:
         return None
     if first.fields["rows"] > FEW_ROWS or not handed_on(first, second, "x", readers):
+        return None
+    if row_width(first) != second.fields["k"]:
         return None
     x = second.fields["x"]
     rest = tuple(array for array in first.writes if array.buffer is not x.buffer)

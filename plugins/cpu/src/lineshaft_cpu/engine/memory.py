@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ def typed_memory(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
         raise OutOfMemory(
             f"no memory for {what} ({error}); use fewer pages, fewer tokens a step, a smaller model or a narrower dtype"
         ) from error
@@ -84,10 +88,30 @@ def room(shape: Sequence[int], dtype: str) -> HostArray:
     return np.zeros(tuple(shape), numpy_dtype(dtype)) if region is None else region.zeros(shape, dtype)
 
 
+@contextmanager
+def helpers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads of Python for work that is done once. Raises OutOfMemory where the system gives none."""
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise OutOfMemory(no_threads(threads)) from error
+
+
+def no_threads(threads: int) -> str:
+    """What is wrong where the system gives fewer threads than these, and what to do."""
+    return (
+        f"the system gives no team of {threads} threads (process {os.getpid()}); set threads to fewer, or raise the "
+        "limit of processes (`ulimit -u`)"
+    )
+
+
 def touch(arrays: Iterable[HostArray], threads: int) -> None:
     """Clear the first byte of each array: the system clears a huge page when it is first used, and a step should not
     wait for that."""
-    with ThreadPoolExecutor(threads) as pool:
+    with helpers(threads) as pool:
         list(pool.map(lambda array: ctypes.memset(array.ctypes.data, 0, min(1, array.nbytes)), arrays))
 
 
@@ -98,7 +122,8 @@ def pages(nbytes: int) -> HostArray:
         raise MemoryError(f"{nbytes} bytes")
     mapped = mmap.mmap(-1, whole + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system that has no such pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
     found = np.frombuffer(mapped, np.uint8)
     start = -found.ctypes.data % HUGE
     return found[start : start + whole]

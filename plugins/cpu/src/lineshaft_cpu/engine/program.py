@@ -86,9 +86,9 @@ class NativePending:
 
     def ended(self, seconds: float) -> None:
         """The step is done: copy what the host wants before another overwrites it."""
-        program, self._running, self._seconds = self._running, None, seconds
-        if program is not None:
-            self._host = {name: values.copy() for name, values in program.wanted.items()}
+        if self._running is not None:
+            self._host = {name: values.copy() for name, values in self._running.wanted.items()}
+        self._running, self._seconds = None, seconds
 
     def _finish(self) -> None:
         if self._running is not None:
@@ -217,6 +217,7 @@ class NativeProgram:
             self._point(name, array)
         team, began = self.session.team, time.perf_counter()
         self.runs += 1
+        self._read = given  # which lie where the tape reads until it ends
         pending = NativePending(self)
         last = self._parts[-1] if self._parts else None
         for part in self._parts:
@@ -232,12 +233,13 @@ class NativeProgram:
         return pending
 
     def _point(self, name: str, array: TapeArray) -> None:
-        """Let the tape read a handle's memory in the place of the array `name`; one with gaps, or one that this very
-        program writes to, is copied."""
+        """Let the tape read a handle's memory in the place of the array `name`; one with gaps, one that is an output as
+        it is, and one that this very program writes to, are copied."""
         own = self._given[name]
         if array is own:
             return
-        if not array.dense or any(array.buffer is output.buffer for output in self.outputs.values()) or self._hosted:
+        kept = any(output.buffer in (array.buffer, own.buffer) for output in self.outputs.values())
+        if not array.dense or kept or self._hosted:
             own.buffer.address = own.buffer.held.ctypes.data  # type: ignore[union-attr]
             own.values()[...] = array.values()
             start = own.buffer.address

@@ -6,7 +6,6 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -33,7 +32,7 @@ from lineshaft_contract.weights import Checkpoint, Coordinate, Local, Param, Sto
 from lineshaft_cpu.engine.arrays import FOREIGN, Buffer, TapeArray
 from lineshaft_cpu.engine.caches import LAYOUTS, CacheLayout
 from lineshaft_cpu.engine.checks import Paging, check_pages, within
-from lineshaft_cpu.engine.memory import Region, pages, touch, typed_memory
+from lineshaft_cpu.engine.memory import Region, helpers, pages, touch, typed_memory
 from lineshaft_cpu.engine.program import NativePending, NativeProgram
 from lineshaft_cpu.engine.stored import dense
 from lineshaft_cpu.engine.tape import Tape
@@ -48,7 +47,6 @@ class NativeSession(SessionState):
         """Raises OutOfMemory where the system gives fewer threads."""
         self.native = native
         self.lock = threading.RLock()  # one call at a time
-        self.team = Team(native, threads)
         self.weights: Tree = {}
         self.caches: list[Cache] = []
         self.paging: dict[int, Paging] = {}  # of each cache group
@@ -58,10 +56,12 @@ class NativeSession(SessionState):
         self._shared: dict[Hashable, tuple[Param, Packing, dict[str, HostArray]]] = {}
         self._constants: dict[Hashable, Any] = {}
         self.memory = Region()  # of inputs and outputs of programs: many of them are small, and huge pages are not
-        self._arena, self._scratch = pages(0), pages(0)
+        with typed_memory("a session"):
+            self._arena, self._scratch = pages(0), pages(0)
         self._coordinate = Coordinate()
         self._under_way: tuple[NativePending, float] | None = None  # and the seconds that it took before its last part
-        close_at_exit(self)
+        self.team = Team(native, threads)
+        end_in_time(self)
 
     def submitted(self, pending: NativePending, seconds: float) -> None:
         """The last part of a step is under way; the ones before took so many seconds."""
@@ -71,8 +71,9 @@ class NativeSession(SessionState):
         """Wait for the step under way, if there is one."""
         with self.lock:
             if self._under_way is not None:
-                (pending, seconds), self._under_way = self._under_way, None
+                pending, seconds = self._under_way
                 pending.ended(seconds + self.team.wait())
+                self._under_way = None  # last, so that an interrupt loses nothing
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ class NativeSession(SessionState):
         MissingTensor, MisshapenTensor, OutOfMemory."""
         self.require_changeable("load")
         self.finish()
-        self._params, self._shared = {}, {}
+        self.weights, self._params, self._shared = {}, {}, {}
         self.generation += 1
         region = Region()
         wanted: dict[Hashable, tuple[Param, Packing]] = {}
@@ -96,7 +97,7 @@ class NativeSession(SessionState):
                 return {name: region.keep(leaf) for name, leaf in self._packed(param, local, packing).items()}
 
         largest = sorted(wanted, key=lambda same: -prod(wanted[same][0].shape))  # first, so that none is left for last
-        with ThreadPoolExecutor(self.team.threads) as pool:
+        with helpers(self.team.threads) as pool:
             found = dict(zip(largest, pool.map(read, [wanted[same] for same in largest]), strict=True))
         self._shared = {same: (*pair, found[same]) for same, pair in wanted.items()}
         self.weights = map_tree(lambda param: self._place(param, packings.get(param.name, Packing())), params)
@@ -158,7 +159,7 @@ class NativeSession(SessionState):
                 f"cache layout {layout!r} is not known to this session; it has {', '.join(LAYOUTS)}"
             )
         self.generation += 1
-        region = Region()
+        self.caches, region = [], Region()
         with typed_memory("the KV caches"):
             self.caches = [
                 Cache(key, problem, layout, LAYOUTS[layout].arrays(problem, pages[problem.group], region))
@@ -170,14 +171,14 @@ class NativeSession(SessionState):
 
     def read_pages(self, cache: int, ids: HostArray) -> dict[str, HostArray]:
         self.require_usable()
-        found = self._ids(self.caches[cache].problem.group, ids)
+        found = self._ids(self._cache(cache).problem.group, ids)
         with self.lock:
             self.finish()
             return self._layout(cache).read(self.caches[cache], found)
 
     def write_pages(self, cache: int, ids: HostArray, pages: Mapping[str, HostArray]) -> DoneTransfer:
         self.require_usable()
-        problem = self.caches[cache].problem
+        problem = self._cache(cache).problem
         assert isinstance(problem, KVProblem)
         found = self._ids(problem.group, ids)
         check_pages(problem, len(found), pages)
@@ -200,9 +201,20 @@ class NativeSession(SessionState):
 
     def _ids(self, group: int, ids: HostArray) -> HostArray:
         """Page ids as int64. Raises ContractViolation for one that the group has not."""
-        found = np.asarray(ids, np.int32)
+        if group not in self.paging:
+            raise ContractViolation(f"cache group {group}: allocated are {', '.join(map(str, self.paging)) or 'none'}")
+        found = np.asarray(ids)
+        if found.size and found.dtype.kind not in "iu":
+            raise ContractViolation(f"page ids of group {group} are {found.dtype.name}; integers are needed")
+        found = found.astype(np.int64)
         within(f"page ids of group {group}", found, self.paging[group].pages)
-        return found.astype(np.int64)
+        return found
+
+    def _cache(self, cache: int) -> Cache:
+        """Raises ContractViolation for one that was not allocated."""
+        if not 0 <= cache < len(self.caches):
+            raise ContractViolation(f"cache {cache}: {len(self.caches)} are allocated, from 0 on")
+        return self.caches[cache]
 
     def _layout(self, cache: int) -> CacheLayout:
         return LAYOUTS[self.caches[cache].layout]
@@ -279,13 +291,18 @@ def identity(param: Param, packing: Packing) -> Hashable:
     return param.source_id, packing.layout, param.shape, param.dtype
 
 
-def close_at_exit(session: NativeSession) -> None:
-    """Let the interpreter wait for a step under way before it takes the session's memory away."""
+def end_in_time(session: NativeSession) -> None:
+    """Let the interpreter wait for a step under way before it takes the session's memory away, at its own exit and
+    when nobody holds the session any more; then end the team."""
     held = weakref.ref(session)
 
     def close() -> None:
         if (found := held()) is not None:
             found.close()
 
+    def forget(team: Team) -> None:
+        atexit.unregister(close)
+        team.close()
+
     atexit.register(close)
-    weakref.finalize(session, atexit.unregister, close)
+    weakref.finalize(session, forget, session.team).atexit = False  # it would come before `close`, and instead of it

@@ -95,7 +95,7 @@ def bind_panels(scratch: int, problem: AttendProblem, session: Any) -> Any:
         starts, lens, table = (dense(tape, x) for x in (step.query_starts, group_of.context_lens, group_of.page_table))
         out = tape.new((*q.shape[:2], problem.v_dim), problem.dtype, q.live)
         lse = tape.new(q.shape[:2], "float32", q.live) if problem.return_lse else None
-        sinks = None if sinks is None else operand(sinks)
+        sinks = None if sinks is None else operand(sinks, q.dtype)
         sinks = dense(tape, sinks) if isinstance(sinks, TapeArray) else sinks
         shape = (problem.rows, problem.kv_heads, splits, group, problem.v_dim + 2)
         partial_sums = tape.new(shape, "float32") if splits > 1 else None
@@ -137,7 +137,7 @@ def bind(problem: AttendProblem, session: Any) -> Any:
         starts, lens, table = (dense(tape, x) for x in (step.query_starts, group.context_lens, group.page_table))
         out = tape.new((*q.shape[:2], problem.v_dim), problem.dtype, q.live)
         lse = tape.new(q.shape[:2], "float32", q.live) if problem.return_lse else None
-        sinks = None if sinks is None else operand(sinks)
+        sinks = None if sinks is None else operand(sinks, q.dtype)
         sinks = dense(tape, sinks) if isinstance(sinks, TapeArray) else sinks
         k = cache.arrays["k"]
         fields = {

@@ -194,7 +194,7 @@ def fields_of(
 ) -> tuple[TapeArray, list[TapeArray], dict[str, Field]]:
     """The result [T, n], what else than x is read, and the fields of all products; `share`: panels of an item."""
     out = tape.new((x.shape[0], problem.n), problem.dtype, x.live)
-    added = None if bias is None else operand(bias)
+    added = None if bias is None else operand(bias, problem.dtype)
     if isinstance(added, TapeArray):
         added = dense(tape, added)
     fields: dict[str, Field] = {

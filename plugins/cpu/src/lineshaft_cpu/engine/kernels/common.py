@@ -8,6 +8,7 @@ from ctypes import c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
 from lineshaft_contract.binding import DENSE, Recipe
+from lineshaft_contract.errors import ContractViolation
 from lineshaft_contract.kernels import Kernel
 from lineshaft_contract.ops.spec import HostArray
 from lineshaft_contract.problems import Problem
@@ -61,9 +62,16 @@ def narrow(dtype: str) -> int:
     return int(dtype == "bfloat16")
 
 
-def operand(weight: Weight | TapeArray) -> HostArray | TapeArray:
-    """The dense values of a weight, or a bare array."""
-    return weight.arrays["data"] if isinstance(weight, Weight) else weight
+def operand(weight: Weight | TapeArray, *dtypes: str) -> HostArray | TapeArray:
+    """The dense values of a weight, or a bare array. Raises ContractViolation for a dtype that is none of these, which
+    C would not see."""
+    found = weight.arrays["data"] if isinstance(weight, Weight) else weight
+    given = found.dtype if isinstance(found, TapeArray) else found.dtype.name
+    if given not in dtypes:
+        raise ContractViolation(
+            f"a norm's weight, a bias, sinks or scales are {given}; this kernel takes them in {' or '.join(dtypes)}"
+        )
+    return found
 
 
 def live_of(*arrays: TapeArray) -> TapeArray | None:

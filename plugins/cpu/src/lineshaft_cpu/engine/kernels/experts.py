@@ -220,7 +220,7 @@ def bind_experts(problem: ExpertProblem, session: Any) -> Any:
         for given, made, weight, bias, n, k, gate in (
             (x, between, w13, w13_bias, width, hidden, width), (between, out, w2, w2_bias, hidden, width, 0)
         ):  # fmt: skip
-            added = None if bias is None else operand(bias)
+            added = None if bias is None else operand(bias, x.dtype)
             added = dense(tape, added) if isinstance(added, TapeArray) else added
             fields = of_linear(given, made, weight.arrays["data"], n, k, threads) | shared
             fields |= {"bias": added, "bias_step": 2 * n if gate else n, "gate": gate}

@@ -143,7 +143,7 @@ def slots_of(problem: KVProblem, cache: Cache) -> int:
 
 def coding_of(problem: Any, cache: Cache, kv_scales: Any, tape: Any) -> tuple[dict[str, Any], list[TapeArray]]:
     """The fields of `Coding` in `native/heads.h`, and what of them a call reads; kv_scales f32[2] or f32[2, Hkv]."""
-    given = None if kv_scales is None else operand(kv_scales)
+    given = None if kv_scales is None else operand(kv_scales, "float32")
     given = dense(tape, given) if isinstance(given, TapeArray) else given
     fields = {
         "kind": KINDS.get(problem.kv_dtype, NUMBERS), "k_scales": cache.arrays.get("k_scale"),

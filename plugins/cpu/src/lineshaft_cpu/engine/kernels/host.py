@@ -161,14 +161,15 @@ def write_kv(
     num: Numerics,
     kv_scales: HostArray | None = None,
 ) -> Mapping[str, HostArray]:
-    """The reference's `write_kv`, in place."""
-    slots = step.arrays[f"slots.{problem.group}"]
+    """The reference's `write_kv`, in place and without padding tokens."""
+    slots, starts = step.arrays[f"slots.{problem.group}"], step.arrays.get("query_starts")
+    live = slice(None if starts is None else int(starts[-1]))
     for index, (name, new) in enumerate((("k", k), ("v", v))):
         if new is not None:
             stored = encode(problem, name, new, None if kv_scales is None else kv_scales[index])
             for part, values in stored.items():
                 pages = cache[part]
-                pages.reshape(-1, *pages.shape[2:])[slots] = values.astype(pages.dtype, copy=False)
+                pages.reshape(-1, *pages.shape[2:])[slots[live]] = values[live].astype(pages.dtype, copy=False)
     return cache
 
 

@@ -72,7 +72,7 @@ def bind_linear(problem: LinearProblem, session: Any) -> Any:
         x = x if tail_of(x) >= problem.k else copied(tape, x)
         given = in_tiles(tape, x) if tiled and x.shape[0] > DIRECT_ROWS else x
         out = tape.new((x.shape[0], problem.n), x.dtype, x.live)
-        added = None if bias is None else operand(bias)
+        added = None if bias is None else operand(bias, x.dtype)
         if isinstance(added, TapeArray):
             added = dense(tape, added)
         fields = {

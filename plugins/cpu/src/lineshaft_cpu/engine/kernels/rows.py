@@ -11,6 +11,7 @@ from lineshaft_contract.problems import EmbedProblem, MergeProblem, NormProblem,
 from lineshaft_contract.weights import Weight
 from lineshaft_cpu.engine.kernels.common import (
     DENSE,
+    DTYPES,
     EXTENT,
     LOOKUP,
     Job,
@@ -94,7 +95,7 @@ def bind_norm(problem: NormProblem, session: Any) -> Any:
         out = tape.new(x.shape, x.dtype, x.live)
         rows = x.size // problem.width
         fields = {
-            **extent(x, rows), "grain": grain(problem.width), "x": x, "residual": None, "weight": operand(w),
+            **extent(x, rows), "grain": grain(problem.width), "x": x, "residual": None, "weight": operand(w, x.dtype),
             "out": out, "total": None, "width": problem.width, "x_stride": lead[0], "residual_stride": 0,
             "inner": lead[1], "inner_stride": lead[2], "eps": problem.eps, "narrow": narrow(x.dtype), "ordered": 0,
         }  # fmt: skip
@@ -111,7 +112,7 @@ def bind_add_norm(problem: NormProblem, session: Any) -> Any:
         x, r = dense(tape, x), dense(tape, r)
         out, total = (tape.new(x.shape, x.dtype, live_of(x, r)) for _ in range(2))
         fields = {
-            **extent(out, x.size // width), "grain": grain(width), "x": x, "residual": r, "weight": operand(w),
+            **extent(out, x.size // width), "grain": grain(width), "x": x, "residual": r, "weight": operand(w, x.dtype),
             "out": out, "total": total, "width": width, "x_stride": width, "residual_stride": width, "inner": 1,
             "inner_stride": 0, "eps": problem.eps, "narrow": narrow(x.dtype), "ordered": 0,
         }  # fmt: skip
@@ -202,7 +203,7 @@ def bind_states(problem: MergeProblem, session: Any) -> Any:
         """out [n, T, H, D], lse f32[n, T, H], sinks [H] -> attention over all keys [T, H, D]."""
         tape, (parts, *shape) = session.tape, out.shape
         x, lse = dense(tape, out), dense(tape, lse)
-        given = None if sinks is None else operand(sinks)
+        given = None if sinks is None else operand(sinks, *DTYPES)
         if isinstance(given, TapeArray):
             given = dense(tape, given)
         merged = tape.new(shape, x.dtype)
