@@ -213,6 +213,17 @@ def test_padding_tokens_may_have_any_slot(stepped: tuple[Miniature, Row]) -> Non
     model.rig.session.read_pages(0, np.array([0]))
 
 
+def test_references_do_not_write_padding_tokens_either() -> None:
+    with miniature(2, SLOTS, "float64") as model:
+        row = model.add()
+        model.step((row, 3))
+        assert model.rig.programs[1].report.details["host_calls"]
+        model.grow(row, 1)
+        begun = model._inputs(model.shapes[1], [(row, 1)])
+        begun["slots.0"][1:] = 2**31 - 1
+        model.rig.run(begun, 1)
+
+
 def test_more_tokens_of_a_row_than_were_captured_are_refused() -> None:
     shape = StepShape(8, 2, (), 2, max_query=2)
     with Rig(Native(), [turning(shape)], uses=TURNS) as rig:
