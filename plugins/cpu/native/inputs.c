@@ -27,7 +27,7 @@ static uint32_t largest(const uint32_t *values, int64_t count) {
 
 static int64_t check_starts(const Inputs *inputs, const int32_t *starts) {
     int64_t longest = 0;
-    if (starts[0] < 0 || starts[inputs->rows] > inputs->tokens)
+    if (starts[0] != 0 || starts[inputs->rows] > inputs->tokens)
         return DISORDERED;
     for (int64_t row = 0; row < inputs->rows; row++) {
         const int64_t length = (int64_t)starts[row + 1] - starts[row];

@@ -181,6 +181,7 @@ WRONG = {
     "starts beyond the tokens": Wrong("query_starts", slice(1, None), lambda at: 17, "at most 16"),
     "starts descend": Wrong("query_starts", 2, lambda at: 1, "query_starts .*ascend"),
     "starts negative": Wrong("query_starts", 0, lambda at: -3, "query_starts .*ascend"),
+    "starts late": Wrong("query_starts", 0, lambda at: 1, "query_starts .*ascend from 0"),
     "starts huge": Wrong("query_starts", 4, lambda at: 2**31 - 1, "query_starts .*ascend"),
     "context beyond the pages": Wrong("context_lens.0", 0, lambda at: at.columns * at.page_size + 1, "context_lens.0"),
     "context negative": Wrong("context_lens.0", 0, lambda at: -1, "context_lens.0 holds -1"),
