@@ -287,6 +287,7 @@ INLINE float see(const Flash *f, const Lanes *t, int64_t lane, float unit, float
 INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, float *scores, uint16_t *weights,
                          int raised, int coded, int narrow) {
     const floats below = splat(t->top[lane] * LOG2_E), largest = splat(t->largest[lane]);
+    const int quick = narrow && !f->lse; /* a log-sum is told to more places than what bfloat16 holds */
     floats mass = {0}, highest = splat(HIDDEN);
     for (int64_t i = 0; i < t->held * f->page_size; i += 2 * WIDTH) {
         floats weight[2];
@@ -294,7 +295,7 @@ INLINE int weights_below(const Flash *f, Lanes *t, int64_t lane, float unit, flo
             const int64_t at = i + v * WIDTH;
             const floats score = load(scores, at, 0), short_of = score - largest;
             const floats power = raised ? short_of * (unit * LOG2_E) : score * (unit * LOG2_E) - below;
-            weight[v] = narrow ? quick_power(power) : exponential(short_of * unit);
+            weight[v] = quick ? quick_power(power) : exponential(short_of * unit);
             if (!raised)
                 highest = larger(power, highest);
             mass += weight[v];
