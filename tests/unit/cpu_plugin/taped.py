@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,18 +55,32 @@ def run(
 ) -> list[HostArray]:
     """What the kernel `name` returns for arrays, dicts of arrays, `Live`, `Packed` and static values."""
     found = kernel(name, level)
-    assert found.supports(problem) is None
     session = NativeSession(native.load(level), threads)
     try:
         given = [argument(session, found, problem, item) for item in args]
         named = {key: argument(session, found, problem, item) for key, item in kwargs.items()}
-        tape = Tape()
-        with session.recording(tape):
-            out = found.bind(problem, session)(*given, **named)
-        play(session, tape)
+        out = call(session, name, problem, *given, **named)
         return [array.values().copy() for array in (out if isinstance(out, tuple) else (out,))]
     finally:
         session.close()
+
+
+def call(session: NativeSession, name: str, problem: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the kernel `name` returns for the arguments that it takes, after two runs; of the session's level."""
+    tape, found = Tape(), kernel(name, session.native.level)
+    assert found.supports(problem) is None
+    with session.recording(tape):
+        out = found.bind(problem, session)(*args, **kwargs)
+    play(session, tape)
+    return out
+
+
+def step(**arrays: HostArray) -> Any:
+    """Inputs of a step with one cache group."""
+    names = ("slots", "context_lens", "page_table")
+    group = SimpleNamespace(**{name: held(arrays[name]) for name in names if name in arrays})
+    rest = {name: held(array) for name, array in arrays.items() if name not in names}
+    return SimpleNamespace(groups=[group], **rest)
 
 
 def argument(session: NativeSession, found: Kernel, problem: Problem, item: Any) -> Any:

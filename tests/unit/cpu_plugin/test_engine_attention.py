@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.cpu_plugin.taped import LEVELS, held, kernel, play
+from tests.unit.cpu_plugin.taped import LEVELS, call, held, step
 
 from lineshaft_contract.errors import ContractViolation
 from lineshaft_contract.ops.spec import HostArray, numpy_dtype
@@ -15,7 +14,6 @@ from lineshaft_contract.problems import AttendProblem, KVProblem
 from lineshaft_cpu import native
 from lineshaft_cpu.engine.caches import PANELS
 from lineshaft_cpu.engine.session import NativeSession
-from lineshaft_cpu.engine.tape import Tape
 
 EXECUTED = ("float32", "bfloat16")
 SIZE, DIM, GROUPS = 32, 64, (1, 20)
@@ -38,17 +36,10 @@ def attend(
         (cache,) = session.alloc_caches([KVProblem(**sizes)], [count + 1], PANELS)
         pages = {name: array.reshape(count, SIZE, 1, DIM) for name, array in padded.items()}
         session.write_pages(0, np.arange(count) + 1, pages)
-        group = SimpleNamespace(
-            context_lens=held(np.array([len(k)], np.int32)),
-            page_table=held(np.arange(count, dtype=np.int32)[None] + 1),
-        )
-        step = SimpleNamespace(groups=[group], query_starts=held(np.array([0, 1], np.int32)))
-        tape, found = Tape(), kernel("cpu_attend_panels", level)
-        assert found.supports(problem) is None
+        arrays = {"query_starts": [0, 1], "context_lens": [len(k)], "page_table": [np.arange(count) + 1]}
+        at = step(**{name: np.array(values, np.int32) for name, values in arrays.items()})
         given = {} if sinks is None else {"sinks": held(sinks)}
-        with session.recording(tape):
-            out = found.bind(problem, session)(held(q), cache, step, **given)
-        play(session, tape)
+        out = call(session, "cpu_attend_panels", problem, held(q), cache, at, **given)
         result: HostArray = out.values().astype(np.float32)[0]
         return result
     finally:

@@ -223,11 +223,8 @@ def test_rows_of_another_width_than_is_read_are_not_fused(
 
 def regrouped(rows: int, dtype: str, level: str) -> Rig:
     """x [rows, 128]: norm of 32, product, gate of halves of its halves, product, product of halves of its rows."""
-    rng, rms, gate = (
-        np.random.default_rng(4),
-        NormProblem(dtype=dtype, width=32, eps=1e-6),
-        PointwiseProblem(dtype=dtype),
-    )
+    rng, rms = np.random.default_rng(4), NormProblem(dtype=dtype, width=32, eps=1e-6)
+    gate = PointwiseProblem(dtype=dtype)
     sizes = {"both": (256, 128), "down": (128, 128), "half": (64, 64)}
     products = {name: LinearProblem(dtype=dtype, n=n, k=k) for name, (n, k) in sizes.items()}
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.cpu_plugin.taped import LEVELS, held, kernel, play
+from tests.unit.cpu_plugin.taped import LEVELS, call, held, kernel, step
 
 from lineshaft_contract.ops.cache import encode
 from lineshaft_contract.ops.spec import HostArray, numpy_dtype
@@ -16,33 +15,15 @@ from lineshaft_cpu import native
 from lineshaft_cpu.engine.caches import PANELS
 from lineshaft_cpu.engine.kernels.heads import KINDS
 from lineshaft_cpu.engine.session import NativeSession
-from lineshaft_cpu.engine.tape import Tape
 
 EXECUTED = ("float32", "bfloat16")
 HEADS, SIZE = 2, 32
-
-
-def step(**arrays: HostArray) -> Any:
-    """Inputs of a step with one cache group."""
-    names = ("slots", "context_lens", "page_table")
-    group = SimpleNamespace(**{name: held(arrays[name]) for name in names if name in arrays})
-    rest = {name: held(array) for name, array in arrays.items() if name not in names}
-    return SimpleNamespace(groups=[group], **rest)
 
 
 def problem_of(dtype: str, kv_dtype: str, scheme: str, dim: int) -> KVProblem:
     return KVProblem(
         dtype=dtype, kv_dtype=kv_dtype, kv_scheme=scheme, kv_heads=HEADS, qk_dim=dim, v_dim=dim, page_size=SIZE
     )
-
-
-def call(session: NativeSession, name: str, problem: Any, *args: Any, **kwargs: Any) -> Any:
-    tape, found = Tape(), kernel(name, session.native.level)
-    assert found.supports(problem) is None
-    with session.recording(tape):
-        out = found.bind(problem, session)(*args, **kwargs)
-    play(session, tape)
-    return out
 
 
 def numbers(dtype: str, tokens: int, dim: int) -> HostArray:

@@ -82,8 +82,9 @@ def ordered_result(first: Call, second: Call, readers: Mapping[int, int]) -> Cal
 def row_width(call: Call) -> int:
     """Values of a row that a norm, a product or attention writes."""
     fields = call.fields
-    found: int = fields["q_heads"] * fields["v_dim"] if "q_heads" in fields else fields.get("width", fields.get("n"))
-    return fields["gate"] or found if "gate" in fields else found
+    if "q_heads" in fields:
+        return int(fields["q_heads"] * fields["v_dim"])
+    return int(fields["width"] if "width" in fields else fields["out_stride"])
 
 
 def turned_product(first: Call, second: Call, readers: Mapping[int, int]) -> Call | None:

@@ -39,12 +39,12 @@ def quota(cgroup: Path = CGROUP, own: Path = OWN) -> float | None:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
         lines = []
-    groups = [cgroup, cgroup / "cpu"]
+    groups = {cgroup, cgroup / "cpu"}
     for _, controllers, path in (line for line in lines if len(line) == 3):
         if controllers == "" or "cpu" in controllers.split(","):
             root = cgroup / "cpu" if controllers else cgroup
             group = root / path.lstrip("/")
-            groups += [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
+            groups |= {group, *(parent for parent in group.parents if parent.is_relative_to(root))}
     return min((limit for group in groups if (limit := limit_of(group))), default=None)
 
 
